@@ -1,0 +1,25 @@
+"""Self-supervised Vision Transformers for your own images. Importing the package registers its Auto classes."""
+
+from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
+from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
+from hf_vlm.models.modeling_detection import VLMViTDetectionConfig, VLMViTForObjectDetection
+from hf_vlm.models.modeling_mae import MAEConfig, MAEForPreTraining
+from hf_vlm.models.modeling_simclr import SimCLRConfig, SimCLRForPreTraining
+from hf_vlm.models.modeling_vlm_vit import VLMViTBackbone, VLMViTModel
+from hf_vlm.registry import MODELS
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MODELS",
+    "MAEConfig",
+    "MAEForPreTraining",
+    "SimCLRConfig",
+    "SimCLRForPreTraining",
+    "VLMViTBackbone",
+    "VLMViTConfig",
+    "VLMViTDetectionConfig",
+    "VLMViTForObjectDetection",
+    "VLMViTImageProcessor",
+    "VLMViTModel",
+]

@@ -1,0 +1,33 @@
+"""`hf-vlm evaluate RUN --data SOURCE --split test`"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def run(words: Sequence[str]) -> None:
+    """Prints COCO's figures of a detector as a table."""
+    parser = argparse.ArgumentParser(prog="hf-vlm evaluate", description="COCO figures of a detector.")
+    parser.add_argument("run", help="folder of a detector, or its name on the Hub")
+    parser.add_argument("--data", required=True, help="labelled images: folder, file, Hub id or scenes")
+    parser.add_argument("--data_kind", help="kind of the source, guessed when not given")
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--num_examples", type=int, help="evaluate on the first so many images")
+    parser.add_argument("--save", type=Path, help="a JSON file for the figures")
+    arguments = parser.parse_args(words)
+
+    from hf_vlm.training.run import evaluate_run, quiet_libraries
+
+    quiet_libraries()
+    metrics = evaluate_run(
+        arguments.run,
+        arguments.data,
+        arguments.split,
+        kind=arguments.data_kind,
+        num_examples=arguments.num_examples,
+    )
+    width = max(map(len, metrics))
+    print("\n".join(f"{name:<{width}}  {value:.4f}" for name, value in metrics.items()))
+    if arguments.save:
+        arguments.save.write_text(json.dumps(metrics, indent=2) + "\n")

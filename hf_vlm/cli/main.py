@@ -1,0 +1,45 @@
+"""The command `hf-vlm`: one visible list of commands, each a file of this folder with `run(words)`."""
+
+import importlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+COMMANDS = {
+    "pretrain": "pretrain an encoder on unlabelled images:  hf-vlm pretrain RECIPE --data SOURCE",
+    "finetune": "fine-tune a detector on labelled images:   hf-vlm finetune RECIPE --data SOURCE --encoder RUN",
+    "evaluate": "COCO figures of a detector:                hf-vlm evaluate RUN --data SOURCE --split test",
+    "predict": "find objects in images:                    hf-vlm predict RUN photo.jpg --save out.png",
+    "push": "publish a run on the Hub:                  hf-vlm push RUN my-org/my-detector",
+    "demo": "all of it on built-in images, offline:     hf-vlm demo",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit status: 0, or 2 for something the user can mend, said in one message."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print("Usage: hf-vlm COMMAND ... ; hf-vlm COMMAND --help says more.\n")
+        print("\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items()))
+        return 0
+    if words[0] not in COMMANDS:
+        print(f"hf-vlm: there is no command {words[0]!r}. There are: {', '.join(COMMANDS)}.", file=sys.stderr)
+        return 2
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for library in ("httpx", "datasets", "transformers", "accelerate", "filelock", "fsspec", "matplotlib"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+    # Without an accelerator every loader would warn that pinning memory does nothing.
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    try:
+        importlib.import_module(f"hf_vlm.cli.{words[0]}").run(words[1:])
+    except ValueError as error:
+        if os.environ.get("HF_VLM_TRACEBACK"):
+            raise
+        print(f"hf-vlm {words[0]}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nhf-vlm {words[0]}: stopped. Checkpoints stay; --resume_from_checkpoint last goes on.", file=sys.stderr)
+        return 130
+    return 0

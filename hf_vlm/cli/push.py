@@ -1,0 +1,28 @@
+"""`hf-vlm push RUN REPO`"""
+
+import argparse
+from collections.abc import Sequence
+
+
+def run(words: Sequence[str]) -> None:
+    """Publishes a run on the Hub."""
+    parser = argparse.ArgumentParser(
+        prog="hf-vlm push", description="Publishes model, code, image processor, recipe and card of a run on the Hub."
+    )
+    parser.add_argument("run", help="folder of a run")
+    parser.add_argument("repo", help="name on the Hub, such as my-org/my-detector")
+    parser.add_argument("--private", action="store_true", help="make a private repository")
+    parser.add_argument("--revision", help="branch to push to")
+    parser.add_argument("--message", default="Upload model", help="commit message")
+    arguments = parser.parse_args(words)
+
+    from hf_vlm.deploy.push import push
+
+    url = push(
+        arguments.run,
+        arguments.repo,
+        private=arguments.private,
+        revision=arguments.revision,
+        commit_message=arguments.message,
+    )
+    print(f"Published at {url}")

@@ -1,0 +1,33 @@
+"""Puts transformed examples together into what the models' `forward` takes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+__all__ = ["collate_detection", "collate_views"]
+
+
+def collate_views(examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Stack `pixel_values` (V, C, H, W) or (C, H, W), `local_pixel_values` where there are any, and `label`.
+
+    Returns:
+        `pixel_values` (B, V, C, H, W) or (B, C, H, W), `local_pixel_values` (B, V, C, h, w), and `labels` (B,) int64
+        where the examples have a label.
+    """
+    batch: dict[str, torch.Tensor] = {
+        name: torch.stack([example[name] for example in examples])
+        for name in ("pixel_values", "local_pixel_values")
+        if name in examples[0]
+    }
+    if "label" in examples[0]:
+        batch["labels"] = torch.tensor([example["label"] for example in examples], dtype=torch.int64)  # (B,)
+    return batch
+
+
+def collate_detection(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Stack `pixel_values` (C, H, W) to (B, C, H, W) and list the labels, one dict an image."""
+    return {
+        "pixel_values": torch.stack([example["pixel_values"] for example in examples]),
+        "labels": [example["labels"] for example in examples],
+    }

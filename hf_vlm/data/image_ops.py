@@ -1,0 +1,178 @@
+"""Operations on decoded uint8 images (H, W, C) that the transforms share; opencv does the work.
+
+Colour follows Pillow's ImageEnhance, whose brightness, contrast and saturation are affine maps of RGB: a run of them
+becomes one matrix and one pass. Unlike in Pillow, values are clipped once a run instead of after every step.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+
+__all__ = [
+    "ColorStep",
+    "Normalizer",
+    "adjust_color",
+    "draw_color_jitter",
+    "flip",
+    "gaussian_blur",
+    "resize",
+    "solarize",
+    "turn",
+]
+
+Array = np.ndarray[Any, Any]
+ColorStep = tuple[
+    str, float
+]  # "brightness", "contrast", "saturation" with a factor, or "hue" with a share of the circle
+
+LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601, as Pillow converts to grey
+ROTATIONS = {1: cv2.ROTATE_90_COUNTERCLOCKWISE, 2: cv2.ROTATE_180, 3: cv2.ROTATE_90_CLOCKWISE}
+COLOR_STEPS = ("brightness", "contrast", "saturation", "hue")
+
+MAX_LINEAR_SHRINK = 1.25  # up to here bilinear samples alias no more than an exact filter blurs
+
+
+def resize(image: Array, size: tuple[int, int]) -> Array:
+    """Resize without aliasing to `size` = (height, width).
+
+    Bilinear where it enlarges or hardly shrinks. An axis that shrinks more is resized to twice its size first, and then
+    neighbours are averaged: as near to a Lanczos filter as opencv's area interpolation, and twice as fast.
+    """
+    doubled = tuple(2 * new if old > MAX_LINEAR_SHRINK * new else new for old, new in zip(image.shape[:2], size))
+    if doubled != size:
+        return _resize(resize(image, (doubled[0], doubled[1])), size, cv2.INTER_AREA)
+    return _resize(image, size, cv2.INTER_LINEAR)
+
+
+def _resize(image: Array, size: tuple[int, int], interpolation: int) -> Array:
+    if image.shape[:2] == size:
+        return image
+    num_channels = image.shape[2]
+    if num_channels > 4 and interpolation == cv2.INTER_AREA:  # opencv takes no more
+        parts = [image[:, :, start : start + 4] for start in range(0, num_channels, 4)]
+        return np.concatenate([_resize(part, size, interpolation) for part in parts], axis=2)
+    return cv2.resize(image, size[::-1], interpolation=interpolation).reshape(*size, num_channels)
+
+
+def flip(image: Array, *, horizontal: bool, vertical: bool) -> Array:
+    """Mirror left and right, top and bottom, or both."""
+    if not horizontal and not vertical:
+        return image
+    code = -1 if horizontal and vertical else int(horizontal)
+    return cv2.flip(image, code).reshape(image.shape)
+
+
+def turn(image: Array, quarter_turns: int) -> Array:
+    """Turn counterclockwise, 1 to 3 times by 90 degrees."""
+    turned = cv2.rotate(image, ROTATIONS[quarter_turns])
+    return turned.reshape(*turned.shape[:2], image.shape[2])
+
+
+def draw_color_jitter(strengths: Sequence[float], rng: np.random.Generator) -> tuple[ColorStep, ...]:
+    """Draw colour steps in random order.
+
+    Args:
+        strengths: Of brightness, contrast, saturation (factors of 1 - s to 1 + s) and hue (shifts of -s to s of the
+            circle); a step of strength 0 is left out.
+        rng: Generator to draw from.
+    """
+    steps = []
+    for index in rng.permutation(4).tolist():
+        strength = strengths[index]
+        if strength > 0:
+            middle = 0.0 if COLOR_STEPS[index] == "hue" else 1.0
+            steps.append((COLOR_STEPS[index], float(rng.uniform(middle - strength, middle + strength))))
+    return tuple(steps)
+
+
+def adjust_color(image: Array, steps: Sequence[ColorStep]) -> Array:
+    """Apply colour steps, in their order, to an RGB image (H, W, 3)."""
+    matrix = np.eye(4)  # of the steps since the last change of hue, on (r, g, b, 1)
+    mean = None
+    for name, value in steps:
+        if name == "hue":
+            image, matrix, mean = _shift_hue(_transform(image, matrix), value), np.eye(4), None
+            continue
+        if name == "contrast" and mean is None:
+            mean = np.array([*cv2.mean(image)[:3], 1.0])
+        matrix = _color_matrix(name, value, None if mean is None else matrix @ mean) @ matrix
+    return _transform(image, matrix)
+
+
+def _color_matrix(name: str, factor: float, mean: Array | None) -> Array:
+    """(4, 4) on (r, g, b, 1): the image mixed with black, with its mean grey or with its own grey."""
+    matrix = np.eye(4)
+    matrix[:3, :3] *= factor
+    if name == "contrast":
+        assert mean is not None
+        matrix[:3, 3] = (1.0 - factor) * (LUMA @ mean[:3])
+    elif name == "saturation":
+        matrix[:3, :3] += (1.0 - factor) * LUMA
+    else:
+        assert name == "brightness", name
+    return matrix
+
+
+def _transform(image: Array, matrix: Array) -> Array:
+    if np.array_equal(matrix, np.eye(4)):
+        return image
+    return cv2.transform(image, matrix[:3])  # rounds, and clips to 0 to 255
+
+
+def _shift_hue(image: Array, shift: float) -> Array:
+    """Turn the hue by a share of the circle, in HSV with 256 hues, as precise as Pillow's."""
+    hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)
+    hsv[:, :, 0] += np.uint8(round(shift * 256) % 256)  # wraps around, as hues do
+    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
+
+
+def gaussian_blur(image: Array, sigma: float) -> Array:
+    """Blur with a Gaussian of `sigma` pixels, cut at three sigma, the border mirrored."""
+    kernel = cv2.getGaussianKernel(2 * math.ceil(3 * sigma) + 1, sigma)
+    return cv2.sepFilter2D(image, -1, kernel, kernel).reshape(image.shape)
+
+
+def solarize(image: Array) -> Array:
+    """Invert all values from 128 on."""
+    values = np.arange(256, dtype=np.uint8)
+    return cv2.LUT(image, np.where(values < 128, values, 255 - values)).reshape(image.shape)
+
+
+class Normalizer:
+    """uint8 (H, W, C) to float32 (C, H, W): `(value / 255 - mean) / std` for each channel.
+
+    Args:
+        image_mean: One number, or one a channel.
+        image_std: One number, or one a channel.
+        num_channels: Channels of the images.
+
+    Raises:
+        ValueError: when the numbers do not fit the channels, or a deviation is not positive.
+    """
+
+    def __init__(
+        self, image_mean: float | Sequence[float], image_std: float | Sequence[float], *, num_channels: int
+    ) -> None:
+        mean = np.asarray(image_mean, dtype=np.float64)
+        std = np.asarray(image_std, dtype=np.float64)
+        for name, values in (("image_mean", mean), ("image_std", std)):
+            if values.shape not in ((), (1,), (num_channels,)):
+                raise ValueError(f"{name} must be one number or {num_channels}, one a channel, got {values.tolist()}.")
+        if (std <= 0).any():
+            raise ValueError(f"image_std must be positive, got {std.tolist()}.")
+        self.num_channels = num_channels
+        self.scale: list[float] = np.broadcast_to(1 / (255 * std), num_channels).tolist()
+        self.shift: list[float] = np.broadcast_to(-mean / std, num_channels).tolist()
+        # The mean as a pixel: a padding that becomes (nearly) zero.
+        self.fill: Array = np.broadcast_to(np.clip(np.rint(255 * mean), 0, 255), num_channels).astype(np.uint8)
+
+    def __call__(self, image: Array, out: Array) -> None:
+        """Normalise the image (H, W, C) uint8 into `out` (C, H, W) float32."""
+        for channel, plane in enumerate(cv2.split(image)):
+            # One pass that converts, scales and shifts; numpy needs two.
+            cv2.addWeighted(
+                plane, self.scale[channel], plane, 0.0, self.shift[channel], dst=out[channel], dtype=cv2.CV_32F
+            )

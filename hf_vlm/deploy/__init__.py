@@ -1,0 +1,1 @@
+"""A trained model where its users are: predictions, pictures, model cards and the Hub."""

@@ -1,0 +1,237 @@
+"""The model card of a run: every figure in it is read from the run's own files."""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+
+if TYPE_CHECKING:
+    from transformers.configuration_utils import PreTrainedConfig
+
+__all__ = ["CARD_MARKER", "write_model_card"]
+
+# push() rewrites a card that carries this line, and leaves alone one without it.
+CARD_MARKER = "<!-- Written by hf_vlm from the run's files. Delete this line to keep your own edits when pushing. -->"
+METRIC_NAMES = {
+    "ap": "AP (IoU 0.50:0.95)",
+    "ap50": "AP50",
+    "ap75": "AP75",
+    "ap_small": "AP, small objects (under 32 x 32 pixels)",
+    "ap_medium": "AP, medium objects",
+    "ap_large": "AP, large objects (96 x 96 pixels and more)",
+    "ar_1": "AR, 1 detection an image",
+    "ar_10": "AR, 10 detections",
+    "ar_100": "AR, 100 detections",
+    "knn_accuracy": "accuracy of nearest neighbours on its features",
+    "linear_accuracy": "accuracy of a linear classifier on its features",
+}
+
+
+def write_model_card(run_dir: str | Path, *, repo_id: str | None = None, license: str = "apache-2.0") -> Path:
+    """Write `README.md` into a run folder from its `config.json`, `recipe.yaml`, `run.json` and weights.
+
+    What a file does not hold leaves its sentence or section out.
+
+    Args:
+        repo_id: Where the model can be loaded from once pushed; the folder's name where it stays local.
+        license: Identifier of the weights' licence, as https://huggingface.co/docs/hub/repositories-licenses lists it.
+
+    Returns:
+        The path of the card.
+
+    Raises:
+        ValueError: Where the folder holds no `config.json`, or a file of it cannot be read.
+    """
+    run_dir = Path(run_dir)
+    config = _read_config(run_dir)
+    recipe, run = _read(run_dir / "recipe.yaml"), _read(run_dir / "run.json")
+    is_detector = any(name.endswith("ForObjectDetection") for name in config.architectures or [])
+    values = _values(run_dir, config, recipe, run) | {
+        "model_path": repo_id or f"./{run_dir.resolve().name}",
+        "model_name": (repo_id or run_dir.resolve().name).split("/")[-1],
+        "license": license,
+    }
+    values["card_data"] = _metadata(values, run, is_detector=is_detector).to_yaml()
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_templates_folder()),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=False,
+    )
+    text = environment.get_template("detector.md" if is_detector else "encoder.md").render(values)
+    path = run_dir / "README.md"
+    path.write_text(re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n", encoding="utf-8")
+    return path
+
+
+def _templates_folder() -> Path:
+    """Where the templates are: inside an installed package, or beside it in a source checkout."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "model_cards"
+    return inside if inside.is_dir() else package.parent / "model_cards"
+
+
+def _read_config(run_dir: Path) -> "PreTrainedConfig":
+    if not (run_dir / "config.json").is_file():
+        raise ValueError(f"{run_dir} is not the folder of a trained model: it has no config.json.")
+    # transformers takes seconds to import, which a folder that is no run should not cost.
+    from transformers import AutoConfig
+
+    import hf_vlm.registry  # noqa: F401  AutoConfig has to know the package's classes
+
+    return AutoConfig.from_pretrained(run_dir)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:  # JSON is YAML, but json reads it faster and knows NaN
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a mapping, but holds a {type(content).__name__}.")
+    return content
+
+
+def _values(run_dir: Path, config: "PreTrainedConfig", recipe: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
+    """Every variable of the templates; None, or empty, where it is unknown."""
+    encoder = getattr(config, "backbone_config", config)
+    data = run.get("data") or {}
+    source = data.get("source")
+    architecture = (config.architectures or [""])[0]
+    return {
+        "class_names": data.get("class_names") or [config.id2label[i] for i in sorted(config.id2label)],
+        "method": architecture.removesuffix("ForPreTraining") if architecture.endswith("ForPreTraining") else None,
+        "auto_class": _auto_class(getattr(config, "auto_map", None) or {}),
+        "encoder": _describe_encoder(run["encoder"]) if run.get("encoder") else None,
+        "from_scratch": "encoder" in run and not run["encoder"],
+        "metrics": _metric_rows(run.get("metrics") or {}),
+        "data": _describe_data(source) if source else None,
+        "train_split": recipe.get("train_split"),
+        "eval_split": recipe.get("eval_split"),
+        "num_examples": f"{data['num_examples']:,}" if data.get("num_examples") else None,
+        "fingerprint": data.get("fingerprint"),
+        "training": _describe_training(run),
+        "recipe": yaml.safe_dump(recipe, sort_keys=True).strip() if recipe else None,
+        "versions": sorted((run.get("versions") or {}).items()),
+        "image_size": _size(encoder.image_size),
+        "patch_size": _size(encoder.patch_size),
+        "num_parameters": _num_parameters(run_dir),
+        "marker": CARD_MARKER,
+        "num_hidden_layers": encoder.num_hidden_layers,
+        "hidden_size": encoder.hidden_size,
+        "num_attention_heads": encoder.num_attention_heads,
+        "num_channels": encoder.num_channels,
+    }
+
+
+def _metadata(values: Mapping[str, Any], run: dict[str, Any], *, is_detector: bool) -> ModelCardData:
+    task = "object-detection" if is_detector else "image-feature-extraction"
+    source = (run.get("data") or {}).get("source")
+    encoder = run.get("encoder")
+    results = [
+        EvalResult(
+            task_type=task,
+            dataset_type=source if source and _is_hub_id(source) else "unknown",
+            dataset_name=Path(source).name if source else "unknown",
+            dataset_split=values["eval_split"],
+            metric_type=key,
+            metric_name=METRIC_NAMES.get(key, key),
+            metric_value=round(value, 4),
+        )
+        for key, value in (run.get("metrics") or {}).items()
+        if _is_figure(value)
+    ]
+    return ModelCardData(
+        model_name=values["model_name"],
+        library_name="transformers",
+        pipeline_tag=task,
+        license=values["license"],
+        tags=["hf_vlm", "vision-transformer", "self-supervised-learning"],
+        datasets=[source] if source and _is_hub_id(source) else None,
+        base_model=encoder if encoder and _is_hub_id(encoder) else None,
+        eval_results=results or None,
+    )
+
+
+def _auto_class(auto_map: Mapping[str, Any]) -> str:
+    classes = [name for name in auto_map if name.startswith("AutoModel")]
+    return "AutoModel" if not classes or "AutoModel" in classes else classes[0]
+
+
+def _is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None and not Path(name).exists()
+
+
+def _describe_data(source: str) -> str:
+    if source.split(":")[0] == "scenes":
+        return (
+            f"the built-in scenes of hf_vlm (`{source}`), composed from the handwritten digits and photographs that "
+            "scikit-learn ships"
+        )
+    if _is_hub_id(source):
+        return f"the data set [{source}](https://huggingface.co/datasets/{source})"
+    return f"a data set of the publisher (`{Path(source).name}`)"  # the folders above it are nobody's business
+
+
+def _describe_encoder(encoder: str) -> str:
+    if _is_hub_id(encoder):
+        return f"the pretrained encoder [{encoder}](https://huggingface.co/{encoder})"
+    return f"the publisher's own pretrained encoder (`{Path(encoder).name}`)"
+
+
+def _describe_training(run: dict[str, Any]) -> str | None:
+    parts = []
+    if run.get("num_steps"):
+        parts.append(f"{run['num_steps']:,} optimiser steps")
+    if run.get("num_images_seen"):
+        parts.append(f"{run['num_images_seen']:,} images seen")
+    if run.get("seconds"):
+        parts.append(_duration(run["seconds"]))
+    if run.get("machine"):
+        parts.append(f"on {run['machine']}")
+    if _is_figure(run.get("train_loss")):
+        parts.append(f"mean training loss {run['train_loss']:.4g}")
+    if (run.get("git") or {}).get("commit"):
+        parts.append(f"code at commit `{run['git']['commit']}`" + (" with changes" if run["git"].get("dirty") else ""))
+    return ", ".join(parts) + "." if parts else None
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
+
+
+def _metric_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(METRIC_NAMES.get(key, key), f"{value:.3f}") for key, value in metrics.items() if _is_figure(value)]
+
+
+def _is_figure(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _size(size: Any) -> str:
+    height, width = (size, size) if isinstance(size, int) else size
+    return f"{height} x {width}"
+
+
+def _num_parameters(run_dir: Path) -> str | None:
+    from safetensors import safe_open
+
+    count = 0
+    for path in sorted(run_dir.glob("model*.safetensors")):
+        with safe_open(path, framework="np") as weights:
+            count += sum(math.prod(weights.get_slice(key).get_shape()) for key in weights.keys())  # noqa: SIM118
+    if not count:
+        return None
+    return f"{count / 1e6:.1f} million" if count >= 1e6 else f"{count:,}"

@@ -1,0 +1,183 @@
+"""Configuration of the plain Vision Transformer that every model of the package is built on."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers.backbone_utils import BackboneConfigMixin
+from transformers.configuration_utils import PreTrainedConfig
+
+# Width, depth and heads of the published encoders. ViT-Ti..H: arXiv 2010.11929 and 2012.12877; So400m:
+# arXiv 2305.13035; giant: DINOv2, arXiv 2304.07193; 7b: DINOv3, arXiv 2508.10104. nano is for CPUs and tests.
+PRESETS: dict[str, dict[str, Any]] = {
+    "nano": {"hidden_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4},
+    "tiny": {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3},
+    "small": {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6},
+    "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
+    "so400m": {
+        "hidden_size": 1152,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "intermediate_size": 4304,
+        "patch_size": 14,
+    },
+    "huge": {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16, "patch_size": 14},
+    "giant": {
+        "hidden_size": 1536,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 24,
+        "intermediate_size": 4096,
+        "patch_size": 14,
+        "use_gated_mlp": True,
+        "hidden_act": "silu",
+        "layerscale_value": 1e-5,
+    },
+    "7b": {
+        "hidden_size": 4096,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 32,
+        "intermediate_size": 8192,
+        "use_gated_mlp": True,
+        "hidden_act": "silu",
+        "layerscale_value": 1e-5,
+        "num_register_tokens": 4,
+        "position_embedding_type": "rope",
+        "qkv_bias": False,
+    },
+}
+
+POSITION_EMBEDDING_TYPES = ("learned", "sincos", "rope")
+NORM_TYPES = ("layernorm", "rmsnorm")
+
+
+def _pair(value: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+    height, width = (value, value) if isinstance(value, int) else value
+    return height, width
+
+
+def _choose(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"VLMViTConfig: {name} is {value!r}, but must be one of {', '.join(choices)}.")
+
+
+@strict
+class VLMViTConfig(BackboneConfigMixin, PreTrainedConfig):
+    r"""Shape of a [`VLMViTModel`].
+
+    One plain ViT covers by configuration what ViT, DeiT, MAE, DINOv2, DINOv3 and SigLIP encoders need.
+
+    Args:
+        image_size (`int` or `(height, width)`, defaults to 224):
+            Size in pixels at which learned positions are stored. Other sizes are accepted by the model: they need
+            only be multiples of the patch size.
+        patch_size (`int` or `(height, width)`, defaults to 16): Size of a patch in pixels.
+        num_channels (`int`, defaults to 3): Channels of the images: any number.
+        intermediate_size (`int`, *optional*): Width of the MLP; 4 x `hidden_size` when not given.
+        use_gated_mlp (`bool`, defaults to `False`): SwiGLU-style MLP (with `hidden_act="silu"`).
+        norm_type (`str`, defaults to `"layernorm"`): `"layernorm"` or `"rmsnorm"`.
+        position_embedding_type (`str`, defaults to `"learned"`):
+            `"learned"` (interpolated for other sizes), `"sincos"` (fixed, as in MAE) or `"rope"` (as in DINOv3).
+        rope_theta (`float`, defaults to 100.0): Base period of the rotary positions.
+        use_class_token (`bool`, defaults to `True`): Whether a class token leads the sequence. Without it the pooled
+            output is the mean of the patch tokens.
+        num_register_tokens (`int`, defaults to 0): Register tokens (arXiv 2309.16588).
+        layerscale_value (`float`, *optional*): Initial LayerScale; `None` builds none.
+        drop_path_rate (`float`, defaults to 0.0): Stochastic depth of the last layer, growing linearly from 0.
+        use_qk_norm (`bool`, defaults to `False`): Normalise queries and keys a head (arXiv 2302.05442).
+        apply_layernorm (`bool`, defaults to `True`): Whether backbone feature maps pass the final norm.
+        out_features, out_indices: Stages that [`VLMViTBackbone`] returns, `"stage1"` .. `"stageN"`; the last by default.
+
+    Raises:
+        ValueError: if a value is out of its choices or widths, heads and sizes do not divide.
+    """
+
+    model_type = "vlm_vit"
+    base_config_key = "backbone_config"
+
+    image_size: int | list[int] | tuple[int, int] = 224
+    patch_size: int | list[int] | tuple[int, int] = 16
+    num_channels: int = 3
+    hidden_size: int = 384
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 6
+    intermediate_size: int | None = None
+    hidden_act: str = "gelu"
+    use_gated_mlp: bool = False
+    norm_type: str = "layernorm"
+    layer_norm_eps: float = 1e-6
+    position_embedding_type: str = "learned"
+    rope_theta: float | int = 100.0
+    use_class_token: bool = True
+    num_register_tokens: int = 0
+    layerscale_value: float | None = None
+    drop_path_rate: float | int = 0.0
+    attention_dropout: float | int = 0.0
+    qkv_bias: bool = True
+    use_qk_norm: bool = False
+    initializer_range: float = 0.02
+    apply_layernorm: bool = True
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        self._check()
+        self.stage_names = ["stem"] + [f"stage{i}" for i in range(1, self.num_hidden_layers + 1)]
+        self.set_output_features_output_indices(
+            out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
+        )
+        super().__post_init__(**kwargs)
+
+    def _check(self) -> None:
+        _choose("position_embedding_type", self.position_embedding_type, POSITION_EMBEDDING_TYPES)
+        _choose("norm_type", self.norm_type, NORM_TYPES)
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"VLMViTConfig: hidden_size {self.hidden_size} is not divisible by num_attention_heads "
+                f"{self.num_attention_heads}."
+            )
+        if self.position_embedding_type == "sincos" and self.hidden_size % 4:
+            raise ValueError(f"VLMViTConfig: sin-cos positions need hidden_size {self.hidden_size} divisible by 4.")
+        if self.position_embedding_type == "rope" and (self.hidden_size // self.num_attention_heads) % 4:
+            raise ValueError("VLMViTConfig: rotary positions need a head size that is divisible by 4.")
+        for image, patch, side in zip(_pair(self.image_size), _pair(self.patch_size), ("height", "width")):
+            if image % patch:
+                raise ValueError(f"VLMViTConfig: image {side} {image} is not a multiple of the patch {side} {patch}.")
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> "VLMViTConfig":
+        """Builds a named size (`PRESETS`), single fields overridden; ValueError names the presets there are."""
+        if name not in PRESETS:
+            raise ValueError(f"No encoder preset {name!r}. There are: {', '.join(PRESETS)}.")
+        return cls(**{**PRESETS[name], **overrides})
+
+    @property
+    def image_hw(self) -> tuple[int, int]:
+        """Image height and width in pixels."""
+        return _pair(self.image_size)
+
+    @property
+    def patch_hw(self) -> tuple[int, int]:
+        """Patch height and width in pixels."""
+        return _pair(self.patch_size)
+
+    @property
+    def grid_hw(self) -> tuple[int, int]:
+        """Rows and columns of patches at `image_size`."""
+        (height, width), (patch_height, patch_width) = self.image_hw, self.patch_hw
+        return height // patch_height, width // patch_width
+
+    @property
+    def patch_dim(self) -> int:
+        """Values in one patch: channels x patch height x patch width."""
+        patch_height, patch_width = self.patch_hw
+        return self.num_channels * patch_height * patch_width
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the patches: class token and registers."""
+        return int(self.use_class_token) + self.num_register_tokens
+
+
+__all__ = ["PRESETS", "VLMViTConfig"]

@@ -1,0 +1,193 @@
+"""MAE: masked auto-encoding (arXiv 2111.06377), written from the paper."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.utils import ModelOutput, auto_docstring
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_vlm_vit import VLMViTConfig
+from .modeling_vlm_vit import (
+    VLMViTLayer,
+    VLMViTModel,
+    VLMViTPreTrainedModel,
+    build_norm,
+    gather_tokens,
+    patchify,
+    sincos_positions,
+    unpatchify,
+)
+from .ssl_layers import SSLConfig, first_views_first
+
+DECODER_DEFAULTS = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 16}
+
+
+@strict
+class MAEConfig(SSLConfig):
+    r"""Configuration of [`MAEForPreTraining`].
+
+    Args:
+        backbone_config (`VLMViTConfig` or `dict`, *optional*): The encoder; sin-cos positions when not given.
+        decoder_config (`VLMViTConfig` or `dict`, *optional*):
+            Width, depth and heads of the light decoder; 512 x 8 with 16 heads as in the paper when not given. Its
+            image, patch and channels are the encoder's.
+        mask_ratio (`float`, defaults to 0.75): Share of the patches that the encoder does not see.
+        norm_pix_loss (`bool`, defaults to `True`):
+            Whether targets are normalised a patch (unbiased variance, eps 1e-6), the paper's better variant.
+    """
+
+    model_type = "vlm_mae"
+    sub_configs = {"backbone_config": VLMViTConfig, "decoder_config": VLMViTConfig}
+
+    backbone_config: dict[str, Any] | VLMViTConfig | None = None
+    decoder_config: dict[str, Any] | VLMViTConfig | None = None
+    mask_ratio: float = 0.75
+    norm_pix_loss: bool = True
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.backbone_config is None:
+            self.backbone_config = VLMViTConfig(position_embedding_type="sincos")
+        self._resolve_backbone_config()
+        if not isinstance(self.decoder_config, VLMViTConfig):
+            encoder = self.backbone_config
+            of_encoder = {name: getattr(encoder, name) for name in ("image_size", "patch_size", "num_channels")}
+            self.decoder_config = VLMViTConfig(**{**DECODER_DEFAULTS, **(self.decoder_config or {}), **of_encoder})
+        if not 0 < self.mask_ratio < 1:
+            raise ValueError(f"MAEConfig: mask_ratio must lie between 0 and 1, but is {self.mask_ratio}.")
+        super().__post_init__(**kwargs)
+
+
+@auto_docstring
+@dataclass
+class MAEOutput(ModelOutput):
+    r"""
+    loss (`torch.FloatTensor` of shape `()`): Mean squared error on the masked patches.
+    predictions (`torch.FloatTensor` of shape `(batch, masked, channels * patch_height * patch_width)`):
+        Predicted pixels of the masked patches, in the order of `masked_indices`.
+    masked_indices (`torch.LongTensor` of shape `(batch, masked)`): Row-major indices of the masked patches.
+    """
+
+    loss: Tensor | None = None
+    predictions: Tensor | None = None
+    masked_indices: Tensor | None = None
+
+
+def random_masking(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor]:
+    """Splits patches by the order of noise (batch, patches) into visible and masked indices (batch, k) each."""
+    num_patches = noise.shape[1]
+    num_visible = max(1, min(num_patches - 1, round(num_patches * (1 - mask_ratio))))
+    order = noise.argsort(dim=1)
+    return order[:, :num_visible], order[:, num_visible:]
+
+
+def normalise_patches(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Standardises each patch (..., values); returns the result, the means and the standard deviations."""
+    mean = patches.mean(dim=-1, keepdim=True)
+    std = (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
+    return (patches - mean) / std, mean, std
+
+
+class MAEDecoder(VLMViTPreTrainedModel):
+    """Light transformer that predicts the pixels of masked patches from encoded visible ones."""
+
+    def __init__(self, config: VLMViTConfig, encoder_size: int):
+        super().__init__(config)
+        self.embed = nn.Linear(encoder_size, config.hidden_size)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, config.hidden_size))
+        self.layers = nn.ModuleList([VLMViTLayer(config) for _ in range(config.num_hidden_layers)])
+        self.norm = build_norm(config, config.hidden_size)
+        self.predict = nn.Linear(config.hidden_size, config.patch_dim)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self:
+            init.trunc_normal_(module.mask_token, std=self.config.initializer_range)
+
+    def forward(
+        self, encoded: Tensor, visible: Tensor, masked: Tensor, grid_hw: tuple[int, int], **kwargs: Any
+    ) -> Tensor:
+        tokens = self.embed(encoded)  # (batch, prefix + visible, decoder_size)
+        positions = sincos_positions(self.config.hidden_size, grid_hw, tokens.device).to(tokens.dtype)
+        num_prefix = tokens.shape[1] - visible.shape[1]
+        prefix, seen = tokens[:, :num_prefix], tokens[:, num_prefix:] + positions[visible]
+        # Attention does not depend on the order of tokens, so nothing is put back into the order of the image.
+        hidden = torch.cat([prefix, seen, self.mask_token + positions[masked]], dim=1)
+        for layer in self.layers:
+            hidden = layer(hidden, **kwargs)
+        return self.predict(self.norm(hidden[:, -masked.shape[1] :]))  # (batch, masked, patch_dim)
+
+
+@auto_docstring
+class MAEForPreTraining(VLMViTPreTrainedModel):
+    """An encoder that sees a quarter of the patches and a light decoder that paints the others."""
+
+    config_class = MAEConfig
+    # The paper's only augmentation: random resized crop and flip.
+    default_views = {"num_views": 1, "crop_scale": [0.2, 1.0], "flip": 0.5}
+
+    def __init__(self, config: MAEConfig):
+        super().__init__(config)
+        self.backbone = VLMViTModel(config.backbone_config)
+        self.decoder = MAEDecoder(config.decoder_config, config.backbone_config.hidden_size)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(self, pixel_values: Tensor, noise: Tensor | None = None, **kwargs: Any) -> MAEOutput:
+        r"""
+        pixel_values (`torch.FloatTensor` of shape `(batch, views, channels, height, width)` or without views):
+            Images; each view counts as an image.
+        noise (`torch.FloatTensor` of shape `(batch * views, patches)`, *optional*):
+            The patches of the lowest values stay visible; uniform random when not given.
+        """
+        images = self._images(pixel_values)
+        targets = patchify(images, self.config.backbone_config.patch_hw)  # (batch, patches, patch_dim)
+        if noise is None:
+            noise = torch.rand(targets.shape[:2], device=targets.device)
+        visible, masked = random_masking(noise, self.config.mask_ratio)
+        encoded = self.backbone(images, visible_indices=visible).last_hidden_state  # (batch, prefix + visible, dim)
+        predictions = self.decoder(encoded, visible, masked, self._grid_hw(images))  # (batch, masked, patch_dim)
+        targets = gather_tokens(targets, masked).float()
+        if self.config.norm_pix_loss:
+            targets = normalise_patches(targets)[0]
+        loss = (predictions.float() - targets).square().mean()
+        return MAEOutput(loss=loss, predictions=predictions, masked_indices=masked)
+
+    @torch.no_grad()
+    def reconstruct(self, pixel_values: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Paints the masked patches of images into the images.
+
+        Takes what `forward` takes. Returns the reconstruction (batch, channels, height, width) in the input's
+        normalisation, visible patches as they were, and the mask (batch, 1, height, width), true where painted.
+        Patches predicted in normalised form get the mean and deviation of the true patch.
+        """
+        images, patch_hw = self._images(pixel_values), self.config.backbone_config.patch_hw
+        output = self(pixel_values, noise=noise, return_dict=True)
+        patches = patchify(images, patch_hw).float()
+        predictions = output.predictions.float()
+        if self.config.norm_pix_loss:
+            _, mean, std = normalise_patches(gather_tokens(patches, output.masked_indices))
+            predictions = predictions * std + mean
+        index = output.masked_indices[:, :, None]
+        painted = patches.scatter(1, index.expand_as(predictions), predictions)
+        mask = torch.zeros_like(patches).scatter(1, index.expand_as(predictions), 1.0)
+        grid_hw = self._grid_hw(images)
+        return unpatchify(painted, grid_hw, patch_hw), unpatchify(mask, grid_hw, patch_hw)[:, :1].bool()
+
+    @staticmethod
+    def _images(pixel_values: Tensor) -> Tensor:
+        return first_views_first(pixel_values) if pixel_values.ndim == 5 else pixel_values
+
+    def _grid_hw(self, images: Tensor) -> tuple[int, int]:
+        ph, pw = self.config.backbone_config.patch_hw
+        return images.shape[2] // ph, images.shape[3] // pw
+
+
+__all__ = ["MAEConfig", "MAEForPreTraining", "MAEOutput"]

@@ -1,0 +1,106 @@
+"""What self-supervised methods share: collectives with gradients, the projection head, the composite configuration."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_gather, all_reduce
+from transformers.configuration_utils import PreTrainedConfig
+
+from .configuration_vlm_vit import VLMViTConfig
+
+
+def world_size() -> int:
+    """Number of ranks; 1 where no process group runs."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Index of this rank; 0 where no process group runs."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def gather_with_gradient(tensor: Tensor) -> Tensor:
+    """Joins tensors (n, ...) of all ranks in rank order: (world x n, ...).
+
+    The backward pass sums the gradients of all ranks. DDP averages them, so a loss that is a mean over the local rows
+    gives the gradient of the joined batch without further scaling.
+    """
+    return torch.cat(all_gather(tensor.contiguous())) if world_size() > 1 else tensor
+
+
+class SyncedBatchNorm1d(nn.BatchNorm1d):
+    """Batch normalisation of (batch, features) with the statistics of all ranks, on any device.
+
+    torch's own synchronised layer runs on accelerators only; two CPU processes must train as one process does.
+    """
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if not self.training or world_size() == 1:
+            return super().forward(inputs)
+        sums = torch.stack([inputs.sum(0), inputs.square().sum(0), torch.full_like(inputs[0], len(inputs))]).float()
+        total, total_square, count = all_reduce(sums)  # each (features,)
+        mean = total / count
+        variance = total_square / count - mean.square()
+        if self.track_running_stats:
+            with torch.no_grad():
+                momentum = self.momentum
+                self.num_batches_tracked += 1
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+                self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var.dtype), momentum)
+        normalised = (inputs - mean) * torch.rsqrt(variance + self.eps)
+        return (normalised * self.weight + self.bias if self.affine else normalised).to(inputs.dtype)
+
+
+class ProjectionHead(nn.Sequential):
+    """MLP with batch norm between the layers: (batch, input_size) to (batch, output_size)."""
+
+    def __init__(self, input_size: int, hidden_size: int, output_size: int, *, num_layers: int = 2):
+        sizes = [input_size, *[hidden_size] * (num_layers - 1), output_size]
+        layers: list[nn.Module] = []
+        for i, (size_in, size_out) in enumerate(zip(sizes, sizes[1:])):
+            last = i == num_layers - 1
+            layers.append(nn.Linear(size_in, size_out, bias=last))
+            if not last:
+                layers += [SyncedBatchNorm1d(size_out), nn.ReLU(inplace=True)]
+        super().__init__(*layers)
+
+
+class SSLConfig(PreTrainedConfig):
+    """Base of the method configurations: each holds the encoder's configuration as `backbone_config`."""
+
+    sub_configs = {"backbone_config": VLMViTConfig}
+
+    def _resolve_backbone_config(self) -> None:
+        if self.backbone_config is None:
+            self.backbone_config = VLMViTConfig()
+        elif isinstance(self.backbone_config, dict):
+            self.backbone_config = VLMViTConfig(**self.backbone_config)
+
+
+def check_views(pixel_values: Tensor, num_views: int | None = None) -> Tensor:
+    """Checks a batch of views (batch, views, channels, height, width) and returns it; ValueError otherwise."""
+    if pixel_values.ndim != 5 or (num_views is not None and pixel_values.shape[1] != num_views):
+        wanted = "views" if num_views is None else f"{num_views} views"
+        raise ValueError(
+            f"pixel_values must be (batch, {wanted}, channels, height, width), but are {tuple(pixel_values.shape)}."
+        )
+    return pixel_values
+
+
+def first_views_first(pixel_values: Tensor) -> Tensor:
+    """Flattens (batch, views, ...) to (views x batch, ...): all first views, then all second views."""
+    return pixel_values.transpose(0, 1).flatten(0, 1)
+
+
+__all__: list[Any] = [
+    "ProjectionHead",
+    "SSLConfig",
+    "SyncedBatchNorm1d",
+    "check_views",
+    "first_views_first",
+    "gather_with_gradient",
+    "rank",
+    "world_size",
+]

@@ -1,0 +1,167 @@
+"""A recipe: flat YAML whose keys are TrainingArguments' names and ours, read strictly."""
+
+import difflib
+import re
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import TrainingArguments
+
+
+@dataclass
+class VisionTrainingArguments(TrainingArguments):
+    """TrainingArguments and what a vision run needs besides: the model, the data and the optimiser's groups.
+
+    Raises:
+        ValueError: if a run is given neither a number of steps nor something to read.
+    """
+
+    output_dir: str | None = field(default="runs/run", metadata={"help": "Folder of the run."})
+    method: str = field(default="", metadata={"help": "Row of the registry: simclr, mae, detection, ..."})
+    encoder_preset: str = field(default="small", metadata={"help": "Named size of the encoder."})
+    encoder_config: dict[str, Any] = field(default_factory=dict, metadata={"help": "VLMViTConfig fields to override."})
+    model_config: dict[str, Any] = field(default_factory=dict, metadata={"help": "Fields of the method's config."})
+    encoder: str | None = field(default=None, metadata={"help": "Folder or Hub id of encoder weights to start from."})
+    resize_encoder: bool = field(default=False, metadata={"help": "Accept encoder weights that do not all fit."})
+    data: str = field(default="", metadata={"help": "Source of images: folder, file, Hub id, or scenes."})
+    data_kind: str | None = field(default=None, metadata={"help": "Kind of the source; guessed when not given."})
+    train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    eval_split: str = field(default="validation", metadata={"help": "Split to evaluate on."})
+    num_train_examples: int | None = field(default=None, metadata={"help": "Use only the first so many images."})
+    num_eval_examples: int | None = field(default=None, metadata={"help": "Evaluate on the first so many images."})
+    image_size: Any = field(default=224, metadata={"help": "Pixels that enter the model: size or [height, width]."})
+    views: dict[str, Any] = field(default_factory=dict, metadata={"help": "Changes to the method's default views."})
+    augmentation: dict[str, Any] = field(default_factory=dict, metadata={"help": "Detection augmentation."})
+    shuffle_block: int = field(default=1024, metadata={"help": "Encoded examples that are shuffled together."})
+    max_bad_share: float = field(default=0.01, metadata={"help": "Share of unreadable images that stops the run."})
+    layer_decay: float = field(default=1.0, metadata={"help": "Learning rate of a layer relative to the one above."})
+    encoder_lr_multiplier: float = field(default=1.0, metadata={"help": "Learning rate of the encoder's top layer."})
+
+    # Streams have no columns to remove and carry their own position; every parameter is used in every step.
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Keep all columns of a batch."})
+    ignore_data_skip: bool = field(default=True, metadata={"help": "The stream resumes by its state, not by replay."})
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "No parameter is ever unused."})
+
+    def __post_init__(self) -> None:
+        if self.max_steps <= 0:
+            raise ValueError("A recipe needs max_steps, a positive number of optimiser steps.")
+        super().__post_init__()
+
+    @property
+    def image_hw(self) -> tuple[int, int]:
+        """Height and width of the images that enter the model."""
+        size = self.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return int(height), int(width)
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML 1.2 numbers: PyYAML takes 1e-4 for a string."""
+
+
+_RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?$"), list("-+.0123456789")
+)
+_RecipeLoader.yaml_implicit_resolvers = {  # an integer must be tried before the float pattern, which matches it too
+    key: sorted(resolvers, key=lambda resolver: resolver[0] != "tag:yaml.org,2002:int")
+    for key, resolvers in _RecipeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Reads a recipe and applies `--key value` overrides (`--key.sub value` inside a dictionary).
+
+    Raises:
+        ValueError: if the file is missing or not flat YAML, a key is unknown (the nearest one is named), or a value
+            has the wrong type.
+    """
+    path = find_recipe(path)
+    try:
+        recipe = yaml.load(path.read_text(), _RecipeLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"Recipe {path} is not valid YAML: {error}") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"Recipe {path} must be a mapping of keys to values.")
+    for key, value in parse_overrides(overrides):
+        name, _, sub_key = key.partition(".")
+        if sub_key:
+            recipe[name] = {**(recipe.get(name) or {}), sub_key: value}
+        else:
+            recipe[name] = value
+    return check_recipe(recipe, str(path))
+
+
+def find_recipe(path: str | Path) -> Path:
+    """A recipe's file: as given, or among the recipes that come with the package."""
+    path = Path(path)
+    shipped = recipes_folder()
+    for candidate in (path, shipped / path, shipped.parent / path):
+        if candidate.is_file():
+            return candidate
+    known = sorted(str(p.relative_to(shipped)) for p in shipped.glob("*/*.yaml") if p.parent.name != "accelerate")
+    raise ValueError(f"There is no recipe {path}. Give a YAML file or one of: {', '.join(known)}.")
+
+
+def recipes_folder() -> Path:
+    """Where the shipped recipes are: inside an installed package, or beside it in a source checkout."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "recipes"
+    return inside if inside.is_dir() else package.parent / "recipes"
+
+
+def parse_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
+    """Turns `--key value` and `--key=value` words into pairs; values are read as YAML."""
+    pairs = []
+    remaining = list(words)
+    while remaining:
+        word = remaining.pop(0)
+        if not word.startswith("--"):
+            raise ValueError(f"Expected --key value, but found {word!r}.")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            if not remaining or remaining[0].startswith("--"):
+                raise ValueError(f"--{key} needs a value.")
+            value = remaining.pop(0)
+        pairs.append((key.replace("-", "_"), yaml.load(value, _RecipeLoader)))
+    return pairs
+
+
+def check_recipe(recipe: dict[str, Any], where: str) -> dict[str, Any]:
+    """Checks keys and value types of a recipe and returns it with numbers of the declared type."""
+    hints = typing.get_type_hints(VisionTrainingArguments)
+    known = [f.name for f in fields(VisionTrainingArguments) if f.init]
+    for key in recipe:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"Unknown key {key!r} in {where}.{hint}")
+    return {key: _checked(key, value, hints[key], where) for key, value in recipe.items()}
+
+
+def _checked(key: str, value: Any, hint: Any, where: str) -> Any:
+    """Checks plain types only: what TrainingArguments declares as richer, it checks itself."""
+    options = set(typing.get_args(hint)) - {type(None)} or {hint}
+    plain = options & {int, float, bool, str}
+    if value is None or plain != options:
+        return value
+    if float in plain and isinstance(value, int) and not isinstance(value, bool):
+        return value if int in plain else float(value)
+    if type(value) in plain:
+        return value
+    names = " or ".join(sorted(option.__name__ for option in plain))
+    raise ValueError(f"{key} in {where} must be {names}, but is {value!r}.")
+
+
+def parse_arguments(recipe: dict[str, Any]) -> VisionTrainingArguments:
+    """Builds the arguments of a checked recipe; a value that TrainingArguments refuses is a ValueError."""
+    try:
+        return VisionTrainingArguments(**recipe)
+    except (TypeError, ImportError) as error:
+        raise ValueError(f"The recipe cannot be used: {error}") from error
+
+
+__all__ = ["VisionTrainingArguments", "check_recipe", "find_recipe", "load_recipe", "parse_arguments", "recipes_folder"]

@@ -1,0 +1,160 @@
+"""Builds what a recipe names: encoder, method, image processor; loads encoder weights and says what became of them."""
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
+from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
+from hf_vlm.models.modeling_vlm_vit import VLMViTModel
+from hf_vlm.registry import find_model
+from hf_vlm.training.arguments import VisionTrainingArguments
+
+logger = logging.getLogger(__name__)
+
+# What must agree between a recipe's encoder and weights; all else is how they are trained, or follows from these.
+ARCHITECTURE = (
+    "patch_size",
+    "num_channels",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "use_gated_mlp",
+    "hidden_act",
+    "norm_type",
+    "position_embedding_type",
+    "use_class_token",
+    "num_register_tokens",
+    "use_qk_norm",
+    "qkv_bias",
+)
+
+
+def build_encoder_config(args: VisionTrainingArguments) -> VLMViTConfig:
+    """The encoder that a recipe describes; ValueError names what is wrong with it."""
+    fields = {"image_size": list(args.image_hw), **args.encoder_config}
+    return _build("encoder_config", lambda: VLMViTConfig.from_preset(args.encoder_preset, **fields), VLMViTConfig, fields)
+
+
+def build_model(
+    args: VisionTrainingArguments, *, task: str, class_names: Sequence[str] | None = None
+) -> PreTrainedModel:
+    """The model of a recipe, its encoder loaded from `args.encoder` where one is given.
+
+    Raises:
+        ValueError: if the method is no row of the registry for the task, its configuration is refused, or the encoder
+            does not fit.
+    """
+    entry = find_model(args.method, task)
+    encoder = load_encoder(args) if args.encoder else None
+    backbone_config = build_encoder_config(args) if encoder is None else encoder.config
+    fields = {"backbone_config": backbone_config.to_dict(), **args.model_config}
+    if class_names is not None:
+        fields["id2label"] = dict(enumerate(class_names))
+        fields["label2id"] = {name: index for index, name in enumerate(class_names)}
+    config = _build("model_config", lambda: entry.config_class(**fields), entry.config_class, fields)
+    model = entry.model_class(config)
+    if encoder is not None:
+        model.backbone.load_state_dict(encoder.state_dict())
+    return model
+
+
+def _build(key: str, construct: Any, config_class: type, fields: dict[str, Any]) -> Any:
+    """Constructs a configuration; unknown fields, which transformers would keep silently, are errors."""
+    known = set(config_class.__dataclass_fields__) | {"out_features", "out_indices", "transformers_version"}
+    unknown = [name for name in fields if name not in known and name not in ("id2label", "label2id")]
+    if unknown:
+        raise ValueError(f"{key}: {config_class.__name__} has no field {', '.join(map(repr, unknown))}.")
+    try:
+        return construct()
+    except ValueError:
+        raise
+    except Exception as error:  # the strict dataclasses of huggingface_hub raise types of their own
+        raise ValueError(f"{key}: {error}") from error
+
+
+def load_encoder(args: VisionTrainingArguments) -> VLMViTModel:
+    """Loads `args.encoder` (a run's folder, any checkpoint of ours, a Hub id) loudly.
+
+    Raises:
+        ValueError: if nothing is there, its architecture is not the recipe's, or weights are missing, unless
+            `resize_encoder` asks to take what fits.
+    """
+    wanted = build_encoder_config(args)
+    try:
+        found = VLMViTConfig.from_pretrained(args.encoder)
+    except OSError as error:
+        raise ValueError(f"encoder: {args.encoder!r} is neither a folder with a model nor one on the Hub.") from error
+    differences = [
+        f"{name}: weights have {_plain(getattr(found, name))}, the recipe says {_plain(getattr(wanted, name))}"
+        for name in ARCHITECTURE
+        if _plain(getattr(found, name)) != _plain(getattr(wanted, name))
+    ]
+    if differences and not args.resize_encoder:
+        raise ValueError(
+            f"encoder: {args.encoder} does not fit the recipe.\n  "
+            + "\n  ".join(differences)
+            + "\nSet encoder_preset and encoder_config to those of the weights, or resize_encoder: true to take what fits."
+        )
+    with _quiet_transformers():
+        encoder, report = VLMViTModel.from_pretrained(
+            args.encoder,
+            config=wanted if differences else None,
+            ignore_mismatched_sizes=bool(differences),
+            output_loading_info=True,
+        )
+    _report(args, encoder, report)
+    return encoder
+
+
+def _report(args: VisionTrainingArguments, encoder: VLMViTModel, report: dict[str, Any]) -> None:
+    """Says in one table which weights were loaded; refuses an encoder that is only partly there."""
+    missing = sorted(report["missing_keys"])
+    reshaped = sorted(str(key[0] if isinstance(key, tuple) else key) for key in report["mismatched_keys"])
+    left_out = sorted({key.split(".")[0] for key in report["unexpected_keys"]})
+    num_weights = len(encoder.state_dict())
+    rows = {
+        "loaded": f"{num_weights - len(missing) - len(reshaped)} of {num_weights} weights",
+        "missing (random)": ", ".join(missing),
+        "other shape (random)": ", ".join(reshaped),
+        "not of the encoder, left out": ", ".join(left_out),
+    }
+    table = "".join(f"\n  {name:<30} {value}" for name, value in rows.items() if value)
+    if (missing or reshaped) and not args.resize_encoder:
+        raise ValueError(f"encoder: {args.encoder} lacks weights of the encoder.{table}")
+    logger.info("Encoder from %s%s", args.encoder, table)
+
+
+def _plain(value: Any) -> Any:
+    """A size in one form: 16, (16, 16) and [16, 16] are the same."""
+    if isinstance(value, list | tuple):
+        return value[0] if len(set(value)) == 1 else list(value)
+    return value
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Our report replaces the one that transformers prints, whose every head weight looks like a fault."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
+def build_processor(args: VisionTrainingArguments, num_channels: int) -> VLMViTImageProcessor:
+    """The image processor that prepares images as training does: ImageNet's statistics for colour, else 0.5."""
+    height, width = args.image_hw
+    size = {"height": height, "width": width}
+    if num_channels == 3:
+        return VLMViTImageProcessor(size=size)
+    return VLMViTImageProcessor(size=size, image_mean=[0.5] * num_channels, image_std=[0.5] * num_channels)
+
+
+__all__ = ["build_encoder_config", "build_model", "build_processor", "load_encoder"]

@@ -1,0 +1,54 @@
+"""What happens beside the steps: state that advances, and a log that stays readable while training runs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class AfterStep(TrainerCallback):
+    """Calls the model's `after_step(progress)` once an optimiser step, where it has one (teachers, schedules)."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        inner = getattr(model, "module", model)
+        if hasattr(inner, "after_step"):
+            inner.after_step(state.global_step / state.max_steps)
+
+
+class LogFile(TrainerCallback):
+    """Appends each log entry as a line of JSON to `log.jsonl` in the run's folder."""
+
+    name = "log.jsonl"
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        path = Path(args.output_dir) / self.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [entry for entry in read_log(path) if entry["step"] <= state.global_step] if state.global_step else []
+        path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))  # a resumed run repeats no step
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if state.is_world_process_zero and logs:
+            with (Path(args.output_dir) / self.name).open("a") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+def read_log(path: Path) -> list[dict[str, float]]:
+    """Entries of a `log.jsonl`; none where there is no file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+__all__ = ["AfterStep", "LogFile", "read_log"]

@@ -1,0 +1,97 @@
+"""Evaluators: each takes a model and a finite stream and returns name -> value, the same on all ranks."""
+
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from hf_vlm.data.collate import collate_detection
+from hf_vlm.data.stream import ExampleStream
+from hf_vlm.metrics import coco_detection_metrics, knn_accuracy, linear_accuracy
+from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
+
+MAX_DETECTIONS = 100  # COCO counts no more; kept boxes bound the memory
+
+
+@torch.inference_mode()
+def predict_detection(
+    model: nn.Module, stream: ExampleStream, processor: VLMViTImageProcessor, *, batch_size: int = 32
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Predictions and references of every image of a stream, as `coco_detection_metrics` takes them, in pixels."""
+    was_training, device = model.training, next(model.parameters()).device
+    model.eval()
+    predictions, references = [], []
+    loader = DataLoader(stream, batch_size=batch_size, collate_fn=collate_detection)
+    for batch in tqdm(loader, desc="Evaluating", leave=False, disable=stream.rank != 0):
+        outputs = model(pixel_values=batch["pixel_values"].to(device))
+        sizes = [tuple(int(side) for side in labels["orig_size"]) for labels in batch["labels"]]
+        found = processor.post_process_object_detection(
+            outputs, threshold=0.0, target_sizes=sizes, max_detections=MAX_DETECTIONS
+        )
+        predictions += [{name: value.cpu() for name, value in image.items()} for image in found]
+        references += [_reference(labels, size) for labels, size in zip(batch["labels"], sizes)]
+    model.train(was_training)
+    return predictions, references
+
+
+def _reference(labels: dict[str, Tensor], size: tuple[int, int]) -> dict[str, Any]:
+    centre, extent = labels["boxes"].cpu().split(2, dim=-1)
+    corners = torch.cat([centre - extent / 2, centre + extent / 2], dim=-1)  # (n, 4) in 0..1
+    height, width = size
+    return {
+        "boxes": corners * torch.tensor([width, height, width, height]),
+        "labels": labels["class_labels"].cpu(),
+        "area": labels["area"].cpu(),
+        "iscrowd": labels["iscrowd"].cpu(),
+    }
+
+
+def evaluate_detection(
+    model: nn.Module,
+    stream: ExampleStream,
+    processor: VLMViTImageProcessor,
+    *,
+    class_names: list[str],
+    batch_size: int = 32,
+    per_class: bool = False,
+) -> dict[str, float]:
+    """COCO's figures over a stream, gathered from all ranks; ValueError for a stream without images."""
+    predictions, references = predict_detection(model, stream, processor, batch_size=batch_size)
+    if stream.world_size > 1:
+        predictions, references = gather_object(predictions), gather_object(references)
+    return coco_detection_metrics(predictions, references, class_names=class_names, per_class=per_class)
+
+
+@torch.inference_mode()
+def extract_features(
+    encoder: nn.Module, stream: ExampleStream, *, batch_size: int = 64
+) -> tuple[Tensor, Tensor]:
+    """Pooled features (images, hidden_size) and labels (images,) of a labelled stream.
+
+    The mean of the patch tokens, which serves methods with and without a trained class token alike.
+    """
+    was_training, device = encoder.training, next(encoder.parameters()).device
+    encoder.eval()
+    features, labels = [], []
+    for batch in tqdm(DataLoader(stream, batch_size=batch_size), desc="Features", leave=False):
+        tokens = encoder(pixel_values=batch["pixel_values"].to(device)).last_hidden_state
+        features.append(tokens[:, encoder.config.num_prefix_tokens :].mean(dim=1).float().cpu())
+        labels.append(batch["label"])
+    encoder.train(was_training)
+    return torch.cat(features), torch.cat(labels)
+
+
+def evaluate_features(
+    encoder: nn.Module, train: ExampleStream, test: ExampleStream, *, batch_size: int = 64
+) -> dict[str, float]:
+    """kNN and linear accuracy of frozen features: how far the encoder has come without any fine-tuning."""
+    train_features, train_labels = extract_features(encoder, train, batch_size=batch_size)
+    test_features, test_labels = extract_features(encoder, test, batch_size=batch_size)
+    data = train_features, train_labels, test_features, test_labels
+    return {"knn": knn_accuracy(*data, num_neighbors=min(20, len(train_labels))), "linear": linear_accuracy(*data)}
+
+
+__all__ = ["evaluate_detection", "evaluate_features", "extract_features", "predict_detection"]

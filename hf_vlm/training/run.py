@@ -1,0 +1,304 @@
+"""Whole runs of a recipe: pretraining, fine-tuning a detector, evaluating what a run left."""
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+import yaml
+from transformers import set_seed
+
+from hf_vlm.data.collate import collate_detection, collate_views
+from hf_vlm.data.detection import DetectionTransform
+from hf_vlm.data.sources import class_names, has_boxes, open_stream, unlabelled
+from hf_vlm.data.stream import ExampleStream
+from hf_vlm.data.views import ViewTransform
+from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
+from hf_vlm.models.modeling_detection import VLMViTForObjectDetection
+from hf_vlm.models.modeling_vlm_vit import VLMViTModel
+from hf_vlm.training.arguments import VisionTrainingArguments, parse_arguments
+from hf_vlm.training.build import build_model, build_processor
+from hf_vlm.training.evaluation import evaluate_detection
+from hf_vlm.training.trainer import VisionTrainer
+
+logger = logging.getLogger(__name__)
+
+RECIPE_FILE, RUN_FILE = "recipe.yaml", "run.json"
+OBJECTIVE_FOLDER = "objective"  # the whole pretraining model, beside the encoder that people use
+
+
+def pretrain(recipe: dict[str, Any], *, write_card: Callable[[Path], Any] | None = None) -> dict[str, Any]:
+    """Pretrains an encoder by a recipe.
+
+    Leaves in `output_dir` the encoder with its image processor, the recipe, `run.json` and `log.jsonl`; the whole
+    pretraining model (heads, decoder) in its subfolder `objective`; checkpoints beside. Returns what `run.json` holds.
+
+    Raises:
+        ValueError: for a recipe, an encoder or data that cannot be used, with what to do about it.
+    """
+    args = parse_arguments(recipe)
+    set_seed(args.seed)
+    source = _open(args, args.train_split, args.num_train_examples)
+    model = build_model(args, task="pretraining")
+    num_channels = model.config.backbone_config.num_channels
+    processor = build_processor(args, num_channels)
+    views = {**model.default_views, "size": list(args.image_hw), **args.views}
+    transform = ViewTransform.from_dict(
+        views, image_mean=processor.image_mean, image_std=processor.image_std, num_channels=num_channels
+    )
+    record = RunRecord(args, recipe, source, write_card)
+    trainer = VisionTrainer(
+        model=model,
+        args=args,
+        train_dataset=_train_stream(args, unlabelled(source), transform),
+        data_collator=collate_views,
+        processing_class=processor,
+        on_save=record.write,
+    )
+    _train(trainer, record)
+    output_dir = Path(args.output_dir)
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    trainer.save_model(str(output_dir / OBJECTIVE_FOLDER), _internal_call=True)
+    if args.should_save:
+        encoder = VLMViTModel(model.config.backbone_config)
+        encoder.load_state_dict(model.backbone.state_dict())
+        encoder.save_pretrained(output_dir)
+        processor.save_pretrained(output_dir)
+        record.write(output_dir)
+    return record.summary
+
+
+def finetune(
+    recipe: dict[str, Any], *, write_card: Callable[[Path], Any] | None = None, evaluate: bool = True
+) -> dict[str, Any]:
+    """Fine-tunes a detector by a recipe, from `encoder` or from random initialisation.
+
+    Leaves in `output_dir` the detector with its image processor, the recipe, `run.json` and `log.jsonl`. With
+    `evaluate`, the figures on `eval_split` stand in `run.json`. Returns what `run.json` holds.
+
+    Raises:
+        ValueError: for a recipe, an encoder or data that cannot be used, with what to do about it.
+    """
+    args = parse_arguments(recipe)
+    set_seed(args.seed)
+    source = _open(args, args.train_split, args.num_train_examples)
+    names = class_names(source)
+    if not has_boxes(source) or names is None:
+        raise ValueError(f"{args.data} has no boxes in split {args.train_split!r}: detection needs labelled images.")
+    model = build_model(args, task="object-detection", class_names=names)
+    processor = build_processor(args, model.config.backbone_config.num_channels)
+    transform = detection_transform(processor, train=True, augmentation=args.augmentation, num_classes=len(names))
+    evaluator = None
+    if evaluate:
+        held_out = _eval_stream(args, _open(args, args.eval_split, args.num_eval_examples), processor, names)
+
+        def evaluator(model: torch.nn.Module) -> dict[str, float]:
+            return evaluate_detection(
+                model, held_out, processor, class_names=names, batch_size=args.per_device_eval_batch_size
+            )
+
+    record = RunRecord(args, recipe, source, write_card)
+    trainer = VisionTrainer(
+        model=model,
+        args=args,
+        train_dataset=_train_stream(args, source, transform),
+        data_collator=collate_detection,
+        processing_class=processor,
+        evaluator=evaluator,
+        on_save=record.write,
+    )
+    _train(trainer, record)
+    if evaluate:
+        record.summary["metrics"] = {
+            name.removeprefix("eval_"): value for name, value in trainer.evaluate().items() if name != "epoch"
+        }
+    trainer.save_model(args.output_dir, _internal_call=True)
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    return record.summary
+
+
+def evaluate_run(
+    run_dir: str | Path, data: str, split: str, *, kind: str | None = None, num_examples: int | None = None
+) -> dict[str, float]:
+    """COCO's figures, also a class, of a detector's folder on a split of a source.
+
+    Raises:
+        ValueError: if the folder holds no detector or the classes of the data are not the detector's.
+    """
+    model, processor = load_detector(run_dir)
+    source = open_stream(data, split, kind=kind, num_samples=num_examples)
+    names = [model.config.id2label[index] for index in range(model.config.num_labels)]
+    found = class_names(source)
+    if found != names:
+        raise ValueError(f"{data} has the classes {found}, but the detector {run_dir} knows {names}.")
+    transform = detection_transform(processor, train=False, num_classes=len(names))
+    stream = ExampleStream(source, transform, shuffle=False, repeat=False)
+    return evaluate_detection(model, stream, processor, class_names=names, per_class=True)
+
+
+def load_detector(run_dir: str | Path) -> tuple[VLMViTForObjectDetection, VLMViTImageProcessor]:
+    """The detector and its image processor from a folder or the Hub; ValueError where there is none."""
+    try:
+        model = VLMViTForObjectDetection.from_pretrained(run_dir)
+        processor = VLMViTImageProcessor.from_pretrained(run_dir)
+    except OSError as error:
+        raise ValueError(f"{run_dir} holds no detector: {str(error).splitlines()[0]}") from error
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor
+
+
+def detection_transform(
+    processor: VLMViTImageProcessor, *, train: bool, num_classes: int, augmentation: dict[str, Any] | None = None
+) -> DetectionTransform:
+    """The transform that prepares images as the processor of a detector does."""
+    return DetectionTransform.from_dict(
+        augmentation or {},
+        size=(processor.size["height"], processor.size["width"]),
+        train=train,
+        image_mean=processor.image_mean,
+        image_std=processor.image_std,
+        num_channels=len(processor.image_mean),
+        num_classes=num_classes,
+    )
+
+
+def _open(args: VisionTrainingArguments, split: str, num_examples: int | None) -> datasets.IterableDataset:
+    if not args.data:
+        raise ValueError("No data: name a folder, a file, a Hub id or scenes with --data or in the recipe.")
+    return open_stream(args.data, split, kind=args.data_kind, num_samples=num_examples)
+
+
+def _train_stream(
+    args: VisionTrainingArguments, source: datasets.IterableDataset, transform: Callable[..., dict[str, Any]]
+) -> ExampleStream:
+    return ExampleStream(
+        source,
+        transform,
+        seed=args.data_seed if args.data_seed is not None else args.seed,
+        block_size=args.shuffle_block,
+        rank=args.process_index,
+        world_size=args.world_size,
+        max_bad_share=args.max_bad_share,
+    )
+
+
+def _eval_stream(
+    args: VisionTrainingArguments,
+    source: datasets.IterableDataset,
+    processor: VLMViTImageProcessor,
+    names: list[str],
+) -> ExampleStream:
+    if class_names(source) != names:
+        raise ValueError(
+            f"Split {args.eval_split!r} of {args.data} has the classes {class_names(source)}, "
+            f"but split {args.train_split!r} has {names}."
+        )
+    transform = detection_transform(processor, train=False, num_classes=len(names))
+    return ExampleStream(
+        source, transform, shuffle=False, repeat=False, rank=args.process_index, world_size=args.world_size
+    )
+
+
+def _train(trainer: VisionTrainer, record: "RunRecord") -> None:
+    started = time.perf_counter()
+    resume = trainer.args.resume_from_checkpoint
+    result = trainer.train(resume_from_checkpoint=True if resume == "last" else resume)
+    record.summary |= {
+        "seconds": round(time.perf_counter() - started, 1),
+        "num_steps": result.global_step,
+        "num_images_seen": result.global_step
+        * trainer.args.train_batch_size
+        * trainer.args.gradient_accumulation_steps
+        * trainer.args.world_size,
+        "train_loss": result.training_loss,
+    }
+
+
+class RunRecord:
+    """What a run was made of: written beside every saved model, so that none goes without."""
+
+    def __init__(
+        self,
+        args: VisionTrainingArguments,
+        recipe: dict[str, Any],
+        source: datasets.IterableDataset,
+        write_card: Callable[[Path], Any] | None,
+    ):
+        self.recipe = {key: value for key, value in recipe.items() if not key.endswith("_token")}
+        self.write_card = write_card
+        packages = ("torch", "transformers", "datasets", "accelerate", "hf_vlm")
+        self.summary: dict[str, Any] = {
+            "method": args.method,
+            "encoder": args.encoder,
+            "data": {
+                "source": args.data,
+                "split": args.train_split,
+                "fingerprint": fingerprint(source),
+                "num_examples": args.num_train_examples,
+                "class_names": class_names(source),
+            },
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+            "git": git_state(),
+            "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {args.n_gpu} GPUs, {args.world_size} processes",
+            "metrics": {},
+        }
+
+    def write(self, folder: Path) -> None:
+        """Writes recipe, record and card into a folder that holds a saved model."""
+        (folder / RECIPE_FILE).write_text(yaml.safe_dump(self.recipe, sort_keys=False))
+        (folder / RUN_FILE).write_text(json.dumps(self.summary, indent=2) + "\n")
+        if self.write_card is not None:
+            self.write_card(folder)
+
+
+def fingerprint(source: datasets.IterableDataset, num_examples: int = 16) -> str:
+    """A short hash of a source's columns and first encoded images, to tell later whether data changed."""
+    digest = hashlib.sha256(repr(source.features).encode())
+    for example in source.take(num_examples):
+        image = example["image"]
+        content = image["bytes"] if image["bytes"] is not None else str(image["path"]).encode()
+        digest.update(hashlib.sha256(content).digest())
+    return digest.hexdigest()[:16]
+
+
+def git_state() -> dict[str, Any]:
+    """Commit of the working folder, and whether there are changes; empty outside a checkout."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return {}
+
+
+def quiet_libraries() -> None:
+    """Commands show their own progress; the libraries' bars for loading and saving weights would tear it apart."""
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+__all__ = [
+    "OBJECTIVE_FOLDER",
+    "RunRecord",
+    "detection_transform",
+    "evaluate_run",
+    "finetune",
+    "fingerprint",
+    "git_state",
+    "load_detector",
+    "pretrain",
+    "quiet_libraries",
+]

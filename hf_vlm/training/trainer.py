@@ -1,0 +1,187 @@
+"""The one trainer: the stock Trainer with a resumable stream, parameter groups and task evaluation."""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchdata.stateful_dataloader import StatefulDataLoader
+from transformers import Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
+
+from hf_vlm.data.stream import ExampleStream
+from hf_vlm.training.arguments import VisionTrainingArguments
+from hf_vlm.training.callbacks import AfterStep, LogFile
+from hf_vlm.training.optim import parameter_groups
+
+Evaluator = Callable[[nn.Module], dict[str, float]]
+
+
+class VisionTrainer(Trainer):
+    """Trains on an [`ExampleStream`] and resumes it exactly; evaluates a task by a plain function.
+
+    Args:
+        train_dataset: An `ExampleStream` (other datasets go the stock way).
+        evaluator: Takes the model and returns name -> value; `evaluate()` logs it as `eval_<name>`.
+        on_save: Called with each folder that was written, to add what belongs to the run (recipe, card).
+        Everything else as in `transformers.Trainer`.
+    """
+
+    args: VisionTrainingArguments
+
+    def __init__(
+        self,
+        *args: Any,
+        evaluator: Evaluator | None = None,
+        on_save: Callable[[Path], None] | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        self.evaluator = evaluator
+        self.on_save = on_save
+        self.add_callback(AfterStep())
+        self.add_callback(LogFile())
+        self._part_sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
+        self._num_parts = 0
+        self._last_log = (0.0, 0)
+
+    # ---- data
+
+    def get_train_dataloader(self) -> Any:
+        """A loader whose state is the stream's; not handed to accelerate, which would look one batch ahead."""
+        if not isinstance(self.train_dataset, ExampleStream):
+            return super().get_train_dataloader()
+        num_workers = self.args.dataloader_num_workers
+        self._stream_loader = StatefulDataLoader(
+            self.train_dataset,
+            batch_size=self._train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=num_workers,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
+            prefetch_factor=self.args.dataloader_prefetch_factor if num_workers else None,
+            drop_last=True,
+            generator=torch.Generator().manual_seed(self.args.seed),  # else it would draw from the model's randomness
+        )
+        if self._data_state is not None:
+            self._stream_loader.load_state_dict(self._data_state)
+            self._data_state = None
+        return self._stream_loader
+
+    _data_state: dict[str, Any] | None = None
+    _stream_loader: StatefulDataLoader | None = None
+
+    def _data_state_path(self, checkpoint: str | Path) -> Path:
+        return Path(checkpoint) / f"data_state_{self.args.process_index}.pt"
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Trains; `resume_from_checkpoint` is a checkpoint folder, or True for the last one of the run.
+
+        Raises:
+            ValueError: if the checkpoint holds no position in the data for this rank (another number of ranks).
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+        if resume_from_checkpoint and isinstance(self.train_dataset, ExampleStream):
+            path = self._data_state_path(resume_from_checkpoint)
+            num_saved = len(list(path.parent.glob("data_state_*.pt")))
+            if num_saved != self.args.world_size:
+                raise ValueError(
+                    f"{path.parent} holds the data positions of {num_saved} processes, but {self.args.world_size} run now. "
+                    "Resume with the same number of processes."
+                )
+            self._data_state = torch.load(path, weights_only=False)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self._stream_loader is not None:  # first, so that a finished checkpoint always has it
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save(self._stream_loader.state_dict(), self._data_state_path(folder))
+        super()._save_checkpoint(model, trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self.args.output_dir)
+        if self.args.should_save:
+            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle that may hold the Hub token
+            if self.on_save is not None:
+                self.on_save(folder)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The card is written by `on_save`, filled; the stock one would replace it."""
+        if self.on_save is None:
+            super().create_model_card(*args, **kwargs)
+
+    # ---- optimiser
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The chosen optimiser over layer-wise parameter groups."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            config = self.model.config
+            encoder = getattr(config, "backbone_config", config)
+            groups = parameter_groups(
+                model,
+                num_layers=encoder.num_hidden_layers,
+                learning_rate=self.args.learning_rate,
+                weight_decay=self.args.weight_decay,
+                layer_decay=self.args.layer_decay,
+                encoder_lr_multiplier=self.args.encoder_lr_multiplier,
+            )
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = optimizer_class(groups, **options)
+        return self.optimizer
+
+    # ---- logs and evaluation
+
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        """The model's loss; scalar parts of its output are summed on the device and logged as means."""
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        parts = {name: value for name, value in outputs.items() if name != "loss" and _is_scalar(value)}
+        for name, value in {**parts, **(outputs.get("loss_dict") or {})}.items():
+            self._part_sums[name] += value.detach()
+        self._num_parts += 1
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means of the loss parts and images per second to a training log entry."""
+        if "loss" in logs:
+            logs.update({name: value.item() / self._num_parts for name, value in self._part_sums.items()})
+            self._part_sums.clear()
+            self._num_parts = 0
+            (since, step), now = self._last_log, (time.perf_counter(), self.state.global_step)
+            if step:
+                num_images = (now[1] - step) * self.args.train_batch_size * self.args.world_size
+                num_images *= self.args.gradient_accumulation_steps
+                logs["images_per_second"] = round(num_images / (now[0] - since), 2)
+            self._last_log = now
+        super().log(logs, start_time)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Runs the evaluator and logs what it returns; without one, the stock evaluation."""
+        if self.evaluator is None:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.evaluator(self.model).items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 0
+
+
+def last_checkpoint(folder: str | Path) -> str:
+    """The newest complete checkpoint of a run; ValueError where there is none."""
+    complete = [path for path in Path(folder).glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    if not complete:
+        raise ValueError(f"{folder} holds no complete checkpoint to resume from.")
+    return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2])))
+
+
+__all__ = ["Evaluator", "VisionTrainer", "last_checkpoint"]

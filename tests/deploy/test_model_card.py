@@ -1,0 +1,170 @@
+"""Cards say what the run's files say, and nothing where they say nothing."""
+
+import json
+import re
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from hf_vlm.deploy.model_card import CARD_MARKER, write_model_card
+
+
+def change(run, **values):
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(record | values))
+
+
+def check_form(text):
+    """No unfilled variable, no default text, no heading without content, no broken spacing."""
+    assert not re.search(r"\{\{|\}\}|\{%|\bNone\b|nan\b|More Information Needed", text)
+    assert not re.search(r"^#+ .*\n+(?=##? |\Z)", text, re.MULTILINE)
+    assert "\n\n\n" not in text
+    for line in text.splitlines():
+        assert line == line.rstrip()
+    for heading in re.findall(r"\n(.*)\n## ", text):
+        assert heading == ""  # a blank line before every heading
+
+
+def sections(text):
+    return re.findall(r"^## (.*)$", text, re.MULTILINE)
+
+
+def test_detector_card(detector_run):
+    path = write_model_card(detector_run, repo_id="me/my-detector")
+    assert path == detector_run / "README.md"
+    text = path.read_text()
+    check_form(text)
+    assert sections(text) == [
+        "How to use",
+        "Results",
+        "Training data",
+        "Model",
+        "Training procedure",
+        "Versions",
+        "Limitations",
+        "Licence and provenance",
+    ]
+    assert "finds objects of 3 classes" in text
+    assert "Classes: cat, dog, bird." in text
+    assert text.count('"me/my-detector"') == 3
+    assert "| AP (IoU 0.50:0.95) | 0.512 |\n| AP50 | 0.800 |\n" in text
+    assert "On the split `test` of the built-in scenes of hf_vlm (`scenes:easy`)" in text
+    assert "split `train`: 400 annotated images. Fingerprint of the data: `abc123`." in text
+    assert "1,200 optimiser steps, 19,200 images seen, 90 seconds, on 2 CPU cores, mean training loss 1.25" in text
+    assert "code at commit `0123abc`." in text
+    assert "| encoder | 2 layers, width 16, 2 heads, patches of 8 x 8 |" in text
+    assert "| input | 32 x 48 pixels, 3 channels |" in text
+    assert "- torch 2.13.0\n- transformers 5.23.0\n" in text
+    assert "training started from random values" in text
+    assert CARD_MARKER in text
+    block = re.search(r"```yaml\n(.*?)```", text, re.DOTALL)
+    assert yaml.safe_load(block[1]) == yaml.safe_load((detector_run / "recipe.yaml").read_text())
+
+
+def test_number_of_parameters_is_counted(detector_run):
+    from hf_vlm.models.modeling_detection import VLMViTForObjectDetection
+
+    model = VLMViTForObjectDetection.from_pretrained(detector_run)
+    count = sum(p.numel() for p in model.state_dict().values())
+    assert f"| parameters | {count:,} |" in write_model_card(detector_run).read_text()
+
+
+def test_detector_metadata(detector_run):
+    change(detector_run, encoder="org/encoder")
+    data = ModelCard.load(write_model_card(detector_run, repo_id="me/my-detector", license="cc-by-4.0")).data
+    assert data.library_name == "transformers"
+    assert data.pipeline_tag == "object-detection"
+    assert data.license == "cc-by-4.0"
+    assert data.base_model == "org/encoder"
+    assert data.datasets is None
+    assert "hf_vlm" in data.tags
+    results = {
+        r.metric_type: (r.metric_value, r.task_type, r.dataset_name, r.dataset_split) for r in data.eval_results
+    }
+    assert results == {
+        "ap": (0.5123, "object-detection", "scenes:easy", "test"),
+        "ap50": (0.8, "object-detection", "scenes:easy", "test"),
+    }
+
+
+def test_encoder_card(encoder_run):
+    text = write_model_card(encoder_run, repo_id="me/my-encoder").read_text()
+    check_form(text)
+    data = ModelCard(text).data
+    assert data.pipeline_tag == "image-feature-extraction"
+    assert data.datasets == ["org/pictures"]
+    assert [(r.metric_type, r.metric_value, r.dataset_type) for r in data.eval_results] == [
+        ("knn_accuracy", 0.75, "org/pictures")
+    ]
+    assert "It was pretrained with SimCLR on images without labels" in text
+    assert 'AutoModelForPreTraining.from_pretrained("me/my-encoder", trust_remote_code=True).backbone.eval()' in text
+    assert "--encoder me/my-encoder" in text
+    assert (
+        "The data set [org/pictures](https://huggingface.co/datasets/org/pictures), split `train`. No labels" in text
+    )
+
+
+def test_what_is_unknown_is_left_out(detector_run):
+    (detector_run / "run.json").unlink()
+    (detector_run / "recipe.yaml").unlink()
+    (detector_run / "model.safetensors").unlink()
+    text = write_model_card(detector_run).read_text()
+    check_form(text)
+    assert sections(text) == ["How to use", "Model", "Limitations", "Licence and provenance"]
+    assert "random values" not in text
+    assert "parameters" not in text
+    assert '"./tiny-detector"' in text
+    assert ModelCard(text).data.eval_results is None
+
+
+@pytest.mark.parametrize("run", ["detector_run", "encoder_run"])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"metrics": {}},
+        {"data": {}},
+        {"data": {"source": "scenes"}, "metrics": {"ap": 0.5}},
+        {"encoder": "org/encoder", "versions": {}},
+        {"seconds": 4000, "num_steps": None, "num_images_seen": None, "machine": None, "git": {}},
+        {
+            "seconds": None,
+            "num_steps": None,
+            "num_images_seen": None,
+            "machine": None,
+            "git": None,
+            "train_loss": None,
+        },
+    ],
+)
+def test_any_part_may_be_missing(run, values, request):
+    run = request.getfixturevalue(run)
+    change(run, **values)
+    check_form(write_model_card(run).read_text())
+    (run / "recipe.yaml").unlink()
+    check_form(write_model_card(run).read_text())
+
+
+def test_folders_of_the_publisher_are_not_told(detector_run, tmp_path):
+    source, encoder = tmp_path / "private" / "parts", tmp_path / "private" / "pretrain"
+    source.mkdir(parents=True)
+    change(detector_run, data={"source": str(source)}, encoder=str(encoder))
+    text = write_model_card(detector_run).read_text()
+    assert "A data set of the publisher (`parts`)" in text
+    assert "started from the publisher's own pretrained encoder (`pretrain`)" in text
+    assert "private" not in text
+    assert ModelCard(text).data.base_model is None
+
+
+def test_not_a_model(tmp_path):
+    with pytest.raises(ValueError, match=r"it has no config\.json"):
+        write_model_card(tmp_path)
+
+
+def test_a_broken_record_is_named(detector_run):
+    (detector_run / "run.json").write_text("{")
+    with pytest.raises(ValueError, match=r"run\.json cannot be read"):
+        write_model_card(detector_run)
+    (detector_run / "run.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"run\.json must hold a mapping, but holds a list"):
+        write_model_card(detector_run)

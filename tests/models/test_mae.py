@@ -1,0 +1,121 @@
+import pytest
+import torch
+
+from hf_vlm.models.modeling_mae import MAEConfig, MAEForPreTraining, random_masking
+
+BACKBONE = {
+    "image_size": 32,
+    "patch_size": 8,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "position_embedding_type": "sincos",
+}
+DECODER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def build(**fields):
+    torch.manual_seed(0)
+    return MAEForPreTraining(MAEConfig(backbone_config=BACKBONE, decoder_config=DECODER, **fields))
+
+
+def naive_patches(images):
+    return [
+        [image[:, r : r + 8, c : c + 8].reshape(-1) for r in range(0, 32, 8) for c in range(0, 32, 8)]
+        for image in images
+    ]
+
+
+@pytest.mark.parametrize("norm_pix_loss", [False, True])
+def test_loss_equals_a_naive_version(norm_pix_loss):
+    """Encode only what is seen, fill in mask tokens, put all back in image order, decode, compare where masked."""
+    model = build(norm_pix_loss=norm_pix_loss).eval()
+    images, noise = torch.randn(3, 3, 32, 32), torch.rand(3, 16)
+    output = model(images, noise=noise)
+    decoder, total, count = model.decoder, 0.0, 0
+    for image, patches, values in zip(images, naive_patches(images), noise):
+        order = sorted(range(16), key=lambda i: float(values[i]))
+        visible, masked = order[:4], order[4:]
+        encoded = model.backbone(image[None], visible_indices=torch.tensor([visible])).last_hidden_state[0]
+        tokens = decoder.embed(encoded)
+        from hf_vlm.models.modeling_vlm_vit import sincos_positions
+
+        positions = sincos_positions(32, (4, 4))
+        grid = [None] * 16
+        for rank, patch in enumerate(visible):
+            grid[patch] = tokens[1 + rank] + positions[patch]
+        for patch in masked:
+            grid[patch] = decoder.mask_token[0, 0] + positions[patch]
+        hidden = torch.stack([tokens[0], *grid])[None]
+        for layer in decoder.layers:
+            hidden = layer(hidden)
+        predicted = decoder.predict(decoder.norm(hidden))[0, 1:]
+        for patch in masked:
+            target = patches[patch].double()
+            if norm_pix_loss:
+                variance = ((target - target.mean()) ** 2).sum() / (len(target) - 1)
+                target = (target - target.mean()) / (variance + 1e-6).sqrt()
+            total += ((predicted[patch].double() - target) ** 2).sum().item()
+            count += len(target)
+    assert output.loss.item() == pytest.approx(total / count, rel=1e-5)
+
+
+def test_masking_splits_all_patches_by_noise():
+    noise = torch.rand(5, 16)
+    visible, masked = random_masking(noise, 0.75)
+    assert visible.shape == (5, 4)
+    for row, seen, hidden in zip(noise, visible, masked):
+        assert sorted([*seen.tolist(), *hidden.tolist()]) == list(range(16))
+        assert row[seen].max() < row[hidden].min()
+
+
+def test_loss_and_gradient_ignore_visible_pixels_of_the_target():
+    """What is seen enters through the encoder only; a hidden patch enters through the target only."""
+    model = build(norm_pix_loss=False).eval()
+    images = torch.randn(1, 3, 32, 32, requires_grad=True)
+    noise = torch.rand(1, 16)
+    output = model(images, noise=noise)
+    output.loss.backward()
+    gradient = images.grad[0].reshape(3, 4, 8, 4, 8).permute(1, 3, 0, 2, 4).reshape(16, -1)
+    for position, patch in enumerate(output.masked_indices[0].tolist()):
+        target = torch.stack(naive_patches(images.detach())[0])[patch]
+        expected = 2 * (target - output.predictions[0, position].detach()) / output.predictions.numel()
+        torch.testing.assert_close(gradient[patch], expected, atol=1e-6, rtol=1e-4)
+
+
+def test_reconstruction_keeps_what_is_seen_and_paints_the_rest():
+    model = build().eval()
+    images, noise = torch.randn(2, 1, 3, 32, 32), torch.rand(2, 16)
+    painted, mask = model.reconstruct(images, noise=noise)
+    assert torch.equal(painted.where(~mask, 0), images[:, 0].where(~mask, 0))
+    assert mask.float().mean() == pytest.approx(0.75)
+    output = model(images, noise=noise)
+    patch = output.masked_indices[0, 0].item()
+    target = torch.stack(naive_patches(images[:, 0])[0])[patch]
+    expected = output.predictions[0, 0] * (target.var() + 1e-6).sqrt() + target.mean()
+    torch.testing.assert_close(torch.stack(naive_patches(painted)[0])[patch], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_overfits_one_batch():
+    model = build()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
+    losses = []
+    for _ in range(150):
+        loss = model(images, noise=noise).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.1 * losses[0]
+
+
+def test_round_trip_keeps_decoder_and_options(tmp_path):
+    model = build(mask_ratio=0.5, norm_pix_loss=False).eval()
+    model.save_pretrained(tmp_path)
+    loaded = MAEForPreTraining.from_pretrained(tmp_path).eval()
+    images, noise = torch.randn(1, 3, 32, 32), torch.rand(1, 16)
+    assert torch.equal(loaded(images, noise=noise).loss, model(images, noise=noise).loss)
+    assert loaded.config.decoder_config.hidden_size == 32
+    with pytest.raises(ValueError, match="mask_ratio"):
+        MAEConfig(mask_ratio=1.0)

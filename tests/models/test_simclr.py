@@ -1,0 +1,82 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hf_vlm.models.modeling_simclr import SimCLRConfig, SimCLRForPreTraining, nt_xent
+
+BACKBONE = {
+    "image_size": 16,
+    "patch_size": 8,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+
+
+def reference_nt_xent(projections, temperature):
+    """The formula of the paper, equation 1, as a loop in float64."""
+    z = projections.double()
+    z = z / z.norm(dim=1, keepdim=True)
+    n = len(z) // 2
+    total = 0.0
+    for i in range(2 * n):
+        partner = i + n if i < n else i - n
+        similarity = [math.exp(float(z[i] @ z[k]) / temperature) for k in range(2 * n)]
+        total -= math.log(similarity[partner] / sum(s for k, s in enumerate(similarity) if k != i))
+    return total / (2 * n)
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.2, 1.0])
+def test_nt_xent_equals_the_formula(temperature):
+    torch.manual_seed(0)
+    projections = F.normalize(torch.randn(14, 8), dim=1)
+    loss, accuracy = nt_xent(projections, temperature)
+    assert loss.item() == pytest.approx(reference_nt_xent(projections, temperature), rel=1e-5)
+    similarity = projections @ projections.T - 10 * torch.eye(14)
+    nearest = [int(row.argmax()) == (i + 7) % 14 for i, row in enumerate(similarity)]
+    assert accuracy.item() == pytest.approx(sum(nearest) / 14)
+
+
+def test_nt_xent_is_computed_in_float32():
+    torch.manual_seed(0)
+    projections = F.normalize(torch.randn(64, 16), dim=1).bfloat16()
+    loss, _ = nt_xent(projections, 0.1)
+    assert loss.dtype == torch.float32
+    similarity = projections.float() @ projections.float().T / 0.1
+    similarity.fill_diagonal_(-math.inf)
+    expected = F.cross_entropy(similarity, torch.arange(64).roll(32))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_partners_of_a_batch_are_the_views_of_one_image():
+    torch.manual_seed(0)
+    model = SimCLRForPreTraining(SimCLRConfig(backbone_config=BACKBONE)).train()
+    images = torch.randn(6, 1, 3, 16, 16)
+    same = model(images.expand(-1, 2, -1, -1, -1).contiguous())
+    assert same.accuracy == 1
+    first, second = same.projections.chunk(2)
+    torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-5)
+
+
+def test_overfits_one_batch():
+    torch.manual_seed(0)
+    model = SimCLRForPreTraining(SimCLRConfig(backbone_config=BACKBONE, projection_hidden_size=64))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    views = torch.randn(8, 2, 3, 16, 16)
+    for _ in range(60):
+        output = model(views)
+        output.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert output.accuracy == 1
+    assert output.loss < 0.1
+
+
+def test_wrong_views_say_what_is_wrong():
+    model = SimCLRForPreTraining(SimCLRConfig(backbone_config=BACKBONE))
+    with pytest.raises(ValueError, match="2 views"):
+        model(torch.randn(2, 3, 3, 16, 16))
+    with pytest.raises(ValueError, match="temperature"):
+        SimCLRConfig(temperature=0)

@@ -1,0 +1,253 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import ViTConfig, ViTModel
+
+from hf_vlm.models.configuration_vlm_vit import PRESETS, VLMViTConfig
+from hf_vlm.models.modeling_vlm_vit import (
+    VLMViTBackbone,
+    VLMViTModel,
+    patchify,
+    rope_positions,
+    rotate,
+    sincos_positions,
+    unpatchify,
+)
+
+TINY = {
+    "image_size": 32,
+    "patch_size": 8,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+}
+
+
+def build(**fields):
+    torch.manual_seed(0)
+    return VLMViTModel(VLMViTConfig(**{**TINY, **fields})).eval()
+
+
+def test_patchify_is_a_convolution_and_is_undone():
+    images = torch.randn(2, 3, 16, 24)
+    weight = torch.randn(5, 3, 8, 4)
+    by_convolution = F.conv2d(images, weight, stride=(8, 4)).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(patchify(images, (8, 4)) @ weight.flatten(1).T, by_convolution, atol=1e-4, rtol=1e-4)
+    assert torch.equal(unpatchify(patchify(images, (8, 4)), (2, 6), (8, 4)), images)
+
+
+def test_equals_transformers_vit():
+    """The plain configuration is the original ViT: copied weights give the same features."""
+    torch.manual_seed(0)
+    config = ViTConfig(
+        image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=128
+    )
+    theirs = ViTModel(config, add_pooling_layer=False).eval()
+    ours = build(layer_norm_eps=config.layer_norm_eps)
+    source = dict(theirs.named_parameters())
+
+    def copy(target, *names):
+        found = [next(p for key, p in source.items() if key.endswith(name)) for name in names]
+        target.data.copy_(torch.cat(found).reshape(target.shape))
+
+    position = source["embeddings.position_embeddings"].data
+    ours.embeddings.position_embedding.data.copy_(position[:, 1:])
+    ours.embeddings.class_token.data.copy_(source["embeddings.cls_token"].data + position[:, :1])
+    copy(ours.embeddings.patch_projection.weight, "projection.weight")
+    copy(ours.embeddings.patch_projection.bias, "projection.bias")
+    layers = [key for key in source if ".0." in key]
+    prefix = layers[0].split(".0.")[0]
+    kinds = {key.split(".0.", 1)[1] for key in layers if key.endswith("weight")}
+    query, key, value = (next(k for k in kinds if name in k) for name in ("q", "k_proj", "v_proj")) if any(
+        "k_proj" in k for k in kinds
+    ) else (next(k for k in kinds if name in k) for name in ("query", "key", "value"))
+    rest = kinds - {query, key, value}
+    norms = sorted(k for k in rest if "norm" in k)
+    out = next(k for k in rest if source[f"{prefix}.0.{k}"].shape == (32, 32))
+    up = next(k for k in rest if source[f"{prefix}.0.{k}"].shape == (128, 32))
+    down = next(k for k in rest if source[f"{prefix}.0.{k}"].shape == (32, 128))
+    for index, layer in enumerate(ours.layers):
+        for end in ("weight", "bias"):
+
+            def name(kind, end=end, index=index):
+                return f"{prefix}.{index}.{kind.removesuffix('weight')}{end}"
+
+            copy(getattr(layer.attention.qkv, end), name(query), name(key), name(value))
+            copy(getattr(layer.attention.projection, end), name(out))
+            copy(getattr(layer.mlp.up_projection, end), name(up))
+            copy(getattr(layer.mlp.down_projection, end), name(down))
+            copy(getattr(layer.norm1, end), name(norms[1]))  # layernorm_before
+            copy(getattr(layer.norm2, end), name(norms[0]))  # layernorm_after
+    copy(ours.norm.weight, "layernorm.weight")
+    copy(ours.norm.bias, "layernorm.bias")
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(
+        ours(images).last_hidden_state, theirs(images).last_hidden_state, atol=1e-5, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("positions", ["learned", "sincos", "rope"])
+def test_visible_patches_are_encoded_as_if_the_others_were_not_there(positions):
+    """All patches in another order give the same tokens in that order; a subset keeps its own positions."""
+    model = build(position_embedding_type=positions, num_register_tokens=2)
+    images = torch.randn(2, 3, 32, 32)
+    order = torch.stack([torch.randperm(16), torch.randperm(16)])
+    whole, turned = model(images).last_hidden_state, model(images, visible_indices=order).last_hidden_state
+    expected = torch.stack([tokens[3:][indices] for tokens, indices in zip(whole, order)])
+    torch.testing.assert_close(turned[:, 3:], expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(turned[:, :3], whole[:, :3], atol=1e-5, rtol=1e-5)
+    some = model(images, visible_indices=order[:, :4]).last_hidden_state
+    changed = images.clone()
+    hidden = order[0, 5].item()
+    changed[0, :, hidden // 4 * 8 : hidden // 4 * 8 + 8, hidden % 4 * 8 : hidden % 4 * 8 + 8] += 1
+    assert torch.equal(model(changed, visible_indices=order[:, :4]).last_hidden_state, some)
+
+
+def test_sincos_positions_follow_the_paper():
+    rows, columns, dim = 3, 5, 16
+    ours = sincos_positions(dim, (rows, columns)).reshape(rows, columns, dim)
+    for y in range(rows):
+        for x in range(columns):
+            for i in range(dim // 4):
+                omega = 1 / 10000 ** (i / (dim // 4))
+                expected = [math.sin(x * omega), math.cos(x * omega), math.sin(y * omega), math.cos(y * omega)]
+                assert ours[y, x, i :: dim // 4].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_rotary_products_depend_on_distance_only():
+    angles = rope_positions(8, 100.0, (4, 4), torch.device("cpu"))
+    cos, sin = angles.cos()[None, None], angles.sin()[None, None]
+    query, key = (torch.randn(1, 1, 1, 8).expand(1, 1, 16, 8) for _ in range(2))
+    products = rotate(query, (cos, sin)) @ rotate(key, (cos, sin)).transpose(2, 3)  # (1, 1, 16, 16)
+    grid = products[0, 0].reshape(4, 4, 4, 4)
+    torch.testing.assert_close(grid[0, 0, 1, 2], grid[2, 1, 3, 3], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(grid[0, 0, 1, 2], grid[0, 0, 2, 1])
+
+
+def test_backbone_shares_weights_with_the_model():
+    model = build(use_class_token=False, num_register_tokens=1)
+    backbone = VLMViTBackbone(VLMViTConfig(**TINY, use_class_token=False, num_register_tokens=1, out_indices=[1, 3]))
+    backbone.load_state_dict(model.state_dict())
+    images = torch.randn(2, 3, 32, 48)
+    maps = backbone.eval()(images).feature_maps
+    output = model(images, output_hidden_states=True)
+    torch.testing.assert_close(maps[-1].flatten(2).transpose(1, 2), output.last_hidden_state[:, 1:])
+    torch.testing.assert_close(output.pooler_output, output.last_hidden_state[:, 1:].mean(1))
+    assert maps[0].shape == (2, 32, 4, 6)
+    assert len(maps) == len(backbone.channels) == 2
+
+
+def test_positions_of_another_size_are_interpolated():
+    model = build()
+    stored = torch.arange(4.0).view(1, 1, 4).expand(1, 4, 4)  # a ramp along the columns stays a ramp
+    model.embeddings.position_embedding.data.copy_(stored.reshape(1, 16, 1).expand(-1, -1, 32))
+    larger = model.embeddings.positions((4, 8)).reshape(4, 8, 32)
+    assert larger[0, 1:-1, 0].diff().tolist() == pytest.approx([0.5] * 5, abs=0.15)
+    assert model(torch.randn(1, 3, 32, 64)).last_hidden_state.shape[1] == 1 + 32
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
+def test_attention_interfaces_agree(attention):
+    model = build(use_qk_norm=True)
+    images = torch.randn(2, 3, 32, 32)
+    expected = model(images).last_hidden_state
+    if attention == "flex_attention":  # compiled kernels need a compiler: on CPU only that the interface is declared
+        assert model._supports_flex_attn
+        return
+    model.set_attn_implementation(attention)
+    torch.testing.assert_close(model(images).last_hidden_state, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_channels_and_patches_of_any_shape():
+    model = build(num_channels=5, patch_size=[8, 4], image_size=[32, 16], use_gated_mlp=True, norm_type="rmsnorm")
+    assert model(torch.randn(1, 5, 32, 16)).last_hidden_state.shape == (1, 17, 32)
+
+
+def test_drop_path_keeps_the_expectation():
+    model = build(drop_path_rate=0.5, num_hidden_layers=1)
+    layer = model.layers[0]
+    layer.drop_path_rate = 0.5
+    states = torch.randn(64, 5, 32)
+    with torch.no_grad():
+        full = layer.eval()(states) - states
+        layer.train()
+        drawn = layer._residual(states, None, lambda x, _: torch.ones_like(x)) - states
+    assert sorted(drawn.mean((1, 2)).round().unique().tolist()) == [0.0, 2.0]
+    assert drawn.mean().item() == pytest.approx(1.0)
+    assert full.abs().sum() > 0
+
+
+def test_activation_checkpointing_gives_the_same_gradients():
+    images = torch.randn(2, 3, 32, 32)
+    gradients = []
+    for checkpointing in (False, True):
+        model = build().train()
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        model(images).pooler_output.square().sum().backward()
+        gradients.append(model.embeddings.patch_projection.weight.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_compiles_without_graph_breaks():
+    model = build(position_embedding_type="rope", num_register_tokens=1)
+    images = torch.randn(2, 3, 32, 32)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(images).last_hidden_state, model(images).last_hidden_state)
+
+
+# Parameters of the published encoders in millions: ViT papers' figures without the classifier, DINOv2 giant 1.14 B,
+# DINOv3 7B 6.7 B.
+PUBLISHED = {"tiny": 5.5, "small": 21.7, "base": 85.8, "large": 303.3, "so400m": 412, "huge": 631, "giant": 1136, "7b": 6716}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_have_the_published_numbers_of_parameters(name):
+    overrides = {"image_size": 224}
+    with torch.device("meta"):
+        model = VLMViTModel(VLMViTConfig.from_preset(name, **overrides))
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    if name in PUBLISHED:
+        assert millions == pytest.approx(PUBLISHED[name], rel=0.01)
+    else:
+        assert millions < 2
+
+
+def test_round_trip_and_meta_initialisation(tmp_path):
+    """from_pretrained goes through the meta device: every parameter must come back or be initialised."""
+    model = build(num_register_tokens=2, layerscale_value=1e-5, position_embedding_type="learned")
+    model.save_pretrained(tmp_path)
+    images = torch.randn(1, 3, 32, 32)
+    loaded = VLMViTModel.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(images).last_hidden_state, model(images).last_hidden_state)
+    state = {k: v for k, v in model.state_dict().items() if "register" not in k and "gain" not in k}
+    fresh = VLMViTModel.from_pretrained(None, config=model.config, state_dict=state)
+    assert fresh.layers[0].layer_scale1.gain.unique().tolist() == pytest.approx([1e-5])
+    assert 0.005 < fresh.embeddings.register_tokens.std() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"hidden_size": 30}, "not divisible"),
+        ({"image_size": 30}, "not a multiple"),
+        ({"position_embedding_type": "learnt"}, "one of learned"),
+        ({"norm_type": "batch"}, "one of layernorm"),
+        ({"hidden_size": 24, "position_embedding_type": "rope"}, "head size"),
+    ],
+)
+def test_wrong_configurations_say_what_is_wrong(fields, words):
+    with pytest.raises(ValueError, match=words):
+        VLMViTConfig(**{**TINY, **fields})
+
+
+def test_wrong_inputs_say_what_is_wrong():
+    model = build()
+    with pytest.raises(ValueError, match="must be \\(batch, 3, height, width\\)"):
+        model(torch.randn(1, 1, 32, 32))
+    with pytest.raises(ValueError, match="resize images to 32 or 40"):
+        model(torch.randn(1, 3, 32, 36))
+    with pytest.raises(ValueError, match="There are: nano"):
+        VLMViTConfig.from_preset("huge-ish")
