@@ -219,11 +219,6 @@ class Handler(BaseHTTPRequestHandler):
     def info(self, kind: str, id: str, revision: str = "") -> None:
         self.reply(self.repo(kind, id).info(revision or "main"))
 
-    def refs(self, kind: str, id: str) -> None:
-        branches = self.repo(kind, id).branches
-        found = [{"name": b, "ref": f"refs/heads/{b}", "targetCommit": sha} for b, sha in branches.items()]
-        self.reply({"branches": found, "tags": [], "converts": [], "pullRequests": []})
-
     def branch(self, kind: str, id: str, branch: str) -> None:
         repo = self.repo(kind, id, write=True)
         if branch in repo.branches:
@@ -241,16 +236,8 @@ class Handler(BaseHTTPRequestHandler):
             raise HttpError(404, f"{path} does not exist", "EntryNotFound")
         self.reply(entries)
 
-    def paths_info(self, kind: str, id: str, revision: str) -> None:
-        repo = self.repo(kind, id)
-        files = repo.commits[repo.resolve(revision)]
-        wanted = parse_qs(self.body.decode()).get("paths", [])
-        everything = {entry["path"]: entry for entry in _listing(files, "", recursive=True)}
-        self.reply([everything[path] for path in wanted if path in everything])
-
     def preupload(self, kind: str, id: str, revision: str) -> None:
-        files = self.repo(kind, id, write=True).commits
-        assert files
+        self.repo(kind, id, write=True).resolve(revision)
         answers = []
         for file in json.loads(self.body)["files"]:
             large = any(fnmatch.fnmatch(file["path"], pattern) for pattern in LARGE_FILES)
@@ -354,10 +341,8 @@ ROUTES = [
     ("POST", r"/api/validate-yaml", Handler.validate_yaml),
     ("GET", _REPO, Handler.info),
     ("GET", _REPO + r"/revision/(?P<revision>[^/]+)", Handler.info),
-    ("GET", _REPO + r"/refs", Handler.refs),
     ("POST", _REPO + r"/branch/(?P<branch>[^/]+)", Handler.branch),
     ("GET", _REPO + r"/tree/(?P<revision>[^/]+)(?:/(?P<path>.+))?", Handler.tree),
-    ("POST", _REPO + r"/paths-info/(?P<revision>[^/]+)", Handler.paths_info),
     ("POST", _REPO + r"/preupload/(?P<revision>[^/]+)", Handler.preupload),
     ("POST", _REPO + r"/commit/(?P<revision>[^/]+)", Handler.commit),
     ("POST", _FILES + r"\.git/info/lfs/objects/batch", Handler.large_batch),

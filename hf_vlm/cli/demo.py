@@ -1,7 +1,6 @@
 """`hf-vlm demo`: from unlabelled images to a detector, and what the pretraining gained, on built-in images."""
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,7 +60,9 @@ def run_demo(folder: Path, *, seed: int = 0, overrides: dict[str, Any] | None = 
 
 def write_report(folder: Path, results: dict[str, Any]) -> None:
     """Writes `results.json`, a table (`README.md`), `learning_curves.png` and `predictions.png`."""
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    from hf_vlm.training.run import as_json
+
+    (folder / "results.json").write_text(as_json(results) + "\n")
     draw_curves(folder)
     draw_predictions(folder)
     table = results_table(results)
@@ -146,6 +147,6 @@ def draw_predictions(folder: Path, num_images: int = 8) -> None:
         prediction = predictor.predict(Image.fromarray(scene.image), threshold=0.3)[0]
         low, size = np.split(np.asarray(scene.boxes, dtype=np.float32).reshape(-1, 4), 2, axis=1)
         names = [str(category) for category in scene.categories]
-        truth = draw_detections(scene.image, np.concatenate([low, low + size], axis=1), names)
+        truth = draw_detections(scene.image, np.concatenate([low, low + size], axis=1), names, class_ids=scene.categories)
         pictures.append(side_by_side(prediction.draw(scene.image), truth))
     contact_sheet(pictures, columns=2).save(folder / "predictions.png")

@@ -1,7 +1,6 @@
 """`hf-vlm evaluate RUN --data SOURCE --split test`"""
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +16,7 @@ def run(words: Sequence[str]) -> None:
     parser.add_argument("--save", type=Path, help="a JSON file for the figures")
     arguments = parser.parse_args(words)
 
-    from hf_vlm.training.run import evaluate_run, quiet_libraries
+    from hf_vlm.training.run import as_json, evaluate_run, quiet_libraries
 
     quiet_libraries()
     metrics = evaluate_run(
@@ -30,4 +29,4 @@ def run(words: Sequence[str]) -> None:
     width = max(map(len, metrics))
     print("\n".join(f"{name:<{width}}  {value:.4f}" for name, value in metrics.items()))
     if arguments.save:
-        arguments.save.write_text(json.dumps(metrics, indent=2) + "\n")
+        arguments.save.write_text(as_json(metrics) + "\n")

@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.getLogger(library).setLevel(logging.WARNING)
     # Without an accelerator every loader would warn that pinning memory does nothing.
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    warnings.filterwarnings("ignore", message=".*set_vital.*")  # torchdata, on import
     try:
         importlib.import_module(f"hf_vlm.cli.{words[0]}").run(words[1:])
     except ValueError as error:

@@ -14,7 +14,16 @@ from hf_vlm.data.boxes import clean_boxes
 from hf_vlm.data.schema import image_feature, objects_feature
 from hf_vlm.data.splits import listing
 
-__all__ = ["POSITION", "Categories", "ColumnMap", "RowReader", "find_columns", "make_categories", "object_fields", "read_categories"]
+__all__ = [
+    "POSITION",
+    "Categories",
+    "ColumnMap",
+    "RowReader",
+    "find_columns",
+    "make_categories",
+    "object_fields",
+    "read_categories",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +32,19 @@ Row = dict[str, Any]
 POSITION = "__position__"  # column that a reader adds to its rows, where it knows their position
 
 # Names under which the columns of the schema go, the likeliest first.
-IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "image_bytes", "image_path", "file_name", "path")
+IMAGE_NAMES = (
+    "image",
+    "img",
+    "jpg",
+    "jpeg",
+    "png",
+    "webp",
+    "picture",
+    "image_bytes",
+    "image_path",
+    "file_name",
+    "path",
+)
 COLUMN_NAMES = {
     "label": ("label", "labels", "fine_label", "class"),
     "objects": ("objects", "annotations"),
@@ -73,9 +94,12 @@ def find_columns(features: Mapping[str, Any], source: object) -> ColumnMap:
     Raises:
         ValueError: None of the columns holds images, or objects have no boxes or no categories.
     """
-    named = [name for name in IMAGE_NAMES if _holds_images(features.get(name))]
-    typed = [name for name, feature in features.items() if _holds_files(feature)]
-    candidates = named or typed[:1]
+    masks = {*COLUMN_NAMES["mask"], *COLUMN_NAMES["instance_mask"]}
+    candidates = [
+        *(name for name in IMAGE_NAMES if _holds_bytes(features.get(name))),
+        *(name for name, feature in features.items() if _holds_files(feature) and name not in masks),
+        *(name for name in IMAGE_NAMES if _is_text(features.get(name))),
+    ]
     if not candidates:
         raise ValueError(
             f"{source} has no column of images; its columns are {listing(features, num_shown=20)}. Name it 'image', "
@@ -206,18 +230,21 @@ def _is_integer(feature: Any) -> bool:
     return isinstance(feature, datasets.Value) and "int" in feature.dtype
 
 
+def _is_text(feature: Any) -> bool:
+    return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
+
+
 def _is_category(feature: Any) -> bool:
-    is_text = isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
-    return isinstance(feature, datasets.ClassLabel) or is_text or _is_integer(feature)
+    return isinstance(feature, datasets.ClassLabel) or _is_text(feature) or _is_integer(feature)
 
 
 def _holds_files(feature: Any) -> bool:
-    return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and {"bytes", "path"} >= feature.keys() > set())
+    return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and set(feature) == {"bytes", "path"})
 
 
-def _holds_images(feature: Any) -> bool:
-    dtypes = ("binary", "large_binary", "string", "large_string")
-    return _holds_files(feature) or (isinstance(feature, datasets.Value) and feature.dtype in dtypes)
+def _holds_bytes(feature: Any) -> bool:
+    is_binary = isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary")
+    return is_binary or _holds_files(feature)
 
 
 def _is_objects(feature: Any) -> bool:

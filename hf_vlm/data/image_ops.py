@@ -38,8 +38,8 @@ MAX_LINEAR_SHRINK = 1.25  # up to here bilinear samples alias no more than an ex
 def resize(image: Array, size: tuple[int, int]) -> Array:
     """Resize without aliasing to `size` = (height, width).
 
-    Bilinear where it enlarges or hardly shrinks. An axis that shrinks more is resized to twice its size first, and then
-    neighbours are averaged: as near to a Lanczos filter as opencv's area interpolation, and twice as fast.
+    Bilinear where it enlarges or hardly shrinks. An axis that shrinks more is resized to twice its new length first,
+    and then neighbours are averaged: as near to a Lanczos filter as opencv's area interpolation, and twice as fast.
     """
     doubled = tuple(2 * new if old > MAX_LINEAR_SHRINK * new else new for old, new in zip(image.shape[:2], size))
     if doubled != size:

@@ -1,4 +1,4 @@
-"""Streams over anything that can be read by position."""
+"""Streams over what a generator yields, and over anything that can be read by position."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -7,10 +7,21 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
+from datasets.iterable_dataset import ExamplesIterable
 
-__all__ = ["TableReader", "indexed_stream"]
+__all__ = ["TableReader", "generated_stream", "indexed_stream"]
 
 NUM_SHARDS = 64  # divides by the usual numbers of ranks and workers
+
+
+def generated_stream(
+    generate: Callable[..., Iterator[tuple[int, dict[str, Any]]]], **kwargs: Any
+) -> datasets.IterableDataset:
+    """The examples that a generator yields as (position, example); lists among its arguments are shards.
+
+    `IterableDataset.from_generator` does the same, and leaves a lock file in the cache each time.
+    """
+    return datasets.IterableDataset(ExamplesIterable(generate, kwargs))
 
 
 def indexed_stream(
@@ -25,7 +36,7 @@ def indexed_stream(
     """
     edges = [num_examples * shard // NUM_SHARDS for shard in range(NUM_SHARDS + 1)]
     shards = [(start, stop) for start, stop in itertools.pairwise(edges) if start < stop]
-    positions = datasets.IterableDataset.from_generator(_count, gen_kwargs={"shards": shards})
+    positions = generated_stream(_count, shards=shards)
     return positions.map(read, input_columns=["position"], remove_columns=["position"], features=features)
 
 
@@ -40,7 +51,7 @@ class TableReader:
         return row
 
 
-def _count(shards: list[tuple[int, int]]) -> Iterator[dict[str, int]]:
+def _count(shards: list[tuple[int, int]]) -> Iterator[tuple[int, dict[str, int]]]:
     for start, stop in shards:
         for position in range(start, stop):
-            yield {"position": position}
+            yield position, {"position": position}

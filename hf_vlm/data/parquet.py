@@ -1,8 +1,9 @@
 """Parquet files on disk."""
 
 import logging
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from hf_vlm.data.columns import (
     object_fields,
     read_categories,
 )
+from hf_vlm.data.indexed import generated_stream
 from hf_vlm.data.splits import choose_split, describe_folder, group_by_split, listing
 
 __all__ = ["find_parquet_files", "open_parquet"]
@@ -38,102 +40,200 @@ def open_parquet(source: Path, split: str, *, num_samples: int | None = None) ->
     """Stream the rows of a Parquet file, or of the files of a split in a folder; a row group is a shard.
 
     The split is told by the names of files or folders, as `train-00000-of-00002.parquet` or `train/0.parquet`; where
-    no name tells one, all is `train`. Columns are found by name and type (see `find_columns`). Only labels and boxes
-    are read to check them.
+    no name tells one, all is `train`. Columns are found by name and type (see `find_columns`). Of the rows, only
+    labels, ids and boxes are read to check them.
 
     Raises:
         ValueError: There is no such split; a file is not Parquet or its columns differ from the others'; there is no
             column of images; or labels or categories are out of range.
     """
     root = source if source.is_dir() else source.parent
-    files = find_parquet_files(source) if source.is_dir() else [source]
-    if not files:
+    paths = find_parquet_files(source) if source.is_dir() else [source]
+    if not paths:
         raise ValueError(f"{source} holds no Parquet files; {describe_folder(source)}")
-    splits = group_by_split(files, root)
-    table = _Table(choose_split(splits, split, source), splits)
-    columns = find_columns(table.features, source)
-    columns = table.without_repeated_ids(columns)
-    label, category = table.labels(columns), table.object_categories(columns)
-    reader = RowReader(
-        map=columns,
-        label=label,
-        category=category,
-        folder=str(root),
-        cleans_boxes=category is not None and not table.check_objects(columns, category).all(),
-    )
-    raw = (*columns.source_names,)
-    rows = datasets.IterableDataset.from_generator(
-        _read_rows, gen_kwargs={"parts": table.parts(num_samples), "columns": raw}
-    )
-    return rows.map(reader, remove_columns=[POSITION, *raw], features=reader.features)
+    splits = group_by_split(paths, root)
+    files = _Files(choose_split(splits, split, source))
+    parts = files.parts(num_samples)
+    columns = _without_repeated_ids(files, find_columns(files.features, source), source)
+    label = _check_labels(files, splits, columns, source)
+    category, is_clean = _check_objects(files, splits, columns, source)
+    reader = RowReader(map=columns, label=label, category=category, folder=str(root), cleans_boxes=not is_clean)
+    rows = generated_stream(_read_rows, parts=parts, leaves=files.leaves(columns))
+    return rows.map(reader, remove_columns=[POSITION, *columns.source_names], features=reader.features)
 
 
 def find_parquet_files(folder: Path) -> list[Path]:
     """All Parquet files below a folder, sorted; hidden ones are left out."""
-    return sorted(
-        path
-        for path in folder.rglob("*.parquet")
-        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+    found = (path for path in folder.rglob("*.parquet") if path.is_file())
+    return sorted(path for path in found if not any(part[0] == "." for part in path.relative_to(folder).parts))
 
 
-def _read_rows(parts: list[tuple[str, int, int, int]], leaves: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """Rows of row groups given as (file, row group, position of its first row, rows to read)."""
+def _read_rows(
+    parts: list[tuple[str, int, int, int]], leaves: tuple[str, ...]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows of row groups, given as (path, row group, position of its first row, rows to read)."""
     for path, group, first, num_rows in parts:
         with pq.ParquetFile(path) as file:
+            # Without threads: the reader may run in a forked worker.
             batches = file.iter_batches(BATCH_SIZE, row_groups=[group], columns=list(leaves), use_threads=False)
-            rows = (row for batch in batches for row in batch.to_pylist())
+            rows = chain.from_iterable(batch.to_pylist() for batch in batches)
             for position, row in enumerate(islice(rows, num_rows), start=first):
-                yield {POSITION: position, **row}
+                yield position, {POSITION: position, **row}
 
 
 class _Files:
-    """The files of a split, of which single columns can be read."""
+    """Parquet files with the same columns."""
 
-    def __init__(self, paths: Sequence[Path], source: Path) -> None:
-        self.source = source
+    def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = paths
-        self.metadata = [_metadata(path) for path in paths]
+        self.metadata = [_read_metadata(path) for path in paths]
         self.features = datasets.Features.from_arrow_schema(self.metadata[0].schema.to_arrow_schema())
 
     def parts(self, num_samples: int | None) -> list[tuple[str, int, int, int]]:
-        """What `_read_rows` takes, up to a number of rows."""
+        """What `_read_rows` takes, for all rows or the first few."""
         parts, first = [], 0
         for path, metadata in zip(self.paths, self.metadata):
             for group in range(metadata.num_row_groups):
                 num_rows = metadata.row_group(group).num_rows
-                if num_samples is not None:
-                    num_rows = min(num_rows, num_samples - first)
-                if num_rows > 0:
-                    parts.append((str(path), group, first, num_rows))
+                num_read = num_rows if num_samples is None else min(num_rows, num_samples - first)
+                if num_read > 0:
+                    parts.append((str(path), group, first, num_read))
                 first += num_rows
         if not parts:
-            raise ValueError(f"{self.source}: no rows in {listing(self.paths)}")
+            raise ValueError(f"there are no rows in {listing(self.paths)}")
         return parts
 
     def leaves(self, columns: ColumnMap) -> tuple[str, ...]:
-        """The columns to read, where of the objects only the known fields.
-
-        Raises:
-            ValueError: The files differ in them.
-        """
+        """Paths of what to read: the columns of the map, and of the objects only the known fields."""
         objects, fields = columns.columns.get("objects"), set(columns.objects.values())
-        chosen = []
+        types_of: dict[Path, dict[str, str]] = {}
         for path, metadata in zip(self.paths, self.metadata):
-            leaves = {}
-            for index in range(metadata.num_columns):
-                column = metadata.schema.column(index)
-                name, *inner = column.path.split(".")
+            types_of[path] = {}
+            for leaf in map(metadata.schema.column, range(metadata.num_columns)):
+                name, *inner = leaf.path.split(".")
                 if name in columns.source_names and (name != objects or fields & set(inner)):
-                    leaves[column.path] = column.physical_type
-            chosen.append(leaves)
-            if leaves != chosen[0]:
-                differing = [name for name, _ in leaves.items() ^ chosen[0].items()]
-                raise ValueError(f"{path} and {self.paths[0]} differ in the columns {listing(dict.fromkeys(differing))}")
-        return tuple(chosen[0])
+                    types_of[path][leaf.path] = leaf.physical_type
+        first = types_of[self.paths[0]]
+        for path, types in types_of.items():
+            differing = {leaf.split(".")[0] for leaf, _ in types.items() ^ first.items()}
+            if differing:
+                raise ValueError(f"{path} and {self.paths[0]} differ in their columns {listing(sorted(differing))}")
+        return tuple(first)
 
-    def column(self, name: str, leaves: Sequence[str]) -> pa.Array:
-        """All values of a column of the source."""
-        wanted = [leaf for leaf in leaves if leaf.split(".")[0] == name]
-        tables = [pq.ParquetFile(path).read(columns=wanted, use_threads=False) for path in self.paths]
-        return pa.concat_arrays([chunk for table in tables for chunk in table.column(name).chunks])
+    def column(self, name: str, *, leaves: Sequence[str] | None = None) -> pa.Array:
+        """All values of a column, or of the leaves of it."""
+        parts: list[pa.ChunkedArray] = []
+        for path in self.paths:
+            with pq.ParquetFile(path) as file:
+                parts.append(file.read(columns=list(leaves or [name]), use_threads=False).column(name))
+            if parts[-1].type != parts[0].type:
+                raise ValueError(f"{path} and {self.paths[0]} differ in their columns {name}")
+        return pa.concat_arrays([chunk for part in parts for chunk in part.chunks])
+
+    def object_field(self, columns: ColumnMap, field: str) -> tuple[pa.Array, Array]:
+        """A field of all objects one after the other, and the number of objects of each row."""
+        name, inner = columns.columns["objects"], columns.objects[field]
+        leaves = [leaf for leaf in self.leaves(columns) if leaf.split(".")[0] == name and inner in leaf.split(".")]
+        objects = self.column(name, leaves=leaves)
+        is_struct = pa.types.is_struct(objects.type)
+        lists = pc.struct_field(objects, inner) if is_struct else objects
+        counts = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
+        return lists.flatten() if is_struct else pc.struct_field(lists.flatten(), inner), counts
+
+
+def _read_metadata(path: Path) -> pq.FileMetaData:
+    try:
+        return pq.read_metadata(path)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} cannot be read as Parquet: {error}") from error
+
+
+def _files_with(name: str, splits: Mapping[str, Sequence[Path]]) -> _Files:
+    """The files of all splits that have a column: so that values without declared names are numbered alike."""
+    return _Files([path for paths in splits.values() for path in paths if name in pq.read_schema(path).names])
+
+
+def _without_repeated_ids(files: _Files, columns: ColumnMap, source: Path) -> ColumnMap:
+    name = columns.columns.get("image_id")
+    if name is None:
+        return columns
+    ids = files.column(name)
+    if pc.count_distinct(ids).as_py() == len(ids):
+        return columns
+    logger.warning("%s: the column %r is not unique; the image_id is the position instead", source, name)
+    return replace(columns, columns={key: value for key, value in columns.columns.items() if key != "image_id"})
+
+
+def _check_labels(
+    files: _Files, splits: Mapping[str, Sequence[Path]], columns: ColumnMap, source: Path
+) -> Categories | None:
+    """The classes; None where there is no label or none is known, as in test splits with hidden labels."""
+    name = columns.columns.get("label")
+    if name is None:
+        return None
+    values = files.column(name)
+    categories = read_categories(files.features[name])
+    if categories is None:
+        categories = make_categories(pc.unique(_files_with(name, splits).column(name)).drop_null().to_pylist())
+    unknown = np.flatnonzero(~_is_known(values, categories))
+    if len(unknown) == len(values):
+        logger.warning("%s: no row has a label in the column %r; it is left out", source, name)
+        return None
+    if len(unknown):
+        rows = listing(f"{values[row]} in row {row}" for row in unknown.tolist())
+        raise ValueError(f"{source}: {len(unknown)} labels are none of the {len(categories.names)} classes: {rows}")
+    return categories
+
+
+def _check_objects(
+    files: _Files, splits: Mapping[str, Sequence[Path]], columns: ColumnMap, source: Path
+) -> tuple[Categories | None, bool]:
+    """The categories, None where there are no objects; and whether nothing remains to be dropped."""
+    if "objects" not in columns.columns:
+        return None, True
+    name = columns.columns["objects"]
+    boxes, counts = files.object_field(columns, "bbox")
+    values, category_counts = files.object_field(columns, "category")
+    if not len(boxes):
+        logger.warning("%s: no row has an object; the column %r is left out", source, name)
+        return None, True
+    unequal = np.flatnonzero(counts != category_counts)
+    if len(unequal):
+        examples = listing(f"row {row}" for row in unequal.tolist())
+        raise ValueError(f"{source}: {len(unequal)} rows have not as many categories as boxes: {examples}")
+    feature = object_fields(files.features[name])[columns.objects["category"]]
+    categories = read_categories(feature)
+    if categories is None:
+        everything, _ = _files_with(name, splits).object_field(columns, "category")
+        categories = make_categories(pc.unique(everything).drop_null().to_pylist())
+    rows = np.repeat(np.arange(len(counts)), counts)
+    width, height = (
+        files.column(columns.columns[side]).to_numpy(zero_copy_only=False)[rows] if side in columns.columns else np.inf
+        for side in ("width", "height")
+    )
+    keep = check_boxes(
+        _as_boxes(boxes, rows, source),
+        np.array([categories.index(value) for value in values.to_pylist()]),
+        width=width,
+        height=height,
+        class_names=categories.names,
+        name_of=lambda index: f"row {rows[index]}",
+        source=source,
+    )
+    return categories, bool(keep.all())
+
+
+def _is_known(values: pa.Array, categories: Categories) -> Array:
+    if categories.index_of is not None:
+        return pc.is_valid(values).to_numpy(zero_copy_only=False)
+    numbers = pc.fill_null(values, -1).to_numpy(zero_copy_only=False)
+    return (numbers >= 0) & (numbers < len(categories.names))
+
+
+def _as_boxes(boxes: pa.Array, rows: Array, source: Path) -> Array:
+    lengths = pc.fill_null(pc.list_value_length(boxes), 0).to_numpy(zero_copy_only=False)
+    wrong = np.flatnonzero(lengths != 4)
+    if len(wrong):
+        examples = listing(f"{boxes[index].as_py()} in row {rows[index]}" for index in wrong.tolist())
+        raise ValueError(f"{source}: {len(wrong)} boxes are not four numbers, x, y, width, height: {examples}")
+    return boxes.flatten().to_numpy(zero_copy_only=False).astype(np.float64).reshape(-1, 4)

@@ -278,9 +278,9 @@ def _draw_glyph(rng: np.random.Generator, pictures: Pictures, settings: SceneSet
 def _draw_place(
     rng: np.random.Generator, canvas: Canvas, opacity: Array, settings: SceneSettings
 ) -> tuple[int, int] | None:
-    height, width = opacity.shape
-    free = settings.image_size - np.array([width, height])
-    for x, y in rng.integers(0, free, (NUM_TRIES, 2), endpoint=True).tolist():
+    limits = [settings.image_size - side for side in opacity.shape]
+    ys, xs = (rng.integers(0, limit, NUM_TRIES, endpoint=True).tolist() for limit in limits)
+    for x, y in zip(xs, ys):
         if canvas.is_free(opacity, x, y, max_overlap=settings.max_overlap):
             return x, y
     return None

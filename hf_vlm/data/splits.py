@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import TypeVar
 
-__all__ = ["canonical_split", "choose_split", "describe_folder", "group_by_split", "listing", "split_of"]
+__all__ = ["canonical_split", "choose_split", "describe_folder", "group_by_split", "listing", "nearest", "split_of"]
 
 SPLIT_ALIASES = {
     "train": ("train", "training"),

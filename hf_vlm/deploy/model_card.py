@@ -28,8 +28,8 @@ METRIC_NAMES = {
     "ar_1": "AR, 1 detection an image",
     "ar_10": "AR, 10 detections",
     "ar_100": "AR, 100 detections",
-    "knn_accuracy": "accuracy of nearest neighbours on its features",
-    "linear_accuracy": "accuracy of a linear classifier on its features",
+    "knn": "accuracy of nearest neighbours on its features",
+    "linear": "accuracy of a linear classifier on its features",
 }
 
 
@@ -39,7 +39,8 @@ def write_model_card(run_dir: str | Path, *, repo_id: str | None = None, license
     What a file does not hold leaves its sentence or section out.
 
     Args:
-        repo_id: Where the model can be loaded from once pushed; the folder's name where it stays local.
+        repo_id: Where the model can be loaded from once pushed; by default the recipe's `hub_model_id`, or else the
+            folder, as for a model that stays local.
         license: Identifier of the weights' licence, as https://huggingface.co/docs/hub/repositories-licenses lists it.
 
     Returns:
@@ -51,6 +52,7 @@ def write_model_card(run_dir: str | Path, *, repo_id: str | None = None, license
     run_dir = Path(run_dir)
     config = _read_config(run_dir)
     recipe, run = _read(run_dir / "recipe.yaml"), _read(run_dir / "run.json")
+    repo_id = repo_id or recipe.get("hub_model_id")  # where the Trainer pushes to
     is_detector = any(name.endswith("ForObjectDetection") for name in config.architectures or [])
     values = _values(run_dir, config, recipe, run) | {
         "model_path": repo_id or f"./{run_dir.resolve().name}",
@@ -107,16 +109,15 @@ def _values(run_dir: Path, config: "PreTrainedConfig", recipe: dict[str, Any], r
     encoder = getattr(config, "backbone_config", config)
     data = run.get("data") or {}
     source = data.get("source")
-    architecture = (config.architectures or [""])[0]
     return {
         "class_names": data.get("class_names") or [config.id2label[i] for i in sorted(config.id2label)],
-        "method": architecture.removesuffix("ForPreTraining") if architecture.endswith("ForPreTraining") else None,
+        "method": _method_name(run.get("method")),
         "auto_class": _auto_class(getattr(config, "auto_map", None) or {}),
         "encoder": _describe_encoder(run["encoder"]) if run.get("encoder") else None,
         "from_scratch": "encoder" in run and not run["encoder"],
         "metrics": _metric_rows(run.get("metrics") or {}),
         "data": _describe_data(source) if source else None,
-        "train_split": recipe.get("train_split"),
+        "train_split": data.get("split"),
         "eval_split": recipe.get("eval_split"),
         "num_examples": f"{data['num_examples']:,}" if data.get("num_examples") else None,
         "fingerprint": data.get("fingerprint"),
@@ -145,7 +146,7 @@ def _metadata(values: Mapping[str, Any], run: dict[str, Any], *, is_detector: bo
             dataset_name=Path(source).name if source else "unknown",
             dataset_split=values["eval_split"],
             metric_type=key,
-            metric_name=METRIC_NAMES.get(key, key),
+            metric_name=_metric_name(key),
             metric_value=round(value, 4),
         )
         for key, value in (run.get("metrics") or {}).items()
@@ -166,6 +167,14 @@ def _metadata(values: Mapping[str, Any], run: dict[str, Any], *, is_detector: bo
 def _auto_class(auto_map: Mapping[str, Any]) -> str:
     classes = [name for name in auto_map if name.startswith("AutoModel")]
     return "AutoModel" if not classes or "AutoModel" in classes else classes[0]
+
+
+def _method_name(method: str | None) -> str | None:
+    """A pretraining method's name as its authors write it, which its class keeps; None for other runs."""
+    from hf_vlm.registry import MODELS
+
+    names = {row.name: row.model_class.__name__ for row in MODELS if row.task == "pretraining"}
+    return names[method].removesuffix("ForPreTraining") if method in names else None
 
 
 def _is_hub_id(name: str) -> bool:
@@ -213,7 +222,11 @@ def _duration(seconds: float) -> str:
 
 
 def _metric_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(METRIC_NAMES.get(key, key), f"{value:.3f}") for key, value in metrics.items() if _is_figure(value)]
+    return [(_metric_name(key), f"{value:.3f}") for key, value in metrics.items() if _is_figure(value)]
+
+
+def _metric_name(key: str) -> str:
+    return f"AP of {key.removeprefix('ap/')}" if key.startswith("ap/") else METRIC_NAMES.get(key, key)
 
 
 def _is_figure(value: Any) -> bool:

@@ -18,24 +18,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.image_processing_utils import BaseImageProcessor
 
-__all__ = ["Prediction", "Predictor", "find_images"]
+__all__ = ["Prediction", "Predictor", "image_paths"]
 
-# Pillow registers films and documents too.
-IMAGE_SUFFIXES = {
-    ".avif",
-    ".bmp",
-    ".gif",
-    ".jfif",
-    ".jp2",
-    ".jpeg",
-    ".jpg",
-    ".pgm",
-    ".png",
-    ".ppm",
-    ".tif",
-    ".tiff",
-    ".webp",
-}
 ImageLike = str | os.PathLike[str] | Image.Image | NDArray[Any]
 
 
@@ -183,19 +167,22 @@ class Predictor:
         return int(getattr(encoder, "num_channels", 3))
 
 
-def find_images(path: str | os.PathLike[str]) -> list[str]:
-    """The image files of a folder (and those below it) or of wildcards, by name; a single file is returned as it is.
+def image_paths(path: str | os.PathLike[str]) -> list[str]:
+    """The image files of a folder (and those below it) or of wildcards, by name; a file or a URL is returned as it is.
 
     Raises:
         ValueError: Where there are none.
     """
+    from hf_vlm.data.imagefolder import IMAGE_EXTENSIONS, find_images
+
     text = os.fspath(path)
     if "://" in text or os.path.isfile(text):
         return [text]
-    names = (
-        glob.glob(os.path.join(glob.escape(text), "**"), recursive=True) if os.path.isdir(text) else glob.glob(text)
-    )
-    found = sorted(name for name in names if os.path.isfile(name) and Path(name).suffix.lower() in IMAGE_SUFFIXES)
+    if os.path.isdir(text):
+        found = [str(file) for file in find_images(Path(text))]
+    else:
+        names = sorted(glob.glob(text, recursive=True))
+        found = [name for name in names if os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS]
     if not found:
         raise ValueError(f"There are no images at {text!r}: give an image file, a folder of some, or wildcards.")
     return found
@@ -204,7 +191,7 @@ def find_images(path: str | os.PathLike[str]) -> list[str]:
 def _expanded(images: Iterable[ImageLike]) -> Iterator[ImageLike]:
     for image in images:
         if isinstance(image, str | os.PathLike):
-            yield from find_images(image)
+            yield from image_paths(image)
         else:
             yield image
 

@@ -36,7 +36,8 @@ class VLMViTDetectionConfig(PreTrainedConfig):
             none.
         dense_top_k (`int`, defaults to 13): Locations that the one-to-many head assigns to an object at most.
         class_cost, bbox_cost, giou_cost: Weights of the matching cost: focal, L1 and GIoU.
-        class_loss_weight, bbox_loss_weight, giou_loss_weight: Weights of the loss of each stage.
+        class_loss_weight, bbox_loss_weight, giou_loss_weight: Weights of the loss of each stage. The class weight is
+            twice LW-DETR's: with few images the classes are learned later than the boxes.
 
     Raises:
         ValueError: if sizes and heads do not divide, or a count is out of its range.
@@ -65,7 +66,7 @@ class VLMViTDetectionConfig(PreTrainedConfig):
     class_cost: float | int = 2
     bbox_cost: float | int = 5
     giou_cost: float | int = 2
-    class_loss_weight: float | int = 1
+    class_loss_weight: float | int = 2
     bbox_loss_weight: float | int = 5
     giou_loss_weight: float | int = 2
     dense_loss_weight: float | int = 1

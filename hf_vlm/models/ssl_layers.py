@@ -5,7 +5,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_gather, all_reduce
 from transformers.configuration_utils import PreTrainedConfig
 
 from .configuration_vlm_vit import VLMViTConfig
@@ -21,13 +20,33 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
+class _SumOverRanks(torch.autograd.Function):
+    """Sum of a tensor over all ranks; every rank's result depends on every rank's input, so gradients sum as well."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.contiguous().clone()
+        dist.all_reduce(total)
+        return total
+
+
 def gather_with_gradient(tensor: Tensor) -> Tensor:
     """Joins tensors (n, ...) of all ranks in rank order: (world x n, ...).
 
     The backward pass sums the gradients of all ranks. DDP averages them, so a loss that is a mean over the local rows
     gives the gradient of the joined batch without further scaling.
     """
-    return torch.cat(all_gather(tensor.contiguous())) if world_size() > 1 else tensor
+    if world_size() == 1:
+        return tensor
+    # A sum of tensors that are zero but at their own rank: the gather of torch has no gradient without deprecated code.
+    placed = tensor.new_zeros(world_size(), *tensor.shape)
+    return _SumOverRanks.apply(placed.index_put((torch.tensor(rank()),), tensor)).flatten(0, 1)
 
 
 class SyncedBatchNorm1d(nn.BatchNorm1d):
@@ -39,17 +58,17 @@ class SyncedBatchNorm1d(nn.BatchNorm1d):
     def forward(self, inputs: Tensor) -> Tensor:
         if not self.training or world_size() == 1:
             return super().forward(inputs)
-        sums = torch.stack([inputs.sum(0), inputs.square().sum(0), torch.full_like(inputs[0], len(inputs))]).float()
-        total, total_square, count = all_reduce(sums)  # each (features,)
-        mean = total / count
-        variance = total_square / count - mean.square()
+        count = len(inputs) * world_size()
+        mean = _SumOverRanks.apply(inputs.float().sum(0)) / count  # (features,)
+        centred = inputs - mean  # before squaring: features of a fresh encoder hardly differ, and their squares cancel
+        variance = _SumOverRanks.apply(centred.square().sum(0)) / count  # (features,)
         if self.track_running_stats:
             with torch.no_grad():
                 momentum = self.momentum
                 self.num_batches_tracked += 1
                 self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
                 self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var.dtype), momentum)
-        normalised = (inputs - mean) * torch.rsqrt(variance + self.eps)
+        normalised = centred * torch.rsqrt(variance + self.eps)
         return (normalised * self.weight + self.bias if self.affine else normalised).to(inputs.dtype)
 
 

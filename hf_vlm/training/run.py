@@ -1,8 +1,10 @@
 """Whole runs of a recipe: pretraining, fine-tuning a detector, evaluating what a run left."""
 
+import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import subprocess
@@ -79,13 +81,11 @@ def pretrain(recipe: dict[str, Any], *, write_card: Callable[[Path], Any] | None
     return record.summary
 
 
-def finetune(
-    recipe: dict[str, Any], *, write_card: Callable[[Path], Any] | None = None, evaluate: bool = True
-) -> dict[str, Any]:
+def finetune(recipe: dict[str, Any], *, write_card: Callable[[Path], Any] | None = None) -> dict[str, Any]:
     """Fine-tunes a detector by a recipe, from `encoder` or from random initialisation.
 
-    Leaves in `output_dir` the detector with its image processor, the recipe, `run.json` and `log.jsonl`. With
-    `evaluate`, the figures on `eval_split` stand in `run.json`. Returns what `run.json` holds.
+    Leaves in `output_dir` the detector with its image processor, the recipe, `log.jsonl` and `run.json`, in which the
+    figures on `eval_split` stand. Returns what `run.json` holds.
 
     Raises:
         ValueError: for a recipe, an encoder or data that cannot be used, with what to do about it.
@@ -99,30 +99,24 @@ def finetune(
     model = build_model(args, task="object-detection", class_names=names)
     processor = build_processor(args, model.config.backbone_config.num_channels)
     transform = detection_transform(processor, train=True, augmentation=args.augmentation, num_classes=len(names))
-    evaluator = None
-    if evaluate:
-        held_out = _eval_stream(args, _open(args, args.eval_split, args.num_eval_examples), processor, names)
-
-        def evaluator(model: torch.nn.Module) -> dict[str, float]:
-            return evaluate_detection(
-                model, held_out, processor, class_names=names, batch_size=args.per_device_eval_batch_size
-            )
-
+    held_out = _eval_stream(args, _open(args, args.eval_split, args.num_eval_examples), processor, names)
+    evaluator = functools.partial(
+        evaluate_detection, processor=processor, class_names=names, batch_size=args.per_device_eval_batch_size
+    )
     record = RunRecord(args, recipe, source, write_card)
     trainer = VisionTrainer(
         model=model,
         args=args,
         train_dataset=_train_stream(args, source, transform),
+        eval_dataset=held_out,
         data_collator=collate_detection,
         processing_class=processor,
         evaluator=evaluator,
         on_save=record.write,
     )
     _train(trainer, record)
-    if evaluate:
-        record.summary["metrics"] = {
-            name.removeprefix("eval_"): value for name, value in trainer.evaluate().items() if name != "epoch"
-        }
+    figures = trainer.evaluate()
+    record.summary["metrics"] = {n.removeprefix("eval_"): v for n, v in figures.items() if n != "epoch"}
     trainer.save_model(args.output_dir, _internal_call=True)
     if args.push_to_hub:
         trainer.push_to_hub()
@@ -235,7 +229,8 @@ class RunRecord:
         source: datasets.IterableDataset,
         write_card: Callable[[Path], Any] | None,
     ):
-        self.recipe = {key: value for key, value in recipe.items() if not key.endswith("_token")}
+        ours = {name: getattr(args, name) for name in VisionTrainingArguments.__annotations__}
+        self.recipe = {name: value for name, value in (ours | recipe).items() if not name.endswith("_token")}
         self.write_card = write_card
         packages = ("torch", "transformers", "datasets", "accelerate", "hf_vlm")
         self.summary: dict[str, Any] = {
@@ -257,9 +252,20 @@ class RunRecord:
     def write(self, folder: Path) -> None:
         """Writes recipe, record and card into a folder that holds a saved model."""
         (folder / RECIPE_FILE).write_text(yaml.safe_dump(self.recipe, sort_keys=False))
-        (folder / RUN_FILE).write_text(json.dumps(self.summary, indent=2) + "\n")
+        (folder / RUN_FILE).write_text(as_json(self.summary) + "\n")
         if self.write_card is not None:
             self.write_card(folder)
+
+
+def as_json(values: Any) -> str:
+    """JSON for people; figures over no object at all, which are NaN and no JSON, become null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: plain(item) for name, item in value.items()}
+        return None if isinstance(value, float) and math.isnan(value) else value
+
+    return json.dumps(plain(values), indent=2)
 
 
 def fingerprint(source: datasets.IterableDataset, num_examples: int = 16) -> str:
@@ -293,6 +299,7 @@ def quiet_libraries() -> None:
 __all__ = [
     "OBJECTIVE_FOLDER",
     "RunRecord",
+    "as_json",
     "detection_transform",
     "evaluate_run",
     "finetune",

@@ -17,7 +17,7 @@ from hf_vlm.training.arguments import VisionTrainingArguments
 from hf_vlm.training.callbacks import AfterStep, LogFile
 from hf_vlm.training.optim import parameter_groups
 
-Evaluator = Callable[[nn.Module], dict[str, float]]
+Evaluator = Callable[[nn.Module, Any], dict[str, float]]
 
 
 class VisionTrainer(Trainer):
@@ -25,7 +25,7 @@ class VisionTrainer(Trainer):
 
     Args:
         train_dataset: An `ExampleStream` (other datasets go the stock way).
-        evaluator: Takes the model and returns name -> value; `evaluate()` logs it as `eval_<name>`.
+        evaluator: Takes the model and `eval_dataset`, returns name -> value; `evaluate()` logs it as `eval_<name>`.
         on_save: Called with each folder that was written, to add what belongs to the run (recipe, card).
         Everything else as in `transformers.Trainer`.
     """
@@ -92,7 +92,7 @@ class VisionTrainer(Trainer):
                     f"{path.parent} holds the data positions of {num_saved} processes, but {self.args.world_size} run now. "
                     "Resume with the same number of processes."
                 )
-            self._data_state = torch.load(path, weights_only=False)
+            self._data_state = torch.load(path, weights_only=True)
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -166,7 +166,8 @@ class VisionTrainer(Trainer):
         """Runs the evaluator and logs what it returns; without one, the stock evaluation."""
         if self.evaluator is None:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.evaluator(self.model).items()}
+        figures = self.evaluator(self.model, self.eval_dataset if eval_dataset is None else eval_dataset)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

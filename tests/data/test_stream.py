@@ -161,15 +161,16 @@ SOURCES = {
     "filter": lambda: make_source().filter(is_not_every_fifth, input_columns="image_id"),
     "arrow, filter, map": lambda: arrow_source().filter(is_not_every_fifth, input_columns="image_id").map(same),
     "take": lambda: arrow_source().take(17),
+    "batched map": lambda: arrow_source().map(same, batched=True, batch_size=3),
     "columns": lambda: arrow_source().select_columns(["image_id", "image"]),
 }
 
 
-@pytest.mark.parametrize("kind", SOURCES)
-def test_resumes_at_every_position_twice_in_a_row(kind):
+@pytest.mark.parametrize(("kind", "step"), [(kind, 1 if kind in ("generator", "take") else 3) for kind in SOURCES])
+def test_resumes_at_every_position_twice_in_a_row(kind, step):
     length = 32  # one epoch and a part of the next
     whole = pairs(itertools.islice(make_stream(SOURCES[kind]()), length))
-    for position in range(length - 6):
+    for position in range(0, length - 6, step):
         stream = make_stream(SOURCES[kind]())
         pairs(itertools.islice(stream, position))
         for start in (position, position + 3):

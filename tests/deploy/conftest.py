@@ -99,10 +99,17 @@ def run_python(hub_server: Any, tmp_path: Path) -> RunPython:
     return _runner(hub_server.endpoint, tmp_path)
 
 
-RECIPE = {"method": "detection", "data": "scenes:easy", "train_split": "train", "eval_split": "test", "max_steps": 4}
+RECIPE = {"method": "detection", "data": "scenes:easy", "eval_split": "test", "max_steps": 4}
 RUN = {
+    "method": "detection",
     "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
-    "data": {"source": "scenes:easy", "fingerprint": "abc123", "num_examples": 400, "class_names": None},
+    "data": {
+        "source": "scenes:easy",
+        "split": "train",
+        "fingerprint": "abc123",
+        "num_examples": 400,
+        "class_names": None,
+    },
     "git": {"commit": "0123abc", "dirty": False},
     "seconds": 90.4,
     "num_steps": 1200,
@@ -120,7 +127,7 @@ def _save_run(folder: Path, model: Any, recipe: dict[str, Any], run: dict[str, A
     from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 
     model.save_pretrained(folder)
-    height, width = model.config.backbone_config.image_hw
+    height, width = ENCODER["image_size"]
     VLMViTImageProcessor(size={"height": height, "width": width}).save_pretrained(folder)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     (folder / "run.json").write_text(json.dumps(run))
@@ -169,11 +176,13 @@ def saved_detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def saved_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished pretraining run, with tiny random weights. Do not change it."""
     import hf_vlm.registry  # noqa: F401
-    from hf_vlm.models.modeling_simclr import SimCLRConfig, SimCLRForPreTraining
+    from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
+    from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 
-    model = SimCLRForPreTraining(SimCLRConfig(backbone_config=ENCODER))
-    run = RUN | {"metrics": {"knn_accuracy": 0.75}, "data": {"source": "org/pictures", "num_examples": None}}
-    recipe = RECIPE | {"method": "simclr", "data": "org/pictures"}
+    model = VLMViTModel(VLMViTConfig(**ENCODER))
+    data = {"source": "org/pictures", "split": "train", "num_examples": None}
+    run = RUN | {"method": "mae", "metrics": {"knn": 0.75}, "data": data}
+    recipe = RECIPE | {"method": "mae", "data": "org/pictures"}
     return _save_run(tmp_path_factory.mktemp("pretraining") / "tiny-encoder", model, recipe, run)
 
 

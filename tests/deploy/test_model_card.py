@@ -1,6 +1,7 @@
 """Cards say what the run's files say, and nothing where they say nothing."""
 
 import json
+import math
 import re
 
 import pytest
@@ -95,14 +96,40 @@ def test_encoder_card(encoder_run):
     assert data.pipeline_tag == "image-feature-extraction"
     assert data.datasets == ["org/pictures"]
     assert [(r.metric_type, r.metric_value, r.dataset_type) for r in data.eval_results] == [
-        ("knn_accuracy", 0.75, "org/pictures")
+        ("knn", 0.75, "org/pictures")
     ]
-    assert "It was pretrained with SimCLR on images without labels" in text
-    assert 'AutoModelForPreTraining.from_pretrained("me/my-encoder", trust_remote_code=True).backbone.eval()' in text
+    assert "It was pretrained with MAE on images without labels" in text
+    assert 'encoder = AutoModel.from_pretrained("me/my-encoder", trust_remote_code=True).eval()\n' in text
+    assert "| accuracy of nearest neighbours on its features | 0.750 |" in text
     assert "--encoder me/my-encoder" in text
     assert (
         "The data set [org/pictures](https://huggingface.co/datasets/org/pictures), split `train`. No labels" in text
     )
+
+
+def test_a_whole_pretraining_model_offers_its_encoder(tmp_path):
+    import hf_vlm.registry  # noqa: F401
+    from hf_vlm.models.modeling_simclr import SimCLRConfig, SimCLRForPreTraining
+
+    encoder = {"image_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    SimCLRForPreTraining(SimCLRConfig(backbone_config=encoder)).save_pretrained(tmp_path)
+    text = write_model_card(tmp_path, repo_id="me/whole").read_text()
+    check_form(text)
+    assert 'AutoModelForPreTraining.from_pretrained("me/whole", trust_remote_code=True).backbone.eval()' in text
+    assert "| input | 32 x 32 pixels, 3 channels |" in text
+
+
+def test_the_recipe_may_name_the_repository(detector_run):
+    with (detector_run / "recipe.yaml").open("a") as recipe:
+        recipe.write("hub_model_id: me/by-trainer\n")
+    assert write_model_card(detector_run).read_text().count('"me/by-trainer"') == 3
+    assert write_model_card(detector_run, repo_id="me/other").read_text().count('"me/other"') == 3
+
+
+def test_figures_of_classes_are_named(detector_run):
+    change(detector_run, metrics={"ap": 0.5, "ap/cat": 0.25, "ap/dog": math.nan})
+    text = write_model_card(detector_run).read_text()
+    assert "| AP (IoU 0.50:0.95) | 0.500 |\n| AP of cat | 0.250 |\n\n" in text
 
 
 def test_what_is_unknown_is_left_out(detector_run):

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from hf_vlm.deploy.draw import class_color
-from hf_vlm.deploy.predict import Prediction, Predictor, find_images
+from hf_vlm.deploy.predict import Prediction, Predictor, image_paths
 
 
 @pytest.fixture(scope="module")
@@ -151,11 +151,12 @@ def test_what_cannot_be_read_is_named(predictor, images, tmp_path):
         predictor.predict(images[0], 50)
 
 
-def test_find_images_reads_brackets_in_a_folder_name_as_they_are(tmp_path):
+def test_brackets_in_a_folder_name_are_no_wildcards(tmp_path):
     folder = tmp_path / "photos [2024]"
     folder.mkdir()
     Image.new("RGB", (4, 4)).save(folder / "a.png")
-    assert find_images(folder) == [str(folder / "a.png")]
+    assert image_paths(folder) == [str(folder / "a.png")]
+    assert image_paths(str(tmp_path / "**" / "*.png")) == [str(folder / "a.png")]
 
 
 def test_what_is_no_detector(saved_encoder, detector_run, tmp_path):

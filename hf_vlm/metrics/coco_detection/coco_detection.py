@@ -7,6 +7,8 @@ import evaluate
 
 from hf_vlm.metrics.detection import coco_detection_metrics
 
+__all__ = ["CocoDetection"]
+
 _CITATION = """@inproceedings{lin2014coco,
   title={Microsoft COCO: Common objects in context},
   author={Lin, Tsung-Yi and Maire, Michael and Belongie, Serge and Hays, James and Perona, Pietro and Ramanan, Deva

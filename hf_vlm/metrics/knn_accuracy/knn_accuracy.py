@@ -7,6 +7,8 @@ import evaluate
 
 from hf_vlm.metrics.probe import knn_accuracy
 
+__all__ = ["KnnAccuracy"]
+
 
 class KnnAccuracy(evaluate.Metric):
     """Accuracy on test features (predictions) and labels (references); also takes num_neighbors, temperature."""

@@ -7,6 +7,8 @@ import evaluate
 
 from hf_vlm.metrics.probe import linear_accuracy
 
+__all__ = ["LinearAccuracy"]
+
 
 class LinearAccuracy(evaluate.Metric):
     """Accuracy on test features (predictions) and labels (references); also takes inverse_regularization, max_iter."""

@@ -1,0 +1,150 @@
+"""Open anything as a stream of one schema: one table of kinds, told by what a source looks like."""
+
+import logging
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+
+from hf_vlm.data.coco import find_coco_files, open_coco
+from hf_vlm.data.columns import Categories, ColumnMap, RowReader, find_columns, object_fields, read_categories
+from hf_vlm.data.imagefolder import IMAGE_EXTENSIONS, open_imagefolder
+from hf_vlm.data.parquet import open_parquet
+from hf_vlm.data.scenes import scenes_stream
+from hf_vlm.data.schema import class_names, has_boxes, unlabelled
+from hf_vlm.data.splits import canonical_split, choose_split, describe_folder, nearest
+
+__all__ = ["KINDS", "class_names", "guess_kind", "has_boxes", "open_stream", "unlabelled"]
+
+logger = logging.getLogger(__name__)
+
+# Of what lies on disk.
+LOCAL_OPENERS: dict[str, Callable[..., datasets.IterableDataset]] = {
+    "parquet": open_parquet,
+    "coco": open_coco,
+    "imagefolder": open_imagefolder,
+}
+KINDS = ("scenes", *LOCAL_OPENERS, "hub")
+SUFFIXES = {".parquet": "parquet", ".json": "coco"}
+
+
+def open_stream(
+    source: str | Path,
+    split: str = "train",
+    *,
+    kind: str | None = None,
+    num_samples: int | None = None,
+    name: str | None = None,
+    revision: str | None = None,
+) -> datasets.IterableDataset:
+    """Open a source as a stream of examples whose images are still encoded.
+
+    Args:
+        source: `scenes`, `scenes:easy` or `scenes:hard` (the built-in images); a Parquet file or a folder of them; a
+            COCO json or a folder with one; a folder of images; or the id of a dataset on the Hub.
+        split: Of the source; `val` and `valid` are `validation`.
+        kind: One of `KINDS`; None tells it from the source.
+        num_samples: Only the first so many examples.
+        name: Of the configuration of a dataset on the Hub.
+        revision: Of a dataset on the Hub.
+
+    Returns:
+        A stream with the columns `image` ({"bytes", "path"}) and `image_id`, and as the source has them `label`,
+        `objects` {bbox, category, area, iscrowd}, `mask` and `instance_mask`.
+
+    Raises:
+        ValueError: There is nothing of the kind, no such split, or the labels make no sense.
+    """
+    if num_samples is not None and num_samples < 1:
+        raise ValueError(f"num_samples={num_samples} must be positive")
+    kind = guess_kind(source) if kind is None else kind
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind of data {kind!r}; the kinds are {', '.join(KINDS)}")
+    if (name is not None or revision is not None) and kind != "hub":
+        raise ValueError(f"name and revision belong to datasets on the Hub; {source} is of the kind {kind!r}")
+    if kind == "scenes":
+        preset = str(source).removeprefix("scenes").removeprefix(":") or "easy"
+        return scenes_stream(preset, canonical_split(split), num_samples=num_samples)
+    if kind == "hub":
+        return _open_hub(str(source), split, num_samples=num_samples, name=name, revision=revision)
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise ValueError(f"{source} does not exist{nearest(str(path), _siblings(path))}")
+    if kind == "imagefolder" and not path.is_dir():
+        raise ValueError(f"{source} is a file; give the folder of the images")
+    return LOCAL_OPENERS[kind](path, split, num_samples=num_samples)
+
+
+def guess_kind(source: str | Path) -> str:
+    """The kind of a source, told from its name and what is there.
+
+    Raises:
+        ValueError: There is nothing of that name, or nothing of a known kind in it.
+    """
+    text, path = str(source), Path(source).expanduser()
+    if text == "scenes" or text.startswith("scenes:"):
+        return "scenes"
+    if path.is_dir():
+        suffixes = {os.path.splitext(file)[1].lower() for _, _, files in os.walk(path) for file in files}
+        if ".parquet" in suffixes:
+            return "parquet"
+        if find_coco_files(path):
+            return "coco"
+        if suffixes & IMAGE_EXTENSIONS:
+            return "imagefolder"
+        raise ValueError(
+            f"{source} holds no Parquet files, no COCO json (annotations/*.json, _annotations.coco.json or a json "
+            f"beside the images) and no images; {describe_folder(path)}"
+        )
+    if path.is_file():
+        if path.suffix.lower() not in SUFFIXES:
+            raise ValueError(f"{source} is neither Parquet nor a COCO json; give a folder, or the kind of data")
+        return SUFFIXES[path.suffix.lower()]
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) and not text.startswith(".") and path.suffix not in SUFFIXES:
+        return "hub"
+    raise ValueError(f"{source} does not exist{nearest(str(path), _siblings(path))}")
+
+
+def _open_hub(
+    source: str, split: str, *, num_samples: int | None, name: str | None, revision: str | None
+) -> datasets.IterableDataset:
+    # A stream that is closed early would sleep for seconds; nothing here needs that.
+    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
+    try:
+        splits = datasets.load_dataset(source, name, revision=revision, streaming=True)
+    except Exception as error:  # of many kinds: no such dataset, no network, a gate, a missing configuration
+        hint = nearest(source, ["scenes", *_siblings(Path(source))])
+        raise ValueError(
+            f"{source} is no folder or file here, and as a dataset on the Hub it cannot be opened: {error}{hint}"
+        ) from error
+    stream = choose_split(splits, split, source).decode(False)
+    features = stream.features if stream.features is not None else stream._resolve_features().features
+    columns = find_columns(features, source)
+    reader = RowReader(
+        map=columns,
+        label=_declared(features, columns, "label", source),
+        category=_declared(features, columns, "objects", source),
+    )
+    if num_samples is not None:
+        stream = stream.take(num_samples)
+    raw = list(columns.source_names)
+    return stream.select_columns(raw).map(reader, remove_columns=raw, features=reader.features)
+
+
+def _declared(features: datasets.Features, columns: ColumnMap, column: str, source: str) -> Categories | None:
+    """The classes that the features of a column declare: the values of a remote source are not read to find them."""
+    name = columns.columns.get(column)
+    if name is None:
+        return None
+    feature = features[name] if column == "label" else object_fields(features[name])[columns.objects["category"]]
+    categories = read_categories(feature)
+    if categories is None:
+        logger.warning("%s: the column %r is left out: without ClassLabel its classes are not known", source, name)
+    return categories
+
+
+def _siblings(path: Path) -> list[str]:
+    """What lies where a missing path should be."""
+    return [str(sibling) for sibling in path.parent.iterdir()] if path.parent.is_dir() else []

@@ -1,0 +1,41 @@
+"""Batches against their examples."""
+
+import torch
+
+from hf_vlm.data.collate import collate_detection, collate_views
+
+
+def test_views_are_stacked():
+    examples = [
+        {"pixel_values": torch.randn(2, 3, 4, 5), "local_pixel_values": torch.randn(6, 3, 2, 2)} for _ in range(3)
+    ]
+    batch = collate_views(examples)
+    assert set(batch) == {"pixel_values", "local_pixel_values"}
+    assert batch["pixel_values"].shape == (3, 2, 3, 4, 5)
+    for index, example in enumerate(examples):
+        assert torch.equal(batch["pixel_values"][index], example["pixel_values"])
+        assert torch.equal(batch["local_pixel_values"][index], example["local_pixel_values"])
+
+
+def test_labels_become_a_tensor():
+    batch = collate_views(
+        [{"pixel_values": torch.full((3, 2, 2), value), "label": label} for value, label in ((0.5, 4), (1.5, 0))]
+    )
+    assert batch["labels"].dtype == torch.int64
+    assert batch["labels"].tolist() == [4, 0]
+    assert batch["pixel_values"][:, 0, 0, 0].tolist() == [0.5, 1.5]
+
+
+def test_detection_labels_stay_apart():
+    examples = [
+        {
+            "pixel_values": torch.full((3, 2, 2), float(n)),
+            "labels": {"boxes": torch.rand(n, 4), "class_labels": torch.arange(n)},
+        }
+        for n in (2, 0, 1)
+    ]
+    batch = collate_detection(examples)
+    assert batch["pixel_values"].shape == (3, 3, 2, 2)
+    assert batch["pixel_values"][:, 0, 0, 0].tolist() == [2, 0, 1]
+    assert batch["labels"] == [example["labels"] for example in examples]
+    assert [len(labels["boxes"]) for labels in batch["labels"]] == [2, 0, 1]

@@ -1,0 +1,101 @@
+"""Two gloo processes under DDP have the gradients of one process with the joined batch, for every objective."""
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+
+from hf_vlm.models.modeling_detection import VLMViTDetectionConfig, VLMViTForObjectDetection
+from hf_vlm.models.modeling_mae import MAEConfig, MAEForPreTraining
+from hf_vlm.models.modeling_simclr import SimCLRConfig, SimCLRForPreTraining
+from hf_vlm.models.ssl_layers import SyncedBatchNorm1d
+
+BACKBONE = {
+    "image_size": 32,
+    "patch_size": 8,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+HEAD = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_decoder_layers": 1,
+    "num_self_attention_heads": 4,
+    "num_cross_attention_heads": 4,
+    "num_queries": 5,
+    "neck_num_blocks": 1,
+    "num_labels": 3,
+}
+BATCH = 6
+
+
+def objectives():
+    """(model, batch of six) of each objective, the same in every process."""
+    torch.manual_seed(0)
+    labels = [
+        {"class_labels": torch.randint(3, (n,)), "boxes": torch.rand(n, 4) * 0.3 + 0.2} for n in (4, 1, 0, 0, 1, 0)
+    ]
+    decoder = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return {
+        "simclr": (
+            SimCLRForPreTraining(SimCLRConfig(backbone_config=BACKBONE, projection_hidden_size=32)),
+            {"pixel_values": torch.randn(BATCH, 2, 3, 32, 32)},
+        ),
+        "mae": (
+            MAEForPreTraining(MAEConfig(backbone_config=BACKBONE, decoder_config=decoder)),
+            {"pixel_values": torch.randn(BATCH, 1, 3, 32, 32), "noise": torch.rand(BATCH, 16)},
+        ),
+        "detection": (
+            VLMViTForObjectDetection(VLMViTDetectionConfig(backbone_config=BACKBONE, **HEAD)),
+            {"pixel_values": torch.randn(BATCH, 3, 32, 32), "labels": labels},
+        ),
+    }
+
+
+def gradients_of_rank(rank, store):
+    """Gradients after DDP's averaging, and running statistics, of each objective on this rank's half of the batch."""
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=120)
+    )
+    try:
+        found = {}
+        for name, (model, batch) in objectives().items():
+            half = slice(rank * BATCH // 2, (rank + 1) * BATCH // 2)
+            wrapped = DistributedDataParallel(model)  # held until the backward pass, whose gradients it averages
+            wrapped(**{key: value[half] for key, value in batch.items()}).loss.backward()
+            found[name] = state_of(model)
+        dist.barrier()
+        return found
+    finally:
+        dist.destroy_process_group()
+
+
+def state_of(model):
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return gradients | {name: buffer for name, buffer in model.named_buffers() if "running" in name}
+
+
+def test_two_ranks_have_the_gradients_of_one_process(tmp_path):
+    store = str(tmp_path / "store")
+    other = mp.get_context("spawn").Process(target=gradients_of_rank, args=(1, store), daemon=True)
+    other.start()
+    found = gradients_of_rank(0, store)
+    other.join(timeout=120)
+    assert other.exitcode == 0
+    for objective, (model, batch) in objectives().items():
+        model(**batch).loss.backward()
+        for name, expected in state_of(model).items():
+            torch.testing.assert_close(
+                found[objective][name], expected, rtol=1e-3, atol=1e-4, msg=lambda m, n=name, o=objective: f"{o} {n}: {m}"
+            )
+
+
+def test_batch_norm_equals_torchs_in_one_process():
+    torch.manual_seed(0)
+    ours, theirs = SyncedBatchNorm1d(4), torch.nn.BatchNorm1d(4)
+    inputs = torch.randn(8, 4)
+    assert torch.equal(ours(inputs), theirs(inputs))
+    assert torch.equal(ours.running_var, theirs.running_var)

@@ -1,0 +1,76 @@
+"""The house holds: each floor imports only those below it, and models/ stays flat and alone."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "hf_vlm"
+FLOORS = {"models": 0, "metrics": 0, "registry": 1, "data": 2, "training": 3, "deploy": 4, "cli": 5}
+MODULES = sorted(PACKAGE.rglob("*.py"))
+MODEL_FILES = sorted((PACKAGE / "models").glob("*.py"))
+
+
+def floor_of(parts):
+    return FLOORS[parts[0].removesuffix(".py")]
+
+
+def imports(path):
+    """(dotted name, level) of every import of a file, also those inside functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, 0) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or "", node.level
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_down(path):
+    parts = path.relative_to(PACKAGE).parts
+    if parts == ("__init__.py",):
+        return
+    own = floor_of(parts)
+    for name, level in imports(path):
+        if level == 0 and name.startswith("hf_vlm."):
+            target = name.split(".")[1]
+            same_folder = target == parts[0].removesuffix(".py")
+            assert same_folder or FLOORS[target] < own, f"{path} (floor {own}) imports {name}"
+
+
+@pytest.mark.parametrize("path", MODEL_FILES, ids=lambda path: path.name)
+def test_models_are_flat_and_import_little(path):
+    for name, level in imports(path):
+        root = name.split(".")[0]
+        if level:
+            assert level == 1, path
+            assert "." not in name, path
+            assert (path.parent / f"{name}.py").is_file(), path
+        else:
+            assert root in {"torch", "transformers", "huggingface_hub", "scipy"} | sys.stdlib_module_names, (path, name)
+
+
+def test_nothing_cyclic_between_data_files():
+    """A file that imports another is never imported by it, directly or around corners."""
+    graph = {
+        ".".join(("hf_vlm", *path.relative_to(PACKAGE).with_suffix("").parts)): {
+            name for name, level in imports(path) if level == 0 and name.startswith("hf_vlm.")
+        }
+        for path in MODULES
+    }
+
+    def reachable(start):
+        seen, todo = set(), [start]
+        while todo:
+            for name in graph.get(todo.pop(), ()):
+                if name not in seen:
+                    seen.add(name)
+                    todo.append(name)
+        return seen
+
+    assert not [name for name in graph if name in reachable(name)]
+
+
+def test_files_stay_short():
+    long = {str(p.relative_to(PACKAGE)): n for p in MODULES if (n := len(p.read_text().splitlines())) > 400}
+    assert not long

@@ -1,0 +1,48 @@
+import copy
+
+import pytest
+
+ENCODER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8}
+COMMON = {
+    "encoder_config": ENCODER,
+    "image_size": 32,
+    "data": "scenes:easy",
+    "num_train_examples": 24,
+    "shuffle_block": 16,
+    "max_steps": 8,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-3,
+    "warmup_steps": 0.25,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "seed": 1,
+}
+METHODS = {
+    "mae": {"model_config": {"decoder_config": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}}},
+    "simclr": {"model_config": {"projection_hidden_size": 32, "projection_size": 16}},
+    "detection": {
+        "model_config": {
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_decoder_layers": 1,
+            "num_queries": 10,
+            "neck_num_blocks": 1,
+            "num_self_attention_heads": 4,
+            "num_cross_attention_heads": 4,
+        },
+        "num_eval_examples": 8,
+    },
+}
+
+
+@pytest.fixture
+def make_recipe(tmp_path):
+    """`make_recipe(method, **changes)`: a recipe of seconds, that writes into the test's folder."""
+
+    def make(kind, **changes):
+        recipe = {"method": kind, "output_dir": str(tmp_path / kind), **COMMON, **METHODS[kind], **changes}
+        return copy.deepcopy(recipe)
+
+    return make

@@ -1,0 +1,88 @@
+import pytest
+import yaml
+
+from hf_vlm.training.arguments import check_recipe, find_recipe, load_recipe, parse_arguments, recipes_folder
+
+RECIPES = [path for path in sorted(recipes_folder().glob("*/*.yaml")) if path.parent.name != "accelerate"]
+
+
+def write(folder, text):
+    path = folder / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_numbers_and_overrides(tmp_path):
+    path = write(tmp_path, "max_steps: 10\nlearning_rate: 1e-4\nviews: {blur: 0.5}\nwarmup_steps: 0.05\nseed: 3\n")
+    recipe = load_recipe(path, ["--learning-rate", "5e-4", "--views.blur", "0", "--views.flip=1", "--data", "x"])
+    assert recipe == {
+        "max_steps": 10,
+        "learning_rate": 5e-4,
+        "views": {"blur": 0, "flip": 1},
+        "warmup_steps": 0.05,
+        "seed": 3,
+        "data": "x",
+    }
+    args = parse_arguments(recipe)
+    assert args.get_warmup_steps(100) == 5
+    assert args.learning_rate == 5e-4
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "words"),
+    [
+        ("max_steps: 1\nlerning_rate: 1", [], "Unknown key 'lerning_rate'.*Did you mean 'learning_rate'"),
+        ("max_steps: 1", ["--encodr", "x"], "Did you mean 'encoder'"),
+        ("max_steps: many", [], "max_steps in .* must be int, but is 'many'"),
+        ("max_steps: true", [], "must be int"),
+        ("max_steps: 1\nlearning_rate: [1]", [], "must be float"),
+        ("- a\n- b", [], "must be a mapping"),
+        ("a: [", [], "not valid YAML"),
+        ("max_steps: 1", ["--data"], "--data needs a value"),
+        ("max_steps: 1", ["data", "x"], "Expected --key value"),
+    ],
+)
+def test_wrong_recipes_say_what_is_wrong(tmp_path, text, overrides, words):
+    with pytest.raises(ValueError, match=words):
+        load_recipe(write(tmp_path, text), overrides)
+
+
+def test_a_missing_recipe_names_those_there_are():
+    with pytest.raises(ValueError, match=r"no recipe nowhere\.yaml.*mae/vit_small\.yaml"):
+        find_recipe("nowhere.yaml")
+
+
+def test_steps_are_needed():
+    with pytest.raises(ValueError, match="needs max_steps"):
+        parse_arguments({})
+
+
+def test_values_that_transformers_refuses_are_errors_of_the_user():
+    with pytest.raises(ValueError, match="lr_scheduler_type|cosin"):
+        parse_arguments({"max_steps": 1, "lr_scheduler_type": "cosin"})
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_shipped_recipes_are_valid(path, tmp_path):
+    recipe = check_recipe(yaml.safe_load(path.read_text()) | load_recipe(path), str(path)) | {
+        "output_dir": str(tmp_path)
+    }
+    args = parse_arguments(recipe)
+    assert args.learning_rate < 0.1
+    header = path.read_text().split("\nmethod:")[0]
+    assert "arXiv" in header or "paper" in header or "demo" in header
+    assert "Command:" in header
+    assert "Cost:" in header
+
+
+def test_accelerate_files_hold_only_keys_that_the_launcher_knows():
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+
+    destinations = {action.dest for action in launch_command_parser()._actions}
+    files = sorted((recipes_folder() / "accelerate").glob("*.yaml"))
+    assert [path.stem for path in files] == ["cpu", "ddp", "fsdp2", "multi_node", "single_gpu"]
+    for path in files:
+        config = load_config_from_file(str(path))  # rejects unknown keys of the first level
+        for nested in ("fsdp_config", "parallelism_config"):
+            assert set(getattr(config, nested, None) or {}) <= destinations, (path, nested)

@@ -1,0 +1,213 @@
+"""Whole runs on CPU: what they leave, and that a run that was killed goes on as if it had not been."""
+
+import json
+import math
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from hf_vlm.models.modeling_detection import VLMViTForObjectDetection
+from hf_vlm.models.modeling_mae import MAEForPreTraining
+from hf_vlm.models.modeling_vlm_vit import VLMViTModel
+from hf_vlm.training import run as runs
+from hf_vlm.training.callbacks import read_log
+from hf_vlm.training.run import evaluate_run, finetune, pretrain
+from hf_vlm.training.trainer import VisionTrainer, last_checkpoint
+
+
+class Killed(Exception):
+    pass
+
+
+class KillAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise Killed
+
+
+@pytest.fixture
+def kill_at(monkeypatch):
+    """`kill_at(step)` makes the next runs stop there with `Killed`; None lets them finish."""
+    steps = []
+    original = VisionTrainer.__init__
+
+    def init(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        if steps and steps[-1] is not None:
+            self.add_callback(KillAt(steps[-1]))
+
+    monkeypatch.setattr(VisionTrainer, "__init__", init)
+    return steps.append
+
+
+def losses(folder):
+    return {entry["step"]: entry["loss"] for entry in read_log(folder / "log.jsonl") if "loss" in entry}
+
+
+@pytest.mark.parametrize("method", ["simclr", "mae", "detection"])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_killed_twice_and_resumed_equals_uninterrupted(make_recipe, tmp_path, kill_at, method, num_workers):
+    train = finetune if method == "detection" else pretrain
+    recipe = make_recipe(method, save_strategy="steps", save_steps=2, dataloader_num_workers=num_workers)
+    whole = tmp_path / "whole"
+    train(recipe | {"output_dir": str(whole)})
+
+    broken = tmp_path / "broken"
+    resumed = recipe | {"output_dir": str(broken)}
+    for step, resume in ((3, None), (7, "last")):  # stops between checkpoints, the second time in a resumed run
+        kill_at(step)
+        with pytest.raises(Killed):
+            train(resumed | {"resume_from_checkpoint": resume})
+    kill_at(None)
+    train(resumed | {"resume_from_checkpoint": "last"})
+
+    expected, found = (load_file(folder / "model.safetensors") for folder in (whole, broken))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert losses(broken) == losses(whole)
+    assert sorted(losses(whole)) == list(range(1, 9))
+
+
+def test_pretraining_leaves_an_encoder_and_its_objective(make_recipe, tmp_path):
+    summary = pretrain(make_recipe("mae"))
+    folder = tmp_path / "mae"
+    encoder, objective = VLMViTModel.from_pretrained(folder), MAEForPreTraining.from_pretrained(folder / "objective")
+    images = torch.randn(1, 3, 32, 32)
+    assert torch.equal(encoder.eval()(images)[0], objective.backbone.eval()(images)[0])
+    assert (folder / "modeling_vlm_vit.py").is_file()
+    assert json.loads((folder / "run.json").read_text()) == summary
+    assert summary["num_images_seen"] == 32
+    assert summary["data"]["fingerprint"]
+    assert yaml.safe_load((folder / "recipe.yaml").read_text())["data"] == "scenes:easy"
+    assert not list(folder.rglob("training_args.bin"))
+
+
+def test_saved_recipes_hold_no_token(make_recipe, tmp_path):
+    pretrain(make_recipe("mae", hub_token="hf_secret", max_steps=1))
+    assert not [p for p in (tmp_path / "mae").rglob("*") if p.is_file() and b"hf_secret" in p.read_bytes()]
+
+
+def test_finetuning_from_an_encoder_and_evaluating_the_folder(make_recipe, tmp_path):
+    pretrain(make_recipe("mae"))
+    summary = finetune(make_recipe("detection", encoder=str(tmp_path / "mae"), max_steps=1, learning_rate=0.0))
+    detector = VLMViTForObjectDetection.from_pretrained(tmp_path / "detection")
+    encoder = VLMViTModel.from_pretrained(tmp_path / "mae")
+    for name, weight in encoder.state_dict().items():  # a learning rate of 0 leaves what was loaded
+        assert torch.equal(detector.backbone.state_dict()[name], weight), name
+    again = evaluate_run(tmp_path / "detection", "scenes:easy", "validation", num_examples=8)
+    for name, value in summary["metrics"].items():
+        assert again[name] == pytest.approx(value, nan_ok=True), name
+    assert "ap/3" in again
+
+
+def test_evaluation_enters_the_log(make_recipe, tmp_path):
+    finetune(make_recipe("detection", eval_strategy="steps", eval_steps=4))
+    entries = [entry for entry in read_log(tmp_path / "detection" / "log.jsonl") if "eval_ap50" in entry]
+    assert [entry["step"] for entry in entries] == [4, 8, 8]
+    assert all(0 <= entry["eval_ap50"] <= 1 for entry in entries)
+
+
+def test_logged_loss_is_the_mean_under_gradient_accumulation(make_recipe, tmp_path, monkeypatch):
+    seen = []
+    original = MAEForPreTraining.forward
+
+    def forward(self, *args, **kwargs):
+        output = original(self, *args, **kwargs)
+        seen.append(output.loss.item())
+        return output
+
+    monkeypatch.setattr(MAEForPreTraining, "forward", forward)
+    pretrain(make_recipe("mae", gradient_accumulation_steps=2, logging_steps=2, max_steps=4))
+    logged = losses(tmp_path / "mae")
+    assert len(seen) == 8
+    assert logged[2] == pytest.approx(sum(seen[:4]) / 4, rel=1e-3)
+    assert logged[4] == pytest.approx(sum(seen[4:]) / 4, rel=1e-3)
+
+
+def test_parts_of_the_loss_are_logged_as_means(make_recipe, tmp_path):
+    finetune(make_recipe("detection", logging_steps=4))
+    entry = next(e for e in read_log(tmp_path / "detection" / "log.jsonl") if "loss_giou" in e)
+    assert 0 < entry["loss_giou"] < 2
+    assert entry["loss"] > entry["loss_giou"]
+
+
+def test_resuming_with_another_number_of_processes_is_refused(make_recipe, tmp_path):
+    recipe = make_recipe("mae", save_strategy="steps", save_steps=4)
+    pretrain(recipe)
+    checkpoint = last_checkpoint(tmp_path / "mae")
+    (tmp_path / "mae" / "checkpoint-8" / "data_state_1.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match="data positions of 2 processes, but 1 run now"):
+        pretrain(recipe | {"resume_from_checkpoint": checkpoint})
+
+
+def test_a_checkpoint_cut_short_is_not_resumed_from(make_recipe, tmp_path):
+    pretrain(make_recipe("mae", save_strategy="steps", save_steps=4))
+    (tmp_path / "mae" / "checkpoint-8" / "trainer_state.json").unlink()
+    assert last_checkpoint(tmp_path / "mae").endswith("checkpoint-4")
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        last_checkpoint(tmp_path / "nothing")
+
+
+def test_after_step_gets_the_progress(make_recipe, monkeypatch):
+    progress = []
+    monkeypatch.setattr(MAEForPreTraining, "after_step", lambda self, p: progress.append(p), raising=False)
+    pretrain(make_recipe("mae", max_steps=4))
+    assert progress == [0.25, 0.5, 0.75, 1.0]
+
+
+def test_losses_fall(make_recipe, tmp_path):
+    pretrain(make_recipe("mae", max_steps=60, num_train_examples=4, learning_rate=3e-3))
+    values = losses(tmp_path / "mae")
+    assert values[60] < 0.9 * values[1]
+    assert math.isfinite(values[60])
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "words"),
+    [
+        ("mae", {"data": "no/such/folder"}, "no/such/folder"),
+        ("mae", {"data": ""}, "No data"),
+        ("mae", {"method": "detection"}, "no pretraining method 'detection'"),
+        ("mae", {"method": "mea"}, "Did you mean 'mae'"),
+        ("mae", {"encoder": "nowhere/at-all"}, "neither a folder with a model nor one on the Hub"),
+        ("mae", {"model_config": {"mask_ration": 0.5}}, "no field 'mask_ration'"),
+        ("mae", {"encoder_config": {"hidden_size": "wide"}}, "encoder_config"),
+        ("mae", {"encoder_preset": "enormous"}, "There are: nano"),
+        ("mae", {"views": {"blurr": 1}}, "blur"),
+        ("mae", {"image_size": 30}, "not a multiple"),
+        ("detection", {"augmentation": {"flipp": 1}}, "flip"),
+        ("detection", {"eval_split": "tset"}, "tset"),
+    ],
+)
+def test_bad_input_says_what_is_wrong(make_recipe, monkeypatch, method, changes, words):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    train = finetune if method == "detection" else pretrain
+    with pytest.raises(ValueError, match=words):
+        train(make_recipe(method, **changes))
+
+
+def test_an_encoder_of_another_patch_size_is_refused_unless_asked_for(make_recipe, tmp_path, caplog):
+    pretrain(make_recipe("mae", max_steps=1))
+    encoder = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 16}
+    recipe = make_recipe("detection", encoder=str(tmp_path / "mae"), encoder_config=encoder, max_steps=1)
+    with pytest.raises(ValueError, match=r"(?s)patch_size: weights have 8, the recipe says 16.*resize_encoder"):
+        finetune(recipe)
+    with caplog.at_level("INFO", logger="hf_vlm"):
+        finetune(recipe | {"resize_encoder": True, "learning_rate": 0.0})
+    assert "embeddings.patch_projection.weight" in caplog.text
+    detector = VLMViTForObjectDetection.from_pretrained(tmp_path / "detection")
+    weights = VLMViTModel.from_pretrained(tmp_path / "mae").layers[1].mlp.up_projection.weight
+    assert torch.equal(detector.backbone.layers[1].mlp.up_projection.weight, weights)
+
+
+def test_the_fingerprint_tells_data_apart():
+    from hf_vlm.data.sources import open_stream
+
+    easy, again, hard = (runs.fingerprint(open_stream(name)) for name in ("scenes:easy", "scenes:easy", "scenes:hard"))
+    assert easy == again != hard
