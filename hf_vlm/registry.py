@@ -6,6 +6,7 @@ Importing this module registers every row with transformers' Auto classes and ma
 
 import difflib
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import (
     AutoBackbone,
@@ -35,7 +36,7 @@ class ModelEntry:
     task: str  # "features", "pretraining" or a task name of transformers' pipelines
     config_class: type[PreTrainedConfig]
     model_class: type[PreTrainedModel]
-    auto_class: type
+    auto_class: Any
 
 
 MODELS = (

@@ -47,7 +47,10 @@ def test_models_are_flat_and_import_little(path):
             assert "." not in name, path
             assert (path.parent / f"{name}.py").is_file(), path
         else:
-            assert root in {"torch", "transformers", "huggingface_hub", "scipy"} | sys.stdlib_module_names, (path, name)
+            assert root in {"torch", "transformers", "huggingface_hub", "scipy"} | sys.stdlib_module_names, (
+                path,
+                name,
+            )
 
 
 def test_nothing_cyclic_between_data_files():

@@ -147,6 +147,8 @@ def draw_predictions(folder: Path, num_images: int = 8) -> None:
         prediction = predictor.predict(Image.fromarray(scene.image), threshold=0.3)[0]
         low, size = np.split(np.asarray(scene.boxes, dtype=np.float32).reshape(-1, 4), 2, axis=1)
         names = [str(category) for category in scene.categories]
-        truth = draw_detections(scene.image, np.concatenate([low, low + size], axis=1), names, class_ids=scene.categories)
+        truth = draw_detections(
+            scene.image, np.concatenate([low, low + size], axis=1), names, class_ids=scene.categories
+        )
         pictures.append(side_by_side(prediction.draw(scene.image), truth))
     contact_sheet(pictures, columns=2).save(folder / "predictions.png")

@@ -8,8 +8,8 @@ def run(words: Sequence[str]) -> None:
     """Fine-tunes a detector."""
     parser = argparse.ArgumentParser(
         prog="hf-vlm finetune",
-        description="Fine-tunes a detector on labelled images by a recipe, from a pretrained encoder or from scratch.",
-        epilog="Every key of the recipe can be overridden: --data ./coco --encoder runs/pretrain --learning_rate 1e-4.",
+        description="Fine-tunes a detector on labelled images by a recipe, from a pretrained encoder or from none.",
+        epilog="Every key of the recipe can be overridden: --data ./coco --encoder runs/pretrain --max_steps 2000.",
     )
     parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe such as detection/vit_small.yaml")
     arguments, overrides = parser.parse_known_args(words)

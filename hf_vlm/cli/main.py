@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"hf-vlm {words[0]}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\nhf-vlm {words[0]}: stopped. Checkpoints stay; --resume_from_checkpoint last goes on.", file=sys.stderr)
+        print(
+            f"\nhf-vlm {words[0]}: stopped. Checkpoints stay; --resume_from_checkpoint last goes on.", file=sys.stderr
+        )
         return 130
     return 0

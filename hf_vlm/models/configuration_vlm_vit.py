@@ -72,7 +72,7 @@ class VLMViTConfig(BackboneConfigMixin, PreTrainedConfig):
             only be multiples of the patch size.
         patch_size (`int` or `(height, width)`, defaults to 16): Size of a patch in pixels.
         num_channels (`int`, defaults to 3): Channels of the images: any number.
-        intermediate_size (`int`, *optional*): Width of the MLP; 4 x `hidden_size` when not given.
+        intermediate_size (`int`, defaults to 0): Width of the MLP; 0 stands for 4 x `hidden_size`.
         use_gated_mlp (`bool`, defaults to `False`): SwiGLU-style MLP (with `hidden_act="silu"`).
         norm_type (`str`, defaults to `"layernorm"`): `"layernorm"` or `"rmsnorm"`.
         position_embedding_type (`str`, defaults to `"learned"`):
@@ -85,7 +85,7 @@ class VLMViTConfig(BackboneConfigMixin, PreTrainedConfig):
         drop_path_rate (`float`, defaults to 0.0): Stochastic depth of the last layer, growing linearly from 0.
         use_qk_norm (`bool`, defaults to `False`): Normalise queries and keys a head (arXiv 2302.05442).
         apply_layernorm (`bool`, defaults to `True`): Whether backbone feature maps pass the final norm.
-        out_features, out_indices: Stages that [`VLMViTBackbone`] returns, `"stage1"` .. `"stageN"`; the last by default.
+        out_features, out_indices: Stages that [`VLMViTBackbone`] returns: `"stage1"` to `"stageN"`, or the last.
 
     Raises:
         ValueError: if a value is out of its choices or widths, heads and sizes do not divide.
@@ -100,7 +100,7 @@ class VLMViTConfig(BackboneConfigMixin, PreTrainedConfig):
     hidden_size: int = 384
     num_hidden_layers: int = 12
     num_attention_heads: int = 6
-    intermediate_size: int | None = None
+    intermediate_size: int = 0
     hidden_act: str = "gelu"
     use_gated_mlp: bool = False
     norm_type: str = "layernorm"
@@ -120,8 +120,7 @@ class VLMViTConfig(BackboneConfigMixin, PreTrainedConfig):
     _out_indices: list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.intermediate_size is None:
-            self.intermediate_size = 4 * self.hidden_size
+        self.intermediate_size = self.intermediate_size or 4 * self.hidden_size
         self._check()
         self.stage_names = ["stem"] + [f"stage{i}" for i in range(1, self.num_hidden_layers + 1)]
         self.set_output_features_output_indices(

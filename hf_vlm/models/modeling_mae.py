@@ -21,7 +21,7 @@ from .modeling_vlm_vit import (
     sincos_positions,
     unpatchify,
 )
-from .ssl_layers import SSLConfig, first_views_first
+from .ssl_layers import SSLConfig, as_vit_config, first_views_first
 
 DECODER_DEFAULTS = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 16}
 
@@ -33,8 +33,8 @@ class MAEConfig(SSLConfig):
     Args:
         backbone_config (`VLMViTConfig` or `dict`, *optional*): The encoder; sin-cos positions when not given.
         decoder_config (`VLMViTConfig` or `dict`, *optional*):
-            Width, depth and heads of the light decoder; 512 x 8 with 16 heads as in the paper when not given. Its
-            image, patch and channels are the encoder's.
+            Width, depth and heads of the light decoder; 512 x 8 with 16 heads as in the paper when not given. Image,
+            patch and channels are the encoder's.
         mask_ratio (`float`, defaults to 0.75): Share of the patches that the encoder does not see.
         norm_pix_loss (`bool`, defaults to `True`):
             Whether targets are normalised a patch (unbiased variance, eps 1e-6), the paper's better variant.
@@ -43,23 +43,19 @@ class MAEConfig(SSLConfig):
     model_type = "vlm_mae"
     sub_configs = {"backbone_config": VLMViTConfig, "decoder_config": VLMViTConfig}
 
-    backbone_config: dict[str, Any] | VLMViTConfig | None = None
-    decoder_config: dict[str, Any] | VLMViTConfig | None = None
+    decoder_config: Any = None
     mask_ratio: float = 0.75
     norm_pix_loss: bool = True
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.backbone_config is None:
-            self.backbone_config = VLMViTConfig(position_embedding_type="sincos")
-        self._resolve_backbone_config()
-        if not isinstance(self.decoder_config, VLMViTConfig):
-            encoder = self.backbone_config
-            of_encoder = {name: getattr(encoder, name) for name in ("image_size", "patch_size", "num_channels")}
-            self.decoder_config = VLMViTConfig(**{**DECODER_DEFAULTS, **(self.decoder_config or {}), **of_encoder})
+        encoder = as_vit_config(self.backbone_config, position_embedding_type="sincos")
+        of_encoder = {name: getattr(encoder, name) for name in ("image_size", "patch_size", "num_channels")}
+        self.backbone_config = encoder
+        self.decoder_config = as_vit_config(self.decoder_config, **DECODER_DEFAULTS, **of_encoder)
+        super().__post_init__(**kwargs)
         if not 0 < self.mask_ratio < 1:
             raise ValueError(f"MAEConfig: mask_ratio must lie between 0 and 1, but is {self.mask_ratio}.")
-        super().__post_init__(**kwargs)
 
 
 @auto_docstring

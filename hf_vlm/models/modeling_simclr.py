@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers.utils import ModelOutput, auto_docstring
 from transformers.utils.generic import can_return_tuple
 
-from .configuration_vlm_vit import VLMViTConfig
 from .modeling_vlm_vit import VLMViTModel, VLMViTPreTrainedModel
 from .ssl_layers import ProjectionHead, SSLConfig, check_views, first_views_first, gather_with_gradient, rank
 
@@ -30,7 +29,6 @@ class SimCLRConfig(SSLConfig):
 
     model_type = "vlm_simclr"
 
-    backbone_config: dict[str, Any] | VLMViTConfig | None = None
     projection_hidden_size: int = 2048
     projection_size: int = 128
     num_projection_layers: int = 3
@@ -38,7 +36,6 @@ class SimCLRConfig(SSLConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self._resolve_backbone_config()
         if self.temperature <= 0:
             raise ValueError(f"SimCLRConfig: temperature must be positive, but is {self.temperature}.")
         super().__post_init__(**kwargs)

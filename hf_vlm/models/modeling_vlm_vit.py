@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import auto_docstring
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_vlm_vit import VLMViTConfig
@@ -284,9 +284,10 @@ def check_pixel_values(pixel_values: Tensor, config: VLMViTConfig) -> None:
         raise ValueError(f"pixel_values must be (batch, {config.num_channels}, height, width), but are {shape}.")
     for size, patch, side in zip(shape[2:], config.patch_hw, ("height", "width")):
         if size % patch:
+            below = size // patch * patch
             raise ValueError(
-                f"Image {side} {size} is not a multiple of the patch {side} {patch}: resize images to {size // patch * patch}"
-                f" or {(size // patch + 1) * patch} pixels."
+                f"Image {side} {size} is not a multiple of the patch {side} {patch}: resize images to {below} or "
+                f"{below + patch} pixels."
             )
 
 
@@ -295,7 +296,9 @@ class _Encoder(VLMViTPreTrainedModel):
 
     def __init__(self, config: VLMViTConfig):
         super().__init__(config)
-        rates = [config.drop_path_rate * i / max(1, config.num_hidden_layers - 1) for i in range(config.num_hidden_layers)]
+        rates = [
+            config.drop_path_rate * i / max(1, config.num_hidden_layers - 1) for i in range(config.num_hidden_layers)
+        ]
         self.embeddings = VLMViTEmbeddings(config)
         self.layers = nn.ModuleList([VLMViTLayer(config, rate) for rate in rates])
         self.norm = build_norm(config, config.hidden_size)
@@ -313,7 +316,9 @@ class _Encoder(VLMViTPreTrainedModel):
         ph, pw = self.config.patch_hw
         grid_hw = pixel_values.shape[2] // ph, pixel_values.shape[3] // pw
         head_dim = self.config.hidden_size // self.config.num_attention_heads
-        angles = rope_positions(head_dim, self.config.rope_theta, grid_hw, tokens.device)[None]  # (1, patches, head_dim)
+        angles = rope_positions(head_dim, self.config.rope_theta, grid_hw, tokens.device)[
+            None
+        ]  # (1, patches, head_dim)
         if visible_indices is not None:
             angles = gather_tokens(angles.expand(len(tokens), -1, -1), visible_indices)
         angles = angles[:, None]  # (batch or 1, 1, patches, head_dim)
@@ -358,7 +363,8 @@ class VLMViTBackbone(BackboneMixin, _Encoder):
         self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
         self.post_init()
 
-    @can_return_tuple
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
     @auto_docstring
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> BackboneOutput:
         hidden_states, positions = self._embed(pixel_values)

@@ -1,9 +1,11 @@
 """What self-supervised methods share: collectives with gradients, the projection head, the composite configuration."""
 
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -44,7 +46,7 @@ def gather_with_gradient(tensor: Tensor) -> Tensor:
     """
     if world_size() == 1:
         return tensor
-    # A sum of tensors that are zero but at their own rank: the gather of torch has no gradient without deprecated code.
+    # A sum of tensors that are zero but at their own rank: torch's gather with a gradient is deprecated.
     placed = tensor.new_zeros(world_size(), *tensor.shape)
     return _SumOverRanks.apply(placed.index_put((torch.tensor(rank()),), tensor)).flatten(0, 1)
 
@@ -55,6 +57,10 @@ class SyncedBatchNorm1d(nn.BatchNorm1d):
     torch's own synchronised layer runs on accelerators only; two CPU processes must train as one process does.
     """
 
+    momentum: float
+    running_mean: Tensor
+    running_var: Tensor
+
     def forward(self, inputs: Tensor) -> Tensor:
         if not self.training or world_size() == 1:
             return super().forward(inputs)
@@ -62,14 +68,11 @@ class SyncedBatchNorm1d(nn.BatchNorm1d):
         mean = _SumOverRanks.apply(inputs.float().sum(0)) / count  # (features,)
         centred = inputs - mean  # before squaring: features of a fresh encoder hardly differ, and their squares cancel
         variance = _SumOverRanks.apply(centred.square().sum(0)) / count  # (features,)
-        if self.track_running_stats:
-            with torch.no_grad():
-                momentum = self.momentum
-                self.num_batches_tracked += 1
-                self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
-                self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var.dtype), momentum)
+        with torch.no_grad():
+            for running, value in (self.running_mean, mean), (self.running_var, variance * count / (count - 1)):
+                running.lerp_(value.to(running.dtype), self.momentum)
         normalised = centred * torch.rsqrt(variance + self.eps)
-        return (normalised * self.weight + self.bias if self.affine else normalised).to(inputs.dtype)
+        return (normalised * self.weight + self.bias).to(inputs.dtype)
 
 
 class ProjectionHead(nn.Sequential):
@@ -78,24 +81,27 @@ class ProjectionHead(nn.Sequential):
     def __init__(self, input_size: int, hidden_size: int, output_size: int, *, num_layers: int = 2):
         sizes = [input_size, *[hidden_size] * (num_layers - 1), output_size]
         layers: list[nn.Module] = []
-        for i, (size_in, size_out) in enumerate(zip(sizes, sizes[1:])):
-            last = i == num_layers - 1
-            layers.append(nn.Linear(size_in, size_out, bias=last))
-            if not last:
-                layers += [SyncedBatchNorm1d(size_out), nn.ReLU(inplace=True)]
-        super().__init__(*layers)
+        for size_in, size_out in pairwise(sizes[:-1]):
+            layers += [nn.Linear(size_in, size_out, bias=False), SyncedBatchNorm1d(size_out), nn.ReLU(inplace=True)]
+        super().__init__(*layers, nn.Linear(sizes[-2], output_size))
 
 
+def as_vit_config(config: VLMViTConfig | dict[str, Any] | None, **defaults: Any) -> VLMViTConfig:
+    """A configuration given as an object, as a dictionary (`defaults` fill what it lacks), or not at all."""
+    return config if isinstance(config, VLMViTConfig) else VLMViTConfig(**{**defaults, **(config or {})})
+
+
+@strict
 class SSLConfig(PreTrainedConfig):
     """Base of the method configurations: each holds the encoder's configuration as `backbone_config`."""
 
     sub_configs = {"backbone_config": VLMViTConfig}
 
-    def _resolve_backbone_config(self) -> None:
-        if self.backbone_config is None:
-            self.backbone_config = VLMViTConfig()
-        elif isinstance(self.backbone_config, dict):
-            self.backbone_config = VLMViTConfig(**self.backbone_config)
+    backbone_config: Any = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.backbone_config = as_vit_config(self.backbone_config)
+        super().__post_init__(**kwargs)
 
 
 def check_views(pixel_values: Tensor, num_views: int | None = None) -> Tensor:
@@ -113,10 +119,11 @@ def first_views_first(pixel_values: Tensor) -> Tensor:
     return pixel_values.transpose(0, 1).flatten(0, 1)
 
 
-__all__: list[Any] = [
+__all__ = [
     "ProjectionHead",
     "SSLConfig",
     "SyncedBatchNorm1d",
+    "as_vit_config",
     "check_views",
     "first_views_first",
     "gather_with_gradient",

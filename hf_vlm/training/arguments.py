@@ -20,7 +20,7 @@ class VisionTrainingArguments(TrainingArguments):
         ValueError: if a run is given neither a number of steps nor something to read.
     """
 
-    output_dir: str | None = field(default="runs/run", metadata={"help": "Folder of the run."})
+    output_dir: str = field(default="runs/run", metadata={"help": "Folder of the run."})
     method: str = field(default="", metadata={"help": "Row of the registry: simclr, mae, detection, ..."})
     encoder_preset: str = field(default="small", metadata={"help": "Named size of the encoder."})
     encoder_config: dict[str, Any] = field(default_factory=dict, metadata={"help": "VLMViTConfig fields to override."})
@@ -164,4 +164,11 @@ def parse_arguments(recipe: dict[str, Any]) -> VisionTrainingArguments:
         raise ValueError(f"The recipe cannot be used: {error}") from error
 
 
-__all__ = ["VisionTrainingArguments", "check_recipe", "find_recipe", "load_recipe", "parse_arguments", "recipes_folder"]
+__all__ = [
+    "VisionTrainingArguments",
+    "check_recipe",
+    "find_recipe",
+    "load_recipe",
+    "parse_arguments",
+    "recipes_folder",
+]

@@ -38,7 +38,9 @@ ARCHITECTURE = (
 def build_encoder_config(args: VisionTrainingArguments) -> VLMViTConfig:
     """The encoder that a recipe describes; ValueError names what is wrong with it."""
     fields = {"image_size": list(args.image_hw), **args.encoder_config}
-    return _build("encoder_config", lambda: VLMViTConfig.from_preset(args.encoder_preset, **fields), VLMViTConfig, fields)
+    return _build(
+        "encoder_config", lambda: VLMViTConfig.from_preset(args.encoder_preset, **fields), VLMViTConfig, fields
+    )
 
 
 def build_model(
@@ -64,7 +66,7 @@ def build_model(
     return model
 
 
-def _build(key: str, construct: Any, config_class: type, fields: dict[str, Any]) -> Any:
+def _build(key: str, construct: Any, config_class: Any, fields: dict[str, Any]) -> Any:
     """Constructs a configuration; unknown fields, which transformers would keep silently, are errors."""
     known = set(config_class.__dataclass_fields__) | {"out_features", "out_indices", "transformers_version"}
     unknown = [name for name in fields if name not in known and name not in ("id2label", "label2id")]
@@ -99,7 +101,7 @@ def load_encoder(args: VisionTrainingArguments) -> VLMViTModel:
         raise ValueError(
             f"encoder: {args.encoder} does not fit the recipe.\n  "
             + "\n  ".join(differences)
-            + "\nSet encoder_preset and encoder_config to those of the weights, or resize_encoder: true to take what fits."
+            + "\nSet encoder_preset and encoder_config as the weights have them, or resize_encoder to take what fits."
         )
     with _quiet_transformers():
         encoder, report = VLMViTModel.from_pretrained(

@@ -12,6 +12,7 @@ from hf_vlm.data.collate import collate_detection
 from hf_vlm.data.stream import ExampleStream
 from hf_vlm.metrics import coco_detection_metrics, knn_accuracy, linear_accuracy
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
+from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 
 MAX_DETECTIONS = 100  # COCO counts no more; kept boxes bound the memory
 
@@ -27,7 +28,7 @@ def predict_detection(
     loader = DataLoader(stream, batch_size=batch_size, collate_fn=collate_detection)
     for batch in tqdm(loader, desc="Evaluating", leave=False, disable=stream.rank != 0):
         outputs = model(pixel_values=batch["pixel_values"].to(device))
-        sizes = [tuple(int(side) for side in labels["orig_size"]) for labels in batch["labels"]]
+        sizes = [(int(height), int(width)) for height, width in (labels["orig_size"] for labels in batch["labels"])]
         found = processor.post_process_object_detection(
             outputs, threshold=0.0, target_sizes=sizes, max_detections=MAX_DETECTIONS
         )
@@ -66,9 +67,7 @@ def evaluate_detection(
 
 
 @torch.inference_mode()
-def extract_features(
-    encoder: nn.Module, stream: ExampleStream, *, batch_size: int = 64
-) -> tuple[Tensor, Tensor]:
+def extract_features(encoder: VLMViTModel, stream: ExampleStream, *, batch_size: int = 64) -> tuple[Tensor, Tensor]:
     """Pooled features (images, hidden_size) and labels (images,) of a labelled stream.
 
     The mean of the patch tokens, which serves methods with and without a trained class token alike.
@@ -85,7 +84,7 @@ def extract_features(
 
 
 def evaluate_features(
-    encoder: nn.Module, train: ExampleStream, test: ExampleStream, *, batch_size: int = 64
+    encoder: VLMViTModel, train: ExampleStream, test: ExampleStream, *, batch_size: int = 64
 ) -> dict[str, float]:
     """kNN and linear accuracy of frozen features: how far the encoder has come without any fine-tuning."""
     train_features, train_labels = extract_features(encoder, train, batch_size=batch_size)

@@ -245,7 +245,7 @@ class RunRecord:
             },
             "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
             "git": git_state(),
-            "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {args.n_gpu} GPUs, {args.world_size} processes",
+            "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {args.n_gpu} GPUs, {args.world_size} ranks",
             "metrics": {},
         }
 

@@ -31,6 +31,8 @@ class VisionTrainer(Trainer):
     """
 
     args: VisionTrainingArguments
+    optimizer: Any
+    control: Any
 
     def __init__(
         self,
@@ -89,8 +91,8 @@ class VisionTrainer(Trainer):
             num_saved = len(list(path.parent.glob("data_state_*.pt")))
             if num_saved != self.args.world_size:
                 raise ValueError(
-                    f"{path.parent} holds the data positions of {num_saved} processes, but {self.args.world_size} run now. "
-                    "Resume with the same number of processes."
+                    f"{path.parent} holds the data positions of {num_saved} processes, but {self.args.world_size} run "
+                    "now. Resume with the same number of processes."
                 )
             self._data_state = torch.load(path, weights_only=True)
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)

@@ -89,7 +89,11 @@ def test_two_ranks_have_the_gradients_of_one_process(tmp_path):
         model(**batch).loss.backward()
         for name, expected in state_of(model).items():
             torch.testing.assert_close(
-                found[objective][name], expected, rtol=1e-3, atol=1e-4, msg=lambda m, n=name, o=objective: f"{o} {n}: {m}"
+                found[objective][name],
+                expected,
+                rtol=1e-3,
+                atol=1e-4,
+                msg=lambda m, n=name, o=objective: f"{o} {n}: {m}",
             )
 
 

@@ -60,9 +60,11 @@ def test_equals_transformers_vit():
     layers = [key for key in source if ".0." in key]
     prefix = layers[0].split(".0.")[0]
     kinds = {key.split(".0.", 1)[1] for key in layers if key.endswith("weight")}
-    query, key, value = (next(k for k in kinds if name in k) for name in ("q", "k_proj", "v_proj")) if any(
-        "k_proj" in k for k in kinds
-    ) else (next(k for k in kinds if name in k) for name in ("query", "key", "value"))
+    query, key, value = (
+        (next(k for k in kinds if name in k) for name in ("q", "k_proj", "v_proj"))
+        if any("k_proj" in k for k in kinds)
+        else (next(k for k in kinds if name in k) for name in ("query", "key", "value"))
+    )
     rest = kinds - {query, key, value}
     norms = sorted(k for k in rest if "norm" in k)
     out = next(k for k in rest if source[f"{prefix}.0.{k}"].shape == (32, 32))
@@ -83,9 +85,7 @@ def test_equals_transformers_vit():
     copy(ours.norm.weight, "layernorm.weight")
     copy(ours.norm.bias, "layernorm.bias")
     images = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(
-        ours(images).last_hidden_state, theirs(images).last_hidden_state, atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(ours(images).last_hidden_state, theirs(images).last_hidden_state, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("positions", ["learned", "sincos", "rope"])
@@ -196,11 +196,23 @@ def test_compiles_without_graph_breaks():
     images = torch.randn(2, 3, 32, 32)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(images).last_hidden_state, model(images).last_hidden_state)
+    backbone = VLMViTBackbone(model.config).eval()
+    compiled = torch.compile(backbone, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(images).feature_maps[0], backbone(images).feature_maps[0])
 
 
 # Parameters of the published encoders in millions: ViT papers' figures without the classifier, DINOv2 giant 1.14 B,
 # DINOv3 7B 6.7 B.
-PUBLISHED = {"tiny": 5.5, "small": 21.7, "base": 85.8, "large": 303.3, "so400m": 412, "huge": 631, "giant": 1136, "7b": 6716}
+PUBLISHED = {
+    "tiny": 5.5,
+    "small": 21.7,
+    "base": 85.8,
+    "large": 303.3,
+    "so400m": 412,
+    "huge": 631,
+    "giant": 1136,
+    "7b": 6716,
+}
 
 
 @pytest.mark.parametrize("name", PRESETS)

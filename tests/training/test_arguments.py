@@ -58,7 +58,7 @@ def test_steps_are_needed():
 
 
 def test_values_that_transformers_refuses_are_errors_of_the_user():
-    with pytest.raises(ValueError, match="lr_scheduler_type|cosin"):
+    with pytest.raises(ValueError, match="cosin"):
         parse_arguments({"max_steps": 1, "lr_scheduler_type": "cosin"})
 
 

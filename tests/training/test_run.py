@@ -18,7 +18,7 @@ from hf_vlm.training.run import evaluate_run, finetune, pretrain
 from hf_vlm.training.trainer import VisionTrainer, last_checkpoint
 
 
-class Killed(Exception):
+class KilledError(Exception):
     pass
 
 
@@ -28,12 +28,12 @@ class KillAt(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.step:
-            raise Killed
+            raise KilledError
 
 
 @pytest.fixture
 def kill_at(monkeypatch):
-    """`kill_at(step)` makes the next runs stop there with `Killed`; None lets them finish."""
+    """`kill_at(step)` makes the next runs stop there with `KilledError`; None lets them finish."""
     steps = []
     original = VisionTrainer.__init__
 
@@ -62,7 +62,7 @@ def test_killed_twice_and_resumed_equals_uninterrupted(make_recipe, tmp_path, ki
     resumed = recipe | {"output_dir": str(broken)}
     for step, resume in ((3, None), (7, "last")):  # stops between checkpoints, the second time in a resumed run
         kill_at(step)
-        with pytest.raises(Killed):
+        with pytest.raises(KilledError):
             train(resumed | {"resume_from_checkpoint": resume})
     kill_at(None)
     train(resumed | {"resume_from_checkpoint": "last"})

@@ -27,7 +27,9 @@ def test_simclr_trains_for_20_steps(tmp_path):
     images = torch.rand(8, 1, 3, 16, 16)
     views = images + 0.05 * torch.randn(8, 2, 3, 16, 16)  # two noisy views of each image
     dataset = Dataset.from_dict({"pixel_values": views.tolist()}).with_format("torch")
-    model = AutoModel.from_config(AutoConfig.for_model("vlm_simclr", backbone_config=BACKBONE, projection_hidden_size=64))
+    model = AutoModel.from_config(
+        AutoConfig.for_model("vlm_simclr", backbone_config=BACKBONE, projection_hidden_size=64)
+    )
     trainer = Trainer(model=model, args=arguments(tmp_path, 20), train_dataset=dataset)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
