@@ -60,16 +60,18 @@ class VisionTrainingArguments(TrainingArguments):
 
 
 class _RecipeLoader(yaml.SafeLoader):
-    """YAML 1.2 numbers: PyYAML takes 1e-4 for a string."""
+    """YAML 1.2's numbers and booleans: PyYAML takes 1e-4 for a string, and `save_strategy: no` for false."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
-_RecipeLoader.add_implicit_resolver(
+_RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^([Tt]rue|[Ff]alse)$"), list("TtFf"))
+_RecipeLoader.add_implicit_resolver(  # after int, whose pattern this one matches as well
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?$"), list("-+.0123456789")
 )
-_RecipeLoader.yaml_implicit_resolvers = {  # an integer must be tried before the float pattern, which matches it too
-    key: sorted(resolvers, key=lambda resolver: resolver[0] != "tag:yaml.org,2002:int")
-    for key, resolvers in _RecipeLoader.yaml_implicit_resolvers.items()
-}
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:

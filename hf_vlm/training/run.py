@@ -69,8 +69,6 @@ def pretrain(recipe: dict[str, Any], *, write_card: Callable[[Path], Any] | None
     )
     _train(trainer, record)
     output_dir = Path(args.output_dir)
-    if args.push_to_hub:
-        trainer.push_to_hub()
     trainer.save_model(str(output_dir / OBJECTIVE_FOLDER), _internal_call=True)
     if args.should_save:
         encoder = VLMViTModel(model.config.backbone_config)
@@ -78,6 +76,8 @@ def pretrain(recipe: dict[str, Any], *, write_card: Callable[[Path], Any] | None
         encoder.save_pretrained(output_dir)
         processor.save_pretrained(output_dir)
         record.write(output_dir)
+        if args.push_to_hub:
+            trainer.upload(output_dir, "End of training")
     return record.summary
 
 

@@ -7,15 +7,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor, nn
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import PushInProgress
 
 from hf_vlm.data.stream import ExampleStream
 from hf_vlm.training.arguments import VisionTrainingArguments
 from hf_vlm.training.callbacks import AfterStep, LogFile
 from hf_vlm.training.optim import parameter_groups
+
+TRAINING_STATE = [
+    "checkpoint-*",
+    "data_state*",
+    "optimizer*",
+    "rng_state*",
+    "scaler*",
+    "scheduler*",
+    "trainer_state.json",
+    TRAINING_ARGS_NAME,
+]
 
 Evaluator = Callable[[nn.Module, Any], dict[str, float]]
 
@@ -33,6 +48,7 @@ class VisionTrainer(Trainer):
     args: VisionTrainingArguments
     optimizer: Any
     control: Any
+    push_in_progress: Any
 
     def __init__(
         self,
@@ -112,10 +128,51 @@ class VisionTrainer(Trainer):
             if self.on_save is not None:
                 self.on_save(folder)
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """The card is written by `on_save`, filled; the stock one would replace it."""
-        if self.on_save is None:
-            super().create_model_card(*args, **kwargs)
+    # ---- Hub
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Makes the repository; ValueError where the Hub refuses, before any step is trained."""
+        try:
+            super().init_hf_repo(token, private)
+        except HfHubHTTPError as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"push_to_hub: {self.args.hub_model_id} cannot be written to: {reason}") from error
+
+    def upload(self, folder: str | Path, message: str, *, blocking: bool = True) -> Any:
+        """Publishes a saved model with all that lies beside it, but nothing of the training's state.
+
+        The stock upload sends the pickled arguments, token and all, and leaves the model's code out.
+        """
+        send: Any = HfApi().upload_folder
+        return send(
+            repo_id=self.hub_model_id,
+            folder_path=str(folder),
+            commit_message=message,
+            token=self.args.hub_token,
+            revision=self.args.hub_revision,
+            ignore_patterns=TRAINING_STATE,
+            run_as_future=not blocking,
+        )
+
+    def push_to_hub(self, commit_message: str | None = "End of training", blocking: bool = True, **kwargs: Any) -> Any:
+        """Saves the model and publishes the run's folder in the repository that the arguments name."""
+        if self.hub_model_id is None:
+            self.init_hf_repo()
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self._finish_current_push()
+        return self.upload(self.args.output_dir, commit_message or "End of training", blocking=blocking)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        if self.push_in_progress is not None and not self.push_in_progress.is_done():
+            if not self.args.hub_always_push:
+                return  # the next checkpoint will be sent
+            self._finish_current_push()
+        message = f"Training in progress, step {self.state.global_step}"
+        self.push_in_progress = PushInProgress([self.upload(checkpoint_folder, message, blocking=False)])
 
     # ---- optimiser
 

@@ -2,29 +2,13 @@
 
 import importlib.util
 import json
-import os
 import shutil
-import subprocess
 import sys
-import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
-
-# huggingface_hub reads its endpoint when it is imported, so a client of the test server needs its own process.
-# Whoever loads a model from the Hub has no hf_vlm: the blocker makes sure that none is found by accident.
-BLOCKER = """
-import sys
-class NoPackage:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "hf_vlm":
-            raise ModuleNotFoundError("No module named 'hf_vlm' (blocked by the test)", name=name)
-sys.meta_path.insert(0, NoPackage())
-"""
 
 
 def _load_hub() -> Any:
@@ -41,34 +25,21 @@ RunPython = Callable[..., str]
 StartHub = Callable[[Path], tuple[Any, RunPython]]
 
 
-def _runner(endpoint: str, folder: Path) -> RunPython:
+def _runner(run_process: RunPython, endpoint: str, folder: Path) -> RunPython:
+    """Clients need processes of their own: huggingface_hub reads its endpoint when it is imported."""
     elsewhere = folder / "elsewhere"
     elsewhere.mkdir(exist_ok=True)
 
     def run(code: str, *, token: str | None = "owner", forbid_hf_vlm: bool = False) -> str:
-        settings = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-        settings |= {
-            "HF_ENDPOINT": endpoint,
-            "HF_HOME": str(folder / "hf_home"),
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": "" if forbid_hf_vlm else str(ROOT),
-            **({"HF_TOKEN": token} if token else {}),
-        }
-        program = (BLOCKER if forbid_hf_vlm else "") + textwrap.dedent(code)
-        done = subprocess.run(
-            [sys.executable, "-c", program], cwd=elsewhere, env=settings, capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-4000:]}"
-        return done.stdout
+        hub = {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "hf_home"), "HF_HUB_DISABLE_XET": "1"}
+        login = {"HF_TOKEN": token} if token else {}
+        return run_process(code, elsewhere, forbid_hf_vlm=forbid_hf_vlm, **hub, **login)
 
     return run
 
 
 @pytest.fixture(scope="session")
-def start_hub() -> Iterator[StartHub]:
+def start_hub(run_process: RunPython) -> Iterator[StartHub]:
     """`start_hub(folder) -> (hub, run_python)`: an empty Hub, and a way to run clients of it inside the folder.
 
     The hub has `endpoint`, `tokens`, `repos`, `files(repo_id)` and the `requests` it served.
@@ -80,7 +51,7 @@ def start_hub() -> Iterator[StartHub]:
     def start(folder: Path) -> tuple[Any, RunPython]:
         server = _load_hub()().start()
         servers.append(server)
-        return server, _runner(server.endpoint, folder)
+        return server, _runner(run_process, server.endpoint, folder)
 
     yield start
     for server in servers:
@@ -94,9 +65,9 @@ def hub_server(start_hub: StartHub, tmp_path: Path) -> Any:
 
 
 @pytest.fixture
-def run_python(hub_server: Any, tmp_path: Path) -> RunPython:
+def run_python(hub_server: Any, run_process: RunPython, tmp_path: Path) -> RunPython:
     """Runs code as a client of `hub_server`; see `start_hub`."""
-    return _runner(hub_server.endpoint, tmp_path)
+    return _runner(run_process, hub_server.endpoint, tmp_path)
 
 
 RECIPE = {"method": "detection", "data": "scenes:easy", "eval_split": "test", "max_steps": 4}

@@ -13,7 +13,7 @@ def write(folder, text):
 
 
 def test_numbers_and_overrides(tmp_path):
-    path = write(tmp_path, "max_steps: 10\nlearning_rate: 1e-4\nviews: {blur: 0.5}\nwarmup_steps: 0.05\nseed: 3\n")
+    path = write(tmp_path, "max_steps: 10\nlearning_rate: 1e-4\nviews: {blur: 0.5}\nwarmup_steps: 0.05\nseed: 3\nsave_strategy: no\n")
     recipe = load_recipe(path, ["--learning-rate", "5e-4", "--views.blur", "0", "--views.flip=1", "--data", "x"])
     assert recipe == {
         "max_steps": 10,
@@ -21,6 +21,7 @@ def test_numbers_and_overrides(tmp_path):
         "views": {"blur": 0, "flip": 1},
         "warmup_steps": 0.05,
         "seed": 3,
+        "save_strategy": "no",
         "data": "x",
     }
     args = parse_arguments(recipe)

@@ -1,0 +1,153 @@
+"""Commands as a user types them."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from hf_vlm.cli.main import COMMANDS, main
+
+ENCODER = ["--encoder_config", "{hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, patch_size: 8}"]
+SHORT = [
+    *ENCODER,
+    *("--image_size", "32", "--max_steps", "2", "--per_device_train_batch_size", "4", "--use_cpu", "true"),
+    *("--save_strategy", "no", "--logging_steps", "1", "--dataloader_num_workers", "0", "--data", "scenes:easy"),
+]
+HEAD = [
+    "--model_config",
+    "{hidden_size: 32, intermediate_size: 32, num_decoder_layers: 1, num_queries: 5, neck_num_blocks: 1, "
+    "num_self_attention_heads: 4, num_cross_attention_heads: 4}",
+]
+
+
+@pytest.fixture(autouse=True)
+def quiet_afterwards():
+    from datasets.utils import enable_progress_bars
+    from transformers.utils import logging
+
+    yield
+    enable_progress_bars()
+    logging.enable_progress_bar()
+
+
+def test_the_whole_way(tmp_path, capsys):
+    encoder, detector, picture = (str(tmp_path / name) for name in ("encoder", "detector", "scene.png"))
+    decoder = "{hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2}"
+    assert (
+        main(
+            [
+                "pretrain",
+                "mae/vit_small.yaml",
+                *SHORT,
+                "--output_dir",
+                encoder,
+                "--model_config.decoder_config",
+                decoder,
+            ]
+        )
+        == 0
+    )
+    assert f"--encoder {encoder}" in capsys.readouterr().out
+    words = ["finetune", "detection/vit_small.yaml", *SHORT, *HEAD, "--output_dir", detector, "--encoder", encoder]
+    assert main([*words, "--num_train_examples", "8", "--num_eval_examples", "4"]) == 0
+    assert "AP50" in capsys.readouterr().out
+
+    figures = tmp_path / "figures.json"
+    words = ["evaluate", detector, "--data", "scenes:easy", "--split", "test", "--num_examples", "4"]
+    assert main([*words, "--save", str(figures)]) == 0
+    printed = dict(line.split() for line in capsys.readouterr().out.splitlines() if line.startswith(("ap", "ar")))
+    saved = json.loads(figures.read_text())
+    assert float(printed["ap50"]) == pytest.approx(saved["ap50"], abs=1e-4)
+
+    Image.new("RGB", (80, 60), "grey").save(picture)
+    out = tmp_path / "out.png"
+    assert main(["predict", detector, picture, "--threshold", "0", "--save", str(out)]) == 0
+    prediction = json.loads(capsys.readouterr().out)
+    assert (prediction["height"], prediction["width"]) == (60, 80)
+    assert len(prediction["detections"]) > 0
+    with Image.open(out) as drawn:
+        assert drawn.size[0] >= 80
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["pretain"], "no command 'pretain'"),
+        (["pretrain", "nowhere.yaml"], "no recipe nowhere.yaml"),
+        (["pretrain", "mae/vit_small.yaml", "--lerning_rate", "1"], "Did you mean 'learning_rate'"),
+        (["pretrain", "mae/vit_small.yaml", "--data", "no/such/folder", "--use_cpu", "true"], "no/such/folder"),
+        (["evaluate", "no/such/run", "--data", "scenes"], "no/such/run"),
+        (["predict", "no/such/run", "x.jpg"], "no/such/run"),
+        (["push", "no/such/run", "me/model"], "no/such/run"),
+    ],
+)
+def test_what_a_user_mistypes_is_said_in_a_line_without_a_traceback(words, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_help_names_every_command(capsys):
+    assert main([]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in COMMANDS)
+    for name in COMMANDS:
+        with pytest.raises(SystemExit) as stopped:
+            main([name, "--help"])
+        assert stopped.value.code == 0
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path):
+    """torchrun and accelerate with two gloo processes give the weights of one process on the joined batch."""
+    import subprocess
+    import sys
+
+    from safetensors.torch import load_file
+
+    common = [
+        *("pretrain", "simclr/vit_small.yaml", *SHORT, "--max_steps", "4", "--learning_rate", "1e-3"),
+        *("--num_train_examples", "24", "--shuffle_block", "16"),
+        *("--model_config", "{projection_hidden_size: 32, projection_size: 16}"),
+    ]
+    run = [sys.executable, "-m", "hf_vlm.cli"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        "29611",
+        "-m",
+        "hf_vlm.cli",
+    ]
+    accelerate = [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/ddp.yaml"),
+        *(
+            "--use_cpu",
+            "--num_processes",
+            "2",
+            "--mixed_precision",
+            "no",
+            "--main_process_port",
+            "29612",
+            "-m",
+            "hf_vlm.cli",
+        ),
+    ]
+    found = {}
+    for name, launcher, batch in (("one", run, "8"), ("torchrun", torchrun, "4"), ("accelerate", accelerate, "4")):
+        words = [*launcher, *common, "--per_device_train_batch_size", batch, "--output_dir", str(tmp_path / name)]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found[name] = load_file(tmp_path / name / "model.safetensors")
+    for name in ("torchrun", "accelerate"):
+        for key, expected in found["one"].items():
+            torch.testing.assert_close(
+                found[name][key], expected, rtol=1e-2, atol=2e-4, msg=lambda m, k=key: f"{k}: {m}"
+            )
