@@ -13,8 +13,18 @@ import tempfile
 from pathlib import Path
 
 from hf_vlm.cli.demo import ARMS, run_demo
+from hf_vlm.training.run import as_json
 
 QUICK = {"max_steps": 20, "eval_steps": 20, "num_eval_examples": 50}
+
+
+def figures_of(folder: Path, seed: int, overrides: dict[str, int] | None) -> dict[str, dict[str, float]]:
+    """Test figures of both arms for a seed, read from its folder where it is finished."""
+    finished = folder / "results.json"
+    if not finished.is_file():
+        results = run_demo(folder, seed=seed, overrides=overrides)
+        finished.write_text(as_json(results))
+    return json.loads(finished.read_text())
 
 
 def main() -> None:
@@ -22,14 +32,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Detection AP from a pretrained and from a random encoder.")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="a smoke test of a minute: no figure to quote")
-    parser.add_argument("--output_dir", type=Path, help="keeps all runs there")
+    parser.add_argument("--first_seed", type=int, default=0)
+    parser.add_argument(
+        "--output_dir", type=Path, help="keeps all runs there; a seed that is finished is not run again"
+    )
     arguments = parser.parse_args()
-    seeds = range(1 if arguments.quick else arguments.seeds)
+    seeds = range(arguments.first_seed, arguments.first_seed + (1 if arguments.quick else arguments.seeds))
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.output_dir or Path(temporary)
-        runs = [
-            run_demo(folder / str(seed), seed=seed, overrides=QUICK if arguments.quick else None) for seed in seeds
-        ]
+        runs = [figures_of(folder / str(seed), seed, QUICK if arguments.quick else None) for seed in seeds]
     figures = {}
     for arm in ARMS:
         for name in ("ap", "ap50"):

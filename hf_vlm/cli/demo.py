@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 ARMS = ("pretrained", "random")
+NUM_UNLABELLED = 16_000
 
 
 def run(words: Sequence[str]) -> None:
@@ -38,8 +39,12 @@ def run_demo(folder: Path, *, seed: int = 0, overrides: dict[str, Any] | None = 
     quiet_libraries()
     changes = {"seed": seed, **(overrides or {})}
     recipe = load_recipe("demo/pretrain.yaml") | {"output_dir": str(folder / "encoder")} | changes
-    print(f"\n[1/3] Pretraining on unlabelled images ({recipe['max_steps']} steps, no label is read)")
-    pretrain(recipe, write_card=write_model_card)
+    images = folder / "unlabelled.parquet"
+    print(
+        f"\n[1/3] Pretraining on {NUM_UNLABELLED:,} unlabelled images ({recipe['max_steps']} steps, no label is read)"
+    )
+    draw_unlabelled(images, num_images=NUM_UNLABELLED)
+    pretrain(recipe | {"data": str(images)}, write_card=write_model_card)
 
     results: dict[str, Any] = {}
     for step, arm in enumerate(ARMS, start=2):
@@ -56,6 +61,20 @@ def run_demo(folder: Path, *, seed: int = 0, overrides: dict[str, Any] | None = 
         num_test = (overrides or {}).get("num_eval_examples", 500)
         results[arm] = evaluate_run(run_dir, recipe["data"], "test", num_examples=num_test)
     return results
+
+
+def draw_unlabelled(path: Path, *, num_images: int) -> None:
+    """Draws the demo's unlabelled images once, into a file as a user would have one, instead of in every epoch."""
+    from datasets import Dataset
+    from tqdm.auto import tqdm
+
+    from hf_vlm.data.scenes import scenes_stream
+    from hf_vlm.data.sources import unlabelled
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stream = unlabelled(scenes_stream("easy", "train", num_samples=num_images, masks=False))
+    scenes = list(tqdm(stream, desc="Drawing scenes", total=num_images))
+    Dataset.from_list(scenes, features=stream.features).to_parquet(path, batch_size=1000)
 
 
 def write_report(folder: Path, results: dict[str, Any]) -> None:

@@ -92,7 +92,15 @@ class SceneSettings:
 
 
 PRESETS = {
-    "easy": SceneSettings(),
+    # For demos: as few pixels, objects and classes as show what is to be shown, so that a step is cheap.
+    "easy": SceneSettings(
+        image_size=48,
+        num_classes=5,
+        max_digits=2,
+        min_digit_size=18.0,
+        max_digit_size=26.0,
+        min_crop=48,
+    ),
     "hard": SceneSettings(
         image_size=128,
         min_digits=3,

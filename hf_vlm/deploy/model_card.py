@@ -49,6 +49,8 @@ def write_model_card(run_dir: str | Path, *, repo_id: str | None = None, license
     Raises:
         ValueError: Where the folder holds no `config.json`, or a file of it cannot be read.
     """
+    from hf_vlm.training.arguments import shipped_folder
+
     run_dir = Path(run_dir)
     config = _read_config(run_dir)
     recipe, run = _read(run_dir / "recipe.yaml"), _read(run_dir / "run.json")
@@ -61,7 +63,7 @@ def write_model_card(run_dir: str | Path, *, repo_id: str | None = None, license
     }
     values["card_data"] = _metadata(values, run, is_detector=is_detector).to_yaml()
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_templates_folder()),
+        loader=jinja2.FileSystemLoader(shipped_folder("model_cards")),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -71,13 +73,6 @@ def write_model_card(run_dir: str | Path, *, repo_id: str | None = None, license
     path = run_dir / "README.md"
     path.write_text(re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n", encoding="utf-8")
     return path
-
-
-def _templates_folder() -> Path:
-    """Where the templates are: inside an installed package, or beside it in a source checkout."""
-    package = Path(__file__).resolve().parents[1]
-    inside = package / "model_cards"
-    return inside if inside.is_dir() else package.parent / "model_cards"
 
 
 def _read_config(run_dir: Path) -> "PreTrainedConfig":

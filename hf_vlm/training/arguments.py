@@ -100,7 +100,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
 def find_recipe(path: str | Path) -> Path:
     """A recipe's file: as given, or among the recipes that come with the package."""
     path = Path(path)
-    shipped = recipes_folder()
+    shipped = shipped_folder("recipes")
     for candidate in (path, shipped / path, shipped.parent / path):
         if candidate.is_file():
             return candidate
@@ -108,11 +108,11 @@ def find_recipe(path: str | Path) -> Path:
     raise ValueError(f"There is no recipe {path}. Give a YAML file or one of: {', '.join(known)}.")
 
 
-def recipes_folder() -> Path:
-    """Where the shipped recipes are: inside an installed package, or beside it in a source checkout."""
+def shipped_folder(name: str) -> Path:
+    """A folder that comes with the package: inside an installed one, or beside it in a source checkout."""
     package = Path(__file__).resolve().parents[1]
-    inside = package / "recipes"
-    return inside if inside.is_dir() else package.parent / "recipes"
+    inside = package / name
+    return inside if inside.is_dir() else package.parent / name
 
 
 def parse_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
@@ -172,5 +172,5 @@ __all__ = [
     "find_recipe",
     "load_recipe",
     "parse_arguments",
-    "recipes_folder",
+    "shipped_folder",
 ]

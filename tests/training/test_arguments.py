@@ -1,9 +1,9 @@
 import pytest
 import yaml
 
-from hf_vlm.training.arguments import check_recipe, find_recipe, load_recipe, parse_arguments, recipes_folder
+from hf_vlm.training.arguments import check_recipe, find_recipe, load_recipe, parse_arguments, shipped_folder
 
-RECIPES = [path for path in sorted(recipes_folder().glob("*/*.yaml")) if path.parent.name != "accelerate"]
+RECIPES = [path for path in sorted(shipped_folder("recipes").glob("*/*.yaml")) if path.parent.name != "accelerate"]
 
 
 def write(folder, text):
@@ -13,7 +13,10 @@ def write(folder, text):
 
 
 def test_numbers_and_overrides(tmp_path):
-    path = write(tmp_path, "max_steps: 10\nlearning_rate: 1e-4\nviews: {blur: 0.5}\nwarmup_steps: 0.05\nseed: 3\nsave_strategy: no\n")
+    path = write(
+        tmp_path,
+        "max_steps: 10\nlearning_rate: 1e-4\nviews: {blur: 0.5}\nwarmup_steps: 0.05\nseed: 3\nsave_strategy: no\n",
+    )
     recipe = load_recipe(path, ["--learning-rate", "5e-4", "--views.blur", "0", "--views.flip=1", "--data", "x"])
     assert recipe == {
         "max_steps": 10,
@@ -81,7 +84,7 @@ def test_accelerate_files_hold_only_keys_that_the_launcher_knows():
     from accelerate.commands.launch import launch_command_parser
 
     destinations = {action.dest for action in launch_command_parser()._actions}
-    files = sorted((recipes_folder() / "accelerate").glob("*.yaml"))
+    files = sorted((shipped_folder("recipes") / "accelerate").glob("*.yaml"))
     assert [path.stem for path in files] == ["cpu", "ddp", "fsdp2", "multi_node", "single_gpu"]
     for path in files:
         config = load_config_from_file(str(path))  # rejects unknown keys of the first level
