@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from hf_vlm.cli.demo import ARMS, run_demo
-from hf_vlm.training.run import as_json
+from hf_vlm.training.record import as_json
 
 QUICK = {"max_steps": 20, "eval_steps": 20, "num_eval_examples": 50}
 

@@ -79,7 +79,7 @@ def draw_unlabelled(path: Path, *, num_images: int) -> None:
 
 def write_report(folder: Path, results: dict[str, Any]) -> None:
     """Writes `results.json`, a table (`README.md`), `learning_curves.png` and `predictions.png`."""
-    from hf_vlm.training.run import as_json
+    from hf_vlm.training.record import as_json
 
     (folder / "results.json").write_text(as_json(results) + "\n")
     draw_curves(folder)

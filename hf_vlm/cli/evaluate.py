@@ -6,9 +6,12 @@ from pathlib import Path
 
 
 def run(words: Sequence[str]) -> None:
-    """Prints COCO's figures of a detector as a table."""
-    parser = argparse.ArgumentParser(prog="hf-vlm evaluate", description="COCO figures of a detector.")
-    parser.add_argument("run", help="folder of a detector, or its name on the Hub")
+    """Prints the figures of a detector or an encoder as a table."""
+    parser = argparse.ArgumentParser(
+        prog="hf-vlm evaluate",
+        description="COCO figures of a detector; kNN and linear accuracy of an encoder's frozen features.",
+    )
+    parser.add_argument("run", help="folder of a detector or an encoder, or its name on the Hub")
     parser.add_argument("--data", required=True, help="labelled images: folder, file, Hub id or scenes")
     parser.add_argument("--data_kind", help="kind of the source, guessed when not given")
     parser.add_argument("--split", default="test")
@@ -16,7 +19,8 @@ def run(words: Sequence[str]) -> None:
     parser.add_argument("--save", type=Path, help="a JSON file for the figures")
     arguments = parser.parse_args(words)
 
-    from hf_vlm.training.run import as_json, evaluate_run, quiet_libraries
+    from hf_vlm.training.record import as_json
+    from hf_vlm.training.run import evaluate_run, quiet_libraries
 
     quiet_libraries()
     metrics = evaluate_run(

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "pretrain": "pretrain an encoder on unlabelled images:  hf-vlm pretrain RECIPE --data SOURCE",
     "finetune": "fine-tune a detector on labelled images:   hf-vlm finetune RECIPE --data SOURCE --encoder RUN",
-    "evaluate": "COCO figures of a detector:                hf-vlm evaluate RUN --data SOURCE --split test",
+    "evaluate": "figures of a detector or an encoder:       hf-vlm evaluate RUN --data SOURCE --split test",
     "predict": "find objects in images:                    hf-vlm predict RUN photo.jpg --save out.png",
     "push": "publish a run on the Hub:                  hf-vlm push RUN my-org/my-detector",
     "demo": "all of it on built-in images, offline:     hf-vlm demo",
@@ -28,7 +28,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"hf-vlm: there is no command {words[0]!r}. There are: {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for library in ("httpx", "datasets", "transformers", "accelerate", "filelock", "fsspec", "matplotlib"):
+    for library in (
+        "httpx",
+        "datasets",
+        "transformers",
+        "accelerate",
+        "filelock",
+        "fsspec",
+        "matplotlib",
+        "faster_coco_eval",
+    ):
         logging.getLogger(library).setLevel(logging.WARNING)
     # Without an accelerator every loader would warn that pinning memory does nothing.
     warnings.filterwarnings("ignore", message=".*pin_memory.*")

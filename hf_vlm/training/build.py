@@ -60,7 +60,10 @@ def build_model(
         fields["id2label"] = dict(enumerate(class_names))
         fields["label2id"] = {name: index for index, name in enumerate(class_names)}
     config = _build("model_config", lambda: entry.config_class(**fields), entry.config_class, fields)
-    model = entry.model_class(config)
+    options = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
+    model = _build(
+        "attn_implementation", lambda: entry.auto_class.from_config(config, **options), entry.config_class, {}
+    )
     if encoder is not None:
         model.backbone.load_state_dict(encoder.state_dict())
     return model

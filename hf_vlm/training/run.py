@@ -1,41 +1,33 @@
 """Whole runs of a recipe: pretraining, fine-tuning a detector, evaluating what a run left."""
 
 import functools
-import hashlib
-import json
 import logging
-import math
-import os
-import platform
-import subprocess
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
 import transformers
-import yaml
-from transformers import set_seed
+from transformers import PreTrainedConfig, set_seed
 
 from hf_vlm.data.collate import collate_detection, collate_views
 from hf_vlm.data.detection import DetectionTransform
 from hf_vlm.data.sources import class_names, has_boxes, open_stream, unlabelled
 from hf_vlm.data.stream import ExampleStream
-from hf_vlm.data.views import ViewTransform
+from hf_vlm.data.views import EvalTransform, ViewTransform
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
-from hf_vlm.models.modeling_detection import VLMViTForObjectDetection
+from hf_vlm.models.modeling_detection import VLMViTDetectionConfig, VLMViTForObjectDetection
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 from hf_vlm.training.arguments import VisionTrainingArguments, parse_arguments
 from hf_vlm.training.build import build_model, build_processor
-from hf_vlm.training.evaluation import evaluate_detection
+from hf_vlm.training.evaluation import evaluate_detection, evaluate_features
+from hf_vlm.training.record import RunRecord
 from hf_vlm.training.trainer import VisionTrainer
 
 logger = logging.getLogger(__name__)
 
-RECIPE_FILE, RUN_FILE = "recipe.yaml", "run.json"
 OBJECTIVE_FOLDER = "objective"  # the whole pretraining model, beside the encoder that people use
 
 
@@ -126,11 +118,13 @@ def finetune(recipe: dict[str, Any], *, write_card: Callable[[Path], Any] | None
 def evaluate_run(
     run_dir: str | Path, data: str, split: str, *, kind: str | None = None, num_examples: int | None = None
 ) -> dict[str, float]:
-    """COCO's figures, also a class, of a detector's folder on a split of a source.
+    """COCO's figures, also a class, of a detector's folder on a split of a source; for an encoder `evaluate_encoder`.
 
     Raises:
         ValueError: if the folder holds no detector or the classes of the data are not the detector's.
     """
+    if _holds_encoder(run_dir):
+        return evaluate_encoder(run_dir, data, split, kind=kind, num_examples=num_examples)
     model, processor = load_detector(run_dir)
     source = open_stream(data, split, kind=kind, num_samples=num_examples)
     names = [model.config.id2label[index] for index in range(model.config.num_labels)]
@@ -142,6 +136,46 @@ def evaluate_run(
     return evaluate_detection(model, stream, processor, class_names=names, per_class=True)
 
 
+def evaluate_encoder(
+    run_dir: str | Path, data: str, split: str, *, kind: str | None = None, num_examples: int | None = None
+) -> dict[str, float]:
+    """kNN and linear accuracy on a split of the frozen features of an encoder's folder, fitted on the train split.
+
+    Raises:
+        ValueError: if the folder holds no encoder or the data has no class labels.
+    """
+    try:
+        encoder = VLMViTModel.from_pretrained(run_dir).to(default_device())
+        processor = VLMViTImageProcessor.from_pretrained(run_dir)
+    except OSError as error:
+        raise ValueError(f"{run_dir} holds no encoder: {str(error).splitlines()[0]}") from error
+    transform = EvalTransform(
+        (processor.size["height"], processor.size["width"]),
+        image_mean=processor.image_mean,
+        image_std=processor.image_std,
+        num_channels=encoder.config.num_channels,
+    )
+    streams = []
+    for name in ("train", split):
+        source = open_stream(data, name, kind=kind, num_samples=num_examples)
+        if "label" not in source.features:
+            raise ValueError(f"{data} has no class labels in split {name!r}: kNN and linear accuracy need them.")
+        streams.append(ExampleStream(source, transform, shuffle=False, repeat=False))
+    return evaluate_features(encoder, *streams)
+
+
+def _holds_encoder(run_dir: str | Path) -> bool:
+    try:
+        return PreTrainedConfig.get_config_dict(run_dir)[0].get("model_type") != VLMViTDetectionConfig.model_type
+    except OSError as error:
+        raise ValueError(f"{run_dir} holds no model: {str(error).splitlines()[0]}") from error
+
+
+def default_device() -> torch.device:
+    """The accelerator where there is one."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
 def load_detector(run_dir: str | Path) -> tuple[VLMViTForObjectDetection, VLMViTImageProcessor]:
     """The detector and its image processor from a folder or the Hub; ValueError where there is none."""
     try:
@@ -149,7 +183,7 @@ def load_detector(run_dir: str | Path) -> tuple[VLMViTForObjectDetection, VLMViT
         processor = VLMViTImageProcessor.from_pretrained(run_dir)
     except OSError as error:
         raise ValueError(f"{run_dir} holds no detector: {str(error).splitlines()[0]}") from error
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor
+    return model.to(default_device()).eval(), processor
 
 
 def detection_transform(
@@ -204,7 +238,7 @@ def _eval_stream(
     )
 
 
-def _train(trainer: VisionTrainer, record: "RunRecord") -> None:
+def _train(trainer: VisionTrainer, record: RunRecord) -> None:
     started = time.perf_counter()
     resume = trainer.args.resume_from_checkpoint
     result = trainer.train(resume_from_checkpoint=True if resume == "last" else resume)
@@ -219,77 +253,6 @@ def _train(trainer: VisionTrainer, record: "RunRecord") -> None:
     }
 
 
-class RunRecord:
-    """What a run was made of: written beside every saved model, so that none goes without."""
-
-    def __init__(
-        self,
-        args: VisionTrainingArguments,
-        recipe: dict[str, Any],
-        source: datasets.IterableDataset,
-        write_card: Callable[[Path], Any] | None,
-    ):
-        ours = {name: getattr(args, name) for name in VisionTrainingArguments.__annotations__}
-        self.recipe = {name: value for name, value in (ours | recipe).items() if not name.endswith("_token")}
-        self.write_card = write_card
-        packages = ("torch", "transformers", "datasets", "accelerate", "hf_vlm")
-        self.summary: dict[str, Any] = {
-            "method": args.method,
-            "encoder": args.encoder,
-            "data": {
-                "source": args.data,
-                "split": args.train_split,
-                "fingerprint": fingerprint(source),
-                "num_examples": args.num_train_examples,
-                "class_names": class_names(source),
-            },
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-            "git": git_state(),
-            "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {args.n_gpu} GPUs, {args.world_size} ranks",
-            "metrics": {},
-        }
-
-    def write(self, folder: Path) -> None:
-        """Writes recipe, record and card into a folder that holds a saved model."""
-        (folder / RECIPE_FILE).write_text(yaml.safe_dump(self.recipe, sort_keys=False))
-        (folder / RUN_FILE).write_text(as_json(self.summary) + "\n")
-        if self.write_card is not None:
-            self.write_card(folder)
-
-
-def as_json(values: Any) -> str:
-    """JSON for people; figures over no object at all, which are NaN and no JSON, become null."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: plain(item) for name, item in value.items()}
-        return None if isinstance(value, float) and math.isnan(value) else value
-
-    return json.dumps(plain(values), indent=2)
-
-
-def fingerprint(source: datasets.IterableDataset, num_examples: int = 16) -> str:
-    """A short hash of a source's columns and first encoded images, to tell later whether data changed."""
-    digest = hashlib.sha256(repr(source.features).encode())
-    for example in source.take(num_examples):
-        image = example["image"]
-        content = image["bytes"] if image["bytes"] is not None else str(image["path"]).encode()
-        digest.update(hashlib.sha256(content).digest())
-    return digest.hexdigest()[:16]
-
-
-def git_state() -> dict[str, Any]:
-    """Commit of the working folder, and whether there are changes; empty outside a checkout."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-
-    try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.SubprocessError):
-        return {}
-
-
 def quiet_libraries() -> None:
     """Commands show their own progress; the libraries' bars for loading and saving weights would tear it apart."""
     transformers.utils.logging.disable_progress_bar()
@@ -298,13 +261,11 @@ def quiet_libraries() -> None:
 
 __all__ = [
     "OBJECTIVE_FOLDER",
-    "RunRecord",
-    "as_json",
+    "default_device",
     "detection_transform",
+    "evaluate_encoder",
     "evaluate_run",
     "finetune",
-    "fingerprint",
-    "git_state",
     "load_detector",
     "pretrain",
     "quiet_libraries",

@@ -12,8 +12,8 @@ from transformers import TrainerCallback
 from hf_vlm.models.modeling_detection import VLMViTForObjectDetection
 from hf_vlm.models.modeling_mae import MAEForPreTraining
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
-from hf_vlm.training import run as runs
 from hf_vlm.training.callbacks import read_log
+from hf_vlm.training.record import fingerprint
 from hf_vlm.training.run import evaluate_run, finetune, pretrain
 from hf_vlm.training.trainer import VisionTrainer, last_checkpoint
 
@@ -209,5 +209,5 @@ def test_an_encoder_of_another_patch_size_is_refused_unless_asked_for(make_recip
 def test_the_fingerprint_tells_data_apart():
     from hf_vlm.data.sources import open_stream
 
-    easy, again, hard = (runs.fingerprint(open_stream(name)) for name in ("scenes:easy", "scenes:easy", "scenes:hard"))
+    easy, again, hard = (fingerprint(open_stream(name)) for name in ("scenes:easy", "scenes:easy", "scenes:hard"))
     assert easy == again != hard

@@ -1,0 +1,94 @@
+"""What a run was made of: the record that lies beside every saved model."""
+
+import hashlib
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import datasets
+import yaml
+
+from hf_vlm.data.sources import class_names
+from hf_vlm.training.arguments import VisionTrainingArguments
+
+RECIPE_FILE, RUN_FILE = "recipe.yaml", "run.json"
+
+
+class RunRecord:
+    """What a run was made of: written beside every saved model, so that none goes without."""
+
+    def __init__(
+        self,
+        args: VisionTrainingArguments,
+        recipe: dict[str, Any],
+        source: datasets.IterableDataset,
+        write_card: Callable[[Path], Any] | None,
+    ):
+        ours = {name: getattr(args, name) for name in VisionTrainingArguments.__annotations__}
+        self.recipe = {name: value for name, value in (ours | recipe).items() if not name.endswith("_token")}
+        self.write_card = write_card
+        packages = ("torch", "transformers", "datasets", "accelerate", "hf_vlm")
+        self.summary: dict[str, Any] = {
+            "method": args.method,
+            "encoder": args.encoder,
+            "data": {
+                "source": args.data,
+                "split": args.train_split,
+                "fingerprint": fingerprint(source),
+                "num_examples": args.num_train_examples,
+                "class_names": class_names(source),
+            },
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+            "git": git_state(),
+            "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {args.n_gpu} GPUs, {args.world_size} ranks",
+            "metrics": {},
+        }
+
+    def write(self, folder: Path) -> None:
+        """Writes recipe, record and card into a folder that holds a saved model."""
+        (folder / RECIPE_FILE).write_text(yaml.safe_dump(self.recipe, sort_keys=False))
+        (folder / RUN_FILE).write_text(as_json(self.summary) + "\n")
+        if self.write_card is not None:
+            self.write_card(folder)
+
+
+def as_json(values: Any) -> str:
+    """JSON for people; figures over no object at all, which are NaN and no JSON, become null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: plain(item) for name, item in value.items()}
+        return None if isinstance(value, float) and math.isnan(value) else value
+
+    return json.dumps(plain(values), indent=2)
+
+
+def fingerprint(source: datasets.IterableDataset, num_examples: int = 16) -> str:
+    """A short hash of a source's columns and first encoded images, to tell later whether data changed."""
+    digest = hashlib.sha256(repr(source.features).encode())
+    for example in source.take(num_examples):
+        image = example["image"]
+        content = image["bytes"] if image["bytes"] is not None else str(image["path"]).encode()
+        digest.update(hashlib.sha256(content).digest())
+    return digest.hexdigest()[:16]
+
+
+def git_state() -> dict[str, Any]:
+    """Commit of the working folder, and whether there are changes; empty outside a checkout."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return {}
+
+
+__all__ = ["RunRecord", "as_json", "fingerprint", "git_state"]

@@ -1,0 +1,100 @@
+"""Evaluators against plain loops over the same images."""
+
+import numpy as np
+import pytest
+import torch
+
+from hf_vlm.data.scenes import render_scene, scene_settings
+from hf_vlm.data.sources import open_stream
+from hf_vlm.data.stream import ExampleStream
+from hf_vlm.data.views import EvalTransform
+from hf_vlm.metrics import coco_detection_metrics, knn_accuracy
+from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
+from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
+from hf_vlm.models.modeling_detection import VLMViTDetectionConfig, VLMViTForObjectDetection
+from hf_vlm.models.modeling_vlm_vit import VLMViTModel
+from hf_vlm.training.evaluation import evaluate_detection, evaluate_features, predict_detection
+from hf_vlm.training.run import detection_transform, evaluate_run
+
+NAMES = list("01234")
+ENCODER = {"image_size": 48, "patch_size": 16, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+@pytest.fixture
+def detector():
+    torch.manual_seed(0)
+    config = VLMViTDetectionConfig(
+        backbone_config=ENCODER,
+        num_labels=5,
+        hidden_size=32,
+        num_self_attention_heads=4,
+        num_cross_attention_heads=4,
+        num_queries=9,
+    )
+    return VLMViTForObjectDetection(config).train()
+
+
+@pytest.fixture
+def processor():
+    return VLMViTImageProcessor(size={"height": 48, "width": 48})
+
+
+def held_out(processor):
+    source = open_stream("scenes:easy", "test", num_samples=7)
+    return ExampleStream(
+        source, detection_transform(processor, train=False, num_classes=5), shuffle=False, repeat=False
+    )
+
+
+def test_references_are_the_boxes_of_the_scenes_in_pixels(detector, processor):
+    predictions, references = predict_detection(detector, held_out(processor), processor, batch_size=3)
+    assert len(predictions) == len(references) == 7
+    for index, reference in enumerate(references):
+        scene = render_scene(0, index, scene_settings("easy"), split="test")
+        corners = np.concatenate([scene.boxes[:, :2], scene.boxes[:, :2] + scene.boxes[:, 2:]], axis=1)
+        np.testing.assert_allclose(reference["boxes"].numpy(), corners, atol=1e-3)
+        assert reference["labels"].tolist() == scene.categories.tolist()
+    assert detector.training
+
+
+def test_figures_are_those_of_the_predictions(detector, processor):
+    figures = evaluate_detection(detector, held_out(processor), processor, class_names=NAMES, batch_size=2)
+    predictions, references = predict_detection(detector, held_out(processor), processor, batch_size=7)
+    expected = coco_detection_metrics(predictions, references, class_names=NAMES)
+    assert figures == pytest.approx(expected, nan_ok=True)
+
+
+def test_frozen_features_are_means_of_patch_tokens():
+    torch.manual_seed(0)
+    encoder = VLMViTModel(VLMViTConfig(**ENCODER))
+    transform = EvalTransform(48, image_mean=0.5, image_std=0.5)
+
+    def stream(split, n):
+        return ExampleStream(open_stream("scenes:easy", split, num_samples=n), transform, shuffle=False, repeat=False)
+
+    figures = evaluate_features(encoder, stream("train", 40), stream("test", 20), batch_size=16)
+    features, labels = {}, {}
+    with torch.no_grad():
+        for split, n in (("train", 40), ("test", 20)):
+            examples = list(stream(split, n))
+            images = torch.stack([example["pixel_values"] for example in examples])
+            features[split] = encoder.eval()(images).last_hidden_state[:, 1:].mean(1)
+            labels[split] = torch.tensor([example["label"] for example in examples])
+    expected = knn_accuracy(features["train"], labels["train"], features["test"], labels["test"])
+    assert figures["knn"] == pytest.approx(expected)
+    assert 0 <= figures["linear"] <= 1
+
+
+def test_an_encoder_is_evaluated_from_its_folder(tmp_path, processor):
+    VLMViTModel(VLMViTConfig(**ENCODER)).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    assert set(evaluate_run(tmp_path, "scenes:easy", "test", num_examples=20)) == {"knn", "linear"}
+
+
+def test_classes_of_the_data_must_be_those_of_the_detector(tmp_path, detector, processor):
+    detector.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has the classes"):
+        evaluate_run(tmp_path, "scenes:easy", "test", num_examples=2)
+    with pytest.raises(ValueError, match="holds no model"):
+        evaluate_run(tmp_path / "nothing", "scenes:easy", "test")
