@@ -11,7 +11,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor, nn
 from torchdata.stateful_dataloader import StatefulDataLoader
-from transformers import Trainer
+from transformers import Trainer, set_seed
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
@@ -111,6 +111,8 @@ class VisionTrainer(Trainer):
                     "now. Resume with the same number of processes."
                 )
             self._data_state = torch.load(path, weights_only=True)
+        if self.args.world_size > 1:  # ranks see different images, and so should draw different masks
+            set_seed(self.args.seed + self.args.process_index)
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
