@@ -13,7 +13,6 @@ import torch
 
 ARMS = ("pretrained", "random")
 NUM_UNLABELLED = 16_000
-BATCH_SIZE = 64  # of the pretraining, over all processes
 
 
 def run(words: Sequence[str]) -> None:
@@ -36,9 +35,8 @@ def run(words: Sequence[str]) -> None:
 def run_demo(folder: Path, *, seed: int = 0, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
     """Pretrains one encoder and fine-tunes both arms with the same budget, in subfolders of `folder`.
 
-    It types the commands that a user would: pretraining on all CPU cores by data parallelism (for steps this small,
-    two processes are nearly twice as fast as two threads), then both arms side by side. `overrides` are recipe keys for
-    all three runs (a short test run). Returns the test figures of each arm.
+    It types the commands that a user would, both arms side by side. `overrides` are recipe keys for all three runs (a
+    short test run). Returns the test figures of each arm.
 
     Raises:
         ValueError: if one of the commands fails; it has said why.
@@ -46,15 +44,12 @@ def run_demo(folder: Path, *, seed: int = 0, overrides: dict[str, Any] | None = 
     from hf_vlm.training.run import evaluate_run, quiet_libraries
 
     quiet_libraries()
-    num_processes = 1 if torch.accelerator.is_available() else min(2, os.cpu_count() or 1)
     images, encoder = folder / "unlabelled.parquet", folder / "encoder"
     options = [f"--{key}={value}" for key, value in {"seed": seed, **(overrides or {})}.items()]
 
     print(f"\n[1/3] Pretraining on {NUM_UNLABELLED:,} unlabelled images: no label is read", flush=True)
     draw_unlabelled(images, num_images=NUM_UNLABELLED)
-    batch_size = (overrides or {}).get("per_device_train_batch_size", BATCH_SIZE) // num_processes
-    command = ["pretrain", "demo/pretrain.yaml", "--data", str(images), "--output_dir", str(encoder), *options]
-    _finish(_start([*command, "--per_device_train_batch_size", str(batch_size)], num_processes=num_processes))
+    _finish(_start(["pretrain", "demo/pretrain.yaml", "--data", str(images), "--output_dir", str(encoder), *options]))
 
     print(
         "\n[2/3] Fine-tuning a detector on few labelled images, from the encoder and from random weights", flush=True
@@ -72,12 +67,11 @@ def run_demo(folder: Path, *, seed: int = 0, overrides: dict[str, Any] | None = 
     }
 
 
-def _start(words: list[str], *, num_processes: int = 1, output: TextIO | None = None) -> subprocess.Popen[bytes]:
-    """Starts a command of ours; on CPUs each process has a core of its own."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
-    python = [sys.executable, *(launcher if num_processes > 1 else []), "-m", "hf_vlm.cli"]
+def _start(words: list[str], *, output: TextIO | None = None) -> subprocess.Popen[bytes]:
+    """Starts a command of ours. On CPUs it has one core: at this size a second thread gains next to nothing."""
     environment = os.environ if torch.accelerator.is_available() else {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*python, *words], env=environment, stdout=output, stderr=output)
+    command = [sys.executable, "-m", "hf_vlm.cli", *words]
+    return subprocess.Popen(command, env=environment, stdout=output, stderr=output)
 
 
 def _finish(*processes: subprocess.Popen[bytes]) -> None:

@@ -1,6 +1,7 @@
 """A recipe: flat YAML whose keys are TrainingArguments' names and ours, read strictly."""
 
 import difflib
+import os
 import re
 import typing
 from collections.abc import Sequence
@@ -8,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from transformers import TrainingArguments
 
@@ -50,7 +52,15 @@ class VisionTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if self.max_steps <= 0:
             raise ValueError("A recipe needs max_steps, a positive number of optimiser steps.")
+        num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+        if num_processes > 1 and not torch.accelerator.is_available():
+            self.use_cpu = True  # else accelerate makes each process a training of its own, silently
         super().__post_init__()
+        if self.world_size != num_processes:
+            raise ValueError(
+                f"The launcher started {num_processes} processes, but training would use {self.world_size}: check the "
+                "launcher's configuration."
+            )
 
     @property
     def image_hw(self) -> tuple[int, int]:
