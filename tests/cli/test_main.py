@@ -111,7 +111,7 @@ def test_two_processes_train_as_one(tmp_path):
 
     common = [
         *("pretrain", "simclr/vit_small.yaml", *SHORT, "--max_steps", "4", "--learning_rate", "1e-3"),
-        *("--num_train_examples", "24", "--shuffle_block", "16"),
+        *("--num_train_examples", "25", "--shuffle_block", "16", "--optim", "sgd"),
         *("--model_config", "{projection_hidden_size: 32, projection_size: 16}"),
     ]
     run = [sys.executable, "-m", "hf_vlm.cli"]
@@ -129,7 +129,7 @@ def test_two_processes_train_as_one(tmp_path):
     accelerate = [
         *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/ddp.yaml"),
         *(
-            "--use_cpu",
+            "--cpu",
             "--num_processes",
             "2",
             "--mixed_precision",
