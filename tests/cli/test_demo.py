@@ -2,7 +2,6 @@
 
 import json
 
-import pytest
 from PIL import Image
 
 from hf_vlm.cli.demo import closing_words, results_table, run_demo, write_report
@@ -10,16 +9,6 @@ from hf_vlm.cli.demo import closing_words, results_table, run_demo, write_report
 NUM_IMAGES = 40
 TINY = {"max_steps": 4, "eval_steps": 2, "logging_steps": 1, "num_train_examples": 8, "num_eval_examples": 6}
 SMALL_BATCHES = {"per_device_train_batch_size": 4, "disable_tqdm": True, "use_cpu": True}
-
-
-@pytest.fixture(autouse=True)
-def quiet_afterwards():
-    from datasets.utils import enable_progress_bars
-    from transformers.utils import logging
-
-    yield
-    enable_progress_bars()
-    logging.enable_progress_bar()
 
 
 def test_the_demo_leaves_a_folder_to_look_at(tmp_path, capsys, monkeypatch):

@@ -20,16 +20,6 @@ HEAD = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def quiet_afterwards():
-    from datasets.utils import enable_progress_bars
-    from transformers.utils import logging
-
-    yield
-    enable_progress_bars()
-    logging.enable_progress_bar()
-
-
 def test_the_whole_way(tmp_path, capsys):
     encoder, detector, picture = (str(tmp_path / name) for name in ("encoder", "detector", "scene.png"))
     decoder = "{hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2}"
