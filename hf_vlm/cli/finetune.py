@@ -14,6 +14,8 @@ def run(words: Sequence[str]) -> None:
     parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe such as detection/vit_small.yaml")
     arguments, overrides = parser.parse_known_args(words)
 
+    from accelerate import PartialState
+
     from hf_vlm.deploy.model_card import write_model_card
     from hf_vlm.training.arguments import load_recipe
     from hf_vlm.training.run import finetune, quiet_libraries
@@ -22,5 +24,6 @@ def run(words: Sequence[str]) -> None:
     recipe = load_recipe(arguments.recipe, overrides)
     summary = finetune(recipe, write_card=write_model_card)
     metrics, folder = summary["metrics"], recipe["output_dir"]
-    print(f"\nThe detector stands in {folder}: AP {metrics['ap']:.3f}, AP50 {metrics['ap50']:.3f} on held-out images.")
-    print(f"Next: hf-vlm predict {folder} PHOTO.jpg --save out.png")
+    say = PartialState().print  # once, not by every rank
+    say(f"\nThe detector stands in {folder}: AP {metrics['ap']:.3f}, AP50 {metrics['ap50']:.3f} on held-out images.")
+    say(f"Next: hf-vlm predict {folder} PHOTO.jpg --save out.png")

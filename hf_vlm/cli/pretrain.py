@@ -15,6 +15,8 @@ def run(words: Sequence[str]) -> None:
     parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe such as mae/vit_small.yaml")
     arguments, overrides = parser.parse_known_args(words)
 
+    from accelerate import PartialState
+
     from hf_vlm.deploy.model_card import write_model_card
     from hf_vlm.training.arguments import load_recipe
     from hf_vlm.training.run import pretrain, quiet_libraries
@@ -23,5 +25,6 @@ def run(words: Sequence[str]) -> None:
     recipe = load_recipe(arguments.recipe, overrides)
     summary = pretrain(recipe, write_card=write_model_card)
     folder = recipe["output_dir"]
-    print(f"\nThe encoder stands in {folder}: {summary['num_images_seen']:,} images in {summary['seconds']:,.0f} s.")
-    print(f"Next: hf-vlm finetune detection/vit_small.yaml --encoder {folder} --data YOUR_LABELLED_IMAGES")
+    say = PartialState().print  # once, not by every rank
+    say(f"\nThe encoder stands in {folder}: {summary['num_images_seen']:,} images in {summary['seconds']:,.0f} s.")
+    say(f"Next: hf-vlm finetune detection/vit_small.yaml --encoder {folder} --data YOUR_LABELLED_IMAGES")

@@ -14,6 +14,7 @@ def run(words: Sequence[str]) -> None:
     parser.add_argument("--private", action="store_true", help="make a private repository")
     parser.add_argument("--revision", help="branch to push to")
     parser.add_argument("--message", default="Upload model", help="commit message")
+    parser.add_argument("--license", default="apache-2.0", help="of the weights, for the card (default: apache-2.0)")
     arguments = parser.parse_args(words)
 
     from hf_vlm.deploy.push import push
@@ -24,5 +25,6 @@ def run(words: Sequence[str]) -> None:
         private=arguments.private,
         revision=arguments.revision,
         commit_message=arguments.message,
+        license=arguments.license,
     )
     print(f"Published at {url}")

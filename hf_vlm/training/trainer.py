@@ -210,7 +210,9 @@ class VisionTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means of the loss parts and images per second to a training log entry."""
         if "loss" in logs:
-            logs.update({name: value.item() / self._num_parts for name, value in self._part_sums.items()})
+            if self._part_sums:  # means over the ranks, as the loss is
+                means: Any = self.accelerator.reduce(torch.stack(list(self._part_sums.values())), "mean")
+                logs.update(zip(self._part_sums, (means / self._num_parts).tolist()))
             self._part_sums.clear()
             self._num_parts = 0
             (since, step), now = self._last_log, (time.perf_counter(), self.state.global_step)
