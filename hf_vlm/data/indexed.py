@@ -11,7 +11,11 @@ from datasets.iterable_dataset import ExamplesIterable
 
 __all__ = ["TableReader", "generated_stream", "indexed_stream"]
 
-NUM_SHARDS = 64  # divides by the usual numbers of ranks and workers
+# Shards are what is shuffled over the whole source, so they are short: else a block of a folder sorted by class would
+# hold one class alone. Their number divides by the usual numbers of ranks and workers.
+SHARD_LENGTH = 8
+SHARDS_DIVISOR = 64
+MAX_SHARDS = 2**14  # more of them would make the start of an epoch slow
 
 
 def generated_stream(
@@ -27,14 +31,15 @@ def generated_stream(
 def indexed_stream(
     read: Callable[[int], dict[str, Any]], num_examples: int, features: datasets.Features
 ) -> datasets.IterableDataset:
-    """The examples `read(0)`, `read(1)`, and so on up to the number, in contiguous shards.
+    """The examples `read(0)`, `read(1)`, and so on up to the number, in short contiguous shards.
 
     The stream counts and only then reads, so that resuming counts up to its position without reading what was seen.
 
     Args:
         read: Gives the example at a position in the form in which the features are stored; it is pickled to workers.
     """
-    edges = [num_examples * shard // NUM_SHARDS for shard in range(NUM_SHARDS + 1)]
+    num_shards = min(max(num_examples // SHARD_LENGTH // SHARDS_DIVISOR, 1) * SHARDS_DIVISOR, MAX_SHARDS)
+    edges = [num_examples * shard // num_shards for shard in range(num_shards + 1)]
     shards = [(start, stop) for start, stop in itertools.pairwise(edges) if start < stop]
     positions = generated_stream(_count, shards=shards)
     return positions.map(read, input_columns=["position"], remove_columns=["position"], features=features)

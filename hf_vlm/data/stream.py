@@ -138,8 +138,13 @@ class ExampleStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         self.rank = rank
         self.world_size = world_size
         self.max_bad_share = max_bad_share
+        self._first_epoch = 0
         self._progress = Progress()
         self._loaded_layout: dict[str, Any] | None = None
+
+    def start_at_epoch(self, epoch: int) -> None:
+        """Make iterations that resume no state begin with a later epoch: other orders and views than before."""
+        self._first_epoch = epoch
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the example yielded last, as JSON values."""
@@ -158,7 +163,7 @@ class ExampleStream(torch.utils.data.IterableDataset[dict[str, Any]]):
             fsspec.asyn.reset_lock()  # a lock inherited from the parent process hangs remote reads
         consumer = self._consumer()
         if self._loaded_layout is None:
-            self._progress = Progress()
+            self._progress = Progress(epoch=self._first_epoch)
         else:
             self._check_layout(self._loaded_layout, consumer)
             self._loaded_layout = None

@@ -40,6 +40,9 @@ class VisionTrainingArguments(TrainingArguments):
     views: dict[str, Any] = field(default_factory=dict, metadata={"help": "Changes to the method's default views."})
     augmentation: dict[str, Any] = field(default_factory=dict, metadata={"help": "Detection augmentation."})
     shuffle_block: int = field(default=1024, metadata={"help": "Encoded examples that are shuffled together."})
+    approximate_resume: bool = field(
+        default=False, metadata={"help": "Resume on another number of processes or workers, from the next epoch on."}
+    )
     max_bad_share: float = field(default=0.01, metadata={"help": "Share of unreadable images that stops the run."})
     layer_decay: float = field(default=1.0, metadata={"help": "Learning rate of a layer relative to the one above."})
     encoder_lr_multiplier: float = field(default=1.0, metadata={"help": "Learning rate of the encoder's top layer."})

@@ -31,7 +31,9 @@ class LogFile(TrainerCallback):
         path = Path(args.output_dir) / self.name
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [entry for entry in read_log(path) if entry["step"] <= state.global_step] if state.global_step else []
-        path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))  # a resumed run repeats no step
+        rewritten = path.with_suffix(".tmp")
+        rewritten.write_text("".join(json.dumps(entry) + "\n" for entry in kept))  # a resumed run repeats no step
+        rewritten.replace(path)  # at once: a run that is killed here keeps its log
 
     def on_log(
         self,
@@ -47,8 +49,9 @@ class LogFile(TrainerCallback):
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
-    """Entries of a `log.jsonl`; none where there is no file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    """Entries of a `log.jsonl`, but for a last line that a kill has cut; none where there is no file."""
+    lines = path.read_text().split("\n")[:-1] if path.is_file() else []
+    return [json.loads(line) for line in lines]
 
 
 __all__ = ["AfterStep", "LogFile", "read_log"]

@@ -1,5 +1,7 @@
 """The one trainer: the stock Trainer with a resumable stream, parameter groups and task evaluation."""
 
+import logging
+import os
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -12,14 +14,20 @@ from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor, nn
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import Trainer, set_seed
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
 from hf_vlm.data.stream import ExampleStream
 from hf_vlm.training.arguments import VisionTrainingArguments
 from hf_vlm.training.callbacks import AfterStep, LogFile
+from hf_vlm.training.data_state import last_checkpoint, load_data_state, save_data_state
 from hf_vlm.training.optim import parameter_groups
+
+logger = logging.getLogger(__name__)
+
+MAX_DATA_WAIT = 0.2  # share of the time above which waiting for data is worth a warning,
+MIN_SLOW_LOGS = 3  # when so many logs in a row say so
 
 TRAINING_STATE = [
     "checkpoint-*",
@@ -65,6 +73,9 @@ class VisionTrainer(Trainer):
         self._part_sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
         self._num_parts = 0
         self._last_log = (0.0, 0)
+        self._wait_seconds = 0.0
+        self._num_slow_logs = 0
+        self._warned_of_waiting = False
 
     # ---- data
 
@@ -91,36 +102,40 @@ class VisionTrainer(Trainer):
     _data_state: dict[str, Any] | None = None
     _stream_loader: StatefulDataLoader | None = None
 
-    def _data_state_path(self, checkpoint: str | Path) -> Path:
-        return Path(checkpoint) / f"data_state_{self.args.process_index}.pt"
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The stock method, timed: what it takes is time in which nothing is trained."""
+        started = time.perf_counter()
+        batches = super().get_batch_samples(*args, **kwargs)
+        self._wait_seconds += time.perf_counter() - started
+        return batches
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Trains; `resume_from_checkpoint` is a checkpoint folder, or True for the last one of the run.
 
         Raises:
-            ValueError: if the checkpoint holds no position in the data for this rank (another number of ranks).
+            ValueError: if the checkpoint does not hold this rank's position in the data (see `load_data_state`).
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
         if resume_from_checkpoint and isinstance(self.train_dataset, ExampleStream):
-            path = self._data_state_path(resume_from_checkpoint)
-            num_saved = len(list(path.parent.glob("data_state_*.pt")))
-            if num_saved != self.args.world_size:
-                raise ValueError(
-                    f"{path.parent} holds the data positions of {num_saved} processes, but {self.args.world_size} run "
-                    "now. Resume with the same number of processes."
-                )
-            self._data_state = torch.load(path, weights_only=True)
+            self._data_state = load_data_state(Path(resume_from_checkpoint), self.train_dataset, self.args)
         if self.args.world_size > 1:  # ranks see different images, and so should draw different masks
             set_seed(self.args.seed + self.args.process_index)
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self._stream_loader is not None:  # first, so that a finished checkpoint always has it
-            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            folder.mkdir(parents=True, exist_ok=True)
-            torch.save(self._stream_loader.state_dict(), self._data_state_path(folder))
+        """The stock method, such that a checkpoint with a trainer state is whole, whenever the run is killed."""
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)  # of an earlier run through the same step
         super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Called last of what every rank writes, before the trainer state."""
+        super()._save_rng_state(output_dir)
+        if self._stream_loader is not None:
+            save_data_state(Path(output_dir), self._stream_loader, self.args)
+        self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -208,20 +223,39 @@ class VisionTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the means of the loss parts and images per second to a training log entry."""
+        """Adds to a training log entry the means of the loss parts, images per second and the share of waiting."""
         if "loss" in logs:
-            if self._part_sums:  # means over the ranks, as the loss is
-                means: Any = self.accelerator.reduce(torch.stack(list(self._part_sums.values())), "mean")
-                logs.update(zip(self._part_sums, (means / self._num_parts).tolist()))
-            self._part_sums.clear()
-            self._num_parts = 0
-            (since, step), now = self._last_log, (time.perf_counter(), self.state.global_step)
-            if step:
-                num_images = (now[1] - step) * self.args.train_batch_size * self.args.world_size
-                num_images *= self.args.gradient_accumulation_steps
-                logs["images_per_second"] = round(num_images / (now[0] - since), 2)
-            self._last_log = now
+            logs.update(self._mean_parts())
+            logs.update(self._speed())
         super().log(logs, start_time)
+
+    def _mean_parts(self) -> dict[str, float]:
+        """Means of the loss parts since the last log, over the ranks as the loss is."""
+        if not self._part_sums:
+            return {}
+        means: Any = self.accelerator.reduce(torch.stack(list(self._part_sums.values())), "mean")
+        parts = dict(zip(self._part_sums, (means / self._num_parts).tolist()))
+        self._part_sums.clear()
+        self._num_parts = 0
+        return parts
+
+    def _speed(self) -> dict[str, float]:
+        """Images a second of all ranks, and the share of time that this rank waited for data, since the last log."""
+        (since, step), now, waited = self._last_log, time.perf_counter(), self._wait_seconds
+        self._last_log, self._wait_seconds = (now, self.state.global_step), 0.0
+        if not step:  # the first steps would count what is made ready once
+            return {}
+        num_images = (self.state.global_step - step) * self.args.train_batch_size * self.args.world_size
+        share = waited / (now - since)
+        if share > MAX_DATA_WAIT and not self._warned_of_waiting:
+            self._warned_of_waiting = True
+            logger.warning(
+                "Training waits for data %.0f %% of the time. %s", 100 * share, remedy_for_waiting(self.args)
+            )
+        return {
+            "images_per_second": round(num_images * self.args.gradient_accumulation_steps / (now - since), 2),
+            "data_wait": round(share, 4),
+        }
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -240,12 +274,15 @@ def _is_scalar(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim == 0
 
 
-def last_checkpoint(folder: str | Path) -> str:
-    """The newest complete checkpoint of a run; ValueError where there is none."""
-    complete = [path for path in Path(folder).glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
-    if not complete:
-        raise ValueError(f"{folder} holds no complete checkpoint to resume from.")
-    return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2])))
+def remedy_for_waiting(args: VisionTrainingArguments) -> str:
+    """What most likely lets training wait less for data."""
+    num_cores = max((os.cpu_count() or 1) // args.world_size, 1)  # of this rank, if all ranks share this machine
+    if args.dataloader_num_workers < num_cores - 1 or not args.dataloader_num_workers:
+        return f"Raise dataloader_num_workers (now {args.dataloader_num_workers}; {num_cores} CPU cores a process)."
+    return (
+        "All CPU cores prepare images already: store images in about the size that enters the model (Parquet or "
+        "WebDataset reads faster than single files), choose cheaper views, or use more cores."
+    )
 
 
-__all__ = ["Evaluator", "VisionTrainer", "last_checkpoint"]
+__all__ = ["Evaluator", "VisionTrainer", "remedy_for_waiting"]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 
 import pytest
 import torch
@@ -9,13 +10,15 @@ import yaml
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from hf_vlm.data.views import ViewTransform
 from hf_vlm.models.modeling_detection import VLMViTForObjectDetection
 from hf_vlm.models.modeling_mae import MAEForPreTraining
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 from hf_vlm.training.callbacks import read_log
+from hf_vlm.training.data_state import last_checkpoint
 from hf_vlm.training.record import fingerprint
 from hf_vlm.training.run import evaluate_run, finetune, pretrain
-from hf_vlm.training.trainer import VisionTrainer, last_checkpoint
+from hf_vlm.training.trainer import VisionTrainer
 
 
 class KilledError(Exception):
@@ -137,13 +140,45 @@ def test_parts_of_the_loss_are_logged_as_means(make_recipe, tmp_path):
     assert entry["loss"] > entry["loss_giou"]
 
 
-def test_resuming_with_another_number_of_processes_is_refused(make_recipe, tmp_path):
+def test_another_number_of_processes_or_workers_is_refused_or_approximated_when_asked(make_recipe, tmp_path, caplog):
+    recipe = make_recipe("mae", save_strategy="steps", save_steps=6, max_steps=6)  # 24 images: an epoch
+    pretrain(recipe)
+    checkpoint = tmp_path / "mae" / "checkpoint-6"
+    resumed = recipe | {"resume_from_checkpoint": str(checkpoint), "max_steps": 8}
+    saved = torch.load(checkpoint / "data_state_0.pt", weights_only=True)
+    for name, message in (("processes", "2 processes .now 1"), ("data workers", "2 data workers .now 0")):
+        torch.save(saved | {name: 2}, checkpoint / "data_state_0.pt")
+        with pytest.raises(ValueError, match=message):
+            pretrain(resumed)
+    pretrain(resumed | {"approximate_resume": True})
+    assert "goes on at the beginning of epoch 1" in caplog.text
+    approximated = losses(tmp_path / "mae")
+    torch.save(saved, checkpoint / "data_state_0.pt")
+    pretrain(resumed)  # the epoch has ended here, so that the beginning of the next one is where it stood
+    assert losses(tmp_path / "mae") == approximated
+
+
+def test_a_checkpoint_without_the_position_is_refused(make_recipe, tmp_path):
     recipe = make_recipe("mae", save_strategy="steps", save_steps=4)
     pretrain(recipe)
-    checkpoint = last_checkpoint(tmp_path / "mae")
-    (tmp_path / "mae" / "checkpoint-8" / "data_state_1.pt").write_bytes(b"")
-    with pytest.raises(ValueError, match="data positions of 2 processes, but 1 run now"):
-        pretrain(recipe | {"resume_from_checkpoint": checkpoint})
+    (tmp_path / "mae" / "checkpoint-8" / "data_state_0.pt").unlink()
+    with pytest.raises(ValueError, match="holds no position in the data"):
+        pretrain(recipe | {"resume_from_checkpoint": "last"})
+
+
+def test_waiting_for_data_is_logged_and_warned_about_once(make_recipe, tmp_path, monkeypatch, caplog):
+    transform = ViewTransform.__call__
+
+    def slow(*args):
+        time.sleep(0.05)
+        return transform(*args)
+
+    monkeypatch.setattr(ViewTransform, "__call__", slow)
+    pretrain(make_recipe("mae"))
+    shares = [entry["data_wait"] for entry in read_log(tmp_path / "mae" / "log.jsonl") if "data_wait" in entry]
+    assert len(shares) == 7
+    assert all(0.5 < share < 1 for share in shares)
+    assert caplog.text.count("Raise dataloader_num_workers (now 0") == 1
 
 
 def test_a_checkpoint_cut_short_is_not_resumed_from(make_recipe, tmp_path):

@@ -1,0 +1,103 @@
+"""The position in the data within a checkpoint, and which checkpoints of a run are whole."""
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchdata.stateful_dataloader import StatefulDataLoader
+from transformers.trainer import TRAINER_STATE_NAME
+
+from hf_vlm.data.splits import listing
+from hf_vlm.data.stream import ExampleStream
+from hf_vlm.training.arguments import VisionTrainingArguments
+
+__all__ = ["last_checkpoint", "load_data_state", "save_data_state"]
+
+logger = logging.getLogger(__name__)
+
+
+def save_data_state(checkpoint: Path, loader: StatefulDataLoader[Any], args: VisionTrainingArguments) -> None:
+    """Write where this rank stands in the data into a checkpoint's folder."""
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    torch.save({**_layout(args), "loader": loader.state_dict()}, _path(checkpoint, args.process_index))
+
+
+def load_data_state(checkpoint: Path, stream: ExampleStream, args: VisionTrainingArguments) -> dict[str, Any] | None:
+    """The state of this rank's loader in a checkpoint.
+
+    None where the position cannot be kept, since the numbers of processes or workers differ, and `approximate_resume`
+    allows that: the stream then goes on with the next epoch.
+
+    Raises:
+        ValueError: The numbers differ and that is not allowed, or the checkpoint holds no position.
+    """
+    paths = sorted(checkpoint.glob(_path(checkpoint, "*").name))
+    if not paths:
+        raise ValueError(f"{checkpoint} holds no position in the data: it is no checkpoint of such a run.")
+    own = _path(checkpoint, args.process_index)
+    state = _load(own if own in paths else paths[0])
+    changed = [f"{state[name]} {name} (now {now})" for name, now in _layout(args).items() if state[name] != now]
+    if not changed:
+        if own not in paths:
+            raise ValueError(f"{own} is missing: this process cannot know which images it has seen.")
+        return dict(state["loader"])
+    if not args.approximate_resume:
+        raise ValueError(
+            f"{checkpoint} holds the data positions of {listing(changed)}. Resume with as many, or accept with "
+            "--approximate_resume true that the images that were left of the epoch are passed over."
+        )
+    epoch = 1 + max(epoch for path in paths for epoch in _epochs(_load(path)))
+    logger.warning(
+        "%s holds the data positions of %s: the data goes on at the beginning of epoch %d, not where it stood.",
+        checkpoint,
+        listing(changed),
+        epoch,
+    )
+    stream.start_at_epoch(epoch)
+    return None
+
+
+def last_checkpoint(folder: str | Path) -> str:
+    """The newest complete checkpoint of a run; ValueError where there is none."""
+    complete = [path for path in Path(folder).glob("checkpoint-*") if _is_complete(path)]
+    if not complete:
+        raise ValueError(f"{folder} holds no complete checkpoint to resume from.")
+    return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2])))
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether the file that the trainer writes last, when all ranks have written theirs, is there and whole."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _layout(args: VisionTrainingArguments) -> dict[str, int]:
+    """What the positions depend on, by the names that messages use."""
+    return {"processes": args.world_size, "data workers": args.dataloader_num_workers}
+
+
+def _path(checkpoint: Path, rank: int | str) -> Path:
+    return checkpoint / f"data_state_{rank}.pt"
+
+
+def _load(path: Path) -> dict[str, Any]:
+    return dict(torch.load(path, weights_only=True))
+
+
+def _epochs(state: Any) -> Iterator[int]:
+    """Epochs of all streams within a loader's state, which holds one for each data worker."""
+    if isinstance(state, dict):
+        if "progress" in state and "layout" in state:
+            yield int(state["progress"]["epoch"])
+        else:
+            for value in state.values():
+                yield from _epochs(value)
+    elif isinstance(state, list | tuple):
+        for value in state:
+            yield from _epochs(value)

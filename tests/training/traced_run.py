@@ -1,0 +1,37 @@
+"""A pretraining run in a process of its own that writes down what every step of every rank was given.
+
+    python traced_run.py RECIPE.json TRACE_FOLDER          (or under torchrun)
+
+Appends a line of JSON a step to TRACE_FOLDER/<rank>.jsonl: the step, the loss, and a hash of the pixels, which tells
+the images, their order and their views.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+from hf_vlm.training.run import pretrain
+from hf_vlm.training.trainer import VisionTrainer
+
+
+def main(recipe_file, folder):
+    recipe = json.loads(Path(recipe_file).read_text())
+    stock = VisionTrainer.training_step
+    trace = Path(folder, f"{os.environ.get('RANK', '0')}.jsonl")
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        pixels = hashlib.sha256(inputs["pixel_values"].numpy().tobytes()).hexdigest()[:16]
+        loss = stock(self, model, inputs, *args, **kwargs)
+        with trace.open("a") as file:
+            file.write(json.dumps({"step": self.state.global_step, "loss": loss.item(), "pixels": pixels}) + "\n")
+        return loss
+
+    VisionTrainer.training_step = training_step
+    checkpoints = list(Path(recipe["output_dir"]).glob("checkpoint-*/trainer_state.json"))
+    pretrain(recipe | {"resume_from_checkpoint": "last" if checkpoints else None})
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
