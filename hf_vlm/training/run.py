@@ -107,8 +107,8 @@ def finetune(recipe: dict[str, Any], *, write_card: Callable[[Path], Any] | None
         on_save=record.write,
     )
     _train(trainer, record)
-    figures = trainer.evaluate()
-    record.summary["metrics"] = {n.removeprefix("eval_"): v for n, v in figures.items() if n != "epoch"}
+    figures = _last_figures(trainer)
+    record.summary["metrics"] = {n.removeprefix("eval_"): v for n, v in figures.items() if n.startswith("eval_")}
     trainer.save_model(args.output_dir, _internal_call=True)
     if args.push_to_hub:
         trainer.push_to_hub()
@@ -251,6 +251,14 @@ def _train(trainer: VisionTrainer, record: RunRecord) -> None:
         * trainer.args.world_size,
         "train_loss": result.training_loss,
     }
+
+
+def _last_figures(trainer: VisionTrainer) -> dict[str, float]:
+    """Figures of the model as it is after training, from the log where its last step was one of evaluation."""
+    entries = [entry for entry in trainer.state.log_history if any(name.startswith("eval_") for name in entry)]
+    if entries and entries[-1]["step"] == trainer.state.global_step and not trainer.args.load_best_model_at_end:
+        return dict(entries[-1])
+    return trainer.evaluate()
 
 
 def quiet_libraries() -> None:

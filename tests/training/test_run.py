@@ -109,11 +109,12 @@ def test_finetuning_from_an_encoder_and_evaluating_the_folder(make_recipe, tmp_p
     assert "ap/3" in again
 
 
-def test_evaluation_enters_the_log(make_recipe, tmp_path):
-    finetune(make_recipe("detection", eval_strategy="steps", eval_steps=4))
+def test_evaluation_enters_the_log_and_the_last_one_the_record(make_recipe, tmp_path):
+    summary = finetune(make_recipe("detection", eval_strategy="steps", eval_steps=4))
     entries = [entry for entry in read_log(tmp_path / "detection" / "log.jsonl") if "eval_ap50" in entry]
-    assert [entry["step"] for entry in entries] == [4, 8, 8]
+    assert [entry["step"] for entry in entries] == [4, 8]
     assert all(0 <= entry["eval_ap50"] <= 1 for entry in entries)
+    assert summary["metrics"]["ap50"] == entries[-1]["eval_ap50"]
 
 
 def test_logged_loss_is_the_mean_under_gradient_accumulation(make_recipe, tmp_path, monkeypatch):
