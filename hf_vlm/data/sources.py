@@ -15,6 +15,7 @@ from hf_vlm.data.parquet import open_parquet
 from hf_vlm.data.scenes import scenes_stream
 from hf_vlm.data.schema import class_names, has_boxes, unlabelled
 from hf_vlm.data.splits import canonical_split, choose_split, describe_folder, nearest
+from hf_vlm.data.webdataset import open_webdataset
 
 __all__ = ["KINDS", "class_names", "guess_kind", "has_boxes", "open_stream", "unlabelled"]
 
@@ -23,11 +24,12 @@ logger = logging.getLogger(__name__)
 # Of what lies on disk.
 LOCAL_OPENERS: dict[str, Callable[..., datasets.IterableDataset]] = {
     "parquet": open_parquet,
+    "webdataset": open_webdataset,
     "coco": open_coco,
     "imagefolder": open_imagefolder,
 }
 KINDS = ("scenes", *LOCAL_OPENERS, "hub")
-SUFFIXES = {".parquet": "parquet", ".json": "coco"}
+SUFFIXES = {".parquet": "parquet", ".tar": "webdataset", ".json": "coco"}
 
 
 def open_stream(
@@ -90,17 +92,19 @@ def guess_kind(source: str | Path) -> str:
         suffixes = {os.path.splitext(file)[1].lower() for _, _, files in os.walk(path) for file in files}
         if ".parquet" in suffixes:
             return "parquet"
+        if ".tar" in suffixes:
+            return "webdataset"
         if find_coco_files(path):
             return "coco"
         if suffixes & IMAGE_EXTENSIONS:
             return "imagefolder"
         raise ValueError(
-            f"{source} holds no Parquet files, no COCO json (annotations/*.json, _annotations.coco.json or a json "
-            f"beside the images) and no images; {describe_folder(path)}"
+            f"{source} holds no Parquet files, no tars, no COCO json (annotations/*.json, _annotations.coco.json or a "
+            f"json beside the images) and no images; {describe_folder(path)}"
         )
     if path.is_file():
         if path.suffix.lower() not in SUFFIXES:
-            raise ValueError(f"{source} is neither Parquet nor a COCO json; give a folder, or the kind of data")
+            raise ValueError(f"{source} is neither Parquet, a tar nor a COCO json; give a folder, or the kind of data")
         return SUFFIXES[path.suffix.lower()]
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) and not text.startswith(".") and path.suffix not in SUFFIXES:
         return "hub"

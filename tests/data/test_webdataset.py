@@ -1,0 +1,225 @@
+"""WebDataset tars: what they hold, whichever program wrote them, resumed at every position and on damage."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from hf_vlm.data.sources import class_names, open_stream, unlabelled
+from hf_vlm.data.stream import ExampleStream
+from hf_vlm.data.tar import walk_tar
+
+FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
+
+
+def png(value):
+    file = io.BytesIO()
+    Image.fromarray(np.full((8, 10, 3), value, np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_tar(path, members, format=tarfile.PAX_FORMAT):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def write_shards(folder, sizes=(5, 3, 7, 2)):
+    """Tars of so many images, whose values are 0, 1, 2, ... in order."""
+    value = 0
+    for shard, size in enumerate(sizes):
+        members = [(f"{value + index:06d}.png", png(value + index)) for index in range(size)]
+        write_tar(folder / f"train-{shard:05d}.tar", members)
+        value += size
+    return value
+
+
+def value_of(example, generator=None):
+    with Image.open(io.BytesIO(example["image"]["bytes"])) as image:
+        return {"value": int(np.asarray(image)[0, 0, 0])}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_members_are_those_of_the_standard_library(tmp_path, format):
+    names = ["a.png", "folder/b.jpg", "x" * 90 + ".png", "f" * 120 + "/" + "y" * 90 + ".png"]
+    if format != "ustar":
+        names += ["z" * 300 + ".png", "größe/ö.png"]
+    path = write_tar(tmp_path / "a.tar", [(name, name.encode() * 7) for name in names], FORMATS[format])
+    with tarfile.open(path, "a", format=FORMATS[format]) as tar:
+        for kind, name in ((tarfile.DIRTYPE, "folder"), (tarfile.SYMTYPE, "link.png")):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "a.png" * 40 if format != "ustar" else "a.png"
+            tar.addfile(info)
+    with tarfile.open(path) as tar, path.open("rb") as file:
+        expected = [(member.name, member.offset_data, member.size) for member in tar if member.isreg()]
+        assert [tuple(member) for member in walk_tar(file)] == expected
+    assert len(expected) == len(names)
+
+
+def test_images_in_the_order_of_the_tars(tmp_path):
+    count = write_shards(tmp_path)
+    stream = open_stream(tmp_path)
+    examples = list(stream)
+    assert [value_of(example)["value"] for example in examples] == list(range(count))
+    assert examples[5]["image"]["path"] == "train-00001.tar/000005.png"
+    assert len({example["image_id"] for example in examples}) == count
+    assert list(stream.features) == ["image", "image_id"]
+    assert [value_of(example)["value"] for example in open_stream(tmp_path, num_samples=6)] == list(range(6))
+
+
+def test_ids_do_not_depend_on_where_the_tars_lie(tmp_path):
+    for name in ("here", "there"):
+        write_shards(tmp_path / name)
+    ids = [[example["image_id"] for example in open_stream(tmp_path / name)] for name in ("here", "there")]
+    assert ids[0] == ids[1]
+
+
+def test_labels_as_numbers_names_and_json(tmp_path):
+    members = [("0.png", png(0)), ("0.cls", b"2"), ("1.cls", b"0"), ("1.png", png(1)), ("1.txt", b"a caption")]
+    write_tar(tmp_path / "numbers" / "0.tar", members)
+    stream = open_stream(tmp_path / "numbers")
+    assert class_names(stream) == ["0", "1", "2"]
+    assert [example["label"] for example in stream] == [2, 0]
+
+    (tmp_path / "numbers" / "classes.txt").write_text("cat\ndog\nbird\n")
+    stream = open_stream(tmp_path / "numbers")
+    assert class_names(stream) == ["cat", "dog", "bird"]
+    assert [example["label"] for example in stream] == [2, 0]
+
+    write_tar(
+        tmp_path / "names" / "0.tar", [("0.png", png(0)), ("0.cls", b"dog\n"), ("1.png", png(1)), ("1.cls", b"cat")]
+    )
+    stream = open_stream(tmp_path / "names")
+    assert class_names(stream) == ["cat", "dog"]
+    assert [example["label"] for example in stream] == [1, 0]
+
+    members = [("0.json", b'{"label": "dog"}'), ("0.png", png(0)), ("1.png", png(1)), ("1.json", b"{}")]
+    write_tar(tmp_path / "json" / "0.tar", members)
+    assert [example["label"] for example in open_stream(tmp_path / "json")] == [0, -1]
+
+
+@pytest.mark.parametrize("as_list", [True, False])
+def test_objects_of_json(tmp_path, as_list):
+    boxes, categories = [[1, 2, 3, 4], [0, 0, 5, 5]], ["dog", "cat"]
+    objects = {"bbox": boxes, "category": categories}
+    if as_list:
+        objects = [{"bbox": box, "category": category} for box, category in zip(boxes, categories)]
+    members = [("0.png", png(0)), ("0.json", json.dumps({"objects": []}).encode())]
+    members += [("1.png", png(1)), ("1.json", json.dumps({"objects": objects, "width": 10, "height": 8}).encode())]
+    write_tar(tmp_path / "0.tar", members)
+    stream = open_stream(tmp_path)
+    assert class_names(stream) == ["cat", "dog"]
+    empty, filled = (example["objects"] for example in stream)
+    assert empty["bbox"] == []
+    assert filled == {"bbox": boxes, "category": [1, 0], "area": [12.0, 25.0], "iscrowd": [0, 0]}
+
+
+def test_masks(tmp_path):
+    write_tar(tmp_path / "0.tar", [("0.jpg", png(0)), ("0.seg.png", png(3))])
+    (example,) = open_stream(tmp_path)
+    assert example["mask"]["bytes"] == png(3)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_ranks_and_workers_see_each_image_once(tmp_path, world_size, num_workers):
+    count = write_shards(tmp_path)
+    seen = []
+    for rank in range(world_size):
+        stream = ExampleStream(
+            open_stream(tmp_path), value_of, repeat=False, block_size=4, rank=rank, world_size=world_size
+        )
+        seen += [example["value"] for example in StatefulDataLoader(stream, batch_size=None, num_workers=num_workers)]
+    assert sorted(seen) == list(range(count))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_resumes_at_every_position_twice_in_a_row(tmp_path, num_workers):
+    def loader():
+        stream = ExampleStream(unlabelled(open_stream(tmp_path)), value_of, block_size=4)
+        return StatefulDataLoader(stream, batch_size=3, num_workers=num_workers)
+
+    def take(iterator, count):
+        return [next(iterator)["value"].tolist() for _ in range(count)]
+
+    write_shards(tmp_path)
+    expected = take(iter(loader()), 14)
+    for position in range(0, 8, 1 if num_workers == 0 else 3):
+        first = loader()
+        take(iter(first), position)
+        second = loader()
+        second.load_state_dict(first.state_dict())
+        assert take(iter(second), 3) == expected[position : position + 3]
+        third = loader()
+        third.load_state_dict(second.state_dict())
+        assert take(iter(third), 3) == expected[position + 3 : position + 6]
+
+
+def test_a_damaged_tar_ends_with_a_warning_and_the_others_go_on(tmp_path, caplog):
+    write_shards(tmp_path)
+    path = tmp_path / "train-00002.tar"
+    with path.open("rb") as file:
+        third = list(walk_tar(file))[3]
+    path.write_bytes(path.read_bytes()[: third.offset + 10])  # 8 and 9 are whole; 10 may have lost a label
+    assert [value_of(example)["value"] for example in open_stream(tmp_path)] == [*range(10), 15, 16]
+    assert "train-00002.tar: the rest of this tar is passed over: it is cut short within 000011.png" in caplog.text
+    path.write_bytes(b"\x7fgarbage" * 200)
+    assert [value_of(example)["value"] for example in open_stream(tmp_path)] == [*range(8), 15, 16]
+    assert "there is no tar header at byte 0" in caplog.text
+
+
+def test_samples_without_an_image_are_passed_over_and_counted(tmp_path, caplog):
+    write_tar(tmp_path / "0.tar", [("0.txt", b"text"), ("1.png", png(1)), ("2.txt", b"text")])
+    assert [value_of(example)["value"] for example in open_stream(tmp_path)] == [1]
+    assert "0.tar: 2 samples without an image are passed over" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([("0.txt", b"text")], "holds no images"),
+        ([("0.png", png(0)), ("0.json", b"{]")], "0.tar: the labels of 0 cannot be read"),
+        ([("0.png", png(0)), ("0.json", b"[1]")], "0.tar: the labels of 0 cannot be read: it is no json object"),
+        (
+            [("0.png", png(0)), ("0.json", b'{"objects": {"bbox": [[1, 2]], "category": [0]}}')],
+            "bbox of four numbers",
+        ),
+        (
+            [("0.png", png(0)), ("0.json", b'{"objects": {"bbox": [], "category": [1]}}')],
+            "bbox of four numbers",
+        ),
+        ([("0.png", png(0)), ("0.cls", b"-3")], "1 labels are none of the"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, members, message):
+    write_tar(tmp_path / "0.tar", members)
+    with pytest.raises(ValueError, match=message):
+        open_stream(tmp_path)
+
+
+def test_classes_that_are_not_listed_are_named(tmp_path):
+    write_tar(tmp_path / "0.tar", [("0.png", png(0)), ("0.cls", b"fish")])
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    with pytest.raises(ValueError, match=r"1 labels are none of the 2 classes: 'fish' of 0 in 0\.tar"):
+        open_stream(tmp_path)
+
+
+def test_what_is_no_tar_is_named(tmp_path):
+    (tmp_path / "0.tar").write_bytes(b"no tar" * 200)
+    with pytest.raises(ValueError, match=r"0\.tar cannot be read as a tar: there is no tar header at byte 0"):
+        open_stream(tmp_path)
+    (tmp_path / "0.tar").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"0\.tar holds no images"):
+        open_stream(tmp_path)
+    with tarfile.open(tmp_path / "1.tar.gz", "w:gz"):
+        pass
+    with pytest.raises(ValueError, match="unpack it first"):
+        open_stream(tmp_path / "1.tar.gz", kind="webdataset")
