@@ -9,11 +9,8 @@ from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow as pa
 
-from hf_vlm.data.checks import check_boxes
-from hf_vlm.data.indexed import TableReader, indexed_stream
-from hf_vlm.data.schema import image_feature, objects_feature
+from hf_vlm.data.boxed_images import Boxes, labelled_stream
 from hf_vlm.data.splits import canonical_split, choose_split, describe_folder, group_by_split, listing
 
 __all__ = ["find_coco_files", "open_coco"]
@@ -45,19 +42,13 @@ def open_coco(source: Path, split: str, *, num_samples: int | None = None) -> da
             f"{source} has several COCO files for the split {split!r}: {listing(chosen)}; name one of them"
         )
     content = _load(chosen[0])
-    features = datasets.Features({"image": image_feature(), "image_id": datasets.Value("int64")})
     images = content["images"][:num_samples]
-    columns: dict[str, list[Any]] = {
-        "image": [{"bytes": None, "path": path} for path in _image_paths(images, chosen[0], root, split)],
-        "image_id": _image_ids(content["images"], chosen[0])[:num_samples],
-    }
-    if content["annotations"]:
-        names, columns["objects"] = _objects(content, images, chosen[0])
-        features["objects"] = objects_feature(names)
-    else:
+    paths = _image_paths(images, chosen[0], root, split)
+    image_ids = _image_ids(content["images"], chosen[0])[:num_samples]
+    if not content["annotations"]:
         logger.warning("%s has no annotations: it serves as images without labels", chosen[0])
-    table = pa.Table.from_pydict(columns, schema=features.arrow_schema)
-    return indexed_stream(TableReader(table), len(table), features)
+    boxes = _boxes(content, chosen[0]) if content["annotations"] else None
+    return labelled_stream(paths, image_ids, boxes, chosen[0])
 
 
 def find_coco_files(folder: Path) -> list[Path]:
@@ -142,8 +133,7 @@ def _image_folders(file: Path, root: Path, split: str) -> Iterator[Path]:
     yield base
 
 
-def _objects(content: Record, images: Sequence[Record], file: Path) -> tuple[list[str], list[Record]]:
-    """Names of the classes, and the objects of each image in the form of the schema."""
+def _boxes(content: Record, file: Path) -> Boxes:
     annotations = content["annotations"]
     names, category_of = _categories(content["categories"], {item.get("category_id") for item in annotations}, file)
     row_of = {image["id"]: row for row, image in enumerate(content["images"])}
@@ -153,27 +143,19 @@ def _objects(content: Record, images: Sequence[Record], file: Path) -> tuple[lis
             raise ValueError(
                 f"{file}: {len(unknown)} annotations have a {key} that the json does not list: ids {listing(unknown)}"
             )
-    boxes = _boxes(annotations, file)
+    boxes = _coordinates(annotations, file)
     rows = np.array([row_of[item["image_id"]] for item in annotations])
-    categories = np.array([category_of[item["category_id"]] for item in annotations])
     sizes = np.array([[image.get("width") or np.inf, image.get("height") or np.inf] for image in content["images"]])
-    keep = check_boxes(
-        boxes,
-        categories,
-        width=sizes[rows, 0],
-        height=sizes[rows, 1],
+    return Boxes(
         class_names=names,
+        rows=rows,
+        boxes=boxes,
+        categories=np.array([category_of[item["category_id"]] for item in annotations]),
+        sizes=sizes[rows],
         name_of=lambda index: f"annotation {annotations[index].get('id')}",
-        source=file,
+        areas=np.array([item.get("area") or box[2] * box[3] for item, box in zip(annotations, boxes)]),
+        crowds=np.array([item.get("iscrowd", 0) for item in annotations]),
     )
-    objects: list[Record] = [{"bbox": [], "category": [], "area": [], "iscrowd": []} for _ in images]
-    for index in np.flatnonzero(keep & (rows < len(images))).tolist():
-        item, target = annotations[index], objects[rows[index]]
-        target["bbox"].append(boxes[index].tolist())
-        target["category"].append(int(categories[index]))
-        target["area"].append(float(item.get("area") or boxes[index, 2] * boxes[index, 3]))
-        target["iscrowd"].append(int(item.get("iscrowd", 0)))
-    return names, objects
 
 
 def _categories(categories: Sequence[Record], used: set[Any], file: Path) -> tuple[list[str], dict[Any, int]]:
@@ -198,7 +180,7 @@ def _categories(categories: Sequence[Record], used: set[Any], file: Path) -> tup
     return names, {category["id"]: index for index, category in enumerate(categories)}
 
 
-def _boxes(annotations: Sequence[Record], file: Path) -> np.ndarray[Any, Any]:
+def _coordinates(annotations: Sequence[Record], file: Path) -> np.ndarray[Any, Any]:
     boxes = [item.get("bbox") for item in annotations]
     wrong = [
         item.get("id")

@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import datasets
 
@@ -15,7 +16,9 @@ from hf_vlm.data.parquet import open_parquet
 from hf_vlm.data.scenes import scenes_stream
 from hf_vlm.data.schema import class_names, has_boxes, unlabelled
 from hf_vlm.data.splits import canonical_split, choose_split, describe_folder, nearest
+from hf_vlm.data.voc import looks_like_voc, open_voc
 from hf_vlm.data.webdataset import open_webdataset
+from hf_vlm.data.yolo import looks_like_yolo, open_yolo
 
 __all__ = ["KINDS", "class_names", "guess_kind", "has_boxes", "open_stream", "unlabelled"]
 
@@ -26,10 +29,12 @@ LOCAL_OPENERS: dict[str, Callable[..., datasets.IterableDataset]] = {
     "parquet": open_parquet,
     "webdataset": open_webdataset,
     "coco": open_coco,
+    "voc": open_voc,
+    "yolo": open_yolo,
     "imagefolder": open_imagefolder,
 }
 KINDS = ("scenes", *LOCAL_OPENERS, "hub")
-SUFFIXES = {".parquet": "parquet", ".tar": "webdataset", ".json": "coco"}
+SUFFIXES = {".parquet": "parquet", ".tar": "webdataset", ".json": "coco", ".yaml": "yolo", ".yml": "yolo"}
 
 
 def open_stream(
@@ -44,8 +49,9 @@ def open_stream(
     """Open a source as a stream of examples whose images are still encoded.
 
     Args:
-        source: `scenes`, `scenes:easy` or `scenes:hard` (the built-in images); a Parquet file or a folder of them; a
-            COCO json or a folder with one; a folder of images; or the id of a dataset on the Hub.
+        source: `scenes`, `scenes:easy` or `scenes:hard` (the built-in images); a Parquet file, a WebDataset tar, or a
+            folder of these; a COCO json or a folder with one; a folder of Pascal VOC; a data.yaml of YOLO or its
+            folder; a folder of images; or the id of a dataset on the Hub.
         split: Of the source; `val` and `valid` are `validation`.
         kind: One of `KINDS`; None tells it from the source.
         num_samples: Only the first so many examples.
@@ -89,26 +95,37 @@ def guess_kind(source: str | Path) -> str:
     if text == "scenes" or text.startswith("scenes:"):
         return "scenes"
     if path.is_dir():
-        suffixes = {os.path.splitext(file)[1].lower() for _, _, files in os.walk(path) for file in files}
-        if ".parquet" in suffixes:
-            return "parquet"
-        if ".tar" in suffixes:
-            return "webdataset"
-        if find_coco_files(path):
-            return "coco"
-        if suffixes & IMAGE_EXTENSIONS:
-            return "imagefolder"
-        raise ValueError(
-            f"{source} holds no Parquet files, no tars, no COCO json (annotations/*.json, _annotations.coco.json or a "
-            f"json beside the images) and no images; {describe_folder(path)}"
-        )
+        return _kind_of_folder(path)
     if path.is_file():
         if path.suffix.lower() not in SUFFIXES:
-            raise ValueError(f"{source} is neither Parquet, a tar nor a COCO json; give a folder, or the kind of data")
+            raise ValueError(
+                f"{source} is neither Parquet, a tar, a COCO json nor a data.yaml of YOLO; give a folder, or the kind"
+            )
         return SUFFIXES[path.suffix.lower()]
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) and not text.startswith(".") and path.suffix not in SUFFIXES:
         return "hub"
     raise ValueError(f"{source} does not exist{nearest(str(path), _siblings(path))}")
+
+
+def _kind_of_folder(folder: Path) -> str:
+    suffixes = {os.path.splitext(file)[1].lower() for _, _, files in os.walk(folder) for file in files}
+    # Folders with annotations hold images too.
+    signs: tuple[tuple[str, Callable[[], Any]], ...] = (
+        ("parquet", lambda: ".parquet" in suffixes),
+        ("webdataset", lambda: ".tar" in suffixes),
+        ("coco", lambda: find_coco_files(folder)),
+        ("voc", lambda: looks_like_voc(folder)),
+        ("yolo", lambda: looks_like_yolo(folder)),
+        ("imagefolder", lambda: suffixes & IMAGE_EXTENSIONS),
+    )
+    for kind, is_there in signs:
+        if is_there():
+            return kind
+    raise ValueError(
+        f"{folder} holds no Parquet files, no tars, no COCO json (annotations/*.json, _annotations.coco.json or a "
+        "json beside the images), no xml of Pascal VOC, no data.yaml or labels/ of YOLO, and no images; "
+        f"{describe_folder(folder)}"
+    )
 
 
 def _open_hub(

@@ -441,7 +441,7 @@ def test_imagefolder_without_classes(tmp_path, names):
 
 def test_imagefolder_mistakes_are_named(tmp_path, caplog):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"empty holds no Parquet files, no tars, no COCO json .* and no images; it is empty"):
+    with pytest.raises(ValueError, match=r"empty holds no Parquet files, .* no images; it is empty"):
         open_stream(tmp_path / "empty")
     (tmp_path / "texts" / "inner").mkdir(parents=True)
     (tmp_path / "texts" / "a.txt").touch()
@@ -639,10 +639,10 @@ def test_mistakes_in_the_source_are_named(tmp_path, folders):
         open_stream("/no/such/folder")
     with pytest.raises(ValueError, match=r"data\.parquet does not exist"):
         open_stream("data.parquet")
-    with pytest.raises(ValueError, match=r"notes\.txt is neither Parquet, a tar nor a COCO json"):
+    with pytest.raises(ValueError, match=r"notes\.txt is neither Parquet, a tar, a COCO json nor a data.yaml"):
         open_stream(tmp_path / "notes.txt")
-    with pytest.raises(ValueError, match=r"unknown kind of data 'voc'; the kinds are scenes, parquet, coco, .*hub"):
-        open_stream(folders["coco"], kind="voc")
+    with pytest.raises(ValueError, match=r"unknown kind of data 'vok'; the kinds are scenes, parquet, .*hub"):
+        open_stream(folders["coco"], kind="vok")
     with pytest.raises(ValueError, match=r"unknown preset of scenes 'hrad'; there are easy, hard"):
         open_stream("scenes:hrad")
     with pytest.raises(ValueError, match=r"name and revision belong to datasets on the Hub"):
