@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
@@ -24,6 +25,7 @@ from hf_vlm.data.columns import (
     object_fields,
     read_categories,
 )
+from hf_vlm.data.files import display, is_folder, is_remote, open_binary, reason
 from hf_vlm.data.indexed import generated_stream
 from hf_vlm.data.splits import choose_split, describe_folder, group_by_split, listing
 
@@ -36,8 +38,12 @@ Array = np.ndarray[Any, Any]
 BATCH_SIZE = 64  # rows read at a time
 
 
-def open_parquet(source: Path, split: str, *, num_samples: int | None = None) -> datasets.IterableDataset:
-    """Stream the rows of a Parquet file, or of the files of a split in a folder; a row group is a shard.
+def open_parquet(
+    source: Path | Sequence[Path], split: str, *, num_samples: int | None = None
+) -> datasets.IterableDataset:
+    """Stream the rows of Parquet files, of one, of several or of the files of a split in a folder.
+
+    A row group is a shard.
 
     The split is told by the names of files or folders, as `train-00000-of-00002.parquet` or `train/0.parquet`; where
     no name tells one, all is `train`. Columns are found by name and type (see `find_columns`). Of the rows, only
@@ -47,19 +53,28 @@ def open_parquet(source: Path, split: str, *, num_samples: int | None = None) ->
         ValueError: There is no such split; a file is not Parquet or its columns differ from the others'; there is no
             column of images; or labels or categories are out of range.
     """
-    root = source if source.is_dir() else source.parent
-    paths = find_parquet_files(source) if source.is_dir() else [source]
-    if not paths:
-        raise ValueError(f"{source} holds no Parquet files; {describe_folder(source)}")
-    splits = group_by_split(paths, root)
-    files = _Files(choose_split(splits, split, source))
+    paths, root = _find_paths(source)
+    splits, name = group_by_split(paths, root), display(source)
+    files = _Files(choose_split(splits, split, name))
     parts = files.parts(num_samples)
-    columns = _without_repeated_ids(files, find_columns(files.features, source), source)
-    label = _check_labels(files, splits, columns, source)
-    category, is_clean = _check_objects(files, splits, columns, source)
+    columns = _without_repeated_ids(files, find_columns(files.features, name), name)
+    label = _check_labels(files, splits, columns, name)
+    category, is_clean = _check_objects(files, splits, columns, name)
     reader = RowReader(map=columns, label=label, category=category, folder=str(root), cleans_boxes=not is_clean)
     rows = generated_stream(_read_rows, parts=parts, leaves=files.leaves(columns))
     return rows.map(reader, remove_columns=[POSITION, *columns.source_names], features=reader.features)
+
+
+def _find_paths(source: Path | Sequence[Path]) -> tuple[list[Path], Path]:
+    """The files, and the folder that their splits are told from."""
+    if isinstance(source, Sequence):
+        return list(source), source[0].parent
+    if not is_folder(source):
+        return [source], source.parent
+    paths = find_parquet_files(source)
+    if not paths:
+        raise ValueError(f"{source} holds no Parquet files; {describe_folder(source)}")
+    return paths, source
 
 
 def find_parquet_files(folder: Path) -> list[Path]:
@@ -73,7 +88,7 @@ def _read_rows(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Rows of row groups, given as (path, row group, position of its first row, rows to read)."""
     for path, group, first, num_rows in parts:
-        with pq.ParquetFile(path) as file:
+        with _open(path) as file:
             # Without threads: the reader may run in a forked worker.
             batches = file.iter_batches(BATCH_SIZE, row_groups=[group], columns=list(leaves), use_threads=False)
             rows = chain.from_iterable(batch.to_pylist() for batch in batches)
@@ -124,7 +139,7 @@ class _Files:
         """All values of a column, or of the leaves of it."""
         parts: list[pa.ChunkedArray] = []
         for path in self.paths:
-            with pq.ParquetFile(path) as file:
+            with _open(path) as file:
                 parts.append(file.read(columns=list(leaves or [name]), use_threads=False).column(name))
             if parts[-1].type != parts[0].type:
                 raise ValueError(f"{path} and {self.paths[0]} differ in their columns {name}")
@@ -141,19 +156,38 @@ class _Files:
         return lists.flatten() if is_struct else pc.struct_field(lists.flatten(), inner), counts
 
 
+@contextmanager
+def _open(path: object) -> Iterator[pq.ParquetFile]:
+    """Open a file; one on disk by its path, which Arrow reads fastest itself."""
+    if not is_remote(path):
+        with pq.ParquetFile(str(path)) as file:
+            yield file
+        return
+    with open_binary(path) as remote, pq.ParquetFile(remote) as file:
+        yield file
+
+
 def _read_metadata(path: Path) -> pq.FileMetaData:
     try:
-        return pq.read_metadata(path)
+        with _open(path) as file:
+            return file.metadata
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} cannot be read as Parquet: {error}") from error
+        raise ValueError(f"{display(path)} cannot be read as Parquet: {reason(error)}") from error
 
 
 def _files_with(name: str, splits: Mapping[str, Sequence[Path]]) -> _Files:
     """The files of all splits that have a column: so that values without declared names are numbered alike."""
-    return _Files([path for paths in splits.values() for path in paths if name in pq.read_schema(path).names])
+    return _Files(
+        [
+            path
+            for paths in splits.values()
+            for path in paths
+            if name in _read_metadata(path).schema.to_arrow_schema().names
+        ]
+    )
 
 
-def _without_repeated_ids(files: _Files, columns: ColumnMap, source: Path) -> ColumnMap:
+def _without_repeated_ids(files: _Files, columns: ColumnMap, source: object) -> ColumnMap:
     name = columns.columns.get("image_id")
     if name is None:
         return columns
@@ -165,7 +199,7 @@ def _without_repeated_ids(files: _Files, columns: ColumnMap, source: Path) -> Co
 
 
 def _check_labels(
-    files: _Files, splits: Mapping[str, Sequence[Path]], columns: ColumnMap, source: Path
+    files: _Files, splits: Mapping[str, Sequence[Path]], columns: ColumnMap, source: object
 ) -> Categories | None:
     """The classes; None where there is no label or none is known, as in test splits with hidden labels."""
     name = columns.columns.get("label")
@@ -186,7 +220,7 @@ def _check_labels(
 
 
 def _check_objects(
-    files: _Files, splits: Mapping[str, Sequence[Path]], columns: ColumnMap, source: Path
+    files: _Files, splits: Mapping[str, Sequence[Path]], columns: ColumnMap, source: object
 ) -> tuple[Categories | None, bool]:
     """The categories, None where there are no objects; and whether nothing remains to be dropped."""
     if "objects" not in columns.columns:
@@ -230,7 +264,7 @@ def _is_known(values: pa.Array, categories: Categories) -> Array:
     return (numbers >= 0) & (numbers < len(categories.names))
 
 
-def _as_boxes(boxes: pa.Array, rows: Array, source: Path) -> Array:
+def _as_boxes(boxes: pa.Array, rows: Array, source: object) -> Array:
     lengths = pc.fill_null(pc.list_value_length(boxes), 0).to_numpy(zero_copy_only=False)
     wrong = np.flatnonzero(lengths != 4)
     if len(wrong):

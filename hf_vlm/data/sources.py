@@ -3,15 +3,18 @@
 import logging
 import os
 import re
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+import aiohttp
 import datasets
 
 from hf_vlm.data.coco import find_coco_files, open_coco
 from hf_vlm.data.columns import Categories, ColumnMap, RowReader, find_columns, object_fields, read_categories
+from hf_vlm.data.files import display, find_paths, is_remote, reason
 from hf_vlm.data.imagefolder import IMAGE_EXTENSIONS, open_imagefolder
+from hf_vlm.data.mixture import mix_streams
 from hf_vlm.data.parquet import open_parquet
 from hf_vlm.data.scenes import scenes_stream
 from hf_vlm.data.schema import class_names, has_boxes, unlabelled
@@ -24,8 +27,8 @@ __all__ = ["KINDS", "class_names", "guess_kind", "has_boxes", "open_stream", "un
 
 logger = logging.getLogger(__name__)
 
-# Of what lies on disk.
-LOCAL_OPENERS: dict[str, Callable[..., datasets.IterableDataset]] = {
+# Of files.
+OPENERS: dict[str, Callable[..., datasets.IterableDataset]] = {
     "parquet": open_parquet,
     "webdataset": open_webdataset,
     "coco": open_coco,
@@ -33,12 +36,13 @@ LOCAL_OPENERS: dict[str, Callable[..., datasets.IterableDataset]] = {
     "yolo": open_yolo,
     "imagefolder": open_imagefolder,
 }
-KINDS = ("scenes", *LOCAL_OPENERS, "hub")
+KINDS = ("scenes", *OPENERS, "hub")
+FILE_KINDS = ("parquet", "webdataset")  # of which several files make a source, on disk or remote
 SUFFIXES = {".parquet": "parquet", ".tar": "webdataset", ".json": "coco", ".yaml": "yolo", ".yml": "yolo"}
 
 
 def open_stream(
-    source: str | Path,
+    source: str | Path | Mapping[str, float],
     split: str = "train",
     *,
     kind: str | None = None,
@@ -51,7 +55,9 @@ def open_stream(
     Args:
         source: `scenes`, `scenes:easy` or `scenes:hard` (the built-in images); a Parquet file, a WebDataset tar, or a
             folder of these; a COCO json or a folder with one; a folder of Pascal VOC; a data.yaml of YOLO or its
-            folder; a folder of images; or the id of a dataset on the Hub.
+            folder; a folder of images; or the id of a dataset on the Hub. Parquet and tars may also be URLs of any
+            protocol that fsspec knows (https, s3, gs, ...), with credentials from its configuration; `{00..31}` and
+            `*` name several files. A mapping of sources to weights mixes them (see `mix_streams`).
         split: Of the source; `val` and `valid` are `validation`.
         kind: One of `KINDS`; None tells it from the source.
         num_samples: Only the first so many examples.
@@ -67,6 +73,8 @@ def open_stream(
     """
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"num_samples={num_samples} must be positive")
+    if isinstance(source, Mapping):
+        return _open_mixture(source, split, kind=kind, num_samples=num_samples)
     kind = guess_kind(source) if kind is None else kind
     if kind not in KINDS:
         raise ValueError(f"unknown kind of data {kind!r}; the kinds are {', '.join(KINDS)}")
@@ -77,12 +85,36 @@ def open_stream(
         return scenes_stream(preset, canonical_split(split), num_samples=num_samples)
     if kind == "hub":
         return _open_hub(str(source), split, num_samples=num_samples, name=name, revision=revision)
-    path = Path(source).expanduser()
-    if not path.exists():
-        raise ValueError(f"{source} does not exist{nearest(str(path), _siblings(path))}")
-    if kind == "imagefolder" and not path.is_dir():
-        raise ValueError(f"{source} is a file; give the folder of the images")
-    return LOCAL_OPENERS[kind](path, split, num_samples=num_samples)
+    return _open_files(str(source), split, kind=kind, num_samples=num_samples)
+
+
+def _open_mixture(
+    source: Mapping[str, float], split: str, *, kind: str | None, num_samples: int | None
+) -> datasets.IterableDataset:
+    if not source:
+        raise ValueError("a mixture needs at least one source with its weight")
+    mixture = mix_streams({part: open_stream(part, split, kind=kind) for part in source}, source)
+    return mixture if num_samples is None else mixture.take(num_samples)
+
+
+def _open_files(source: str, split: str, *, kind: str, num_samples: int | None) -> datasets.IterableDataset:
+    """Open what lies on disk or behind a URL."""
+    if is_remote(source) and kind not in FILE_KINDS:
+        raise ValueError(f"{display(source)}: data of the kind {kind!r} must be on disk, or be made Parquet or tars")
+    try:
+        paths = find_paths(source)
+        missing = [path for path in paths if not is_remote(source) and not path.exists()]
+        if missing:
+            raise ValueError(f"{missing[0]} does not exist{nearest(str(missing[0]), _siblings(missing[0]))}")
+        if kind == "imagefolder" and not paths[0].is_dir():
+            raise ValueError(f"{source} is a file; give the folder of the images")
+        if len(paths) > 1 and kind not in FILE_KINDS:
+            raise ValueError(f"{source} names {len(paths)} files; only {' and '.join(FILE_KINDS)} may be several")
+        return OPENERS[kind](paths if len(paths) > 1 else paths[0], split, num_samples=num_samples)
+    except (OSError, ImportError, aiohttp.ClientError) as error:  # no server, a status, a protocol without its package
+        if not is_remote(source):
+            raise
+        raise ValueError(f"{display(source)} cannot be read: {reason(error)}") from error
 
 
 def guess_kind(source: str | Path) -> str:
@@ -92,6 +124,11 @@ def guess_kind(source: str | Path) -> str:
         ValueError: There is nothing of that name, or nothing of a known kind in it.
     """
     text, path = str(source), Path(source).expanduser()
+    if is_remote(text) or re.search(r"[*{]", text):
+        suffix = PurePosixPath(display(text) if is_remote(text) else text).suffix.lower()
+        if suffix not in SUFFIXES:
+            raise ValueError(f"the kind of {display(text)} cannot be told from its name; give the kind of data")
+        return SUFFIXES[suffix]
     if text == "scenes" or text.startswith("scenes:"):
         return "scenes"
     if path.is_dir():

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from hf_vlm.data.checks import check_boxes
 from hf_vlm.data.columns import COLUMN_NAMES, OBJECT_NAMES, Categories, ColumnMap, RowReader, make_categories
-from hf_vlm.data.files import is_remote, open_binary
+from hf_vlm.data.files import display, is_folder, is_remote, open_binary, reason
 from hf_vlm.data.imagefolder import IMAGE_EXTENSIONS
 from hf_vlm.data.indexed import generated_stream
 from hf_vlm.data.splits import choose_split, describe_folder, group_by_split, listing
@@ -57,9 +57,9 @@ def open_webdataset(
         ValueError: There are no tars, or none of this split; the first of them cannot be read or holds no image; or
             labels make no sense.
     """
-    paths = _find_tars(source)
-    splits = group_by_split(paths, paths[0].parent if not isinstance(source, Path) or len(paths) == 1 else source)
-    shards = choose_split(splits, split, source)
+    paths, root = _find_tars(source)
+    splits = group_by_split(paths, root)
+    shards = choose_split(splits, split, display(source))
     columns = _find_columns(shards[0])
     label, category = _find_classes(columns, shards, [tar for tars in splits.values() for tar in tars])
     kept = {name: column for name, column in columns.columns.items() if name != "label" or label is not None}
@@ -76,15 +76,16 @@ def open_webdataset(
     return stream if num_samples is None else stream.take(num_samples)
 
 
-def _find_tars(source: Path | Sequence[Path]) -> list[Path]:
-    if not isinstance(source, Path):
-        return list(source)
-    if not source.is_dir():
-        return [source]
+def _find_tars(source: Path | Sequence[Path]) -> tuple[list[Path], Path]:
+    """The tars, and the folder that their splits are told from."""
+    if isinstance(source, Sequence):
+        return list(source), source[0].parent
+    if not is_folder(source):
+        return [source], source.parent
     found = sorted(path for path in source.rglob("*.tar") if not path.name.startswith("."))
     if not found:
         raise ValueError(f"{source} holds no tar files; {describe_folder(source)}")
-    return found
+    return found, source
 
 
 # ---- samples
@@ -104,9 +105,9 @@ def _samples(shards: list[str]) -> Iterator[tuple[int, Row]]:
                 else:
                     num_without_image += 1
         except (OSError, ValueError) as error:
-            logger.warning("%s: the rest of this tar is passed over: %s", shard, error)
+            logger.warning("%s: the rest of this tar is passed over: %s", display(shard), reason(error))
         if num_without_image:
-            logger.warning("%s: %d samples without an image are passed over", shard, num_without_image)
+            logger.warning("%s: %d samples without an image are passed over", display(shard), num_without_image)
 
 
 def _walk(shard: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -140,8 +141,12 @@ def _read(file: IO[bytes], member: TarMember) -> bytes:
 
 def _identity(shard: str, key: str) -> int:
     """A number for a sample that does not depend on where the tars lie nor on which others are read."""
-    text = f"{PurePosixPath(shard).name}/{key}"
+    text = f"{_name(shard)}/{key}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
+
+
+def _name(shard: str) -> str:
+    return PurePosixPath(display(shard)).name
 
 
 def _load(shard: str, key: str, parts: dict[str, Any]) -> Row:
@@ -160,10 +165,13 @@ def _load(shard: str, key: str, parts: dict[str, Any]) -> Row:
             text = parts["cls"][1].decode().strip()
             row["cls"] = int(text) if text.lstrip("-").isdigit() else text
     except ValueError as error:
-        raise LabelError(f"{shard}: the labels of {key} cannot be read: {error}") from error
+        raise LabelError(f"{display(shard)}: the labels of {key} cannot be read: {error}") from error
     for role in ("image", "mask"):
         name, content = parts.get(role, (None, None))
-        row[role] = {"bytes": content, "path": None if name is None else f"{PurePosixPath(shard).name}/{name}"}
+        row[role] = {
+            "bytes": content,
+            "path": None if name is None else f"{PurePosixPath(display(shard)).name}/{name}",
+        }
     return row
 
 
@@ -178,7 +186,7 @@ class _SampleReader:
         try:
             return self.reader(dict.fromkeys(self.reader.map.source_names) | row)
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{shard}: the labels of {key} make no sense: {error!r}") from error
+            raise ValueError(f"{display(shard)}: the labels of {key} make no sense: {error!r}") from error
 
 
 # ---- labels
@@ -197,9 +205,11 @@ def _find_columns(shard: Path) -> ColumnMap:
         raise
     except (OSError, ValueError) as error:
         hint = "; unpack it first" if shard.name.endswith(("gz", "bz2", "xz", "zst")) else ""
-        raise ValueError(f"{shard} cannot be read as a tar: {error}{hint}") from error
+        raise ValueError(f"{display(shard)} cannot be read as a tar: {reason(error)}{hint}") from error
     if not rows:
-        raise ValueError(f"{shard} holds no images: looked for samples with {' '.join(sorted(IMAGE_EXTENSIONS))}")
+        raise ValueError(
+            f"{display(shard)} holds no images: looked for samples with {' '.join(sorted(IMAGE_EXTENSIONS))}"
+        )
     columns = {"image": "image", "image_id": "image_id"}
     for column in ("label", "objects", "width", "height"):
         names = [name for name in COLUMN_NAMES[column] if any(name in row for row in rows)]
@@ -234,7 +244,7 @@ def _find_classes(
     named = tuple(name.strip() for name in names if name.strip())
     if is_remote(shards[0]):
         if not named:
-            logger.warning("%s: labels are left out, since there is no %s beside it", shards[0], CLASSES_FILE)
+            logger.warning("%s: labels are left out, since there is no %s beside it", display(shards[0]), CLASSES_FILE)
             return None, None
         classes = _named(named)
         return (classes if "label" in columns.columns else None), (classes if "objects" in columns.columns else None)
@@ -268,7 +278,7 @@ def _label_rows(tar: Path) -> Iterator[Row]:
                 row = _load(str(tar), key, labels) if labels else {}
                 yield row | {"sample": f"{key} in {tar.name}"}
     except OSError as error:
-        raise ValueError(f"{tar} cannot be read: {error}") from error
+        raise ValueError(f"{display(tar)} cannot be read: {reason(error)}") from error
 
 
 def _label_classes(rows: Sequence[Row], column: str, names: Sequence[str], folder: Path) -> Categories:

@@ -103,7 +103,7 @@ def _values(run_dir: Path, config: "PreTrainedConfig", recipe: dict[str, Any], r
     """Every variable of the templates; None, or empty, where it is unknown."""
     encoder = getattr(config, "backbone_config", config)
     data = run.get("data") or {}
-    source = data.get("source")
+    source = _source(data)
     return {
         "class_names": data.get("class_names") or [config.id2label[i] for i in sorted(config.id2label)],
         "method": _method_name(run.get("method")),
@@ -132,7 +132,7 @@ def _values(run_dir: Path, config: "PreTrainedConfig", recipe: dict[str, Any], r
 
 def _metadata(values: Mapping[str, Any], run: dict[str, Any], *, is_detector: bool) -> ModelCardData:
     task = "object-detection" if is_detector else "image-feature-extraction"
-    source = (run.get("data") or {}).get("source")
+    source = _source(run.get("data") or {})
     encoder = run.get("encoder")
     results = [
         EvalResult(
@@ -174,6 +174,12 @@ def _method_name(method: str | None) -> str | None:
 
 def _is_hub_id(name: str) -> bool:
     return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None and not Path(name).exists()
+
+
+def _source(data: Mapping[str, Any]) -> str | None:
+    """The name of what a run read; of a mixture the names of its parts."""
+    source = data.get("source")
+    return ", ".join(source) if isinstance(source, dict) else source
 
 
 def _describe_data(source: str) -> str:

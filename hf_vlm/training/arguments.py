@@ -29,7 +29,9 @@ class VisionTrainingArguments(TrainingArguments):
     model_config: dict[str, Any] = field(default_factory=dict, metadata={"help": "Fields of the method's config."})
     encoder: str | None = field(default=None, metadata={"help": "Folder or Hub id of encoder weights to start from."})
     resize_encoder: bool = field(default=False, metadata={"help": "Accept encoder weights that do not all fit."})
-    data: str = field(default="", metadata={"help": "Source of images: folder, file, Hub id, or scenes."})
+    data: Any = field(
+        default="", metadata={"help": "Source of images: folder, file, URL, Hub id, scenes, or {source: weight, ...}."}
+    )
     data_kind: str | None = field(default=None, metadata={"help": "Kind of the source; guessed when not given."})
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     eval_split: str = field(default="validation", metadata={"help": "Split to evaluate on."})

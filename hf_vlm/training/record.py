@@ -14,6 +14,7 @@ from typing import Any
 import datasets
 import yaml
 
+from hf_vlm.data.files import display
 from hf_vlm.data.sources import class_names
 from hf_vlm.training.arguments import VisionTrainingArguments
 
@@ -32,13 +33,14 @@ class RunRecord:
     ):
         ours = {name: getattr(args, name) for name in VisionTrainingArguments.__annotations__}
         self.recipe = {name: value for name, value in (ours | recipe).items() if not name.endswith("_token")}
+        self.recipe["data"] = _without_keys(args.data)
         self.write_card = write_card
         packages = ("torch", "transformers", "datasets", "accelerate", "hf_vlm")
         self.summary: dict[str, Any] = {
             "method": args.method,
             "encoder": args.encoder,
             "data": {
-                "source": args.data,
+                "source": _without_keys(args.data),
                 "split": args.train_split,
                 "fingerprint": fingerprint(source),
                 "num_examples": args.num_train_examples,
@@ -56,6 +58,11 @@ class RunRecord:
         (folder / RUN_FILE).write_text(as_json(self.summary) + "\n")
         if self.write_card is not None:
             self.write_card(folder)
+
+
+def _without_keys(data: Any) -> Any:
+    """A source, or a mapping of sources, whose URLs hold no password and no query."""
+    return {display(name): weight for name, weight in data.items()} if isinstance(data, dict) else display(data)
 
 
 def as_json(values: Any) -> str:

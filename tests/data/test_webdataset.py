@@ -16,39 +16,13 @@ from hf_vlm.data.tar import walk_tar
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 
 
-def png(value):
-    file = io.BytesIO()
-    Image.fromarray(np.full((8, 10, 3), value, np.uint8)).save(file, "PNG")
-    return file.getvalue()
-
-
-def write_tar(path, members, format=tarfile.PAX_FORMAT):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=format) as tar:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return path
-
-
-def write_shards(folder, sizes=(5, 3, 7, 2)):
-    """Tars of so many images, whose values are 0, 1, 2, ... in order."""
-    value = 0
-    for shard, size in enumerate(sizes):
-        members = [(f"{value + index:06d}.png", png(value + index)) for index in range(size)]
-        write_tar(folder / f"train-{shard:05d}.tar", members)
-        value += size
-    return value
-
-
 def value_of(example, generator=None):
     with Image.open(io.BytesIO(example["image"]["bytes"])) as image:
         return {"value": int(np.asarray(image)[0, 0, 0])}
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_members_are_those_of_the_standard_library(tmp_path, format):
+def test_members_are_those_of_the_standard_library(tmp_path, format, write_tar):
     names = ["a.png", "folder/b.jpg", "x" * 90 + ".png", "f" * 120 + "/" + "y" * 90 + ".png"]
     if format != "ustar":
         names += ["z" * 300 + ".png", "größe/ö.png"]
@@ -64,7 +38,7 @@ def test_members_are_those_of_the_standard_library(tmp_path, format):
     assert len(expected) == len(names)
 
 
-def test_images_in_the_order_of_the_tars(tmp_path):
+def test_images_in_the_order_of_the_tars(tmp_path, write_shards):
     count = write_shards(tmp_path)
     stream = open_stream(tmp_path)
     examples = list(stream)
@@ -75,14 +49,14 @@ def test_images_in_the_order_of_the_tars(tmp_path):
     assert [value_of(example)["value"] for example in open_stream(tmp_path, num_samples=6)] == list(range(6))
 
 
-def test_ids_do_not_depend_on_where_the_tars_lie(tmp_path):
+def test_ids_do_not_depend_on_where_the_tars_lie(tmp_path, write_shards):
     for name in ("here", "there"):
         write_shards(tmp_path / name)
     ids = [[example["image_id"] for example in open_stream(tmp_path / name)] for name in ("here", "there")]
     assert ids[0] == ids[1]
 
 
-def test_labels_as_numbers_names_and_json(tmp_path):
+def test_labels_as_numbers_names_and_json(tmp_path, write_tar, png):
     members = [("0.png", png(0)), ("0.cls", b"2"), ("1.cls", b"0"), ("1.png", png(1)), ("1.txt", b"a caption")]
     write_tar(tmp_path / "numbers" / "0.tar", members)
     stream = open_stream(tmp_path / "numbers")
@@ -107,7 +81,7 @@ def test_labels_as_numbers_names_and_json(tmp_path):
 
 
 @pytest.mark.parametrize("as_list", [True, False])
-def test_objects_of_json(tmp_path, as_list):
+def test_objects_of_json(tmp_path, as_list, write_tar, png):
     boxes, categories = [[1, 2, 3, 4], [0, 0, 5, 5]], ["dog", "cat"]
     objects = {"bbox": boxes, "category": categories}
     if as_list:
@@ -122,7 +96,7 @@ def test_objects_of_json(tmp_path, as_list):
     assert filled == {"bbox": boxes, "category": [1, 0], "area": [12.0, 25.0], "iscrowd": [0, 0]}
 
 
-def test_masks(tmp_path):
+def test_masks(tmp_path, write_tar, png):
     write_tar(tmp_path / "0.tar", [("0.jpg", png(0)), ("0.seg.png", png(3))])
     (example,) = open_stream(tmp_path)
     assert example["mask"]["bytes"] == png(3)
@@ -130,7 +104,7 @@ def test_masks(tmp_path):
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_ranks_and_workers_see_each_image_once(tmp_path, world_size, num_workers):
+def test_ranks_and_workers_see_each_image_once(tmp_path, world_size, num_workers, write_shards):
     count = write_shards(tmp_path)
     seen = []
     for rank in range(world_size):
@@ -142,7 +116,7 @@ def test_ranks_and_workers_see_each_image_once(tmp_path, world_size, num_workers
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_resumes_at_every_position_twice_in_a_row(tmp_path, num_workers):
+def test_resumes_at_every_position_twice_in_a_row(tmp_path, num_workers, write_shards):
     def loader():
         stream = ExampleStream(unlabelled(open_stream(tmp_path)), value_of, block_size=4)
         return StatefulDataLoader(stream, batch_size=3, num_workers=num_workers)
@@ -163,7 +137,7 @@ def test_resumes_at_every_position_twice_in_a_row(tmp_path, num_workers):
         assert take(iter(third), 3) == expected[position + 3 : position + 6]
 
 
-def test_a_damaged_tar_ends_with_a_warning_and_the_others_go_on(tmp_path, caplog):
+def test_a_damaged_tar_ends_with_a_warning_and_the_others_go_on(tmp_path, caplog, write_shards):
     write_shards(tmp_path)
     path = tmp_path / "train-00002.tar"
     with path.open("rb") as file:
@@ -176,36 +150,35 @@ def test_a_damaged_tar_ends_with_a_warning_and_the_others_go_on(tmp_path, caplog
     assert "there is no tar header at byte 0" in caplog.text
 
 
-def test_samples_without_an_image_are_passed_over_and_counted(tmp_path, caplog):
+def test_samples_without_an_image_are_passed_over_and_counted(tmp_path, caplog, write_tar, png):
     write_tar(tmp_path / "0.tar", [("0.txt", b"text"), ("1.png", png(1)), ("2.txt", b"text")])
     assert [value_of(example)["value"] for example in open_stream(tmp_path)] == [1]
     assert "0.tar: 2 samples without an image are passed over" in caplog.text
 
 
 @pytest.mark.parametrize(
-    ("members", "message"),
+    ("labels", "message"),
     [
-        ([("0.txt", b"text")], "holds no images"),
-        ([("0.png", png(0)), ("0.json", b"{]")], "0.tar: the labels of 0 cannot be read"),
-        ([("0.png", png(0)), ("0.json", b"[1]")], "0.tar: the labels of 0 cannot be read: it is no json object"),
-        (
-            [("0.png", png(0)), ("0.json", b'{"objects": {"bbox": [[1, 2]], "category": [0]}}')],
-            "bbox of four numbers",
-        ),
-        (
-            [("0.png", png(0)), ("0.json", b'{"objects": {"bbox": [], "category": [1]}}')],
-            "bbox of four numbers",
-        ),
-        ([("0.png", png(0)), ("0.cls", b"-3")], "1 labels are none of the"),
+        (("0.json", b"{]"), "0.tar: the labels of 0 cannot be read"),
+        (("0.json", b"[1]"), "0.tar: the labels of 0 cannot be read: it is no json object"),
+        (("0.json", b'{"objects": {"bbox": [[1, 2]], "category": [0]}}'), "bbox of four numbers"),
+        (("0.json", b'{"objects": {"bbox": [], "category": [1]}}'), "bbox of four numbers"),
+        (("0.cls", b"-3"), "1 labels are none of the"),
     ],
 )
-def test_mistakes_are_named(tmp_path, members, message):
-    write_tar(tmp_path / "0.tar", members)
+def test_mistakes_are_named(tmp_path, labels, message, write_tar, png):
+    write_tar(tmp_path / "0.tar", [("0.png", png(0)), labels])
     with pytest.raises(ValueError, match=message):
         open_stream(tmp_path)
 
 
-def test_classes_that_are_not_listed_are_named(tmp_path):
+def test_tars_without_images_are_named(tmp_path, write_tar):
+    write_tar(tmp_path / "0.tar", [("0.txt", b"text")])
+    with pytest.raises(ValueError, match="holds no images"):
+        open_stream(tmp_path)
+
+
+def test_classes_that_are_not_listed_are_named(tmp_path, write_tar, png):
     write_tar(tmp_path / "0.tar", [("0.png", png(0)), ("0.cls", b"fish")])
     (tmp_path / "classes.txt").write_text("cat\ndog\n")
     with pytest.raises(ValueError, match=r"1 labels are none of the 2 classes: 'fish' of 0 in 0\.tar"):
