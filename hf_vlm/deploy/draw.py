@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["class_color", "contact_sheet", "draw_detections", "side_by_side"]
+__all__ = ["captioned", "class_color", "contact_sheet", "draw_detections", "legend", "side_by_side"]
 
 Color = tuple[int, int, int]
 Rectangle = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels, the last column and row included
@@ -94,6 +94,19 @@ def side_by_side(
     return sheet
 
 
+def captioned(picture: Image.Image, caption: str) -> Image.Image:
+    """A picture above a line of text, which is cut to its width."""
+    font = _font(max(12, round(picture.width / 24)))
+    shown = caption
+    while shown and font.getlength(shown) > picture.width:
+        caption = caption[:-1]
+        shown = caption + "..." if caption else ""
+    sheet = Image.new("RGB", (picture.width, picture.height + round(1.5 * font.size)), PAPER)
+    sheet.paste(picture)
+    ImageDraw.Draw(sheet).text((0, picture.height + 0.75 * font.size), shown, fill=INK, font=font, anchor="lm")
+    return sheet
+
+
 def contact_sheet(images: Sequence[Image.Image], *, columns: int, gap: int = 12) -> Image.Image:
     """Pictures in rows of `columns`, each centred in a cell of the largest one's size, on white.
 
@@ -111,6 +124,26 @@ def contact_sheet(images: Sequence[Image.Image], *, columns: int, gap: int = 12)
         top = gap + i // columns * (height + gap) + (height - image.height) // 2
         sheet.paste(image, (left, top))
     return sheet
+
+
+def legend(names: Sequence[str], *, width: int) -> Image.Image:
+    """The names of classes 0, 1, ... beside their colours, in as many lines as the width, in pixels, needs."""
+    font = _font(max(12, round(width / 100)))
+    swatch = round(font.size)
+    line, gap = round(1.6 * swatch), swatch // 2
+    places, left, top = [], gap, 0
+    for name in names:
+        extent = round(swatch + gap + font.getlength(name))
+        if left + extent > width and left > gap:
+            left, top = gap, top + line
+        places.append((left, top + line // 2))
+        left += extent + 3 * gap
+    picture = Image.new("RGB", (width, top + line), PAPER)
+    canvas = ImageDraw.Draw(picture)
+    for i, (x, y) in enumerate(places):
+        canvas.rectangle((x, y - swatch // 2, x + swatch - 1, y + swatch // 2 - 1), fill=class_color(i))
+        canvas.text((x + swatch + gap, y), names[i], fill=INK, font=font, anchor="lm")
+    return picture
 
 
 @lru_cache(maxsize=16)

@@ -1,0 +1,88 @@
+"""`hf-vlm data SOURCE [--save sheet.png]`"""
+
+import argparse
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+NUM_SCENES = 1000  # the built-in images have no end
+
+
+def run(words: Sequence[str]) -> None:
+    """Looks at every image of a source; prints what is there and how to train on it, and draws some."""
+    parser = argparse.ArgumentParser(
+        prog="hf-vlm data",
+        description="Looks at every image once: sizes, classes, boxes, duplicates, files that cannot be read, labels "
+        "that make no sense; and draws examples on one picture.",
+    )
+    parser.add_argument("data", help="folder, file, Hub id or scenes")
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--data_kind", help="kind of the source, guessed when not given")
+    parser.add_argument("--num_examples", type=int, help="look at the first so many images")
+    parser.add_argument("--save", type=Path, default="contact_sheet.png", help="picture of 24 examples to write")
+    parser.add_argument("--json", type=Path, help="a JSON file for all figures and the names of all images found")
+    arguments = parser.parse_args(words)
+
+    from PIL import Image
+    from tqdm.auto import tqdm
+
+    from hf_vlm.data.files import display
+    from hf_vlm.data.inspect import format_report, inspect_stream
+    from hf_vlm.data.sources import guess_kind, open_stream
+    from hf_vlm.deploy.contact_sheet import Reservoir, example_sheet
+
+    if Image.registered_extensions().get(arguments.save.suffix.lower()) not in Image.SAVE:
+        raise ValueError(f"--save {arguments.save}: name a picture, as contact_sheet.png")
+    for path in (arguments.save, arguments.json):
+        _make_folder_of(path)
+    kind = guess_kind(arguments.data) if arguments.data_kind is None else arguments.data_kind
+    stream = open_stream(arguments.data, arguments.split, kind=kind)
+    num_examples = NUM_SCENES if kind == "scenes" and arguments.num_examples is None else arguments.num_examples
+    reservoir = Reservoir(24)
+    with tqdm(desc="Looking", total=num_examples, unit=" images", disable=None) as bar:
+
+        def on_example(example: dict[str, object]) -> None:
+            reservoir.add(example)
+            bar.update()
+
+        report = inspect_stream(stream, num_examples, on_example)
+
+    source = display(arguments.data)
+    print(f"{source}: {kind}, split {arguments.split}\n")
+    print(format_report(report))
+    if arguments.json is not None:
+        content = {"data": source, "kind": kind, "split": arguments.split, **report.as_json()}
+        arguments.json.write_text(json.dumps(content, indent=2) + "\n")
+        print(f"All figures and names: {arguments.json}")
+    if reservoir.examples:
+        example_sheet(reservoir.examples, stream.features).save(arguments.save)
+        print(f"Examples to look at:   {arguments.save}")
+        print("\nTo train on it:")
+        for command in _training_commands(source, arguments.data_kind, arguments.split, report.boxes is not None):
+            print(f"  {command}")
+
+
+def _training_commands(source: str, data_kind: str | None, split: str, has_boxes: bool) -> list[str]:
+    words = ["--data", source]
+    if data_kind is not None:
+        words += ["--data_kind", data_kind]
+    if split != "train":
+        words += ["--train_split", split]
+    data = shlex.join(words)
+    commands = [f"hf-vlm pretrain mae/vit_small.yaml {data}"]
+    if has_boxes:
+        commands.append(f"hf-vlm finetune detection/vit_small.yaml {data} --encoder runs/pretrain")
+    return commands
+
+
+def _make_folder_of(path: Path | None) -> None:
+    """Now, rather than fail when all images are read."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error}") from error

@@ -1,0 +1,230 @@
+"""What a data set holds and what is wrong with it, as figures and as a text."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+
+__all__ = ["BoxReport", "Finding", "Report", "Spread", "Unreadable", "format_report"]
+
+PATCH_SIZES = (16, 8)
+MIN_PATCHES = 2  # that an object should span, along its side
+MAX_GRID = 64  # patches a side; more are slow to train
+NUM_CLASSES_SHOWN = 15
+BAR_WIDTH = 24  # characters
+NAMES_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Of a list of figures."""
+
+    min: float
+    median: float
+    max: float
+
+    @classmethod
+    def of(cls, values: np.ndarray[Any, Any]) -> Self | None:
+        """None where there are no figures."""
+        if not len(values):
+            return None
+        return cls(*(float(figure) for figure in (values.min(), np.median(values), values.max())))
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something to look at: what it is, how often it occurs, and the images or classes it occurs in."""
+
+    what: str
+    count: int
+    where: list[str]
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """An image that cannot be decoded."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class BoxReport:
+    """Boxes of the readable images; sizes are of what lies in the image, where something does."""
+
+    num_boxes: int
+    num_images_without: int
+    per_image: Spread | None
+    class_counts: dict[str, int]
+    size_shares: dict[str, float]  # small, medium and large, by width x height and COCO's limits
+    relative_size: Spread | None  # sqrt(area / area of the image)
+    small_relative_size: float | None  # median of the small boxes; of the smallest tenth where next to none are small
+
+    @property
+    def patches_wanted(self) -> int | None:
+        """Patches a side of the resized image from which on half of the small objects span at least two."""
+        return None if self.small_relative_size is None else math.ceil(MIN_PATCHES / self.small_relative_size)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `inspect_stream` found. Sizes are in pixels, of upright images; names of images are paths or ids."""
+
+    num_images: int  # that can be read
+    is_complete: bool  # whether the whole stream was looked at
+    columns: list[str]
+    formats: dict[str, int]
+    median_bytes: float | None
+    total_bytes: int
+    height: Spread | None
+    width: Spread | None
+    aspect_ratio: Spread | None  # width / height
+    total_pixels: int
+    label_counts: dict[str, int] | None
+    boxes: BoxReport | None
+    exact_duplicates: list[list[str]]
+    near_duplicates: list[list[str]]  # without those of which every byte is equal
+    unreadable: list[Unreadable]
+    findings: list[Finding]
+
+    def as_json(self) -> dict[str, Any]:
+        """As values that `json` can write."""
+        return dataclasses.asdict(self)
+
+
+def format_report(report: Report) -> str:
+    """A text of aligned lines for people."""
+    sections = {
+        "Images": _image_lines(report),
+        "Labels": _class_lines(report.label_counts, "images") if report.label_counts is not None else [],
+        "Boxes": _box_lines(report.boxes) if report.boxes is not None else [],
+        "To look at": _finding_lines(report),
+    }
+    lines = []
+    for title, entries in sections.items():
+        if entries:
+            lines += [title, *(f"  {name:<14}  {text}".rstrip() for name, text in entries), ""]
+    return "\n".join(lines)
+
+
+Lines = list[tuple[str, str]]
+
+
+def _image_lines(report: Report) -> Lines:
+    scope = "" if report.is_complete else ", the first of the data"
+    lines = [("number", f"{report.num_images + len(report.unreadable):,}{scope}")]
+    lines.append(("columns", ", ".join(report.columns)))
+    if not report.num_images:
+        return lines
+    formats = sorted(report.formats.items(), key=lambda item: -item[1])
+    lines.append(("format", ", ".join(f"{name} ({count:,})" for name, count in formats)))
+    lines.append(("width", _spread(report.width, "px")))
+    lines.append(("height", _spread(report.height, "px")))
+    lines.append(("width / height", _spread(report.aspect_ratio)))
+    lines.append(("pixels", f"{_count(report.total_pixels)} in all"))
+    size = _count(report.median_bytes or 0)
+    lines.append(("file size", f"{size}B in the median, {_count(report.total_bytes)}B in all"))
+    return lines
+
+
+def _box_lines(boxes: BoxReport) -> Lines:
+    lines = [("number", f"{boxes.num_boxes:,}"), ("per image", _spread(boxes.per_image))]
+    lines.append(("empty images", f"{boxes.num_images_without:,}"))
+    lines += _class_lines(boxes.class_counts, "boxes")
+    if boxes.relative_size is None or boxes.patches_wanted is None:
+        return lines
+    limits = {"small": "below 32 x 32 px", "medium": "up to 96 x 96 px", "large": "above"}
+    shares = ", ".join(f"{name} {share:.0%} ({limits[name]})" for name, share in boxes.size_shares.items())
+    lines.append(("sizes", shares))
+    lines.append(("relative size", f"{_spread(boxes.relative_size)}; 1 is as large as the image"))
+    grid = boxes.patches_wanted
+    if grid > MAX_GRID:
+        advice = (
+            f"to show the small objects an image would need {grid} patches a side; cut the images into tiles first"
+        )
+    else:
+        sizes = (f"{_image_size(grid, patch)} with patches of {patch}" for patch in PATCH_SIZES)
+        advice = f"--image_size {' or '.join(sizes)}, or more, to show the small objects"
+    return [*lines, ("advice", advice)]
+
+
+def _image_size(grid: int, patch_size: int) -> int:
+    """The smallest usual size, a multiple of two patches, that holds so many patches a side."""
+    return math.ceil(grid / 2) * 2 * patch_size
+
+
+def _class_lines(counts: Mapping[str, int], unit: str) -> Lines:
+    """The classes with bars, the largest first; of many classes the largest and the smallest."""
+    ranked = sorted(counts.items(), key=lambda item: -item[1])
+    if not ranked:
+        return [("classes", "none")]
+    hidden = len(ranked) - NUM_CLASSES_SHOWN
+    head = NUM_CLASSES_SHOWN - NUM_CLASSES_SHOWN // 3
+    shown = ranked if hidden <= 0 else [*ranked[:head], *ranked[head + hidden :]]
+    width, largest = max(len(name) for name, _ in shown), max(ranked[0][1], 1)
+    lines = []
+    for name, count in shown:
+        bar = "#" * math.ceil(BAR_WIDTH * count / largest)
+        lines.append(("", f"{name:<{width}}  {count:>{len(f'{largest:,}')},}  {bar}"))
+    if hidden > 0:
+        lines.insert(head, ("", f"... {hidden} more classes"))
+    present = [count for _, count in ranked if count]
+    balance = ""
+    if len(present) > 1:
+        balance = f"; the largest has {present[0] / present[-1]:.3g} times the {unit} of the smallest"
+    return [("classes", f"{len(ranked)}{balance}"), *lines]
+
+
+def _finding_lines(report: Report) -> Lines:
+    lines = []
+    if report.unreadable:
+        lines.append((f"{len(report.unreadable):,}", "images that cannot be read; training skips them"))
+        lines += _where(f"{image.name}: {image.reason}" for image in report.unreadable)
+    groups = {
+        "images too many, equal byte for byte to others": report.exact_duplicates,
+        "images too many, that look the same as others": report.near_duplicates,
+    }
+    for what, names in groups.items():
+        if names:
+            lines.append((f"{sum(map(len, names)) - len(names):,}", what))
+            lines += _where(_equation(group) for group in names)
+    for finding in report.findings:
+        lines.append((f"{finding.count:,}", finding.what))
+        lines += _where(finding.where)
+    return lines or [("nothing", "no unreadable images, no duplicates, no labels that make no sense")]
+
+
+def _equation(names: list[str]) -> str:
+    more = f" = {len(names) - NAMES_SHOWN:,} more" if len(names) > NAMES_SHOWN else ""
+    return " = ".join(names[:NAMES_SHOWN]) + more
+
+
+def _where(places: Iterable[str]) -> Lines:
+    names = list(places)
+    more = [f"... {len(names) - NAMES_SHOWN:,} more"] if len(names) > NAMES_SHOWN else []
+    return [("", f"  {name}") for name in [*names[:NAMES_SHOWN], *more]]
+
+
+def _spread(spread: Spread | None, unit: str = "") -> str:
+    if spread is None:
+        return "none"
+    if spread.min == spread.max:
+        return f"{_figure(spread.min)} {unit}".strip() + ", all alike"
+    figures = f"{_figure(spread.min)} to {_figure(spread.max)} {unit}".strip()
+    return f"{figures}, median {_figure(spread.median)}"
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 or value == int(value) else f"{value:.3g}"
+
+
+def _count(value: float) -> str:
+    """With three digits and a prefix of a thousand."""
+    for prefix in ("", " k", " M", " G"):
+        if value < 999.5:
+            return f"{value:.3g}{prefix or ' '}"
+        value /= 1000
+    return f"{value:,.3g} T"

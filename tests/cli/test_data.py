@@ -1,0 +1,84 @@
+"""`hf-vlm data` as a user types it."""
+
+import json
+import shlex
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hf_vlm.cli.main import main
+from hf_vlm.training.arguments import load_recipe
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three images, one of them twice, in a folder whose name a shell would cut; a file that is none."""
+    source = tmp_path / "my images"
+    source.mkdir()
+    generator = np.random.default_rng(0)
+    for name in ("a", "b", "c"):
+        Image.fromarray(generator.integers(0, 256, (30, 40, 3), dtype=np.uint8)).save(source / f"{name}.png")
+    (source / "d.png").write_bytes((source / "a.png").read_bytes())
+    (source / "e.png").write_bytes(b"no image")
+    return source
+
+
+def commands_in(printed):
+    return [shlex.split(line) for line in printed.splitlines() if line.startswith("  hf-vlm ")]
+
+
+def test_what_is_there_is_printed_saved_and_drawn(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    report = tmp_path / "reports" / "data.json"
+    assert main(["data", str(folder), "--json", str(report)]) == 0
+    printed = capsys.readouterr().out
+    assert "imagefolder, split train" in printed
+    assert f"{folder / 'a.png'} = {folder / 'd.png'}" in printed
+    assert f"{folder / 'e.png'}: not an image of a known format" in printed
+    saved = json.loads(report.read_text())
+    assert (saved["kind"], saved["num_images"], saved["total_pixels"]) == ("imagefolder", 4, 4 * 30 * 40)
+    assert saved["exact_duplicates"] == [[str(folder / "a.png"), str(folder / "d.png")]]
+    assert "contact_sheet.png" in printed
+    with Image.open(tmp_path / "contact_sheet.png") as sheet:
+        assert sheet.width == 4 * (320 + 12) + 12
+    ((program, command, recipe, *words),) = commands_in(printed)  # without labels there is one
+    assert (program, command) == ("hf-vlm", "pretrain")
+    assert load_recipe(recipe, words)["data"] == str(folder)
+
+
+def test_the_commands_for_boxes_parse_and_name_what_was_given(tmp_path, capsys):
+    sheet = tmp_path / "pictures" / "scenes.jpg"
+    words = ["scenes:easy", "--split", "test", "--data_kind", "scenes", "--num_examples", "5", "--save", str(sheet)]
+    assert main(["data", *words]) == 0
+    printed = capsys.readouterr().out
+    assert sheet.is_file()
+    assert "5, the first of the data" in printed
+    commands = commands_in(printed)
+    assert [words[1] for words in commands] == ["pretrain", "finetune"]
+    for _, _, recipe, *overrides in commands:
+        resolved = load_recipe(recipe, overrides)
+        assert (resolved["data"], resolved["data_kind"], resolved["train_split"]) == ("scenes:easy", "scenes", "test")
+    assert resolved["encoder"] == load_recipe(commands[0][2], [])["output_dir"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nowhere/at/all"], "nowhere/at/all does not exist"),
+        (["scenes", "--split", "trian"], "trian"),
+        (["scenes", "--data_kind", "coko"], "unknown kind of data 'coko'"),
+        (["scenes", "--num_examples", "0"], "num_examples=0"),
+        (["scenes", "--save", "sheet"], "--save sheet: name a picture"),
+        (["scenes", "--save", "sheet.txt"], "--save sheet.txt: name a picture"),
+        (["scenes", "--json", "."], "is a folder"),
+        (["scenes", "--json", "file/report.json"], "cannot be written"),
+    ],
+)
+def test_what_a_user_mistypes_is_said_in_a_line(words, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    assert main(["data", *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
