@@ -189,9 +189,7 @@ def soak(folder: Path, num_examples: int) -> float:
         if index % (num_examples // 100) == 0:
             used.append(psutil.Process().memory_info().rss / 2**20)
     growth = used[-1] - used[10]
-    print(
-        f"memory over {num_examples:,} examples: {used[0]:.0f} MiB, at a tenth {used[10]:.0f}, at the end {used[-1]:.0f}"
-    )
+    print(f"memory over {num_examples:,} examples: {used[0]:.0f} MiB, {used[10]:.0f} at a tenth, then {used[-1]:.0f}")
     return growth
 
 

@@ -33,8 +33,10 @@ def display(path: object) -> str:
 
 def reason(error: Exception) -> str:
     """What an error of a file system says; URLs in it are shown as `display` shows them."""
-    status = getattr(error, "status", None)
-    text = str(error) if status is None else f"the server answers with the status {status}"
+    cause: BaseException | None = error
+    while cause is not None and getattr(cause, "status", None) is None:
+        cause = None if isinstance(cause, ImportError) else cause.__cause__
+    text = str(error) if cause is None else f"the server answers with the status {getattr(cause, 'status', None)}"
     return re.sub(r"\w+://\S+", lambda found: display(found[0]), text or type(error).__name__)
 
 
@@ -79,13 +81,17 @@ def find_paths(source: str) -> list[Path]:
     return paths
 
 
-def open_binary(path: object) -> IO[bytes]:
-    """Open a path or a URL of any protocol that fsspec knows, for reading from front to back.
+def open_binary(path: object, *, read_ahead: bool = True) -> IO[bytes]:
+    """Open a path or a URL of any protocol that fsspec knows.
+
+    Args:
+        read_ahead: Ask a server for more than is read, as suits reading from front to back.
 
     Raises:
         OSError: It is not there or cannot be reached.
     """
     if not is_remote(path):
         return open(str(path), "rb")
-    file: Any = fsspec.open(str(path), "rb", cache_type="readahead", block_size=BLOCK_SIZE)
+    cache = "readahead" if read_ahead else "none"
+    file: Any = fsspec.open(str(path), "rb", cache_type=cache, block_size=BLOCK_SIZE)
     return file.open()  # type: ignore[no-any-return]

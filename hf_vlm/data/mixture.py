@@ -4,16 +4,18 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import datasets
 
-from hf_vlm.data.schema import COLUMNS, class_names
+from hf_vlm.data.schema import COLUMNS
 from hf_vlm.data.splits import listing
 
 __all__ = ["mix_streams"]
 
 logger = logging.getLogger(__name__)
 
+MAX_ID = 2**63  # ids that are hashes may be large
 SEED = 0  # of the draws in the first epoch; the training stream sets another one each epoch
 
 
@@ -32,9 +34,8 @@ def mix_streams(
     wrong = [f"{name}: {weight!r}" for name, weight in weights.items() if not _is_weight(weight)]
     if wrong:
         raise ValueError(f"the weights of a mixture must be positive numbers, not {listing(wrong)}")
-    columns = [name for name in COLUMNS if all(name in stream.features for stream in streams.values())]
-    if {"label", "objects"} & set(columns) and not _have_equal_classes(streams):
-        columns = [name for name in columns if name not in ("label", "objects")]
+    shared = [name for name in COLUMNS if all(name in stream.features for stream in streams.values())]
+    columns = [name for name in shared if _is_alike(name, streams)]
     numbered = [
         stream.select_columns(columns).map(
             _Renumber(index, len(streams)),
@@ -56,20 +57,26 @@ def _is_weight(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
-def _have_equal_classes(streams: Mapping[str, datasets.IterableDataset]) -> bool:
-    classes = {name: class_names(stream) for name, stream in streams.items()}
-    (first, expected), *others = classes.items()
+def _is_alike(column: str, streams: Mapping[str, datasets.IterableDataset]) -> bool:
+    """Whether a column is of the same classes in all streams; that it is not is said."""
+    (first, expected), *others = ((name, stream.features[column]) for name, stream in streams.items())
     for name, found in others:
         if found != expected:
             logger.warning(
-                "labels are left out, since the classes differ: %s has %s, %s has %s",
+                "the column %r is left out, since its classes differ: %s has %s, %s has %s",
+                column,
                 first,
-                listing(expected or []),
+                listing(_classes(expected)),
                 name,
-                listing(found or []),
+                listing(_classes(found)),
             )
             return False
     return True
+
+
+def _classes(feature: Any) -> list[str]:
+    names = getattr(feature["category"].feature if isinstance(feature, dict) else feature, "names", None)
+    return list(names or [])
 
 
 @dataclass(frozen=True)
@@ -80,4 +87,4 @@ class _Renumber:
     count: int
 
     def __call__(self, image_id: int) -> dict[str, int]:
-        return {"image_id": image_id * self.count + self.index}
+        return {"image_id": (image_id * self.count + self.index) % MAX_ID}

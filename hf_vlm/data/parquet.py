@@ -163,7 +163,8 @@ def _open(path: object) -> Iterator[pq.ParquetFile]:
         with pq.ParquetFile(str(path)) as file:
             yield file
         return
-    with open_binary(path) as remote, pq.ParquetFile(remote) as file:
+    # Arrow knows which bytes it wants.
+    with open_binary(path, read_ahead=False) as remote, pq.ParquetFile(remote) as file:
         yield file
 
 

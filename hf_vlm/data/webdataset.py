@@ -104,7 +104,7 @@ def _samples(shards: list[str]) -> Iterator[tuple[int, Row]]:
                     yield _identity(shard, key), {"shard": shard, "key": key, "parts": parts}
                 else:
                     num_without_image += 1
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             logger.warning("%s: the rest of this tar is passed over: %s", display(shard), reason(error))
         if num_without_image:
             logger.warning("%s: %d samples without an image are passed over", display(shard), num_without_image)

@@ -83,7 +83,23 @@ def test_labels_stay_where_classes_are_equal(sources, tmp_path, caplog):
     Dataset.from_list([{"image": b"c0", "label": "dog"}]).to_parquet(tmp_path / "c.parquet")
     stream = open_stream({**sources, str(tmp_path / "c.parquet"): 1})
     assert list(stream.features) == ["image", "image_id"]
-    assert "labels are left out, since the classes differ" in caplog.text
+    assert "the column 'label' is left out, since its classes differ" in caplog.text
+
+
+def test_columns_are_judged_each_by_itself(tmp_path):
+    """Equal boxes stay where labels differ, and equal labels where one source alone has boxes."""
+
+    def write(name, label, boxes):
+        objects = {"objects": {"bbox": [[0.0, 0.0, 4.0, 4.0]], "category": ["cell"]}} if boxes else {}
+        Dataset.from_list([{"image": b"x", "label": label, "image_id": 2**62} | objects]).to_parquet(tmp_path / name)
+        return str(tmp_path / name)
+
+    first, other = write("a.parquet", "cat", True), write("b.parquet", "dog", True)
+    assert set(open_stream({first: 1, other: 1}).features) == {"image", "image_id", "objects"}
+    third = write("c.parquet", "cat", False)
+    examples = list(open_stream({first: 1, third: 1}))
+    assert set(examples[0]) == {"image", "image_id", "label"}
+    assert all(0 <= example["image_id"] < 2**63 for example in examples)
 
 
 def test_an_endless_source_among_them():
