@@ -1,21 +1,31 @@
 """What sources share that list image files with boxes: checks, the column `objects`, the stream."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import datasets
 import numpy as np
 import pyarrow as pa
+from tqdm.auto import tqdm
 
 from hf_vlm.data.checks import check_boxes
 from hf_vlm.data.indexed import TableReader, indexed_stream
 from hf_vlm.data.schema import image_feature, objects_feature
 
-__all__ = ["Boxes", "labelled_stream"]
+__all__ = ["Boxes", "existing", "labelled_stream", "map_files"]
 
 Array = np.ndarray[Any, Any]
 Record = dict[str, Any]
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+NUM_THREADS = 8  # they wait for disks and servers
+BATCH_SIZE = 32  # files that a thread reads at a time
+BAR_FROM = 5000  # files; fewer are read in a moment
 
 
 @dataclass(frozen=True)
@@ -85,3 +95,26 @@ def labelled_stream(
         features["objects"] = objects_feature(boxes.class_names)
     table = pa.Table.from_pydict(columns, schema=features.arrow_schema)
     return indexed_stream(TableReader(table), len(table), features)
+
+
+def existing(paths: Iterable[Path]) -> set[Path]:
+    """Those of the paths that are there, by listing each folder once; web servers cannot list and have all."""
+    paths = set(paths)
+    folders = {path.parent for path in paths}
+    unlisted = {folder for folder in folders if str(folder).startswith(("http://", "https://"))}
+    there = {path for folder in folders - unlisted if folder.is_dir() for path in folder.iterdir()}
+    return {path for path in paths if path in there or path.parent in unlisted}
+
+
+def map_files(function: Callable[[Item], Result], items: Sequence[Item], description: str) -> list[Result]:
+    """Results of a function that reads files, in order; a bar shows when it takes long."""
+    batches = [items[start : start + BATCH_SIZE] for start in range(0, len(items), BATCH_SIZE)]
+    results: list[Result] = []
+    with (
+        ThreadPoolExecutor(NUM_THREADS) as threads,
+        tqdm(desc=description, total=len(items), disable=len(items) < BAR_FROM) as bar,
+    ):
+        for batch in threads.map(lambda batch: [function(item) for item in batch], batches):
+            results += batch
+            bar.update(len(batch))
+    return results

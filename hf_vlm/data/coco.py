@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import numpy as np
 
-from hf_vlm.data.boxed_images import Boxes, labelled_stream
+from hf_vlm.data.boxed_images import Boxes, existing, labelled_stream
 from hf_vlm.data.splits import canonical_split, choose_split, describe_folder, group_by_split, listing
 
 __all__ = ["find_coco_files", "open_coco"]
@@ -66,8 +66,8 @@ def find_coco_files(folder: Path) -> list[Path]:
 
 def _looks_like_coco(path: Path) -> bool:
     """Whether the beginning of a json names a list of COCO; large files are not read whole for this."""
-    with open(path, encoding="utf-8", errors="replace") as file:
-        beginning = file.read(2**20).lstrip()
+    with path.open("rb") as file:
+        beginning = file.read(2**20).decode(errors="replace").lstrip()
     return beginning.startswith("{") and any(
         f'"{key}"' in beginning for key in ("images", "annotations", "categories")
     )
@@ -111,12 +111,10 @@ def _image_paths(images: Sequence[Record], file: Path, root: Path, split: str) -
     if folder is None:
         raise ValueError(f"{file}: the image {names[0]} is in none of the folders {', '.join(map(str, folders))}")
     paths = [folder / name for name in names]
-    missing = [path for path in paths if not path.is_file()]
+    there = existing(paths)
+    missing = [name for name, path in zip(names, paths) if path not in there]
     if missing:
-        raise ValueError(
-            f"{file}: {len(missing)} of {len(paths)} images are missing in {folder}: "
-            f"{listing(path.relative_to(folder) for path in missing)}"
-        )
+        raise ValueError(f"{file}: {len(missing)} of {len(paths)} images are missing in {folder}: {listing(missing)}")
     return [str(path) for path in paths]
 
 
@@ -125,7 +123,9 @@ def _image_folders(file: Path, root: Path, split: str) -> Iterator[Path]:
     base = file.parent.parent if file.parent.name == "annotations" else file.parent
     stem = file.stem.removeprefix("instances_")
     wanted = canonical_split(split)
-    split_folders = [path.name for path in sorted(base.iterdir()) if canonical_split(path.name) == wanted]
+    is_listed = not str(base).startswith(("http://", "https://"))  # web servers cannot list
+    names = sorted(path.name for path in base.iterdir()) if is_listed else []
+    split_folders = [name for name in names if canonical_split(name) == wanted]
     for name in (stem, *split_folders):
         yield base / "images" / name
         yield base / name

@@ -9,6 +9,7 @@ import datasets
 import pyarrow as pa
 
 from hf_vlm.data.indexed import TableReader, indexed_stream
+from hf_vlm.data.metadata import find_metadata, metadata_stream
 from hf_vlm.data.schema import image_feature
 from hf_vlm.data.splits import CANONICAL, choose_split, describe_folder, listing
 
@@ -28,8 +29,12 @@ def open_imagefolder(folder: Path, split: str, *, num_samples: int | None = None
     Where every image lies in a subfolder one level deep and there are several of these, they are the classes, those of
     all splits together. Other layouts have no label.
 
+    A `metadata.jsonl` or `metadata.csv` in the folder or in those of the splits takes the place of the subfolders: a
+    row has `file_name`, relative to the metadata, and columns such as `label`, a number or a name, or
+    `objects` {bbox, categories}; `mask_file_name` names a mask. Images without a row are left out.
+
     Raises:
-        ValueError: The folder holds no images, or the split is not there.
+        ValueError: The folder holds no images, the split is not there, or metadata make no sense.
     """
     roots = {path.name: path for path in sorted(folder.iterdir()) if path.is_dir() and path.name.lower() in CANONICAL}
     images = {name: find_images(root) for name, root in (roots or {"train": folder}).items()}
@@ -41,7 +46,12 @@ def open_imagefolder(folder: Path, split: str, *, num_samples: int | None = None
         )
     if roots:
         _warn_of_others(folder, roots)
-    paths = choose_split(images, split, folder)[:num_samples]
+    chosen = choose_split(images, split, folder)
+    metadata = find_metadata([folder, *roots.values()])
+    if metadata:
+        everything = {str(path) for path in find_images(folder)}
+        return metadata_stream(metadata, everything, chosen, folder, num_samples=num_samples)
+    paths = chosen[:num_samples]
     features = datasets.Features({"image": image_feature(), "image_id": datasets.Value("int64")})
     columns = {
         "image": [{"bytes": None, "path": str(path)} for path in paths],
@@ -57,15 +67,24 @@ def open_imagefolder(folder: Path, split: str, *, num_samples: int | None = None
 
 def find_images(folder: Path) -> list[Path]:
     """All images below a folder, sorted; hidden files and folders are left out."""
+    if not isinstance(folder, Path):  # a remote one, which lists all at once; its walk would ask for each file
+        start = len(folder.path.rstrip("/")) + 1
+        names = [name[start:] for name in folder.fs.find(folder.path)]
+        names = [name for name in names if _is_image(name) and not _is_hidden(name)]
+        return [folder / name for name in sorted(names, key=lambda name: name.split("/"))]
     found = []
     for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
-        found += [
-            Path(parent, name)
-            for name in files
-            if os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS and not name.startswith(".")
-        ]
+        folders[:] = [name for name in folders if not _is_hidden(name)]
+        found += [Path(parent, name) for name in files if _is_image(name) and not _is_hidden(name)]
     return sorted(found)
+
+
+def _is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
+
+
+def _is_hidden(path: str) -> bool:
+    return any(part.startswith((".", "__MACOSX")) for part in path.split("/"))
 
 
 def _class_names(paths: Sequence[Path]) -> list[str]:

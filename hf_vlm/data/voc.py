@@ -1,21 +1,22 @@
 """Pascal VOC: an xml file an image."""
 
-import re
+import logging
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import NamedTuple
 
 import datasets
 import numpy as np
-from tqdm.auto import tqdm
 
-from hf_vlm.data.boxed_images import Boxes, labelled_stream
-from hf_vlm.data.imagefolder import find_images
-from hf_vlm.data.splits import canonical_split, choose_split, describe_folder, group_by_split, listing
+from hf_vlm.data.boxed_images import Boxes, labelled_stream, map_files
+from hf_vlm.data.imagefolder import IMAGE_EXTENSIONS, find_images
+from hf_vlm.data.splits import CANONICAL, canonical_split, choose_split, describe_folder, group_by_split, listing
 
 __all__ = ["looks_like_voc", "open_voc"]
 
-ANNOTATIONS = "Annotations"
+logger = logging.getLogger(__name__)
+
+ANNOTATIONS = ("Annotations", "annotations")
 IMAGE_FOLDERS = ("JPEGImages", "images", "Images")
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
@@ -43,6 +44,8 @@ def open_voc(source: Path, split: str, *, num_samples: int | None = None) -> dat
     Corners are pixels counted from 1 and belong to the box: x = xmin - 1, width = xmax - xmin + 1. Objects marked as
     difficult have `iscrowd` 1: evaluation ignores them. Classes are in alphabetical order, those of all splits.
 
+    Difficult objects are so neither trained on nor counted as mistakes. Images without an xml file are left out.
+
     Raises:
         ValueError: There are no xml files or no such split; or a file cannot be read, lacks its image, or has a box
             that is not four numbers.
@@ -50,9 +53,9 @@ def open_voc(source: Path, split: str, *, num_samples: int | None = None) -> dat
     splits = _find_splits(source)
     files = choose_split(splits, split, source)
     every = sorted({file for group in splits.values() for file in group})
-    parsed = {file: _parse(file) for file in tqdm(every, desc="Reading xml", disable=len(every) < 5000)}
+    parsed = _parse_all(every, source)
     names = sorted({item.name for image in parsed.values() for item in image.objects})
-    paths = _find_images(files, source)[:num_samples]
+    paths = _find_images(files, every, source)[:num_samples]
     found = [(row, file, item) for row, file in enumerate(files) for item in parsed[file].objects]
     boxes = Boxes(
         class_names=names,
@@ -69,19 +72,29 @@ def open_voc(source: Path, split: str, *, num_samples: int | None = None) -> dat
 def looks_like_voc(folder: Path) -> bool:
     """Whether a folder holds xml files where `open_voc` looks for them."""
     roots = [folder, *_years(folder)]
-    return any((root / ANNOTATIONS).is_dir() for root in roots) or any(
-        next(folder.glob(pattern), None) for pattern in ("*.xml", "*/*.xml")
-    )
+    if any(next(annotations.glob("*.xml"), None) for annotations in map(_annotations, roots) if annotations):
+        return True
+    splits = [path for path in folder.iterdir() if path.name.lower() in CANONICAL and path.is_dir()]
+    for place in (folder, *splits):  # files that lie beside an image of their name
+        xmls = {path.stem for path in place.glob("*.xml")}
+        if xmls and any(path.stem in xmls for path in place.iterdir() if path.suffix.lower() in IMAGE_EXTENSIONS):
+            return True
+    return False
+
+
+def _annotations(root: Path) -> Path | None:
+    return next((root / name for name in ANNOTATIONS if (root / name).is_dir()), None)
 
 
 def _years(folder: Path) -> list[Path]:
     """Folders VOC2007, VOC2012 and so on, also within VOCdevkit."""
-    return [path for path in sorted(folder.glob("**/VOC20*")) if (path / ANNOTATIONS).is_dir()]
+    found = [path for pattern in ("VOC20*", "VOC*/VOC20*", "*/VOCdevkit/VOC20*") for path in folder.glob(pattern)]
+    return [path for path in sorted(found) if _annotations(path)]
 
 
 def _find_splits(source: Path) -> dict[str, list[Path]]:
     """The xml files of each split."""
-    roots = [source] if (source / ANNOTATIONS).is_dir() else _years(source)
+    roots = [source] if _annotations(source) else _years(source)
     if not roots:
         files = sorted(path for path in source.rglob("*.xml") if not path.name.startswith("."))
         if not files:
@@ -89,29 +102,31 @@ def _find_splits(source: Path) -> dict[str, list[Path]]:
         return group_by_split(files, source)
     splits: dict[str, list[Path]] = {}
     for root in roots:
+        annotations = _annotations(root) or root
+        there = sorted(annotations.glob("*.xml"))
         # Files such as car_train.txt list the images of one class.
         lists = [path for path in sorted((root / "ImageSets" / "Main").glob("*.txt")) if "_" not in path.stem]
         for path in lists:
             names = [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
-            files = [root / ANNOTATIONS / f"{name}.xml" for name in names]
-            missing = sorted(set(files) - set((root / ANNOTATIONS).glob("*.xml")))
+            files = [annotations / f"{name}.xml" for name in names]
+            missing = sorted(set(files) - set(there))
             # Test sets come without annotations.
             if files and len(missing) < len(files):
                 if missing:
                     raise ValueError(f"{path} lists {len(missing)} images without annotations: {listing(missing)}")
                 splits.setdefault(canonical_split(path.stem), []).extend(files)
         if not lists:
-            splits.setdefault("train", []).extend(sorted((root / ANNOTATIONS).glob("*.xml")))
+            splits.setdefault("train", []).extend(there)
     return splits
 
 
-def _find_images(files: list[Path], source: Path) -> list[Path]:
+def _find_images(files: list[Path], every: list[Path], source: Path) -> list[Path]:
     """The image of each xml file: of the same name, beside it or in a folder of images beside its folder."""
     folders: dict[Path, dict[str, Path]] = {}
     images, missing = [], []
     for file in files:
         if file.parent not in folders:
-            beside = [file.parent.parent / name for name in IMAGE_FOLDERS] if file.parent.name == ANNOTATIONS else []
+            beside = [file.parent.parent / name for name in IMAGE_FOLDERS] if file.parent.name in ANNOTATIONS else []
             places = [place for place in beside if place.is_dir()] or [file.parent]
             folders[file.parent] = {path.stem: path for place in places for path in find_images(place)}
         image = folders[file.parent].get(file.stem)
@@ -119,24 +134,44 @@ def _find_images(files: list[Path], source: Path) -> list[Path]:
             missing.append(file)
         else:
             images.append(image)
+    stems = {file.stem for file in every}
+    left_out = [path.name for found in folders.values() for stem, path in found.items() if stem not in stems]
+    if left_out:
+        logger.warning("%s: %d images without an xml file are left out: %s", source, len(left_out), listing(left_out))
     if missing:
         raise ValueError(f"{source}: {len(missing)} of {len(files)} xml files have no image: {listing(missing)}")
     return images
 
 
-def _parse(file: Path) -> VocImage:
+class _Builder(ET.TreeBuilder):
+    """Refuses what could declare entities, in any encoding."""
+
+    def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
+        raise ValueError("it declares a DOCTYPE, which annotations have no need of")
+
+
+def _parse_all(files: list[Path], source: Path) -> dict[Path, VocImage]:
+    parsed = dict(zip(files, map_files(_try_parse, files, "Reading xml")))
+    problems = [str(result) for result in parsed.values() if isinstance(result, ValueError)]
+    if problems:
+        raise ValueError(f"{source}: {len(problems)} of {len(files)} xml files make no sense: {listing(problems)}")
+    return {file: result for file, result in parsed.items() if isinstance(result, VocImage)}
+
+
+def _try_parse(file: Path) -> VocImage | ValueError:
     try:
-        content = file.read_bytes()
-        if re.search(rb"<!(DOCTYPE|ENTITY)", content):
-            raise ValueError("it declares a DOCTYPE, which annotations have no need of")
-        root = ET.fromstring(content)
-        if root.tag != "annotation":
-            raise ValueError(f"its root is <{root.tag}>, not <annotation>")
-        width, height = (float(root.findtext(f"size/{side}") or "inf") for side in ("width", "height"))
-        # Zero is what tools write that do not know the size.
-        return VocImage((width or np.inf, height or np.inf), [_parse_object(item) for item in root.iter("object")])
+        return _parse(file)
     except (ET.ParseError, OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read as an annotation of Pascal VOC: {error}") from error
+        return ValueError(f"{file} cannot be read as an annotation of Pascal VOC: {error}")
+
+
+def _parse(file: Path) -> VocImage:
+    root = ET.fromstring(file.read_bytes(), ET.XMLParser(target=_Builder()))
+    if root.tag != "annotation":
+        raise ValueError(f"its root is <{root.tag}>, not <annotation>")
+    width, height = (float(root.findtext(f"size/{side}") or "inf") for side in ("width", "height"))
+    # Zero is what tools write that do not know the size.
+    return VocImage((width or np.inf, height or np.inf), [_parse_object(item) for item in root.iter("object")])
 
 
 def _parse_object(item: ET.Element) -> VocObject:

@@ -1,28 +1,33 @@
 """YOLO: a text file an image, with coordinates in shares of the image."""
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
+import fsspec
 import numpy as np
 import yaml
-from tqdm.auto import tqdm
 
-from hf_vlm.data.boxed_images import Boxes, labelled_stream
+from hf_vlm.data.boxed_images import Boxes, existing, labelled_stream, map_files
+from hf_vlm.data.files import is_remote
 from hf_vlm.data.image_header import read_header
 from hf_vlm.data.imagefolder import find_images
 from hf_vlm.data.splits import CANONICAL, canonical_split, choose_split, describe_folder, listing
 
 __all__ = ["looks_like_yolo", "open_yolo"]
 
+logger = logging.getLogger(__name__)
+
 Array = np.ndarray[Any, Any]
+Line = tuple[int, tuple[float, ...]]  # number in its file; class, x, y, width, height
 
 DATA_FILES = ("data.yaml", "data.yml", "dataset.yaml")
 CLASSES_FILE = "classes.txt"
 HEADER_BYTES = 2**16  # hold the size of an image but for few
-NUM_THREADS = 8
 TOLERANCE = 0.01  # by which coordinates may leave 0 to 1: tools round
 
 
@@ -42,34 +47,51 @@ def open_yolo(source: Path, split: str, *, num_samples: int | None = None) -> da
     """
     file, root = _data_file(source)
     splits, names = _read_data_file(file) if file is not None else (_find_splits(root), _read_classes(root))
-    images = choose_split(splits, split, source)[:num_samples]
+    images = splits.images(split, source)[:num_samples]
     labels = [_label_path(image) for image in images]
-    lines = [(row, line) for row, label in enumerate(labels) for line in _read_labels(label)]
+    lines = [(row, *line) for row, found in enumerate(_read_all(labels, source)) for line in found]
     if not lines and not names:
         return labelled_stream(images, range(len(images)), None, source)
-    categories = np.array([int(line[0]) for _, line in lines], dtype=np.int64)
-    if not names:  # those of all splits, which must agree
-        found = (line[0] for group in splits.values() for image in group for line in _read_labels(_label_path(image)))
-        names = [str(index) for index in range(int(max(found)) + 1)]
-    rows = np.array([row for row, _ in lines], dtype=np.int64)
+    if not names:  # numbers, those of all splits, which must agree
+        others = [_label_path(image) for name in splits.places for image in splits.images(name, source)]
+        classes = [line[0] for found in _read_all(others, source) for _, line in found]
+        names = [str(index) for index in range(int(max(classes)) + 1)]
+    rows = np.array([row for row, _, _ in lines], dtype=np.int64)
     sizes = _sizes(images, np.unique(rows))[rows]
-    shares = np.array([line[1:] for _, line in lines], dtype=np.float64).reshape(-1, 4)  # x, y, width, height
+    shares = np.array([line[1:] for _, _, line in lines], dtype=np.float64).reshape(-1, 4)  # x, y, width, height
     boxes = Boxes(
         class_names=names,
         rows=rows,
         boxes=shares * np.tile(np.nan_to_num(sizes, posinf=0.0), 2),
-        categories=categories,
+        categories=np.array([int(line[0]) for _, _, line in lines], dtype=np.int64),
         sizes=sizes,
-        name_of=lambda index: f"{labels[rows[index]].name}",
+        name_of=lambda index: f"{labels[rows[index]].name}, line {lines[index][1]}",
     )
     return labelled_stream(images, range(len(images)), boxes, source)
 
 
 def looks_like_yolo(folder: Path) -> bool:
-    """Whether a folder holds a data file of YOLO, or labels where `open_yolo` looks for them."""
-    if any((folder / name).is_file() for name in DATA_FILES) or (folder / "labels").is_dir():
+    """Whether a folder holds a data file of YOLO beside images, or labels where `open_yolo` looks for them."""
+    splits = [path for path in folder.iterdir() if path.name.lower() in CANONICAL and path.is_dir()]
+    if any((folder / name).is_file() for name in DATA_FILES) and ((folder / "images").is_dir() or splits):
         return True
-    return any(path.name.lower() in CANONICAL and (path / "labels").is_dir() for path in folder.iterdir())
+    # Masks may stand in folders of that name too.
+    return any(
+        next((root / "labels").glob(pattern), None) for root in (folder, *splits) for pattern in ("*.txt", "*/*.txt")
+    )
+
+
+@dataclass(frozen=True)
+class _Splits:
+    """Where the images of each split are; looked up for the split that is opened."""
+
+    places: Mapping[str, Sequence[str]]  # folders, or text files that list images
+    roots: Sequence[Path]  # that these are relative to, the likeliest first
+    named_by: Path
+
+    def images(self, split: str, source: Path) -> list[Path]:
+        chosen = choose_split(self.places, split, source)
+        return [image for place in chosen for image in _images_at(place, self.roots, self.named_by)]
 
 
 def _data_file(source: Path) -> tuple[Path | None, Path]:
@@ -78,66 +100,83 @@ def _data_file(source: Path) -> tuple[Path | None, Path]:
     return next((source / name for name in DATA_FILES if (source / name).is_file()), None), source
 
 
-def _read_data_file(file: Path) -> tuple[dict[str, list[Path]], list[str]]:
-    """Images of each split, and names of the classes."""
+def _read_data_file(file: Path) -> tuple[_Splits, list[str]]:
+    """Where the images of each split are, and names of the classes."""
     try:
-        content = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = yaml.safe_load(file.read_bytes())
+    except yaml.YAMLError as error:
         raise ValueError(f"{file} is not yaml: {error}") from error
-    if not isinstance(content, dict) or "names" not in content:
+    if not isinstance(content, dict) or not {"names", "nc"} & set(content):
         raise ValueError(f"{file} is no data file of YOLO: it needs 'names' and 'train', 'val' or 'test'")
-    names = content["names"]
-    if isinstance(names, dict) and sorted(names) == list(range(len(names))):
+    names, number = content.get("names"), content.get("nc")
+    if names is None and isinstance(number, int):
+        names = list(range(number))
+    if isinstance(names, dict) and sorted(names, key=str) == sorted(range(len(names)), key=str):
         names = [names[index] for index in range(len(names))]
     if not isinstance(names, list):
         raise ValueError(f"{file}: 'names' must be a list, or number the classes from 0 on")
+    if number is not None and number != len(names):
+        raise ValueError(f"{file}: 'nc' is {number}, and 'names' has {len(names)}")
     # `path` may be of another machine; what lies beside the file is meant then.
     root = file.parent / str(content.get("path") or "")
     roots = [root, file.parent] if root.is_dir() else [file.parent]
-    splits = {}
+    places = {}
     for name, value in content.items():
         if canonical_split(str(name)) in ("train", "validation", "test") and value:
-            places = value if isinstance(value, list) else [value]
-            splits[canonical_split(name)] = [
-                image for place in places for image in _images_at(str(place), roots, file)
-            ]
-    if not splits:
+            places[canonical_split(name)] = [str(place) for place in (value if isinstance(value, list) else [value])]
+    if not places:
         raise ValueError(f"{file} names no images: it needs 'train', 'val' or 'test'")
-    return splits, [str(name) for name in names]
+    return _Splits(places, roots, file), _unique([str(name) for name in names], file)
+
+
+def _unique(names: list[str], file: Path) -> list[str]:
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise ValueError(f"{file}: {len(repeated)} names of classes are used more than once: {listing(repeated)}")
+    return names
+
+
+def _read_lines(file: Path) -> list[str]:
+    """Lines of a text file with their ends stripped."""
+    try:
+        return [line.strip() for line in file.read_bytes().decode("utf-8-sig").split("\n")]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no text of UTF-8: {error}") from error
 
 
 def _images_at(place: str, roots: Sequence[Path], file: Path) -> list[Path]:
     """Images in a folder or in a list. Roboflow writes ../train/images for what lies in train/images."""
-    candidates = [root / name for root in roots for name in (place, place.removeprefix("../"))]
+    candidates = list(dict.fromkeys(root / name for root in roots for name in (place, place.removeprefix("../"))))
     found = next((path for path in candidates if path.exists()), None)
     if found is None:
         raise ValueError(f"{file} names {place}, which is not there: looked for {listing(candidates)}")
     if found.is_dir():
         return find_images(found)
-    names = [line.strip() for line in found.read_text().splitlines() if line.strip()]
-    images = [found.parent / name for name in names]
-    images = [image if image.is_file() else roots[0] / name for image, name in zip(images, names)]
-    missing = [image for image in images if not image.is_file()]
+    names = [name for name in _read_lines(found) if name]
+    beside = [found.parent / name for name in names]
+    there = existing(beside)
+    images = [image if image in there else roots[0] / name for image, name in zip(beside, names)]
+    missing = sorted(set(images) - there - existing(set(images) - there))
     if missing:
         raise ValueError(f"{found} lists {len(missing)} images that are not there: {listing(missing)}")
     return images
 
 
-def _find_splits(root: Path) -> dict[str, list[Path]]:
-    """Images of each split of a folder without a data file."""
-    folders = {path.name: path / "images" for path in sorted(root.iterdir()) if path.name.lower() in CANONICAL}
+def _find_splits(root: Path) -> _Splits:
+    """Where the images of each split of a folder without a data file are."""
+    splits = [path.name for path in sorted(root.iterdir()) if path.name.lower() in CANONICAL]
+    places = {name: [f"{name}/images"] for name in splits if (root / name / "images").is_dir()}
     if (root / "images").is_dir():
         inner = [path for path in sorted((root / "images").iterdir()) if path.name.lower() in CANONICAL]
-        folders = {path.name: path for path in inner if path.is_dir()} or {"train": root / "images"}
-    splits = {name: find_images(folder) for name, folder in folders.items() if folder.is_dir()}
-    if not any(splits.values()):
+        places = {path.name: [f"images/{path.name}"] for path in inner if path.is_dir()} or {"train": ["images"]}
+    if not any(find_images(root / place) for found in places.values() for place in found):
         raise ValueError(f"{root} holds no images/ and labels/ of YOLO; {describe_folder(root)}")
-    return splits
+    return _Splits(places, [root], root)
 
 
 def _read_classes(root: Path) -> list[str]:
     file = next((path for path in (root / CLASSES_FILE, root / "labels" / CLASSES_FILE) if path.is_file()), None)
-    return [line.strip() for line in file.read_text().splitlines() if line.strip()] if file is not None else []
+    return [] if file is None else _unique([line for line in _read_lines(file) if line], file)
 
 
 def _label_path(image: Path) -> Path:
@@ -153,15 +192,33 @@ def _label_path(image: Path) -> Path:
     return image.with_suffix(".txt")
 
 
-def _read_labels(path: Path) -> list[tuple[float, ...]]:
-    """Class, x, y, width and height, in shares of the image, of each line; none where there is no file."""
-    if not path.is_file():
-        return []
+def _read_all(labels: Sequence[Path], source: Path) -> list[list[Line]]:
+    """The lines of each file of labels; none where there is no file."""
+    there = existing(labels)
+    if labels and not there:
+        logger.warning("%s: no image has a file of labels; looked for %s", source, listing(labels, num_shown=2))
+    results = map_files(lambda path: _read_labels(path) if path in there else ([], []), labels, "Reading labels")
+    problems = [problem for _, found in results for problem in found]
+    if problems:
+        raise ValueError(f"{source}: {len(problems)} lines of labels make no sense: {listing(problems)}")
+    return [lines for lines, _ in results]
+
+
+def _read_labels(path: Path) -> tuple[list[Line], list[str]]:
+    """The lines of a file that make sense, and what is wrong with the others."""
+    lines: list[Line] = []
+    problems = []
     try:
-        lines = path.read_text().splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text: {error}") from error
-    return [_parse_line(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1) if line.strip()]
+        texts = _read_lines(path)
+    except ValueError as error:
+        return [], [str(error)]
+    for number, text in enumerate(texts, start=1):
+        if text:
+            try:
+                lines.append((number, _parse_line(text, f"{path}, line {number}")))
+            except ValueError as error:
+                problems.append(str(error))
+    return lines, problems
 
 
 def _parse_line(line: str, place: str) -> tuple[float, ...]:
@@ -185,25 +242,29 @@ def _parse_line(line: str, place: str) -> tuple[float, ...]:
 def _sizes(images: Sequence[Path], rows: Array) -> Array:
     """Width and height (n, 2) of the images at the given rows; infinity for others and for what cannot be read."""
     sizes = np.full((len(images), 2), np.inf)
-    with ThreadPoolExecutor(NUM_THREADS) as pool:
-        found = pool.map(lambda row: _read_size(images[row]), rows.tolist())
-        for row, size in zip(rows, tqdm(found, desc="Reading sizes", total=len(rows), disable=len(rows) < 5000)):
-            sizes[row] = size
+    found = map_files(lambda row: _read_size(images[row]), rows.tolist(), "Reading sizes")
+    sizes[rows] = np.array(found).reshape(-1, 2)
     return sizes
 
 
 def _read_size(image: Path) -> tuple[float, float]:
     """Width and height as the image is shown."""
     try:
-        with image.open("rb") as file:
-            data = file.read(HEADER_BYTES)
-            header = _header(data) or _header(data + file.read())
+        header = _header(_read_beginning(image)) or _header(image.read_bytes())
     except OSError:
         header = None
     if header is None:
         return np.inf, np.inf  # the stream will name the image and pass it over
     is_turned = header.orientation >= 5
     return (header.height, header.width) if is_turned else (header.width, header.height)
+
+
+def _read_beginning(image: Path) -> bytes:
+    if is_remote(image):  # opened, it would fetch megabytes ahead
+        system, inner = fsspec.url_to_fs(str(image))
+        return bytes(system.cat_file(inner, start=0, end=HEADER_BYTES))
+    with image.open("rb") as file:
+        return file.read(HEADER_BYTES)
 
 
 def _header(data: bytes) -> Any:

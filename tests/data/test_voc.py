@@ -1,9 +1,11 @@
 """Pascal VOC folders: layouts, boxes, and what is wrong in them."""
 
+import fsspec
 import pytest
 from PIL import Image
 
 from hf_vlm.data.sources import class_names, guess_kind, open_stream
+from hf_vlm.data.voc import looks_like_voc, open_voc
 
 BOX = "<bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox>"
 
@@ -126,3 +128,60 @@ def test_missing_files_are_named(tmp_path):
         open_stream(tmp_path)
     with pytest.raises(ValueError, match="holds no xml files of Pascal VOC"):
         open_stream(tmp_path / "JPEGImages", kind="voc")
+
+
+def test_all_broken_files_are_named_at_once(tmp_path):
+    for name in "ab":
+        write_image(tmp_path / f"{name}.jpg")
+        (tmp_path / f"{name}.xml").write_text("<annotation>")
+    with pytest.raises(ValueError, match=r"2 of 2 xml files make no sense: .*a\.xml cannot .*b\.xml cannot"):
+        open_stream(tmp_path, kind="voc")
+
+
+def test_entities_are_refused_in_any_encoding(tmp_path):
+    write_image(tmp_path / "a.jpg")
+    text = '<?xml version="1.0" encoding="utf-16"?><!DOCTYPE a [<!ENTITY b "c">]><annotation>&b;</annotation>'
+    (tmp_path / "a.xml").write_bytes(text.encode("utf-16"))
+    with pytest.raises(ValueError, match=r"a\.xml .*it declares a DOCTYPE"):
+        open_stream(tmp_path)
+
+
+def test_annotations_in_small_letters(tmp_path):
+    for name, objects in OBJECTS.items():
+        write_image(tmp_path / "images" / f"{name}.png")
+        write_xml(tmp_path / "annotations" / f"{name}.xml", objects)
+    assert guess_kind(tmp_path) == "voc"
+    assert content(tmp_path) == EXPECTED
+
+
+def test_images_without_xml_are_left_out_with_a_warning(tmp_path, caplog):
+    write_devkit(tmp_path, {})
+    write_image(tmp_path / "JPEGImages" / "z.jpg")
+    assert content(tmp_path) == EXPECTED
+    assert "1 images without an xml file are left out: z.jpg" in caplog.text
+
+
+def test_a_stray_xml_is_no_annotation(tmp_path):
+    for name in ("cat/a.jpg", "dog/b.jpg"):
+        write_image(tmp_path / name)
+    (tmp_path / "notes.xml").write_text("<notes/>")
+    assert guess_kind(tmp_path) == "imagefolder"
+
+
+def test_a_remote_folder_opens_as_a_local_one(tmp_path):
+    upath = pytest.importorskip("upath")
+    write_devkit(tmp_path, {"train": "ab", "val": "c"})
+    remote = upath.UPath("memory://voc-test")
+    try:
+        for path in tmp_path.rglob("*.*"):
+            target = remote / path.relative_to(tmp_path).as_posix()
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+        assert looks_like_voc(remote)
+        examples = list(open_voc(remote, "train"))
+    finally:
+        fsspec.filesystem("memory").rm("/voc-test", recursive=True)
+    assert [example["image"]["path"] for example in examples] == [
+        f"memory://voc-test/JPEGImages/{name}.jpg" for name in "ab"
+    ]
+    assert [example["objects"] for example in examples] == [EXPECTED["a"], EXPECTED["b"]]

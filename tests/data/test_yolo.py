@@ -1,10 +1,12 @@
 """YOLO data sets: layouts, boxes, and what is wrong in them."""
 
+import fsspec
 import pytest
 import yaml
 from PIL import Image
 
 from hf_vlm.data.sources import class_names, guess_kind, open_stream
+from hf_vlm.data.yolo import looks_like_yolo, open_yolo
 
 LABELS = {
     "a": "1 0.5 0.5 1.0 1.0\n0 0.25 0.5 0.1 0.2\n",
@@ -146,3 +148,79 @@ def test_wrong_data_files_are_named(tmp_path, text, message):
     (tmp_path / "data.yaml").write_text(text)
     with pytest.raises(ValueError, match=rf"data\.yaml.*{message}"):
         open_stream(tmp_path)
+
+
+def test_all_wrong_lines_are_named_at_once(tmp_path):
+    write(tmp_path, "images", "labels", "ab")
+    for name in "ab":
+        (tmp_path / "labels" / f"{name}.txt").write_text("x\n")
+    with pytest.raises(ValueError, match=r"2 lines of labels make no sense: .*a\.txt, line 1: .*b\.txt, line 1: "):
+        open_stream(tmp_path)
+
+
+def test_a_split_that_is_not_there_matters_when_it_is_opened(tmp_path):
+    write(tmp_path, "images", "labels", "a")
+    write_yaml(tmp_path / "data.yaml", train="images", test="../test/images")
+    assert content(tmp_path) == {"a": EXPECTED["a"]}
+    with pytest.raises(ValueError, match=r"data\.yaml names \.\./test/images, which is not there"):
+        open_stream(tmp_path, "test")
+
+
+def test_numbers_name_the_classes_where_names_are_missing(tmp_path):
+    write(tmp_path, "images", "labels", "a")
+    (tmp_path / "data.yaml").write_text("train: images\nnc: 4\n")
+    assert class_names(open_stream(tmp_path)) == ["0", "1", "2", "3"]
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("data.yaml", "names: [a, a]\ntrain: images", r"data\.yaml: 1 names of classes are used more than once: a"),
+        ("data.yaml", "names: [a, b]\nnc: 3\ntrain: images", r"data\.yaml: 'nc' is 3, and 'names' has 2"),
+        ("classes.txt", "a\na\n", r"classes\.txt: 1 names of classes are used more than once: a"),
+        ("classes.txt", b"caf\xe9", r"classes\.txt is no text of UTF-8"),
+        ("labels/a.txt", b"caf\xe9", r"labels/a\.txt is no text of UTF-8"),
+    ],
+)
+def test_wrong_texts_are_named(tmp_path, file, text, message):
+    write(tmp_path, "images", "labels", "a")
+    (tmp_path / file).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=message):
+        open_stream(tmp_path)
+
+
+def test_no_file_of_labels_at_all_is_said(tmp_path, caplog):
+    write(tmp_path, "images", "label", "a")
+    write_yaml(tmp_path / "data.yaml", train="images")
+    assert content(tmp_path) == {"a": []}
+    assert "no image has a file of labels; looked for" in caplog.text
+
+
+def test_what_is_not_yolo_is_not_taken_for_it(tmp_path):
+    Image.new("L", SIZE).save(tmp_path / "a.png")
+    (tmp_path / "data.yaml").write_text("learning_rate: 1")
+    (tmp_path / "labels").mkdir()
+    Image.new("L", SIZE).save(tmp_path / "labels" / "a.png")
+    assert guess_kind(tmp_path) == "imagefolder"
+
+
+@pytest.mark.parametrize("has_yaml", [True, False])
+def test_a_remote_folder_opens_as_a_local_one(tmp_path, has_yaml):
+    upath = pytest.importorskip("upath")
+    write(tmp_path, "train/images", "train/labels", "ac")
+    if has_yaml:
+        write_yaml(tmp_path / "data.yaml", train="../train/images")
+    remote = upath.UPath("memory://yolo-test")
+    try:
+        for path in tmp_path.rglob("*.*"):
+            target = remote / path.relative_to(tmp_path).as_posix()
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+        assert looks_like_yolo(remote)
+        examples = list(open_yolo(remote, "train"))
+    finally:
+        fsspec.filesystem("memory").rm("/yolo-test", recursive=True)
+    for name, example in zip("ac", examples, strict=True):
+        assert example["image"]["path"] == f"memory://yolo-test/train/images/{name}.jpg"
+        expected = [pytest.approx(box, abs=1e-4) for _, box in EXPECTED[name]]
+        assert example["objects"]["bbox"] == expected
