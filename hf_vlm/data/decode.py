@@ -113,7 +113,8 @@ def _decode_with_opencv(
     reduction = _reduction(header, at_least)
     flags = READ_FLAGS[num_channels] if reduction == 1 else REDUCED_FLAGS[num_channels][reduction]
     array = _read_with_opencv(data, flags | cv2.IMREAD_IGNORE_ORIENTATION)
-    if array is None:
+    # A damaged file may give its size twice, and boxes are relative to the size that the header gives.
+    if array is None or array.shape[:2] != (-(-header.height // reduction), -(-header.width // reduction)):
         return None
     if reduction > 1 and num_channels == 3:  # there are no reduced flags for RGB
         array = cv2.cvtColor(array, cv2.COLOR_BGR2RGB)

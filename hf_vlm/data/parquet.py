@@ -102,7 +102,10 @@ class _Files:
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = paths
         self.metadata = [_read_metadata(path) for path in paths]
-        self.features = datasets.Features.from_arrow_schema(self.metadata[0].schema.to_arrow_schema())
+        try:
+            self.features = datasets.Features.from_arrow_schema(self.metadata[0].schema.to_arrow_schema())
+        except Exception as error:  # of many kinds: what `datasets` writes of itself into a file may be damaged
+            raise ValueError(f"{display(paths[0])} has columns that make no sense: {error!r}") from error
 
     def parts(self, num_samples: int | None) -> list[tuple[str, int, int, int]]:
         """What `_read_rows` takes, for all rows or the first few."""
@@ -158,22 +161,25 @@ class _Files:
 
 @contextmanager
 def _open(path: object) -> Iterator[pq.ParquetFile]:
-    """Open a file; one on disk by its path, which Arrow reads fastest itself."""
-    if not is_remote(path):
-        with pq.ParquetFile(str(path)) as file:
-            yield file
-        return
-    # Arrow knows which bytes it wants.
-    with open_binary(path, read_ahead=False) as remote, pq.ParquetFile(remote) as file:
-        yield file
+    """Open a file; one on disk by its path, which Arrow reads fastest itself.
+
+    Raises:
+        ValueError: It is no Parquet or is damaged, then or while it is read.
+    """
+    try:
+        if is_remote(path):  # without reading ahead: Arrow knows which bytes it wants
+            with open_binary(path, read_ahead=False) as remote, pq.ParquetFile(remote) as file:
+                yield file
+        else:
+            with pq.ParquetFile(str(path)) as file:
+                yield file
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{display(path)} cannot be read as Parquet: {reason(error)}") from error
 
 
 def _read_metadata(path: Path) -> pq.FileMetaData:
-    try:
-        with _open(path) as file:
-            return file.metadata
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{display(path)} cannot be read as Parquet: {reason(error)}") from error
+    with _open(path) as file:
+        return file.metadata
 
 
 def _files_with(name: str, splits: Mapping[str, Sequence[Path]]) -> _Files:
