@@ -175,7 +175,9 @@ def _open_hub(
     except Exception as error:  # of many kinds: no such dataset, no network, a gate, a missing configuration
         hint = nearest(source, ["scenes", *_siblings(Path(source))])
         raise ValueError(
-            f"{source} is no folder or file here, and as a dataset on the Hub it cannot be opened: {error}{hint}"
+            f"{source} is no folder or file here, and as a dataset on the Hub it cannot be opened: {error}{hint}. "
+            f"For a private or gated one, accept its terms at https://huggingface.co/datasets/{source} and log in: "
+            "hf auth login"
         ) from error
     stream = choose_split(splits, split, source).decode(False)
     features = stream.features if stream.features is not None else stream._resolve_features().features
