@@ -11,6 +11,7 @@ __all__ = ["TarMember", "walk_tar"]
 BLOCK = 512
 REGULAR = (b"0", b"\0", b"7")
 LONG_NAME, LONG_LINK = b"L", b"K"  # GNU: the next header's name, as data
+WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices and folders, whatever size they name
 PAX, PAX_GLOBAL = b"x", b"g"  # POSIX: fields of the next header, or of all, as data
 
 
@@ -42,10 +43,12 @@ def walk_tar(file: IO[bytes]) -> Iterator[TarMember]:
             content = file.read(size)
             if kind == LONG_NAME:
                 long_name = content.rstrip(b"\0").decode("utf-8", "replace")
-            else:
+            elif kind == PAX:  # a global one says nothing of names and sizes
                 pax.update(_pax_fields(content, position))
         elif kind != LONG_LINK:
-            size = int(pax.get("size", size))
+            size = 0 if kind in WITHOUT_DATA else int(pax.get("size", size))
+            if size < 0:
+                raise ValueError(f"there is no tar header at byte {position}")
             name = pax.get("path") or long_name or _name(header)
             if data + size > end:
                 raise ValueError(f"it is cut short within {name} at byte {position}")

@@ -1,14 +1,11 @@
 """WebDataset: tar files in which the files of a sample stand together and share a name."""
 
-import hashlib
-import json
 import logging
-import mmap
-import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby, islice
-from pathlib import Path, PurePosixPath
+from itertools import islice
+from pathlib import Path
 from typing import IO, Any
 
 import datasets
@@ -21,23 +18,20 @@ from hf_vlm.data.files import display, is_folder, is_remote, open_binary, reason
 from hf_vlm.data.imagefolder import IMAGE_EXTENSIONS
 from hf_vlm.data.indexed import generated_stream
 from hf_vlm.data.splits import choose_split, describe_folder, group_by_split, listing
-from hf_vlm.data.tar import TarMember, walk_tar
+from hf_vlm.data.tar import TarMember
+from hf_vlm.data.tar_samples import ROLES, LabelError, Sample, labels_of, read_fields, read_member, walk_samples
 
 __all__ = ["open_webdataset"]
 
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
+Shard = tuple[Path, str]  # a tar and its name in paths of images
 
-ROLES = {".cls": "cls", ".json": "json", ".mask.png": "mask", ".seg.png": "mask"} | dict.fromkeys(
-    IMAGE_EXTENSIONS, "image"
-)
 CLASSES_FILE = "classes.txt"
+LABEL_NAMES = ("cls", *COLUMN_NAMES["label"])
 NUM_FIRST = 100  # samples that tell what a tar holds
-
-
-class LabelError(ValueError):
-    """Labels in a tar cannot be read."""
+MAX_CLASSES = 2**20  # that numbers alone may stand for: a wrong one would fill the memory with names
 
 
 def open_webdataset(
@@ -46,184 +40,174 @@ def open_webdataset(
     """Stream the samples of tar files: of one, of several, or of a folder of them. A tar is a shard.
 
     A sample is the files that follow each other with the same name up to the first dot. `jpg`, `png` and so on is the
-    image, `cls` the label, a number or a name, `mask.png` or `seg.png` the mask, and `json` may hold `label` and
-    `objects` {bbox, category} under the names that other sources use; other files are left out. Names of classes
-    stand in `classes.txt` beside the tars, one a line. Without it, tars on disk are searched for their classes when
-    they hold labels, and labels of remote tars are left out. The split is told by names, as of Parquet files.
+    image, `cls` the label, a number or a name, `mask.png` or `seg.png` the mask, and `json` may hold `image_id`,
+    `label` and `objects` {bbox, category} under the names that other sources use; other files are left out. Names of
+    classes stand in `classes.txt` beside the tars, one a line. With it, opening reads the first samples alone. Without
+    it, tars on disk are searched for their classes when they hold labels, and labels of remote tars are left out. The
+    split is told by names, as of Parquet files.
 
-    Resuming walks the headers of one tar; of a remote tar it reads what stands before the position.
+    While streaming, samples without an image or with labels that make no sense, and what follows damage in a tar, are
+    passed over with a warning. Resuming walks the headers of one tar; of a remote tar it reads what stands before the
+    position.
 
     Raises:
         ValueError: There are no tars, or none of this split; the first of them cannot be read or holds no image; or
-            labels make no sense.
+            labels that opening reads make no sense.
     """
-    paths, root = _find_tars(source)
+    paths = _find_tars(source)
+    root = _common_folder(paths)
     splits = group_by_split(paths, root)
-    shards = choose_split(splits, split, display(source))
-    columns = _find_columns(shards[0])
-    label, category = _find_classes(columns, shards, [tar for tars in splits.values() for tar in tars])
-    kept = {name: column for name, column in columns.columns.items() if name != "label" or label is not None}
-    if category is None:
-        kept.pop("objects", None)
-    reader = RowReader(map=ColumnMap(kept, columns.objects), label=label, category=category, cleans_boxes=True)
-    samples = generated_stream(_samples, shards=[str(shard) for shard in shards])
-    stream = samples.map(
-        _SampleReader(reader),
-        input_columns=["shard", "key", "parts"],
-        remove_columns=["shard", "key", "parts"],
-        features=reader.features,
-    )
+    shards = _with_names(choose_split(splits, split, display(source)), root)
+    first = _first_samples(shards[0])
+    columns = _find_columns(first)
+    everything = [shard for tars in splits.values() for shard in _with_names(tars, root)]
+    label, category = _find_classes(columns, first, everything, [shards[0][0].parent, root])
+    found = {"label": label, "objects": category}
+    kept = {name: column for name, column in columns.columns.items() if found.get(name, True) is not None}
+    reader = _Reader(ColumnMap(kept, columns.objects), label, category)
+    samples = generated_stream(reader, shards=[(str(path), name) for path, name in shards])
+    names = ["file", "images", "example"]
+    stream = samples.map(_with_images, input_columns=names, remove_columns=names, features=reader.rows.features)
     return stream if num_samples is None else stream.take(num_samples)
 
 
-def _find_tars(source: Path | Sequence[Path]) -> tuple[list[Path], Path]:
-    """The tars, and the folder that their splits are told from."""
+def _find_tars(source: Path | Sequence[Path]) -> list[Path]:
     if isinstance(source, Sequence):
-        return list(source), source[0].parent
+        if not source:
+            raise ValueError("no tar files are given")
+        return list(source)
     if not is_folder(source):
-        return [source], source.parent
+        return [source]
     found = sorted(path for path in source.rglob("*.tar") if not path.name.startswith("."))
     if not found:
         raise ValueError(f"{source} holds no tar files; {describe_folder(source)}")
-    return found, source
+    return found
+
+
+def _common_folder(paths: Sequence[Path]) -> Path:
+    folder = paths[0].parent
+    while not all(path.is_relative_to(folder) for path in paths):
+        if folder == folder.parent:
+            raise ValueError(f"the tars {listing(map(display, paths))} have no folder in common; open them one by one")
+        folder = folder.parent
+    return folder
+
+
+def _with_names(paths: Sequence[Path], root: Path) -> list[Shard]:
+    """Paths and their names without folders; with these only where names repeat."""
+    short = [display(path).rpartition("/")[2] for path in paths]
+    if len(set(short)) == len(short):
+        return list(zip(paths, short))
+    return [(path, display(path).removeprefix(display(root)).strip("/")) for path in paths]
 
 
 # ---- samples
 
 
-def _samples(shards: list[str]) -> Iterator[tuple[int, Row]]:
-    """Samples as {"shard", "key", "parts"}: the places of the parts in the tar, or of a remote tar their bytes.
-
-    On disk nothing but headers is read here, so that resuming skips samples without reading them.
-    """
-    for shard in shards:
-        num_without_image = 0
-        try:
-            for key, parts in _walk(shard):
-                if "image" in parts:
-                    yield _identity(shard, key), {"shard": shard, "key": key, "parts": parts}
-                else:
-                    num_without_image += 1
-        except ValueError as error:
-            logger.warning("%s: the rest of this tar is passed over: %s", display(shard), reason(error))
-        if num_without_image:
-            logger.warning("%s: %d samples without an image are passed over", display(shard), num_without_image)
-
-
-def _walk(shard: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Key and parts of each sample of a tar, with images or without."""
-    with open_binary(shard) as file:
-        is_local = not is_remote(shard)
-        # A map has no buffer that each seek would fill anew.
-        tar: Any = (
-            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if is_local and os.path.getsize(shard) else file
-        )
-        for key, members in groupby(walk_tar(tar), key=lambda member: _split_name(member.name)[0]):
-            parts: dict[str, Any] = {}
-            for member in members:
-                role = ROLES.get(_split_name(member.name)[1])
-                if role is not None:
-                    parts.setdefault(role, member if is_local else (member.name, _read(file, member)))
-            yield key, parts
-
-
-def _split_name(name: str) -> tuple[str, str]:
-    """Key and extension: a name up to the first dot of its last part, and the rest in small letters."""
-    folder, slash, file = name.rpartition("/")
-    stem, dot, extension = file.partition(".")
-    return folder + slash + stem, (dot + extension).lower()
-
-
-def _read(file: IO[bytes], member: TarMember) -> bytes:
-    file.seek(member.offset)
-    return file.read(member.size)
-
-
-def _identity(shard: str, key: str) -> int:
-    """A number for a sample that does not depend on where the tars lie nor on which others are read."""
-    text = f"{_name(shard)}/{key}"
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
-
-
-def _name(shard: str) -> str:
-    return PurePosixPath(display(shard)).name
-
-
-def _load(shard: str, key: str, parts: dict[str, Any]) -> Row:
-    """The parts of a sample: encoded images as {"bytes", "path"}, `cls` as text or a number, the fields of `json`."""
-    if isinstance(next(iter(parts.values())), TarMember):
-        with open(shard, "rb") as file:
-            parts = {role: (member.name, _read(file, member)) for role, member in parts.items()}
-    row: Row = {"image_id": _identity(shard, key)}
-    try:
-        if "json" in parts:
-            fields = json.loads(parts["json"][1])
-            if not isinstance(fields, dict):
-                raise ValueError("it is no json object")
-            row = fields | row
-        if "cls" in parts:
-            text = parts["cls"][1].decode().strip()
-            row["cls"] = int(text) if text.lstrip("-").isdigit() else text
-    except ValueError as error:
-        raise LabelError(f"{display(shard)}: the labels of {key} cannot be read: {error}") from error
-    for role in ("image", "mask"):
-        name, content = parts.get(role, (None, None))
-        row[role] = {
-            "bytes": content,
-            "path": None if name is None else f"{PurePosixPath(display(shard)).name}/{name}",
-        }
-    return row
-
-
 @dataclass(frozen=True)
-class _SampleReader:
-    """Brings samples into the form of the schema; a label that is missing is -1."""
+class _Reader:
+    """Yields the samples of tars as {"file", "images", "example"}, where the example has no bytes of images yet.
 
-    reader: RowReader
+    Of tars on disk no image is read here, so that resuming skips samples without reading them.
+    """
 
-    def __call__(self, shard: str, key: str, parts: dict[str, Any]) -> Row:
-        row = _load(shard, key, parts)
-        try:
-            return self.reader(dict.fromkeys(self.reader.map.source_names) | row)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{display(shard)}: the labels of {key} make no sense: {error!r}") from error
+    columns: ColumnMap
+    label: Categories | None
+    category: Categories | None
+
+    @property
+    def rows(self) -> RowReader:
+        fields = {name: name for name in ("bbox", "category", "area", "iscrowd")}
+        columns = ColumnMap({name: name for name in ("image_id", *self.columns.columns)}, fields)
+        return RowReader(map=columns, label=self.label, category=self.category, cleans_boxes=True)
+
+    def __call__(self, shards: list[tuple[str, str]]) -> Iterator[tuple[int, Row]]:
+        rows, roles = self.rows, _roles(self.columns)
+        for path, name in shards:
+            without_image: list[str] = []
+            wrong: list[str] = []
+            try:
+                with open_binary(path) as file:
+                    for sample in walk_samples(file, roles, reads_images=is_remote(path)):
+                        if "image" not in sample.images:
+                            without_image.append(sample.key)
+                            continue
+                        try:
+                            example = rows(labels_of(sample, self.columns, name))
+                        except KeyError as error:
+                            wrong.append(f"{sample.key} ({error} is no class)")
+                            continue
+                        except ValueError as error:
+                            wrong.append(f"{sample.key} ({error})")
+                            continue
+                        yield example["image_id"], {"file": file, "images": sample.images, "example": example}
+            except ValueError as error:
+                logger.warning("%s: the rest of this tar is passed over: %s", display(path), reason(error))
+            for keys, problem in ((without_image, "without an image"), (wrong, "whose labels make no sense")):
+                if keys:
+                    logger.warning(
+                        "%s: %d samples %s are passed over: %s", display(path), len(keys), problem, listing(keys)
+                    )
 
 
-# ---- labels
+def _with_images(file: IO[bytes], images: dict[str, tuple[TarMember, bytes | None]], example: Row) -> Row:
+    """The example with the bytes of its images, read from the tar that the walk has open: it waits for the next."""
+    for role, (member, content) in images.items():
+        if content is None:
+            content = read_member(file, member)
+        example[role]["bytes"] = content
+    return example
 
 
-def _find_columns(shard: Path) -> ColumnMap:
-    """Which parts and fields of the first samples are what.
+def _roles(columns: ColumnMap) -> set[str]:
+    """What to read of samples."""
+    return {source if source in ("image", "mask", "cls") else "json" for source in columns.columns.values()}
+
+
+# ---- labels of a source
+
+
+def _first_samples(shard: Shard) -> list[tuple[Sample, Shard]]:
+    """The first samples of a tar that have an image, each with the tar.
 
     Raises:
-        ValueError: The tar cannot be read or holds no image.
+        ValueError: There is none.
     """
+    path, samples = shard[0], list[tuple[Sample, Shard]]()
     try:
-        samples = ((key, parts) for key, parts in _walk(str(shard)) if "image" in parts)
-        rows = [_load(str(shard), key, parts) for key, parts in islice(samples, NUM_FIRST)]
-    except LabelError:
-        raise
+        with open_binary(path) as file:
+            walk = walk_samples(file, ROLES.values(), reads_images=False)
+            samples.extend(islice(((sample, shard) for sample in walk if "image" in sample.images), NUM_FIRST))
     except (OSError, ValueError) as error:
-        hint = "; unpack it first" if shard.name.endswith(("gz", "bz2", "xz", "zst")) else ""
-        raise ValueError(f"{display(shard)} cannot be read as a tar: {reason(error)}{hint}") from error
-    if not rows:
+        if not samples or isinstance(error, OSError):  # else the stream says it
+            hint = "; unpack it first" if path.name.endswith(("gz", "bz2", "xz", "zst")) else ""
+            raise ValueError(f"{display(path)} cannot be read as a tar: {reason(error)}{hint}") from error
+    if not samples:
         raise ValueError(
-            f"{display(shard)} holds no images: looked for samples with {' '.join(sorted(IMAGE_EXTENSIONS))}"
+            f"{display(path)} holds no images: looked for samples with {' '.join(sorted(IMAGE_EXTENSIONS))}"
         )
-    columns = {"image": "image", "image_id": "image_id"}
-    for column in ("label", "objects", "width", "height"):
-        names = [name for name in COLUMN_NAMES[column] if any(name in row for row in rows)]
+    return samples
+
+
+def _find_columns(samples: Sequence[tuple[Sample, Shard]]) -> ColumnMap:
+    """Which parts and fields of samples are what."""
+    rows = [_explained(read_fields, sample, shard) for sample, shard in samples]
+    columns = {"image": "image"}
+    kinds = {"label": int | float | str, "objects": dict | list, "width": int, "height": int}
+    for column, kind in kinds.items():
+        aliases = LABEL_NAMES if column == "label" else COLUMN_NAMES[column]
+        names = [name for name in aliases if any(isinstance(row.get(name), kind) for row in rows)]
         if names:
             columns[column] = names[0]
-    if any("cls" in row for row in rows):
-        columns["label"] = "cls"
-    if any(row["mask"]["bytes"] is not None for row in rows):
+    ids = [row.get("image_id") for row in rows]
+    if all(type(image_id) is int for image_id in ids) and len(set(ids)) == len(ids):
+        columns["image_id"] = "image_id"
+    if any("mask" in sample.images for sample, _ in samples):
         columns["mask"] = "mask"
     fields: set[str] = set().union(*(_object_fields(row.get(columns.get("objects", ""))) for row in rows))
     objects = {name: alias for name, aliases in OBJECT_NAMES.items() for alias in aliases[::-1] if alias in fields}
     if not {"bbox", "category"} <= objects.keys():
-        columns.pop("objects", None)
-        objects = {}
+        columns = {name: source for name, source in columns.items() if name not in ("objects", "width", "height")}
     return ColumnMap(columns, objects)
 
 
@@ -233,34 +217,116 @@ def _object_fields(objects: Any) -> set[str]:
     return set(first) if isinstance(first, dict) else set()
 
 
+def _explained(read: Callable[..., Row], sample: Sample, shard: Shard, *args: Any) -> Row:
+    """What is read of a sample, with its tar and key in the message of an error."""
+    try:
+        return read(sample, *args)
+    except LabelError as error:
+        raise LabelError(f"{display(shard[0])}: the labels of {sample.key} cannot be read: {error}") from error
+
+
 def _find_classes(
-    columns: ColumnMap, shards: Sequence[Path], tars: Sequence[Path]
+    columns: ColumnMap,
+    first: Sequence[tuple[Sample, Shard]],
+    tars: Sequence[Shard],
+    folders: Sequence[Path],
 ) -> tuple[Categories | None, Categories | None]:
-    """Classes of labels and of objects, from `classes.txt` beside the shards or from all tars on disk."""
+    """Classes of labels and of objects, from `classes.txt` or from all tars on disk."""
     if columns.columns.keys().isdisjoint(("label", "objects")):
         return None, None
-    file = shards[0].parent / CLASSES_FILE
-    names = file.read_text().split("\n") if _exists(file) else []
-    named = tuple(name.strip() for name in names if name.strip())
-    if is_remote(shards[0]):
-        if not named:
-            logger.warning("%s: labels are left out, since there is no %s beside it", display(shards[0]), CLASSES_FILE)
-            return None, None
-        classes = _named(named)
-        return (classes if "label" in columns.columns else None), (classes if "objects" in columns.columns else None)
-    rows = [row for tar in tqdm(tars, desc="Reading labels", disable=len(tars) < 10) for row in _label_rows(tar)]
-    name, folder = columns.columns.get("label"), shards[0].parent
+    names = _read_class_names(folders)
+    if not names and is_remote(tars[0][0]):
+        logger.warning("%s: labels are left out, since there is no %s beside it", display(tars[0][0]), CLASSES_FILE)
+        return None, None
+    labels = _Labels(names, display(folders[-1]))
+    for sample, shard in first if names else _scan(tars, _roles(columns)):
+        labels.add(_explained(labels_of, sample, shard, columns, shard[1]), f"{sample.key} in {shard[1]}")
     return (
-        None if name is None else _label_classes(rows, name, named, folder),
-        _object_classes(rows, columns, named, folder) if "objects" in columns.columns else None,
+        labels.classes("labels") if "label" in columns.columns else None,
+        labels.classes("categories") if "objects" in columns.columns else None,
     )
 
 
-def _exists(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a server that answers neither yes nor no
-        return False
+def _read_class_names(folders: Sequence[Path]) -> list[str]:
+    """The names in the first `classes.txt` of the folders; none where there is none."""
+    for folder in dict.fromkeys(folders):
+        try:
+            lines = (folder / CLASSES_FILE).read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{display(folder / CLASSES_FILE)} is not text in UTF-8: {error}") from error
+        except Exception as error:  # servers have errors of their own kinds
+            if isinstance(error, FileNotFoundError) or getattr(error, "status", None) in (403, 404):
+                continue
+            raise ValueError(f"{display(folder / CLASSES_FILE)} cannot be read: {reason(error)}") from error
+        return [line.strip() for line in lines if line.strip()]
+    return []
+
+
+def _scan(tars: Sequence[Shard], roles: Collection[str]) -> Iterator[tuple[Sample, Shard]]:
+    """All samples with an image, up to damage, of tars on disk; no image is read."""
+    for path, name in tqdm(tars, desc="Reading labels", disable=len(tars) < 10):
+        try:
+            with open_binary(path) as file:
+                for sample in walk_samples(file, roles, reads_images=False):
+                    if "image" in sample.images:
+                        yield sample, (path, name)
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
+        except ValueError as error:
+            logger.warning("%s: labels are read up to a damage: %s", path, error)
+
+
+class _Labels:
+    """Labels and boxes of samples, and the classes they make."""
+
+    def __init__(self, names: Sequence[str], source: str) -> None:
+        self.names, self.source = names, source
+        self.counts: dict[str, Counter[int | str]] = {"labels": Counter(), "categories": Counter()}
+        self.first_of: dict[tuple[str, int | str], str] = {}
+        self.boxes: list[tuple[list[float], tuple[float, float], int | str, str]] = []
+
+    def add(self, row: Row, sample: str) -> None:
+        objects = row.get("objects", {"bbox": [], "category": []})
+        for what, values in (("labels", [row.get("label")]), ("categories", objects["category"])):
+            for value in values:
+                if value is not None:
+                    self.counts[what][value] += 1
+                    self.first_of.setdefault((what, value), sample)
+        for box, category in zip(objects["bbox"], objects["category"]):
+            self.boxes.append((box, (row["width"], row["height"]), category, sample))
+
+    def classes(self, what: str) -> Categories | None:
+        """Those of the names, which their positions stand for too, or else those that occur."""
+        counts = self.counts[what]
+        if not counts and not self.names:
+            logger.warning("%s: no sample has %s; they are left out", self.source, what)
+            return None
+        classes = _named(self.names) if self.names else _occurring(counts)
+        known = range(len(classes.names)) if classes.index_of is None else classes.index_of
+        unknown = [value for value in counts if value not in known]
+        if unknown:
+            raise ValueError(
+                f"{self.source}: {sum(counts[value] for value in unknown)} {what} are none of the "
+                f"{len(classes.names)} classes: {listing(f'{v!r} of {self.first_of[what, v]}' for v in unknown)}"
+            )
+        if what == "categories" and self.boxes:
+            self._check_boxes(classes)
+        return classes
+
+    def _check_boxes(self, classes: Categories) -> None:
+        boxes, sizes, values, samples = zip(*self.boxes)
+        # Only of classes that occur: other samples may have the others.
+        occurring, categories = np.unique([classes.index(value) for value in values], return_inverse=True)
+        width, height = np.array(sizes, dtype=np.float64).T
+        check_boxes(
+            np.array(boxes, dtype=np.float64),
+            categories,
+            width=width,
+            height=height,
+            class_names=[classes.names[index] for index in occurring],
+            name_of=samples.__getitem__,
+            source=self.source,
+        )
 
 
 def _named(names: Sequence[str]) -> Categories:
@@ -269,81 +335,9 @@ def _named(names: Sequence[str]) -> Categories:
     return Categories(tuple(names), numbers | {name: index for index, name in enumerate(names)})
 
 
-def _label_rows(tar: Path) -> Iterator[Row]:
-    """Labels and objects of a tar's samples, with `sample` to name them; images are not read."""
-    try:
-        for key, parts in _walk(str(tar)):
-            if "image" in parts:
-                labels = {role: part for role, part in parts.items() if role in ("cls", "json")}
-                row = _load(str(tar), key, labels) if labels else {}
-                yield row | {"sample": f"{key} in {tar.name}"}
-    except OSError as error:
-        raise ValueError(f"{display(tar)} cannot be read: {reason(error)}") from error
-
-
-def _label_classes(rows: Sequence[Row], column: str, names: Sequence[str], folder: Path) -> Categories:
-    values = [row.get(column) for row in rows]
-    occurring = sorted({value for value in values if value is not None}, key=str)
-    classes = _named(names) if names else make_categories(occurring)
-    unknown = [
-        f"{value!r} of {row['sample']}"
-        for row, value in zip(rows, values)
-        if value is not None and not _is_known(value, classes)
-    ]
-    if unknown:
-        raise ValueError(
-            f"{folder}: {len(unknown)} labels are none of the {len(classes.names)} classes: {listing(unknown)}"
-        )
-    return classes
-
-
-def _is_known(value: Any, classes: Categories) -> bool:
-    if classes.index_of is not None:
-        return value in classes.index_of
-    return isinstance(value, int) and 0 <= value < len(classes.names)
-
-
-def _object_classes(rows: Sequence[Row], columns: ColumnMap, names: Sequence[str], folder: Path) -> Categories | None:
-    """Classes of the objects, whose boxes are checked."""
-    boxes, values, samples, sizes = [], [], [], []
-    for row in rows:
-        for box, value in _objects_of(row, columns):
-            boxes.append(box)
-            values.append(value)
-            samples.append(row["sample"])
-            sizes.append([row.get(columns.columns.get(side, "")) or np.inf for side in ("width", "height")])
-    if not boxes:
-        logger.warning("%s: no sample has an object; they are left out", folder)
-        return None
-    classes = _named(names) if names else make_categories(sorted(set(values), key=str))
-    size = np.array(sizes, dtype=np.float64)
-    check_boxes(
-        np.array(boxes, dtype=np.float64),
-        np.array([classes.index(value) if _is_known(value, classes) else -1 for value in values]),
-        width=size[:, 0],
-        height=size[:, 1],
-        class_names=classes.names,
-        name_of=samples.__getitem__,
-        source=folder,
-    )
-    return classes
-
-
-def _objects_of(row: Row, columns: ColumnMap) -> list[tuple[list[float], Any]]:
-    """Boxes and categories of a sample.
-
-    Raises:
-        ValueError: They are not as many, or a box is not four numbers.
-    """
-    stored, names = row.get(columns.columns["objects"]) or [], columns.objects
-    try:
-        if isinstance(stored, dict):
-            objects = list(zip(stored[names["bbox"]], stored[names["category"]], strict=True))
-        else:
-            objects = [(item[names["bbox"]], item[names["category"]]) for item in stored]
-        return [([float(side) for side in (x, y, width, height)], value) for (x, y, width, height), value in objects]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"the objects of {row['sample']} need a bbox of four numbers, x, y, width, height, and a category each: "
-            f"{error!r}"
-        ) from error
+def _occurring(values: Collection[int | str]) -> Categories:
+    """Classes numbered from 0 on, or where values are no small numbers, one for each of them."""
+    if all(isinstance(value, int) and value < MAX_CLASSES for value in values):
+        return make_categories(list(values))
+    classes = make_categories([str(value) for value in values])
+    return Categories(classes.names, {value: classes.index(str(value)) for value in values})
