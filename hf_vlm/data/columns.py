@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 
+MAX_CLASSES = 2**20  # that numbers alone may stand for: a wrong one would fill the memory with names
 POSITION = "__position__"  # column that a reader adds to its rows, where it knows their position
 
 # Names under which the columns of the schema go, the likeliest first.
@@ -218,12 +219,13 @@ def read_categories(feature: Any) -> Categories | None:
     return Categories(tuple(feature.names)) if isinstance(feature, datasets.ClassLabel) else None
 
 
-def make_categories(values: Sequence[Any]) -> Categories:
-    """Categories from the values that occur: texts in their order, or numbers from 0 on."""
-    if all(isinstance(value, str) for value in values):
-        names = tuple(sorted(set(values)))
-        return Categories(names, {name: index for index, name in enumerate(names)})
-    return Categories(tuple(str(index) for index in range(max(values, default=-1) + 1)))
+def make_categories(values: Collection[Any]) -> Categories:
+    """Categories from the values that occur: numbers from 0 on, or else one for each value, in the order of texts."""
+    if values and all(isinstance(value, int) and value < MAX_CLASSES for value in values):
+        return Categories(tuple(str(index) for index in range(max(values) + 1)))
+    names = sorted({str(value) for value in values})
+    index_of = {name: index for index, name in enumerate(names)}
+    return Categories(tuple(names), {value: index_of[str(value)] for value in values})
 
 
 def _is_integer(feature: Any) -> bool:

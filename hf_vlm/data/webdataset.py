@@ -31,7 +31,6 @@ Shard = tuple[Path, str]  # a tar and its name in paths of images
 CLASSES_FILE = "classes.txt"
 LABEL_NAMES = ("cls", *COLUMN_NAMES["label"])
 NUM_FIRST = 100  # samples that tell what a tar holds
-MAX_CLASSES = 2**20  # that numbers alone may stand for: a wrong one would fill the memory with names
 
 
 def open_webdataset(
@@ -301,7 +300,7 @@ class _Labels:
         if not counts and not self.names:
             logger.warning("%s: no sample has %s; they are left out", self.source, what)
             return None
-        classes = _named(self.names) if self.names else _occurring(counts)
+        classes = _named(self.names) if self.names else make_categories(counts)
         known = range(len(classes.names)) if classes.index_of is None else classes.index_of
         unknown = [value for value in counts if value not in known]
         if unknown:
@@ -333,11 +332,3 @@ def _named(names: Sequence[str]) -> Categories:
     """Classes that may be given by name or by number."""
     numbers: dict[Any, int] = {index: index for index in range(len(names))}
     return Categories(tuple(names), numbers | {name: index for index, name in enumerate(names)})
-
-
-def _occurring(values: Collection[int | str]) -> Categories:
-    """Classes numbered from 0 on, or where values are no small numbers, one for each of them."""
-    if all(isinstance(value, int) and value < MAX_CLASSES for value in values):
-        return make_categories(list(values))
-    classes = make_categories([str(value) for value in values])
-    return Categories(classes.names, {value: classes.index(str(value)) for value in values})
