@@ -31,6 +31,7 @@ from sklearn.datasets import load_sample_images
 from torchdata.stateful_dataloader import StatefulDataLoader
 from tqdm.auto import tqdm
 
+from hf_vlm.data.collate import stack
 from hf_vlm.data.decode import decode_image
 from hf_vlm.data.image_ops import resize
 from hf_vlm.data.sources import open_stream
@@ -75,8 +76,8 @@ def write_images(folder: Path, size: tuple[int, int], num_images: int) -> None:
             tar.addfile(member, io.BytesIO(data))
 
 
-def stack(images: list[np.ndarray[Any, Any]]) -> torch.Tensor:
-    return torch.from_numpy(np.stack(images))  # (B, H, W, C) uint8
+def stacked(images: list[np.ndarray[Any, Any]]) -> torch.Tensor:
+    return stack([torch.from_numpy(image) for image in images])  # (B, H, W, C) uint8
 
 
 def pixels(example: dict[str, Any], generator: np.random.Generator) -> np.ndarray[Any, Any]:
@@ -86,18 +87,18 @@ def pixels(example: dict[str, Any], generator: np.random.Generator) -> np.ndarra
 
 def ours(folder: Path, num_workers: int = 0) -> Iterator[torch.Tensor]:
     stream: Any = ExampleStream(open_stream(folder / "parquet"), pixels, block_size=SHUFFLE)
-    return iter(StatefulDataLoader(stream, batch_size=BATCH_SIZE, collate_fn=stack, num_workers=num_workers))
+    return iter(StatefulDataLoader(stream, batch_size=BATCH_SIZE, collate_fn=stacked, num_workers=num_workers))
 
 
 def resized(image: Image.Image) -> np.ndarray[Any, Any]:
-    return np.asarray(image.convert("RGB").resize(SIZE[::-1], Image.Resampling.BILINEAR))
+    return np.array(image.convert("RGB").resize(SIZE[::-1], Image.Resampling.BILINEAR))
 
 
 def datasets_pillow(folder: Path) -> Iterator[torch.Tensor]:
     stream = datasets.load_dataset("parquet", data_files=str(folder / "parquet/*"), split="train", streaming=True)
     stream = stream.shuffle(seed=0, buffer_size=SHUFFLE).repeat(None).map(lambda row: {"image": resized(row["image"])})
     loader: Any = torch.utils.data.DataLoader(
-        stream, batch_size=BATCH_SIZE, collate_fn=lambda rows: stack([row["image"] for row in rows])
+        stream, batch_size=BATCH_SIZE, collate_fn=lambda rows: stacked([row["image"] for row in rows])
     )
     return iter(loader)
 
@@ -107,7 +108,7 @@ def webdataset_pillow(folder: Path) -> Iterator[torch.Tensor]:
 
     stream = webdataset.WebDataset(str(folder / "train.tar"), shardshuffle=False).repeat()
     stream = stream.shuffle(SHUFFLE).decode("pil").to_tuple("jpg").map(lambda sample: resized(sample[0]))
-    return iter(torch.utils.data.DataLoader(stream, batch_size=BATCH_SIZE, collate_fn=stack))
+    return iter(torch.utils.data.DataLoader(stream, batch_size=BATCH_SIZE, collate_fn=stacked))
 
 
 CONTESTANTS: dict[str, Callable[[Path], Iterator[torch.Tensor]]] = {

@@ -158,7 +158,7 @@ def _decode_with_pillow(data: bytes, num_channels: int) -> Array:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.asarray(image.convert("L" if num_channels == 1 else "RGB"))
+    return np.array(image.convert("L" if num_channels == 1 else "RGB"))  # a copy, which may be written to
 
 
 def _name(image: object) -> str:

@@ -1,4 +1,4 @@
-"""Operations on decoded uint8 images (H, W, C) that the transforms share; opencv does the work.
+"""Operations on decoded uint8 images (H, W, C) that the transforms share; opencv and torch do the work.
 
 Colour follows Pillow's ImageEnhance, whose brightness, contrast and saturation are affine maps of RGB: a run of them
 becomes one matrix and one pass. Unlike in Pillow, values are clipped once a run instead of after every step.
@@ -10,6 +10,8 @@ from typing import Any
 
 import cv2
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 __all__ = [
     "ColorStep",
@@ -32,29 +34,18 @@ LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601, as Pillow converts to grey
 ROTATIONS = {1: cv2.ROTATE_90_COUNTERCLOCKWISE, 2: cv2.ROTATE_180, 3: cv2.ROTATE_90_CLOCKWISE}
 COLOR_STEPS = ("brightness", "contrast", "saturation", "hue")
 
-MAX_LINEAR_SHRINK = 1.25  # up to here bilinear samples alias no more than an exact filter blurs
-
 
 def resize(image: Array, size: tuple[int, int]) -> Array:
-    """Resize without aliasing to `size` = (height, width).
+    """Resize to `size` = (height, width) with Pillow's bilinear filter, which does not alias.
 
-    Bilinear where it enlarges or hardly shrinks. An axis that shrinks more is resized to twice its new length first,
-    and then neighbours are averaged: as near to a Lanczos filter as opencv's area interpolation, and twice as fast.
+    torch computes it as Pillow-SIMD does: the same pixels as `Image.resize`, which the image processor uses, and up to
+    six times faster than opencv's area interpolation.
     """
-    doubled = tuple(2 * new if old > MAX_LINEAR_SHRINK * new else new for old, new in zip(image.shape[:2], size))
-    if doubled != size:
-        return _resize(resize(image, (doubled[0], doubled[1])), size, cv2.INTER_AREA)
-    return _resize(image, size, cv2.INTER_LINEAR)
-
-
-def _resize(image: Array, size: tuple[int, int], interpolation: int) -> Array:
     if image.shape[:2] == size:
         return image
-    num_channels = image.shape[2]
-    if num_channels > 4 and interpolation == cv2.INTER_AREA:  # opencv takes no more
-        parts = [image[:, :, start : start + 4] for start in range(0, num_channels, 4)]
-        return np.concatenate([_resize(part, size, interpolation) for part in parts], axis=2)
-    return cv2.resize(image, size[::-1], interpolation=interpolation).reshape(*size, num_channels)
+    planes = torch.from_numpy(image).permute(2, 0, 1)[None]  # (1, C, H, W), a view
+    resized = F.interpolate(planes, size, mode="bilinear", antialias=True)
+    return resized[0].permute(1, 2, 0).numpy()  # type: ignore[no-any-return]  # (h, w, C)
 
 
 def flip(image: Array, *, horizontal: bool, vertical: bool) -> Array:

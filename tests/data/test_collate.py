@@ -2,7 +2,7 @@
 
 import torch
 
-from hf_vlm.data.collate import collate_detection, collate_views
+from hf_vlm.data.collate import collate_detection, collate_views, stack
 
 
 def test_views_are_stacked():
@@ -39,3 +39,14 @@ def test_detection_labels_stay_apart():
     assert batch["pixel_values"][:, 0, 0, 0].tolist() == [2, 0, 1]
     assert batch["labels"] == [example["labels"] for example in examples]
     assert [len(labels["boxes"]) for labels in batch["labels"]] == [2, 0, 1]
+
+
+def test_workers_stack_as_the_process_itself_does():
+    tensors = [torch.randn(3, 4, 5), torch.randn(3, 4, 5), torch.randint(0, 255, (3, 4, 5), dtype=torch.uint8)]
+    for chosen in (tensors[:2], tensors[2:]):
+        (there,) = torch.utils.data.DataLoader(chosen, batch_size=2, num_workers=1, collate_fn=stack)
+        assert torch.equal(there, torch.stack(chosen))
+        assert there.is_shared()
+        here = stack(chosen)
+        assert torch.equal(here, there)
+        assert not here.is_shared()

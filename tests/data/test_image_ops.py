@@ -26,7 +26,7 @@ LUMA = np.array([0.299, 0.587, 0.114])
 
 @pytest.fixture(scope="module")
 def photo():
-    return load_sample_images().images[0]
+    return load_sample_images().images[0].copy()  # scikit-learn's cannot be written to
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,6 @@ def ramp(height, width):
     return np.rint(SLOPE * np.stack([columns, rows, columns + rows], axis=-1) % 256).astype(np.uint8)
 
 
-# 1.0 to 1.25 is bilinear, then come one and two doublings, and one that differs between the axes
 @pytest.mark.parametrize("size", [(256, 256), (300, 260), (240, 210), (180, 130), (128, 64), (50, 40), (250, 30)])
 def test_resize_keeps_every_point_in_its_place(size):
     resized = resize(ramp(256, 256), size).astype(float)
@@ -55,44 +54,22 @@ def test_resize_keeps_every_point_in_its_place(size):
     for shown, expected in ((resized[..., 0], columns[None, :]), (resized[..., 1], rows[:, None])):
         difference = (shown - SLOPE * expected)[inner]
         assert np.abs(difference).max() <= 1.5
-        num_halvings = np.log2(256 / min(size))
-        assert abs(difference.mean()) < 0.2 + 0.2 * max(num_halvings, 0)  # each rounds halves up
+        assert abs(difference.mean()) < 0.2
 
 
-def bilinear(image, size):
-    """Bilinear samples at pixel centres, in float64."""
-    image = image.astype(float)
-    places = []
-    for length, new in zip(image.shape[:2], size):
-        place = np.clip((np.arange(new) + 0.5) * length / new - 0.5, 0, length - 1)
-        low = np.floor(place).astype(int)
-        places.append((low, np.minimum(low + 1, length - 1), (place - low)))
-    (top, bottom, down), (left, right, across) = places
-    down, across = down[:, None, None], across[None, :, None]
-    upper = image[top][:, left] * (1 - across) + image[top][:, right] * across
-    lower = image[bottom][:, left] * (1 - across) + image[bottom][:, right] * across
-    return upper * (1 - down) + lower * down
+@pytest.mark.parametrize(
+    "size", [(500, 700), (427, 320), (300, 450), (250, 350), (213, 320), (60, 90), (300, 90), (9, 8), (1, 1)]
+)
+def test_resize_is_pillows(photo, size):
+    for image in (photo, np.ascontiguousarray(photo[..., :1])):
+        expected = np.asarray(Image.fromarray(image.squeeze()).resize(size[::-1], Image.Resampling.BILINEAR))
+        difference = np.abs(resize(image, size).astype(int) - expected.reshape(*size, -1))
+        assert difference.max() <= 1
+        assert difference.mean() < 0.01
 
 
-@pytest.mark.parametrize("size", [(400, 500), (150, 130), (101, 120)])
-def test_resize_is_bilinear_where_it_enlarges_or_hardly_shrinks(photo, size):
-    crop = photo[:120, :130]
-    assert np.abs(resize(crop, size) - bilinear(crop, size)).max() <= 1.0
-
-
-@pytest.mark.parametrize("by", [2, 4])
-def test_resize_to_a_half_or_a_quarter_is_the_mean_of_blocks(photo, by):
-    crop = photo[:240, :320]
-    means = crop.reshape(240 // by, by, 320 // by, by, 3).mean(axis=(1, 3))
-    assert np.abs(resize(crop, (240 // by, 320 // by)) - means).max() <= by / 2
-
-
-@pytest.mark.parametrize("size", [(300, 450), (250, 350), (200, 300), (120, 200), (60, 90), (300, 90)])
-def test_resize_is_as_near_to_a_lanczos_filter_as_pillows(photo, size):
-    image = Image.fromarray(photo)
-    ideal = np.asarray(image.resize(size[::-1], Image.Resampling.LANCZOS))
-    pillow = np.asarray(image.resize(size[::-1], Image.Resampling.BILINEAR))
-    assert root_mean_square(resize(photo, size), ideal) < 1.1 * root_mean_square(pillow, ideal)
+def test_resize_takes_a_part_of_an_image(photo):
+    np.testing.assert_array_equal(resize(photo[7:91, 30:141], (50, 40)), resize(photo[7:91, 30:141].copy(), (50, 40)))
 
 
 def test_resize_does_not_alias():
@@ -113,7 +90,7 @@ def test_resize_treats_channels_alike(num_channels, size):
     assert resized.shape == (*size, num_channels)
     for channel in range(num_channels):
         alone = resize(image[..., [channel]], size)[..., 0].astype(int)
-        assert np.abs(resized[..., channel] - alone).max() <= 1  # opencv rounds differently
+        assert np.abs(resized[..., channel] - alone).max() <= 1  # torch rounds differently
 
 
 def test_flip_and_turn_are_numpys():
