@@ -1,11 +1,15 @@
 """Where models run, and how matrices are multiplied there."""
 
+import contextlib
 import functools
 import time
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch
-from transformers.modeling_utils import PreTrainedModel
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 __all__ = ["allow_fast_matmul", "place", "suit_cpu"]
 
@@ -13,6 +17,9 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 
 MAX_ERROR = 2e-6  # relative to the result: float32 gives 2e-7, bfloat16 3e-3
 MIN_GAIN = 1.2  # as many times faster must the other kernels be
+ATTENTION = "sdpa_usual_products"
+
+_setting: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
 
 
 def place(model: Model, device: str | torch.device | None = None) -> Model:
@@ -25,13 +32,10 @@ def place(model: Model, device: str | torch.device | None = None) -> Model:
 
 
 def suit_cpu(model: PreTrainedModel) -> None:
-    """Choose the fastest exact kernels for a model on the CPU.
-
-    The fused attention does not go with the fast products (it would call them for each head of each image), so it is
-    left for plain attention.
-    """
+    """Let a model on the CPU multiply by the fastest exact kernels."""
     if allow_fast_matmul() and model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation("eager")
+        ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attend)
+        model.set_attn_implementation(ATTENTION)
 
 
 @functools.cache
@@ -42,21 +46,20 @@ def allow_fast_matmul() -> bool:
     AMX units nothing is rounded even so, and oneDNN's float32 kernels come in: 2.2 times as fast. Both are tried here
     on a small product, once a process, and the setting is left as it was where it rounds or gains nothing.
     """
-    setting: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = setting.fp32_precision
+    before = _setting.fp32_precision
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randn(512, 512, generator=generator) for _ in range(2))
     exact = left.double() @ right.double()
     usual = _seconds(left, right)
-    setting.fp32_precision = "bf16"
+    _setting.fp32_precision = "bf16"
     error = ((left @ right).double() - exact).norm() / exact.norm()
     if error <= MAX_ERROR and _seconds(left, right) * MIN_GAIN <= usual:
         return True
-    setting.fp32_precision = before
+    _setting.fp32_precision = before
     return False
 
 
-def _seconds(left: torch.Tensor, right: torch.Tensor) -> float:
+def _seconds(left: Tensor, right: Tensor) -> float:
     """Time of a product: the least of a few, the first of which make the kernel."""
     times = []
     for _ in range(5):
@@ -64,3 +67,42 @@ def _seconds(left: torch.Tensor, right: torch.Tensor) -> float:
         left @ right
         times.append(time.perf_counter() - started)
     return min(times)
+
+
+@contextlib.contextmanager
+def _usual_products() -> Iterator[None]:
+    before = _setting.fp32_precision
+    _setting.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        _setting.fp32_precision = before
+
+
+class _FusedAttention(torch.autograd.Function):
+    """Fused attention by the usual products, forwards and backwards.
+
+    It multiplies small pieces, for each of which oneDNN would be called anew: that is eight times as slow.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, scaling: float, dropout: float, *inputs: Tensor) -> Tensor:
+        with torch.enable_grad(), _usual_products():
+            ctx.inputs = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in inputs]
+            query, key, value = ctx.inputs
+            ctx.output = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scaling)
+        return ctx.output.detach()  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        wanted = [tensor for tensor in ctx.inputs if tensor.requires_grad]
+        with _usual_products():
+            gradients = iter(torch.autograd.grad(ctx.output, wanted, gradient))
+        return None, None, *(next(gradients) if tensor.requires_grad else None for tensor in ctx.inputs)
+
+
+def _attend(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *, scaling: float, dropout: float, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Attention of (batch, heads, tokens, dim), as transformers' interface has it: (batch, tokens, heads, dim)."""
+    return _FusedAttention.apply(scaling, dropout, query, key, value).transpose(1, 2), None
