@@ -9,10 +9,10 @@ import os
 from typing import Any
 
 import cv2
-import fsspec
 import numpy as np
 from PIL import Image, ImageOps
 
+from hf_vlm.data.files import display, read_bytes, reason
 from hf_vlm.data.image_header import ImageHeader, read_header
 
 __all__ = ["BadImageError", "decode_image", "read_image_bytes"]
@@ -20,6 +20,9 @@ __all__ = ["BadImageError", "decode_image", "read_image_bytes"]
 Array = np.ndarray[Any, Any]
 
 EncodedImage = dict[str, Any] | bytes | str | os.PathLike[str]
+
+MAX_ENCODED_BYTES = 2**29  # of one image; a larger file is none, and would fill the memory of every worker
+NUM_WAITS = 3  # for an image's own server: lists of URLs name many that are gone for good
 
 # Of these opencv makes what Pillow makes; it drops alpha and reads the colours of CMYK differently.
 OPENCV_MODES = frozenset({"1", "L", "P", "RGB", "I;16", "I;16B"})
@@ -71,15 +74,14 @@ def read_image_bytes(image: EncodedImage) -> bytes:
     """The encoded bytes of an image, read from its file or URL where they are not given.
 
     Raises:
-        BadImageError: There are none.
+        BadImageError: There are none, or more than `MAX_ENCODED_BYTES`.
     """
     data = (image.get("bytes") or image.get("path")) if isinstance(image, dict) else image
     if isinstance(data, str | os.PathLike):
         try:
-            with fsspec.open(data, "rb") if "://" in str(data) else open(data, "rb") as file:
-                data = file.read()
+            data = read_bytes(data, limit=MAX_ENCODED_BYTES, num_waits=NUM_WAITS)
         except Exception as error:  # of many kinds for URLs
-            raise BadImageError(f"{_name(image)}: {error}") from error
+            raise BadImageError(f"{_name(image)}: {reason(error)}") from error
     if not data:
         raise BadImageError(f"{_name(image)}: no bytes")
     return data
@@ -164,7 +166,7 @@ def _decode_with_pillow(data: bytes, num_channels: int) -> Array:
 def _name(image: object) -> str:
     """Path of an image for messages, or its first bytes where it has no path."""
     if isinstance(image, dict):
-        return str(image["path"]) if image.get("path") else _name(image.get("bytes"))
+        return display(image["path"]) if image.get("path") else _name(image.get("bytes"))
     if isinstance(image, bytes):
         return f"image of {len(image)} bytes beginning with {image[:8]!r}"
-    return "image without bytes and path" if image is None else str(image)
+    return "image without bytes and path" if image is None else display(image)

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from hf_vlm.data.checks import check_boxes
 from hf_vlm.data.columns import COLUMN_NAMES, OBJECT_NAMES, Categories, ColumnMap, RowReader, make_categories
-from hf_vlm.data.files import display, is_folder, is_remote, open_binary, reason
+from hf_vlm.data.files import display, is_folder, is_remote, open_binary, read_bytes, reason
 from hf_vlm.data.imagefolder import IMAGE_EXTENSIONS
 from hf_vlm.data.indexed import generated_stream
 from hf_vlm.data.splits import choose_split, describe_folder, group_by_split, listing
@@ -140,6 +140,8 @@ class _Reader:
                             wrong.append(f"{sample.key} ({error})")
                             continue
                         yield example["image_id"], {"file": file, "images": sample.images, "example": example}
+            except OSError as error:  # not of this tar: to pass over it would drop what a server has
+                raise ValueError(f"{display(path)} cannot be read: {reason(error)}") from error
             except ValueError as error:
                 logger.warning("%s: the rest of this tar is passed over: %s", display(path), reason(error))
             for keys, problem in ((without_image, "without an image"), (wrong, "whose labels make no sense")):
@@ -250,11 +252,11 @@ def _read_class_names(folders: Sequence[Path]) -> list[str]:
     """The names in the first `classes.txt` of the folders; none where there is none."""
     for folder in dict.fromkeys(folders):
         try:
-            lines = (folder / CLASSES_FILE).read_text(encoding="utf-8-sig").splitlines()
+            lines = read_bytes(folder / CLASSES_FILE).decode("utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
             raise ValueError(f"{display(folder / CLASSES_FILE)} is not text in UTF-8: {error}") from error
         except Exception as error:  # servers have errors of their own kinds
-            if isinstance(error, FileNotFoundError) or getattr(error, "status", None) in (403, 404):
+            if isinstance(error, FileNotFoundError):
                 continue
             raise ValueError(f"{display(folder / CLASSES_FILE)} cannot be read: {reason(error)}") from error
         return [line.strip() for line in lines if line.strip()]

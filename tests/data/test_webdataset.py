@@ -285,7 +285,9 @@ def test_a_remote_tar_that_is_cut_short_is_passed_over_and_one_that_is_gone_is_n
         stream = open_webdataset([UPath(f"{url}/{path.name}?key=secret") for path in paths], "train")
         assert [value_of(example)["value"] for example in stream] == [*range(6), *range(8, 17)]
         paths[2].unlink()
-        with pytest.raises(OSError, match="train-00002"):
+        with pytest.raises(
+            ValueError, match=r"train-00002\.tar cannot be read: the server answers with the status 404"
+        ):
             list(stream)
     assert "train-00001.tar: the rest of this tar is passed over: it is cut short within 000007.png" in caplog.text
     assert "secret" not in caplog.text
@@ -319,7 +321,7 @@ def test_a_tar_that_vanishes_after_opening_stops_the_stream(tmp_path, write_shar
     write_shards(tmp_path)
     stream = open_stream(tmp_path)
     (tmp_path / "train-00001.tar").unlink()
-    with pytest.raises(FileNotFoundError, match="train-00001"):
+    with pytest.raises(ValueError, match=r"train-00001\.tar cannot be read: .*No such file"):
         list(stream)
 
 
