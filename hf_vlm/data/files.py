@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, TypeVar, cast
-from urllib.parse import urlsplit, urlunsplit
 
 import aiohttp
 import fsspec
@@ -39,6 +38,7 @@ Result = TypeVar("Result")
 
 # Seconds between tries; together they outlast the restart of a server.
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+URL = re.compile(r"(\w[\w+.-]*://)(?:[^/?#]*@)?([^?#]*).*", re.DOTALL)  # without user and password; without query
 BRACES = re.compile(r"\{([^{}]*)\}")
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
@@ -63,8 +63,7 @@ def display(path: object) -> str:
     """A path or URL for messages and records: without a password, and without the query, which may hold a key."""
     if not is_remote(path):
         return ", ".join(map(display, path)) if isinstance(path, list) else str(path)
-    parts = urlsplit(str(path))
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    return URL.sub(r"\1\2", str(path))
 
 
 def without_secrets(text: str) -> str:
@@ -136,8 +135,8 @@ def retried(path: object, read: Callable[[], Result], *, num_waits: int | None =
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a path is a folder; of a URL with the ending of a file this is not asked: a server might send it all."""
-    if is_remote(path) and PurePosixPath(display(path)).suffix:
+    """Whether a path is a folder; of a web page with the ending of a file this is not asked: it may be sent whole."""
+    if not can_list(path) and PurePosixPath(display(path)).suffix:
         return False
     return path.is_dir()
 
