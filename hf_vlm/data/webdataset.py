@@ -17,7 +17,7 @@ from hf_vlm.data.columns import COLUMN_NAMES, OBJECT_NAMES, Categories, ColumnMa
 from hf_vlm.data.files import display, is_folder, is_remote, open_binary, read_bytes, reason
 from hf_vlm.data.imagefolder import IMAGE_EXTENSIONS
 from hf_vlm.data.indexed import generated_stream
-from hf_vlm.data.splits import choose_split, describe_folder, group_by_split, listing
+from hf_vlm.data.splits import choose_split, common_folder, describe_folder, group_by_split, listing
 from hf_vlm.data.tar import TarMember
 from hf_vlm.data.tar_samples import ROLES, LabelError, Sample, labels_of, read_fields, read_member, walk_samples
 
@@ -54,7 +54,7 @@ def open_webdataset(
             labels that opening reads make no sense.
     """
     paths = _find_tars(source)
-    root = _common_folder(paths)
+    root = common_folder(paths)
     splits = group_by_split(paths, root)
     shards = _with_names(choose_split(splits, split, display(source)), root)
     first = _first_samples(shards[0])
@@ -81,15 +81,6 @@ def _find_tars(source: Path | Sequence[Path]) -> list[Path]:
     if not found:
         raise ValueError(f"{source} holds no tar files; {describe_folder(source)}")
     return found
-
-
-def _common_folder(paths: Sequence[Path]) -> Path:
-    folder = paths[0].parent
-    while not all(path.is_relative_to(folder) for path in paths):
-        if folder == folder.parent:
-            raise ValueError(f"the tars {listing(map(display, paths))} have no folder in common; open them one by one")
-        folder = folder.parent
-    return folder
 
 
 def _with_names(paths: Sequence[Path], root: Path) -> list[Shard]:
