@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from hf_vlm.data.files import display, read_bytes, reason
-from hf_vlm.data.image_header import ImageHeader, read_header
+from hf_vlm.data.image_header import ImageHeader, read_header, read_tiff_size
 
 __all__ = ["BadImageError", "decode_image", "read_image_bytes"]
 
@@ -90,15 +90,13 @@ def read_image_bytes(image: EncodedImage) -> bytes:
 def _decode(data: bytes, num_channels: int, at_least: tuple[int, int] | None) -> tuple[Array, tuple[int, int]]:
     header = read_header(data)
     if header is None:  # opencv alone knows some, as TIFF with 16-bit colours
+        _check_size(read_tiff_size(data) or (0, 0))
         array = _read_with_opencv(data, READ_FLAGS[num_channels])
         if array is None:
             raise BadImageError("not an image of a known format")
+        _check_size(array.shape[:2])  # opencv, which refuses 2**30 pixels itself, alone knows that of other formats
         return array, array.shape[:2]
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and header.height * header.width > limit:
-        raise BadImageError(
-            f"{header.width}x{header.height} pixels are more than the {limit} that PIL.Image.MAX_IMAGE_PIXELS allows"
-        )
+    _check_size((header.height, header.width))
     # libtiff turns some TIFFs by itself, depending on how they are stored.
     is_turned_tiff = header.format == "TIFF" and header.orientation != 1
     if header.mode in OPENCV_MODES and not header.has_alpha and not is_turned_tiff:
@@ -107,6 +105,15 @@ def _decode(data: bytes, num_channels: int, at_least: tuple[int, int] | None) ->
             return array, (header.width, header.height) if header.orientation >= 5 else (header.height, header.width)
     array = _decode_with_pillow(data, num_channels)
     return array, array.shape[:2]
+
+
+def _check_size(size: tuple[int, ...]) -> None:
+    height, width = size
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and height * width > limit:
+        raise BadImageError(
+            f"{width}x{height} pixels are more than the {limit} that PIL.Image.MAX_IMAGE_PIXELS allows"
+        )
 
 
 def _decode_with_opencv(

@@ -19,7 +19,16 @@ from hf_vlm.data.imagefolder import IMAGE_EXTENSIONS
 from hf_vlm.data.indexed import generated_stream
 from hf_vlm.data.splits import choose_split, common_folder, describe_folder, group_by_split, listing
 from hf_vlm.data.tar import TarMember
-from hf_vlm.data.tar_samples import ROLES, LabelError, Sample, labels_of, read_fields, read_member, walk_samples
+from hf_vlm.data.tar_samples import (
+    ROLES,
+    LabelError,
+    Sample,
+    check_images,
+    labels_of,
+    read_fields,
+    read_member,
+    walk_samples,
+)
 
 __all__ = ["open_webdataset"]
 
@@ -123,6 +132,7 @@ class _Reader:
                             without_image.append(sample.key)
                             continue
                         try:
+                            check_images(sample)
                             example = rows(labels_of(sample, self.columns, name))
                         except KeyError as error:
                             wrong.append(f"{sample.key} ({error} is no class)")
@@ -135,7 +145,10 @@ class _Reader:
                 raise ValueError(f"{display(path)} cannot be read: {reason(error)}") from error
             except ValueError as error:
                 logger.warning("%s: the rest of this tar is passed over: %s", display(path), reason(error))
-            for keys, problem in ((without_image, "without an image"), (wrong, "whose labels make no sense")):
+            for keys, problem in (
+                (without_image, "without an image"),
+                (wrong, "whose labels or images make no sense"),
+            ):
                 if keys:
                     logger.warning(
                         "%s: %d samples %s are passed over: %s", display(path), len(keys), problem, listing(keys)

@@ -12,6 +12,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from hf_vlm.data import files
 from hf_vlm.data.decode import BadImageError, decode_image, read_image_bytes
+from hf_vlm.data.inspect import image_name
 from hf_vlm.data.sources import open_stream
 from hf_vlm.data.stream import ExampleStream
 
@@ -165,3 +166,14 @@ def test_a_connection_that_ends_early_is_no_end_of_file(monkeypatch):
         assert not cut
     finally:
         file_system.rm("/short", recursive=True)
+
+
+def test_messages_about_images_show_no_keys(tmp_path, serve):
+    (tmp_path / "a.png").write_bytes(b"no image")
+    with serve(tmp_path) as (url, _):
+        image = {"bytes": None, "path": f"{url}/a.png?key=secret"}
+        with pytest.raises(BadImageError, match=rf"{url}/a\.png: not an image of a known format"):
+            decode_image(image)
+        with pytest.raises(BadImageError, match=rf"{url}/b\.png: the server answers with the status 404"):
+            decode_image(f"{url}/b.png?key=secret")
+    assert image_name({"image": image}) == f"{url}/a.png"
