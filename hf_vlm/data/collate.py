@@ -38,6 +38,6 @@ def stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     if torch.utils.data.get_worker_info() is None:
         return torch.stack(list(tensors))
     first = tensors[0]
-    storage = first.untyped_storage()._new_shared(len(tensors) * first.numel() * first.element_size())
-    out = first.new_empty(0).set_(storage, 0, (len(tensors), *first.shape))
+    storage: Any = first.untyped_storage()._new_shared(len(tensors) * first.numel() * first.element_size())
+    out = first.new_empty(0).set_(storage).view(len(tensors), *first.shape)
     return torch.stack(list(tensors), out=out)
