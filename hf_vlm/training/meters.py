@@ -87,6 +87,7 @@ class Speedometer:
         except Exception as error:  # an unusual model, or labels that the step itself will complain about
             counter.problem = f"counting failed: {error!r}"
         model.zero_grad()
+        torch.clear_autocast_cache()  # of weights that this pass has cast, whose graph is gone
         with torch.no_grad():
             for buffer, before in zip(model.buffers(), buffers):
                 buffer.copy_(before)
