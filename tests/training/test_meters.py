@@ -245,7 +245,7 @@ def test_precision_of_the_products():
 def test_peak_memory_is_that_of_the_process(monkeypatch):
     resident = psutil.Process().memory_info().rss / 2**30
     assert resident - 0.01 < peak_memory_gib(torch.device("cpu")) < psutil.virtual_memory().total / 2**30
-    for platform, unit in (("linux", 1024), ("darwin", 1)):
+    monkeypatch.setattr("resource.getrusage", lambda who: SimpleNamespace(ru_maxrss=3 * 2**20))
+    for platform, gib in (("linux", 3), ("darwin", 3 / 1024)):  # KiB and bytes
         monkeypatch.setattr("sys.platform", platform)
-        monkeypatch.setattr("resource.getrusage", lambda who: SimpleNamespace(ru_maxrss=3 * 2**30 // unit))
-        assert peak_memory_gib(torch.device("cpu")) == 3
+        assert peak_memory_gib(torch.device("cpu")) == gib
