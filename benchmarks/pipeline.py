@@ -211,8 +211,9 @@ def compare(name: str, setting: Setting, rounds: int) -> dict[str, float]:
             f"{name:<20} {clock:<4} ours {rates['ours']:7.1f} images/s, theirs {rates['theirs']:7.1f}: "
             f"{ratios[clock]:.2f} times ({min(each):.2f} to {max(each):.2f}, {rounds} rounds)"
         )
-    waits = [entry["data_wait"] for entry in read_log(setting.folder / "ours/log.jsonl") if "data_wait" in entry]
-    print(f"{name:<20} data_wait of ours in the last round: {statistics.mean(waits):.3f}")
+    log = [entry for entry in read_log(setting.folder / "ours/log.jsonl") if "mfu" in entry]
+    means = {figure: statistics.mean(entry[figure] for entry in log) for figure in ("data_wait", "mfu")}
+    print(f"{name:<20} ours in the last round: " + ", ".join(f"{figure} {mean:.3f}" for figure, mean in means.items()))
     return ratios
 
 

@@ -38,7 +38,7 @@ def collate_detection(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
 class WorkerLabels(list[dict[str, torch.Tensor]]):
     """Labels that leave a data worker as arrays within its message, and arrive as a plain list of dicts of tensors.
 
-    Tensors would each travel as a file in shared memory: with 16 images of 6 tensors 17 ms a batch, and 0.5 ms so.
+    Tensors would each travel as a file in shared memory: with 16 images of 6 tensors 17 ms a batch, and 1 ms so.
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -54,7 +54,6 @@ def stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     if torch.utils.data.get_worker_info() is None:
         return torch.stack(list(tensors))
     first = tensors[0]
-    storage = first.untyped_storage()._new_shared(len(tensors) * first.numel() * first.element_size())
-    out: Any = first.new_empty(0)
-    out.set_(storage, 0, (len(tensors), *first.shape))
+    storage: Any = first.untyped_storage()._new_shared(len(tensors) * first.numel() * first.element_size())
+    out = first.new_empty(0).set_(storage).view(len(tensors), *first.shape)
     return torch.stack(list(tensors), out=out)
