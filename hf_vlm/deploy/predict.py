@@ -95,10 +95,10 @@ class Predictor:
             ValueError: Where there is no such model, it is no detector, or it lacks weights.
         """
         # Importing torch and transformers takes seconds, which reading predictions should not cost.
-        import torch
         from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
         import hf_vlm.registry  # noqa: F401  the Auto classes have to know the package's classes
+        from hf_vlm.training.device import place
 
         name = str(path_or_repo)
         try:
@@ -108,9 +108,7 @@ class Predictor:
             raise ValueError(f"{name} cannot be loaded as a detector: {_first_line(error)}") from error
         if missing := sorted(report["missing_keys"]):
             raise ValueError(f"{name} lacks {len(missing)} of the model's weights, such as {missing[0]}.")
-        if device is None:
-            device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-        return cls(model.to(device), processor)
+        return cls(place(model, device), processor)
 
     def predict(
         self, images: ImageLike | Iterable[ImageLike], threshold: float = 0.5, *, batch_size: int = 8

@@ -1,15 +1,17 @@
 """Parts of the detector: neck, deformable attention, decoder layer and the dense one-to-many head."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_detection import VLMViTDetectionConfig
+from .vit_layers import eager_attention_forward
 
 LevelSizes = Sequence[tuple[int, int]]
 # exp of more than this is no box of an image: without a bound one broken step makes every later number infinite.
@@ -171,7 +173,9 @@ class DetectionDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: VLMViTDetectionConfig):
         super().__init__()
         width, eps = config.hidden_size, config.layer_norm_eps
+        self.config = config
         self.num_heads = config.num_self_attention_heads
+        self.is_causal = False
         self.query_key = nn.Linear(width, 2 * width)
         self.value = nn.Linear(width, width)
         self.projection = nn.Linear(width, width)
@@ -200,8 +204,12 @@ class DetectionDecoderLayer(GradientCheckpointingLayer):
         heads = (batch, num_queries, self.num_heads, width // self.num_heads)
         query, key = (part.view(heads).transpose(1, 2) for part in self.query_key(queries + positions).chunk(2, -1))
         value = self.value(queries).view(heads).transpose(1, 2)  # (batch, heads, queries, head_dim)
-        attended = F.scaled_dot_product_attention(query, key, value)
-        return self.projection(attended.transpose(1, 2).reshape(batch, num_queries, width))
+        attend: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        scaling = (width // self.num_heads) ** -0.5
+        attended, _ = attend(self, query, key, value, None, scaling=scaling, dropout=0.0)
+        return self.projection(attended.flatten(2))  # (batch, queries, width)
 
 
 class ClassHead(nn.Linear):

@@ -27,7 +27,8 @@ from .detection_layers import (
     refine_boxes,
 )
 from .loss_detection import DetectionTargets, detection_loss
-from .modeling_vlm_vit import VLMViTBackbone, VLMViTPreTrainedModel, gather_tokens
+from .modeling_vlm_vit import VLMViTBackbone, VLMViTPreTrainedModel
+from .vit_layers import gather_tokens
 
 
 @auto_docstring

@@ -11,17 +11,9 @@ from transformers.utils import ModelOutput, auto_docstring
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_vlm_vit import VLMViTConfig
-from .modeling_vlm_vit import (
-    VLMViTLayer,
-    VLMViTModel,
-    VLMViTPreTrainedModel,
-    build_norm,
-    gather_tokens,
-    patchify,
-    sincos_positions,
-    unpatchify,
-)
+from .modeling_vlm_vit import VLMViTModel, VLMViTPreTrainedModel
 from .ssl_layers import SSLConfig, as_vit_config, first_views_first
+from .vit_layers import VLMViTLayer, build_norm, gather_tokens, patchify, sincos_positions, unpatchify
 
 DECODER_DEFAULTS = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 16}
 
@@ -38,6 +30,11 @@ class MAEConfig(SSLConfig):
         mask_ratio (`float`, defaults to 0.75): Share of the patches that the encoder does not see.
         norm_pix_loss (`bool`, defaults to `True`):
             Whether targets are normalised a patch (unbiased variance, eps 1e-6), the paper's better variant.
+        use_cross_attention (`bool`, defaults to `False`):
+            Whether the decoder's masked tokens attend to the visible ones alone and not to each other (CrossMAE,
+            arXiv 2401.14391). A layer then costs what is predicted, and predictions do not depend on each other.
+        prediction_ratio (`float`, defaults to 1.0):
+            Share of the masked patches that are predicted in training, drawn anew each time: less work a step.
     """
 
     model_type = "vlm_mae"
@@ -46,6 +43,8 @@ class MAEConfig(SSLConfig):
     decoder_config: Any = None
     mask_ratio: float = 0.75
     norm_pix_loss: bool = True
+    use_cross_attention: bool = False
+    prediction_ratio: float | int = 1.0
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -56,6 +55,10 @@ class MAEConfig(SSLConfig):
         super().__post_init__(**kwargs)
         if not 0 < self.mask_ratio < 1:
             raise ValueError(f"MAEConfig: mask_ratio must lie between 0 and 1, but is {self.mask_ratio}.")
+        if not 0 < self.prediction_ratio <= 1:
+            raise ValueError(
+                f"MAEConfig: prediction_ratio must lie above 0 and up to 1, but is {self.prediction_ratio}."
+            )
 
 
 @auto_docstring
@@ -63,9 +66,10 @@ class MAEConfig(SSLConfig):
 class MAEOutput(ModelOutput):
     r"""
     loss (`torch.FloatTensor` of shape `()`): Mean squared error on the masked patches.
-    predictions (`torch.FloatTensor` of shape `(batch, masked, channels * patch_height * patch_width)`):
-        Predicted pixels of the masked patches, in the order of `masked_indices`.
-    masked_indices (`torch.LongTensor` of shape `(batch, masked)`): Row-major indices of the masked patches.
+    predictions (`torch.FloatTensor` of shape `(batch, predicted, channels * patch_height * patch_width)`):
+        Predicted pixels of masked patches, in the order of `masked_indices`.
+    masked_indices (`torch.LongTensor` of shape `(batch, predicted)`):
+        Row-major indices of the masked patches; in training, of the share of them that `prediction_ratio` leaves.
     """
 
     loss: Tensor | None = None
@@ -91,8 +95,9 @@ def normalise_patches(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 class MAEDecoder(VLMViTPreTrainedModel):
     """Light transformer that predicts the pixels of masked patches from encoded visible ones."""
 
-    def __init__(self, config: VLMViTConfig, encoder_size: int):
+    def __init__(self, config: VLMViTConfig, encoder_size: int, *, use_cross_attention: bool):
         super().__init__(config)
+        self.use_cross_attention = use_cross_attention
         self.embed = nn.Linear(encoder_size, config.hidden_size)
         self.mask_token = nn.Parameter(torch.empty(1, 1, config.hidden_size))
         self.layers = nn.ModuleList([VLMViTLayer(config) for _ in range(config.num_hidden_layers)])
@@ -111,13 +116,20 @@ class MAEDecoder(VLMViTPreTrainedModel):
     ) -> Tensor:
         tokens = self.embed(encoded)  # (batch, prefix + visible, decoder_size)
         positions = sincos_positions(self.config.hidden_size, grid_hw, tokens.device).to(tokens.dtype)
-        num_prefix = tokens.shape[1] - visible.shape[1]
-        prefix, seen = tokens[:, :num_prefix], tokens[:, num_prefix:] + positions[visible]
-        # Attention does not depend on the order of tokens, so nothing is put back into the order of the image.
-        hidden = torch.cat([prefix, seen, self.mask_token + positions[masked]], dim=1)
-        for layer in self.layers:
-            hidden = layer(hidden, **kwargs)
-        return self.predict(self.norm(hidden[:, -masked.shape[1] :]))  # (batch, masked, patch_dim)
+        num_prefix, num_masked = tokens.shape[1] - visible.shape[1], masked.shape[1]
+        seen = torch.cat([tokens[:, :num_prefix], tokens[:, num_prefix:] + positions[visible]], dim=1)
+        hidden = self.mask_token + positions[masked]  # (batch, masked, decoder_size)
+        if self.use_cross_attention:
+            for layer in self.layers:
+                hidden = layer(hidden, None, seen, **kwargs)
+        else:
+            # Attention does not depend on the order of tokens, so nothing is put back into the order of the image.
+            everything = torch.cat([seen, hidden], dim=1)
+            for layer in self.layers[:-1]:
+                everything = layer(everything, **kwargs)
+            # Of the last layer only the masked patches are read.
+            hidden = self.layers[-1](everything[:, -num_masked:], None, everything, **kwargs)
+        return self.predict(self.norm(hidden))  # (batch, masked, patch_dim)
 
 
 @auto_docstring
@@ -131,7 +143,11 @@ class MAEForPreTraining(VLMViTPreTrainedModel):
     def __init__(self, config: MAEConfig):
         super().__init__(config)
         self.backbone = VLMViTModel(config.backbone_config)
-        self.decoder = MAEDecoder(config.decoder_config, config.backbone_config.hidden_size)
+        self.decoder = MAEDecoder(
+            config.decoder_config,
+            config.backbone_config.hidden_size,
+            use_cross_attention=config.use_cross_attention,
+        )
         self.post_init()
 
     @can_return_tuple
@@ -148,8 +164,10 @@ class MAEForPreTraining(VLMViTPreTrainedModel):
         if noise is None:
             noise = torch.rand(targets.shape[:2], device=targets.device)
         visible, masked = random_masking(noise, self.config.mask_ratio)
+        if self.training:
+            masked = masked[:, : max(1, round(masked.shape[1] * self.config.prediction_ratio))]
         encoded = self.backbone(images, visible_indices=visible).last_hidden_state  # (batch, prefix + visible, dim)
-        predictions = self.decoder(encoded, visible, masked, self._grid_hw(images))  # (batch, masked, patch_dim)
+        predictions = self.decoder(encoded, visible, masked, self._grid_hw(images))  # (batch, predicted, patch_dim)
         targets = gather_tokens(targets, masked).float()
         if self.config.norm_pix_loss:
             targets = normalise_patches(targets)[0]
@@ -162,7 +180,8 @@ class MAEForPreTraining(VLMViTPreTrainedModel):
 
         Takes what `forward` takes. Returns the reconstruction (batch, channels, height, width) in the input's
         normalisation, visible patches as they were, and the mask (batch, 1, height, width), true where painted.
-        Patches predicted in normalised form get the mean and deviation of the true patch.
+        Patches predicted in normalised form get the mean and deviation of the true patch. In training mode a
+        `prediction_ratio` below 1 leaves some masked patches as they are.
         """
         images, patch_hw = self._images(pixel_values), self.config.backbone_config.patch_hw
         output = self(pixel_values, noise=noise, return_dict=True)

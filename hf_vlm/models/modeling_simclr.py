@@ -108,7 +108,7 @@ class SimCLRForPreTraining(VLMViTPreTrainedModel):
             Two views of each image.
         """
         views = first_views_first(check_views(pixel_values, num_views=2))  # (2 * batch, channels, height, width)
-        pooled = self.backbone(views).pooler_output  # (2 * batch, hidden_size)
+        pooled = self.backbone(views, class_token_only=True).pooler_output  # (2 * batch, hidden_size)
         projections = F.normalize(self.projection_head(pooled).float(), dim=-1)  # (2 * batch, projection_size)
         loss, accuracy = nt_xent(projections, self.config.temperature)
         return SimCLROutput(loss=loss, projections=projections, accuracy=accuracy)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import torch
 import transformers
 from transformers import PreTrainedConfig, set_seed
 
@@ -22,6 +21,7 @@ from hf_vlm.models.modeling_detection import VLMViTDetectionConfig, VLMViTForObj
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 from hf_vlm.training.arguments import VisionTrainingArguments, parse_arguments
 from hf_vlm.training.build import build_model, build_processor
+from hf_vlm.training.device import place
 from hf_vlm.training.evaluation import evaluate_detection, evaluate_features
 from hf_vlm.training.record import RunRecord
 from hf_vlm.training.trainer import VisionTrainer
@@ -145,7 +145,7 @@ def evaluate_encoder(
         ValueError: if the folder holds no encoder or the data has no class labels.
     """
     try:
-        encoder = VLMViTModel.from_pretrained(run_dir).to(default_device())
+        encoder = place(VLMViTModel.from_pretrained(run_dir))
         processor = VLMViTImageProcessor.from_pretrained(run_dir)
     except OSError as error:
         raise ValueError(f"{run_dir} holds no encoder: {str(error).splitlines()[0]}") from error
@@ -171,11 +171,6 @@ def _holds_encoder(run_dir: str | Path) -> bool:
         raise ValueError(f"{run_dir} holds no model: {str(error).splitlines()[0]}") from error
 
 
-def default_device() -> torch.device:
-    """The accelerator where there is one."""
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-
 def load_detector(run_dir: str | Path) -> tuple[VLMViTForObjectDetection, VLMViTImageProcessor]:
     """The detector and its image processor from a folder or the Hub; ValueError where there is none."""
     try:
@@ -183,7 +178,7 @@ def load_detector(run_dir: str | Path) -> tuple[VLMViTForObjectDetection, VLMViT
         processor = VLMViTImageProcessor.from_pretrained(run_dir)
     except OSError as error:
         raise ValueError(f"{run_dir} holds no detector: {str(error).splitlines()[0]}") from error
-    return model.to(default_device()).eval(), processor
+    return place(model).eval(), processor
 
 
 def detection_transform(
@@ -269,7 +264,6 @@ def quiet_libraries() -> None:
 
 __all__ = [
     "OBJECTIVE_FOLDER",
-    "default_device",
     "detection_transform",
     "evaluate_encoder",
     "evaluate_run",

@@ -19,6 +19,7 @@ from hf_vlm.data.stream import ExampleStream
 from hf_vlm.training.arguments import VisionTrainingArguments
 from hf_vlm.training.callbacks import AfterStep, LogFile
 from hf_vlm.training.data_state import last_checkpoint, load_data_state, save_data_state
+from hf_vlm.training.device import suit_cpu
 from hf_vlm.training.meters import Speedometer
 from hf_vlm.training.optim import parameter_groups
 
@@ -61,6 +62,8 @@ class VisionTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.evaluator = evaluator
         self.on_save = on_save
+        if self.args.device.type == "cpu" and self.args.attn_implementation is None:
+            suit_cpu(self.model)
         self.add_callback(AfterStep())
         self.add_callback(LogFile())
         self._part_sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))

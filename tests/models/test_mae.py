@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from hf_vlm.models.modeling_mae import MAEConfig, MAEForPreTraining, random_masking
+from hf_vlm.models.vit_layers import sincos_positions
 
 BACKBONE = {
     "image_size": 32,
@@ -38,8 +39,6 @@ def test_loss_equals_a_naive_version(norm_pix_loss):
         visible, masked = order[:4], order[4:]
         encoded = model.backbone(image[None], visible_indices=torch.tensor([visible])).last_hidden_state[0]
         tokens = decoder.embed(encoded)
-        from hf_vlm.models.modeling_vlm_vit import sincos_positions
-
         positions = sincos_positions(32, (4, 4))
         grid = [None] * 16
         for rank, patch in enumerate(visible):
@@ -58,6 +57,54 @@ def test_loss_equals_a_naive_version(norm_pix_loss):
             total += ((predicted[patch].double() - target) ** 2).sum().item()
             count += len(target)
     assert output.loss.item() == pytest.approx(total / count, rel=1e-5)
+
+
+def test_cross_attention_equals_a_naive_version():
+    """Each masked token asks the visible ones alone: predicted one by one they are what they are together."""
+    model = build(use_cross_attention=True, prediction_ratio=0.5).eval()
+    images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
+    output = model(images, noise=noise)
+    decoder = model.decoder
+    positions = sincos_positions(32, (4, 4))
+    for row in range(2):
+        order = noise[row].argsort().tolist()
+        encoded = model.backbone(images[[row]], visible_indices=torch.tensor([order[:4]])).last_hidden_state[0]
+        tokens = decoder.embed(encoded)
+        context = torch.cat([tokens[:1], tokens[1:] + positions[order[:4]]])
+        assert output.masked_indices[row].tolist() == order[4:]  # all of them, when it is not trained
+        for place, patch in enumerate(order[4:]):
+            hidden = decoder.mask_token[0] + positions[[patch]]  # (1, 32)
+            for layer in decoder.layers:
+                hidden = hidden + naive_attention(layer.attention, layer.norm1(hidden), layer.norm1(context))
+                hidden = hidden + layer.mlp(layer.norm2(hidden))
+            expected = decoder.predict(decoder.norm(hidden))[0]
+            torch.testing.assert_close(output.predictions[row, place], expected, atol=1e-5, rtol=1e-4)
+
+
+def naive_attention(attention, queries, context):
+    heads = []
+    for head in range(4):
+        part = slice(8 * head, 8 * head + 8)
+        query, key = attention.query(queries)[:, part], attention.key(context)[:, part]
+        weights = (query @ key.T / 8**0.5).softmax(-1)
+        heads.append(weights @ attention.value(context)[:, part])
+    return attention.projection(torch.cat(heads, dim=-1))
+
+
+@pytest.mark.parametrize("use_cross_attention", [False, True])
+def test_training_predicts_a_share_of_the_masked_patches(use_cross_attention):
+    model = build(prediction_ratio=1 / 3, use_cross_attention=use_cross_attention)
+    images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
+    some, everything = model.train()(images, noise=noise), model.eval()(images, noise=noise)
+    assert some.predictions.shape == (2, 4, 192)
+    assert torch.equal(some.masked_indices, everything.masked_indices[:, :4])
+    targets = torch.stack([torch.stack(patches) for patches in naive_patches(images)])
+    chosen = targets.gather(1, some.masked_indices[..., None].expand(-1, -1, 192))
+    normal = (chosen - chosen.mean(-1, keepdim=True)) / (chosen.var(-1, keepdim=True) + 1e-6).sqrt()
+    assert some.loss.item() == pytest.approx((some.predictions - normal).square().mean().item(), rel=1e-5)
+    # Only where masked tokens do not see each other does a prediction not depend on which others are predicted.
+    same = torch.allclose(some.predictions, everything.predictions[:, :4], atol=1e-5)
+    assert same == use_cross_attention
 
 
 def test_masking_splits_all_patches_by_noise():
@@ -96,8 +143,9 @@ def test_reconstruction_keeps_what_is_seen_and_paints_the_rest():
     torch.testing.assert_close(torch.stack(naive_patches(painted)[0])[patch], expected, atol=1e-5, rtol=1e-4)
 
 
-def test_overfits_one_batch():
-    model = build()
+@pytest.mark.parametrize("use_cross_attention", [False, True])
+def test_overfits_one_batch(use_cross_attention):
+    model = build(use_cross_attention=use_cross_attention)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
     losses = []
@@ -111,7 +159,7 @@ def test_overfits_one_batch():
 
 
 def test_round_trip_keeps_decoder_and_options(tmp_path):
-    model = build(mask_ratio=0.5, norm_pix_loss=False).eval()
+    model = build(mask_ratio=0.5, norm_pix_loss=False, use_cross_attention=True, prediction_ratio=0.5).eval()
     model.save_pretrained(tmp_path)
     loaded = MAEForPreTraining.from_pretrained(tmp_path).eval()
     images, noise = torch.randn(1, 3, 32, 32), torch.rand(1, 16)
@@ -119,3 +167,5 @@ def test_round_trip_keeps_decoder_and_options(tmp_path):
     assert loaded.config.decoder_config.hidden_size == 32
     with pytest.raises(ValueError, match="mask_ratio"):
         MAEConfig(mask_ratio=1.0)
+    with pytest.raises(ValueError, match="prediction_ratio"):
+        MAEConfig(prediction_ratio=0)

@@ -48,6 +48,14 @@ def objectives():
             MAEForPreTraining(MAEConfig(backbone_config=BACKBONE, decoder_config=decoder)),
             {"pixel_values": torch.randn(BATCH, 1, 3, 32, 32), "noise": torch.rand(BATCH, 16)},
         ),
+        "mae_partial": (
+            MAEForPreTraining(
+                MAEConfig(
+                    backbone_config=BACKBONE, decoder_config=decoder, use_cross_attention=True, prediction_ratio=0.5
+                )
+            ),
+            {"pixel_values": torch.randn(BATCH, 1, 3, 32, 32), "noise": torch.rand(BATCH, 16)},
+        ),
         "detection": (
             VLMViTForObjectDetection(VLMViTDetectionConfig(backbone_config=BACKBONE, **HEAD)),
             {"pixel_values": torch.randn(BATCH, 3, 32, 32), "labels": labels},

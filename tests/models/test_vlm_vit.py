@@ -6,15 +6,8 @@ import torch.nn.functional as F
 from transformers import ViTConfig, ViTModel
 
 from hf_vlm.models.configuration_vlm_vit import PRESETS, VLMViTConfig
-from hf_vlm.models.modeling_vlm_vit import (
-    VLMViTBackbone,
-    VLMViTModel,
-    patchify,
-    rope_positions,
-    rotate,
-    sincos_positions,
-    unpatchify,
-)
+from hf_vlm.models.modeling_vlm_vit import VLMViTBackbone, VLMViTModel
+from hf_vlm.models.vit_layers import patchify, rope_positions, rotate, sincos_positions, unpatchify
 
 TINY = {
     "image_size": 32,
@@ -76,7 +69,9 @@ def test_equals_transformers_vit():
             def name(kind, end=end, index=index):
                 return f"{prefix}.{index}.{kind.removesuffix('weight')}{end}"
 
-            copy(getattr(layer.attention.qkv, end), name(query), name(key), name(value))
+            copy(getattr(layer.attention.query, end), name(query))
+            copy(getattr(layer.attention.key, end), name(key))
+            copy(getattr(layer.attention.value, end), name(value))
             copy(getattr(layer.attention.projection, end), name(out))
             copy(getattr(layer.mlp.up_projection, end), name(up))
             copy(getattr(layer.mlp.down_projection, end), name(down))
@@ -148,6 +143,57 @@ def test_positions_of_another_size_are_interpolated():
     assert model(torch.randn(1, 3, 32, 64)).last_hidden_state.shape[1] == 1 + 32
 
 
+@pytest.mark.parametrize("positions", ["learned", "rope"])
+def test_the_class_token_alone_is_what_it_is_among_all_tokens(positions):
+    """Values and gradients, though the last layer computes nothing else."""
+    model = build(position_embedding_type=positions, num_register_tokens=1, layerscale_value=0.5).double()
+    images, direction = torch.randn(2, 3, 32, 32).double(), torch.randn(2, 32).double()
+    found = []
+    for alone in (False, True):
+        model.zero_grad()
+        output = model(images, class_token_only=alone)
+        (output.pooler_output * direction).sum().backward()
+        found.append([output.pooler_output, *(parameter.grad for parameter in model.parameters())])
+    assert output.last_hidden_state.shape == (2, 1, 32)
+    for whole, single in zip(*found):
+        torch.testing.assert_close(single, whole)
+
+
+def test_without_a_class_token_the_mean_takes_all_tokens():
+    model = build(use_class_token=False)
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model(images, class_token_only=True).pooler_output, model(images).pooler_output)
+
+
+@pytest.mark.parametrize("positions", [None, "shared", "of each image"])
+def test_a_layer_of_some_tokens_gives_what_it_gives_them_among_all(positions):
+    torch.manual_seed(0)
+    layer = build().layers[0]
+    states, some = torch.randn(3, 10, 32), slice(4, 9)
+    angles = torch.rand(1 if positions == "shared" else 3, 1, 10, 8)
+    of_all = None if positions is None else (angles.cos(), angles.sin())
+    of_some = None if positions is None else (angles[:, :, some].cos(), angles[:, :, some].sin())
+    torch.testing.assert_close(layer(states[:, some], of_some, states, of_all), layer(states, of_all)[:, some])
+
+
+def test_drop_path_takes_the_context_and_the_positions_of_the_samples_that_it_keeps():
+    layer = build().layers[0].train()
+    layer.drop_path_rate = 0.5
+    states, context = torch.randn(8, 3, 32), torch.randn(8, 6, 32)
+    seen = torch.rand(8, 1, 6, 8)
+    angles = seen.cos(), seen.sin()
+    torch.manual_seed(1)
+    dropped = layer._residual(states, layer._attend, None, context, angles)
+    torch.manual_seed(1)
+    kept = torch.randperm(8)[:4]
+    expected = states.clone()
+    for index in kept.tolist():
+        pick = slice(index, index + 1)
+        branch = layer._attend(states[pick], None, context[pick], (angles[0][pick], angles[1][pick]))
+        expected[pick] += 2 * branch
+    torch.testing.assert_close(dropped, expected)
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
 def test_attention_interfaces_agree(attention):
     model = build(use_qk_norm=True)
@@ -173,7 +219,7 @@ def test_drop_path_keeps_the_expectation():
     with torch.no_grad():
         full = layer.eval()(states) - states
         layer.train()
-        drawn = layer._residual(states, None, lambda x, _: torch.ones_like(x)) - states
+        drawn = layer._residual(states, torch.ones_like) - states
     assert sorted(drawn.mean((1, 2)).round().unique().tolist()) == [0.0, 2.0]
     assert drawn.mean().item() == pytest.approx(1.0)
     assert full.abs().sum() > 0

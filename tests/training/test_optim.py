@@ -31,7 +31,7 @@ def test_each_parameter_has_the_rate_of_its_layer(model):
         "backbone.embeddings.class_token": (0.8 * 0.5**3, 0.0),
         "backbone.embeddings.register_tokens": (0.8 * 0.5**3, 0.0),
         "backbone.embeddings.position_embedding": (0.8 * 0.5**3, 0.0),
-        "backbone.layers.0.attention.qkv.weight": (0.8 * 0.5**2, 0.1),
+        "backbone.layers.0.attention.query.weight": (0.8 * 0.5**2, 0.1),
         "backbone.layers.2.mlp.up_projection.bias": (0.8, 0.0),
         "backbone.layers.2.layer_scale1.gain": (0.8, 0.0),
         "backbone.norm.weight": (0.8, 0.0),

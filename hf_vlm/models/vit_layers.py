@@ -1,0 +1,238 @@
+"""Parts of the encoder: patches, positions, attention, the MLP and the layer of them."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_vlm_vit import VLMViTConfig
+
+Positions = tuple[Tensor, Tensor] | None
+
+
+def patchify(pixel_values: Tensor, patch_hw: tuple[int, int]) -> Tensor:
+    """Cuts images (batch, channels, height, width) into patches (batch, patches, channels x patch h x patch w).
+
+    Values of a patch are in the order of a convolution kernel, so a patch-embedding convolution is a linear layer.
+    """
+    batch, channels, height, width = pixel_values.shape
+    ph, pw = patch_hw
+    grid = pixel_values.reshape(batch, channels, height // ph, ph, width // pw, pw)
+    return grid.permute(0, 2, 4, 1, 3, 5).reshape(batch, (height // ph) * (width // pw), channels * ph * pw)
+
+
+def unpatchify(patches: Tensor, grid_hw: tuple[int, int], patch_hw: tuple[int, int]) -> Tensor:
+    """Puts patches (batch, patches, values) back into images (batch, channels, height, width)."""
+    (rows, columns), (ph, pw) = grid_hw, patch_hw
+    grid = patches.reshape(len(patches), rows, columns, -1, ph, pw)
+    return grid.permute(0, 3, 1, 4, 2, 5).reshape(len(patches), -1, rows * ph, columns * pw)
+
+
+def gather_tokens(tokens: Tensor, indices: Tensor) -> Tensor:
+    """Picks tokens (batch, tokens, dim) by indices (batch, picked): (batch, picked, dim)."""
+    return tokens.gather(1, indices[:, :, None].expand(-1, -1, tokens.shape[-1]))
+
+
+def sincos_positions(dim: int, grid_hw: tuple[int, int], device: torch.device | None = None) -> Tensor:
+    """Fixed 2-D sin-cos positions (patches, dim) of MAE (arXiv 2111.06377): half the width a row, half a column."""
+    rows, columns = (torch.arange(n, dtype=torch.float32, device=device) for n in grid_hw)
+    omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float32, device=device) / (dim // 4))  # (dim / 4,)
+    y, x = (coordinate[:, None] * omega for coordinate in (rows, columns))  # (rows, dim / 4), (columns, dim / 4)
+    along_x = torch.cat([x.sin(), x.cos()], dim=-1)[None].expand(len(rows), -1, -1)
+    along_y = torch.cat([y.sin(), y.cos()], dim=-1)[:, None].expand(-1, len(columns), -1)
+    return torch.cat([along_x, along_y], dim=-1).flatten(0, 1)  # (rows * columns, dim)
+
+
+def rope_positions(head_dim: int, theta: float, grid_hw: tuple[int, int], device: torch.device) -> Tensor:
+    """Angles (patches, head_dim) of DINOv3's axial rotary positions: patch centres in -1..1, not learned."""
+    inv_freq = theta ** -torch.arange(0, 1, 4 / head_dim, dtype=torch.float32, device=device)  # (head_dim / 4,)
+    rows, columns = (2 * (torch.arange(n, device=device) + 0.5) / n - 1 for n in grid_hw)
+    centres = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).flatten(0, 1)  # (patches, 2)
+    angles = 2 * math.pi * centres[:, :, None] * inv_freq  # (patches, 2, head_dim / 4)
+    return angles.flatten(1).tile(2)  # (patches, head_dim)
+
+
+def rotate(states: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
+    """Turns queries or keys (batch, heads, tokens, head_dim); class and register tokens stay as they are."""
+    cos, sin = positions
+    num_prefix = states.shape[-2] - cos.shape[-2]
+    prefix, patches = states[:, :, :num_prefix], states[:, :, num_prefix:]
+    first, second = patches.chunk(2, dim=-1)
+    turned = patches * cos + torch.cat([-second, first], dim=-1) * sin
+    return torch.cat([prefix, turned], dim=-2)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Plain attention over (batch, heads, tokens, head_dim); returns (batch, tokens, heads, head_dim) and weights."""
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = F.dropout(scores.softmax(dim=-1), p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def build_norm(config: VLMViTConfig, size: int) -> nn.Module:
+    """A normalisation layer of the kind that the configuration names."""
+    norm_class = nn.RMSNorm if config.norm_type == "rmsnorm" else nn.LayerNorm
+    return norm_class(size, eps=config.layer_norm_eps)
+
+
+class VLMViTAttention(nn.Module):
+    """Multi-head attention through transformers' attention interface, of tokens to themselves or to a context."""
+
+    def __init__(self, config: VLMViTConfig):
+        super().__init__()
+        size = config.hidden_size
+        self.config = config
+        self.head_dim = size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        # Three products are as fast as one, and need no copies to be taken apart and, backwards, put together.
+        self.query, self.key, self.value = (nn.Linear(size, size, bias=config.qkv_bias) for _ in range(3))
+        self.query_norm = build_norm(config, self.head_dim) if config.use_qk_norm else nn.Identity()
+        self.key_norm = build_norm(config, self.head_dim) if config.use_qk_norm else nn.Identity()
+        self.projection = nn.Linear(size, size)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        positions: Positions = None,
+        context: Tensor | None = None,
+        context_positions: Positions = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if context is None:
+            context, context_positions = hidden_states, positions
+        query = self.query_norm(self._heads(self.query(hidden_states)))  # (batch, heads, tokens, head_dim)
+        key = self.key_norm(self._heads(self.key(context)))  # (batch, heads, context, head_dim)
+        value = self._heads(self.value(context))
+        if positions is not None:
+            query = rotate(query, positions)
+        if context_positions is not None:
+            key = rotate(key, context_positions)
+        attend: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        dropout = self.config.attention_dropout if self.training else 0.0
+        output, weights = attend(self, query, key, value, None, scaling=self.scaling, dropout=dropout, **kwargs)
+        return self.projection(output.flatten(2)), weights
+
+    def _heads(self, states: Tensor) -> Tensor:
+        return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+class VLMViTMLP(nn.Module):
+    """The feed-forward block, gated (SwiGLU) when the configuration asks for it."""
+
+    def __init__(self, config: VLMViTConfig):
+        super().__init__()
+        self.activation = ACT2FN[config.hidden_act]
+        if config.use_gated_mlp:
+            self.gate_projection = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.up_projection = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down_projection = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.use_gate = config.use_gated_mlp
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        up = self.up_projection(hidden_states)
+        inner = self.activation(self.gate_projection(hidden_states)) * up if self.use_gate else self.activation(up)
+        return self.down_projection(inner)
+
+
+class LayerScale(nn.Module):
+    """A learned gain a channel on a residual branch (arXiv 2103.17239)."""
+
+    def __init__(self, size: int, value: float):
+        super().__init__()
+        self.value = value
+        self.gain = nn.Parameter(torch.empty(size))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states * self.gain
+
+
+class VLMViTLayer(GradientCheckpointingLayer):
+    """Pre-norm transformer block with LayerScale and batch-subset stochastic depth.
+
+    Its tokens attend to themselves, or to a `context` (batch, context, dim), which stays as it is: where only some
+    tokens are needed after a layer, only these are given, with all of them as their context.
+    """
+
+    def __init__(self, config: VLMViTConfig, drop_path_rate: float = 0.0):
+        super().__init__()
+        scale = config.layerscale_value
+        self.drop_path_rate = drop_path_rate
+        self.norm1 = build_norm(config, config.hidden_size)
+        self.attention = VLMViTAttention(config)
+        self.layer_scale1 = nn.Identity() if scale is None else LayerScale(config.hidden_size, scale)
+        self.norm2 = build_norm(config, config.hidden_size)
+        self.mlp = VLMViTMLP(config)
+        self.layer_scale2 = nn.Identity() if scale is None else LayerScale(config.hidden_size, scale)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        positions: Positions = None,
+        context: Tensor | None = None,
+        context_positions: Positions = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        hidden_states = self._residual(hidden_states, self._attend, positions, context, context_positions, **kwargs)
+        return self._residual(hidden_states, self._feed)
+
+    def _attend(
+        self, states: Tensor, positions: Positions, context: Tensor | None, context_positions: Positions, **kwargs: Any
+    ) -> Tensor:
+        normed = None if context is None else self.norm1(context)
+        return self.layer_scale1(self.attention(self.norm1(states), positions, normed, context_positions, **kwargs)[0])
+
+    def _feed(self, states: Tensor) -> Tensor:
+        return self.layer_scale2(self.mlp(self.norm2(states)))
+
+    def _residual(self, states: Tensor, branch: Callable[..., Tensor], *inputs: Any, **kwargs: Any) -> Tensor:
+        """Adds a branch; in training it is computed only for the samples that stochastic depth keeps (DINOv2)."""
+        if not self.training or self.drop_path_rate == 0:
+            return states + branch(states, *inputs, **kwargs)
+        batch = len(states)
+        num_kept = max(1, round(batch * (1 - self.drop_path_rate)))
+        kept = torch.randperm(batch, device=states.device)[:num_kept]
+        update = branch(states[kept], *(_pick(value, kept, batch) for value in inputs), **kwargs)
+        return states.index_add(0, kept, update.to(states.dtype), alpha=batch / num_kept)
+
+
+def _pick(value: Any, kept: Tensor, batch: int) -> Any:
+    """The kept samples of what has one entry a sample; rotary positions may be the same for all of them."""
+    if isinstance(value, tuple):
+        return tuple(_pick(part, kept, batch) for part in value)
+    return value[kept] if value is not None and len(value) == batch else value
+
+
+__all__ = [
+    "LayerScale",
+    "Positions",
+    "VLMViTAttention",
+    "VLMViTLayer",
+    "build_norm",
+    "eager_attention_forward",
+    "gather_tokens",
+    "patchify",
+    "rope_positions",
+    "rotate",
+    "sincos_positions",
+    "unpatchify",
+]

@@ -1,0 +1,108 @@
+"""Where models run, and how matrices are multiplied there."""
+
+import contextlib
+import functools
+import time
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+
+__all__ = ["allow_fast_matmul", "place", "suit_cpu"]
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+MAX_ERROR = 2e-6  # relative to the result: float32 gives 2e-7, bfloat16 3e-3
+MIN_GAIN = 1.2  # as many times faster must the other kernels be
+ATTENTION = "sdpa_usual_products"
+
+_setting: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+
+
+def place(model: Model, device: str | torch.device | None = None) -> Model:
+    """Move a model to a device, by default the accelerator where there is one, with the kernels that suit it there."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    model.to(torch.device(device or accelerator or "cpu"))
+    if model.device.type == "cpu":
+        suit_cpu(model)
+    return model
+
+
+def suit_cpu(model: PreTrainedModel) -> None:
+    """Let a model on the CPU multiply by the fastest exact kernels."""
+    if allow_fast_matmul() and model.config._attn_implementation == "sdpa":
+        ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attend)
+        model.set_attn_implementation(ATTENTION)
+
+
+@functools.cache
+def allow_fast_matmul() -> bool:
+    """Multiply float32 matrices on the CPU by oneDNN where that is exact and faster; returns whether it is so.
+
+    torch takes MKL, which runs at half speed on AMD's processors, unless it may round to bfloat16. Where there are no
+    AMX units nothing is rounded even so, and oneDNN's float32 kernels come in: 2.2 times as fast. Both are tried here
+    on a small product, once a process, and the setting is left as it was where it rounds or gains nothing.
+    """
+    before = _setting.fp32_precision
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(512, 512, generator=generator) for _ in range(2))
+    exact = left.double() @ right.double()
+    usual = _seconds(left, right)
+    _setting.fp32_precision = "bf16"
+    error = ((left @ right).double() - exact).norm() / exact.norm()
+    if error <= MAX_ERROR and _seconds(left, right) * MIN_GAIN <= usual:
+        return True
+    _setting.fp32_precision = before
+    return False
+
+
+def _seconds(left: Tensor, right: Tensor) -> float:
+    """Time of a product: the least of a few, the first of which make the kernel."""
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        left @ right
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+@contextlib.contextmanager
+def _usual_products() -> Iterator[None]:
+    before = _setting.fp32_precision
+    _setting.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        _setting.fp32_precision = before
+
+
+class _FusedAttention(torch.autograd.Function):
+    """Fused attention by the usual products, forwards and backwards.
+
+    It multiplies small pieces, for each of which oneDNN would be called anew: that is eight times as slow.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, scaling: float, dropout: float, *inputs: Tensor) -> Tensor:
+        with torch.enable_grad(), _usual_products():
+            ctx.inputs = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in inputs]
+            query, key, value = ctx.inputs
+            ctx.output = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scaling)
+        return ctx.output.detach()  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        wanted = [tensor for tensor in ctx.inputs if tensor.requires_grad]
+        with _usual_products():
+            gradients = iter(torch.autograd.grad(ctx.output, wanted, gradient))
+        return None, None, *(next(gradients) if tensor.requires_grad else None for tensor in ctx.inputs)
+
+
+def _attend(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *, scaling: float, dropout: float, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Attention of (batch, heads, tokens, dim), as transformers' interface has it: (batch, tokens, heads, dim)."""
+    return _FusedAttention.apply(scaling, dropout, query, key, value).transpose(1, 2), None
