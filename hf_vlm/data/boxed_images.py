@@ -12,6 +12,7 @@ import pyarrow as pa
 from tqdm.auto import tqdm
 
 from hf_vlm.data.checks import check_boxes
+from hf_vlm.data.files import can_list
 from hf_vlm.data.indexed import TableReader, indexed_stream
 from hf_vlm.data.schema import image_feature, objects_feature
 
@@ -101,7 +102,7 @@ def existing(paths: Iterable[Path]) -> set[Path]:
     """Those of the paths that are there, by listing each folder once; web servers cannot list and have all."""
     paths = set(paths)
     folders = {path.parent for path in paths}
-    unlisted = {folder for folder in folders if str(folder).startswith(("http://", "https://"))}
+    unlisted = {folder for folder in folders if not can_list(folder)}
     there = {path for folder in folders - unlisted if folder.is_dir() for path in folder.iterdir()}
     return {path for path in paths if path in there or path.parent in unlisted}
 

@@ -11,6 +11,7 @@ import datasets
 import numpy as np
 
 from hf_vlm.data.boxed_images import Boxes, existing, labelled_stream
+from hf_vlm.data.files import can_list, exists, is_folder, read_bytes
 from hf_vlm.data.splits import canonical_split, choose_split, describe_folder, group_by_split, listing
 
 __all__ = ["find_coco_files", "open_coco"]
@@ -32,8 +33,9 @@ def open_coco(source: Path, split: str, *, num_samples: int | None = None) -> da
     Raises:
         ValueError: There is no such split; the json is not COCO; its ids do not fit each other; or images are missing.
     """
-    root = source if source.is_dir() else source.parent
-    files = find_coco_files(source) if source.is_dir() else [source]
+    is_file = not is_folder(source)
+    root = source.parent if is_file else source
+    files = [source] if is_file else find_coco_files(source)
     if not files:
         raise ValueError(f"{source} holds no COCO json; {describe_folder(source)}")
     chosen = choose_split(group_by_split(files, root), split, source)
@@ -75,7 +77,7 @@ def _looks_like_coco(path: Path) -> bool:
 
 def _load(path: Path) -> Record:
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_bytes(path))
     except ValueError as error:
         raise ValueError(f"{path} is not json: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):
@@ -104,10 +106,10 @@ def _image_paths(images: Sequence[Record], file: Path, root: Path, split: str) -
     """Paths of the images, in the first folder that has the first of them."""
     folders = list(_image_folders(file, root, split))
     names = [image["file_name"] for image in images]
-    folder = next((folder for folder in folders if (folder / names[0]).is_file()), None)
+    folder = next((folder for folder in folders if exists(folder / names[0])), None)
     if folder is None:
         # The first image alone may be missing: then the message should tell that, not doubt the folder.
-        folder = next((folder for folder in folders if any((folder / name).is_file() for name in names[:100])), None)
+        folder = next((folder for folder in folders if any(exists(folder / name) for name in names[:100])), None)
     if folder is None:
         raise ValueError(f"{file}: the image {names[0]} is in none of the folders {', '.join(map(str, folders))}")
     paths = [folder / name for name in names]
@@ -123,8 +125,7 @@ def _image_folders(file: Path, root: Path, split: str) -> Iterator[Path]:
     base = file.parent.parent if file.parent.name == "annotations" else file.parent
     stem = file.stem.removeprefix("instances_")
     wanted = canonical_split(split)
-    is_listed = not str(base).startswith(("http://", "https://"))  # web servers cannot list
-    names = sorted(path.name for path in base.iterdir()) if is_listed else []
+    names = sorted(path.name for path in base.iterdir()) if can_list(base) else []
     split_folders = [name for name in names if canonical_split(name) == wanted]
     for name in (stem, *split_folders):
         yield base / "images" / name

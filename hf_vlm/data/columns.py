@@ -4,13 +4,13 @@ import hashlib
 import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 
 from hf_vlm.data.boxes import clean_boxes
+from hf_vlm.data.files import join
 from hf_vlm.data.schema import image_feature, objects_feature
 from hf_vlm.data.splits import listing
 
@@ -179,8 +179,8 @@ class RowReader:
             data, path = value.get("bytes"), value.get("path")
         else:
             data, path = (None, value) if isinstance(value, str) else (value, None)
-        if data is None and path is not None and self.folder is not None and "://" not in path:
-            path = str(Path(self.folder, path))
+        if data is None and path is not None and self.folder is not None:
+            path = join(self.folder, path)
         return {"bytes": data, "path": path}
 
     def _position(self, row: Row, example: Row) -> int:

@@ -9,17 +9,20 @@ import os
 from typing import Any
 
 import cv2
-import fsspec
 import numpy as np
 from PIL import Image, ImageOps
 
-from hf_vlm.data.image_header import ImageHeader, read_header
+from hf_vlm.data.files import display, read_bytes, reason
+from hf_vlm.data.image_header import ImageHeader, read_header, read_tiff_size
 
 __all__ = ["BadImageError", "decode_image", "read_image_bytes"]
 
 Array = np.ndarray[Any, Any]
 
 EncodedImage = dict[str, Any] | bytes | str | os.PathLike[str]
+
+MAX_ENCODED_BYTES = 2**29  # of one image; a larger file is none, and would fill the memory of every worker
+NUM_WAITS = 3  # for an image's own server: lists of URLs name many that are gone for good
 
 # Of these opencv makes what Pillow makes; it drops alpha and reads the colours of CMYK differently.
 OPENCV_MODES = frozenset({"1", "L", "P", "RGB", "I;16", "I;16B"})
@@ -71,15 +74,14 @@ def read_image_bytes(image: EncodedImage) -> bytes:
     """The encoded bytes of an image, read from its file or URL where they are not given.
 
     Raises:
-        BadImageError: There are none.
+        BadImageError: There are none, or more than `MAX_ENCODED_BYTES`.
     """
     data = (image.get("bytes") or image.get("path")) if isinstance(image, dict) else image
     if isinstance(data, str | os.PathLike):
         try:
-            with fsspec.open(data, "rb") if "://" in str(data) else open(data, "rb") as file:
-                data = file.read()
+            data = read_bytes(data, limit=MAX_ENCODED_BYTES, num_waits=NUM_WAITS)
         except Exception as error:  # of many kinds for URLs
-            raise BadImageError(f"{_name(image)}: {error}") from error
+            raise BadImageError(f"{_name(image)}: {reason(error)}") from error
     if not data:
         raise BadImageError(f"{_name(image)}: no bytes")
     return data
@@ -88,15 +90,13 @@ def read_image_bytes(image: EncodedImage) -> bytes:
 def _decode(data: bytes, num_channels: int, at_least: tuple[int, int] | None) -> tuple[Array, tuple[int, int]]:
     header = read_header(data)
     if header is None:  # opencv alone knows some, as TIFF with 16-bit colours
+        _check_size(read_tiff_size(data) or (0, 0))
         array = _read_with_opencv(data, READ_FLAGS[num_channels])
         if array is None:
             raise BadImageError("not an image of a known format")
+        _check_size(array.shape[:2])  # opencv, which refuses 2**30 pixels itself, alone knows that of other formats
         return array, array.shape[:2]
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and header.height * header.width > limit:
-        raise BadImageError(
-            f"{header.width}x{header.height} pixels are more than the {limit} that PIL.Image.MAX_IMAGE_PIXELS allows"
-        )
+    _check_size((header.height, header.width))
     # libtiff turns some TIFFs by itself, depending on how they are stored.
     is_turned_tiff = header.format == "TIFF" and header.orientation != 1
     if header.mode in OPENCV_MODES and not header.has_alpha and not is_turned_tiff:
@@ -105,6 +105,15 @@ def _decode(data: bytes, num_channels: int, at_least: tuple[int, int] | None) ->
             return array, (header.width, header.height) if header.orientation >= 5 else (header.height, header.width)
     array = _decode_with_pillow(data, num_channels)
     return array, array.shape[:2]
+
+
+def _check_size(size: tuple[int, ...]) -> None:
+    height, width = size
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and height * width > limit:
+        raise BadImageError(
+            f"{width}x{height} pixels are more than the {limit} that PIL.Image.MAX_IMAGE_PIXELS allows"
+        )
 
 
 def _decode_with_opencv(
@@ -164,7 +173,7 @@ def _decode_with_pillow(data: bytes, num_channels: int) -> Array:
 def _name(image: object) -> str:
     """Path of an image for messages, or its first bytes where it has no path."""
     if isinstance(image, dict):
-        return str(image["path"]) if image.get("path") else _name(image.get("bytes"))
+        return display(image["path"]) if image.get("path") else _name(image.get("bytes"))
     if isinstance(image, bytes):
         return f"image of {len(image)} bytes beginning with {image[:8]!r}"
-    return "image without bytes and path" if image is None else str(image)
+    return "image without bytes and path" if image is None else display(image)

@@ -1,21 +1,52 @@
 """Files on disk and behind URLs."""
 
+import functools
+import io
+import logging
 import os
+import posixpath
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, cast
-from urllib.parse import urlsplit, urlunsplit
+from typing import IO, Any, TypeVar, cast
 
+import aiohttp
 import fsspec
 from upath import UPath
 
-__all__ = ["display", "expand_braces", "find_paths", "is_folder", "is_remote", "open_binary", "reason"]
+__all__ = [
+    "UnreachableError",
+    "can_list",
+    "display",
+    "exists",
+    "expand_braces",
+    "find_paths",
+    "is_folder",
+    "is_remote",
+    "join",
+    "open_binary",
+    "read_bytes",
+    "reason",
+    "retried",
+    "without_secrets",
+]
 
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+# Seconds between tries; together they outlast the restart of a server.
+WAITS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+URL = re.compile(r"(\w[\w+.-]*://)(?:[^/?#]*@)?([^?#]*).*", re.DOTALL)  # without user and password; without query
 BRACES = re.compile(r"\{([^{}]*)\}")
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 BLOCK_SIZE = 2**22  # bytes of a request: a pass over a file makes few of them
+
+
+class UnreachableError(OSError):
+    """What a server has could not be read in any of several tries."""
 
 
 def is_remote(path: object) -> bool:
@@ -23,28 +54,110 @@ def is_remote(path: object) -> bool:
     return not isinstance(path, list) and "://" in str(path)
 
 
+def can_list(path: object) -> bool:
+    """Whether folders can be listed where a path is: web servers alone cannot."""
+    return not str(path).startswith(("http://", "https://"))
+
+
 def display(path: object) -> str:
     """A path or URL for messages and records: without a password, and without the query, which may hold a key."""
     if not is_remote(path):
         return ", ".join(map(display, path)) if isinstance(path, list) else str(path)
-    parts = urlsplit(str(path))
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    return URL.sub(r"\1\2", str(path))
+
+
+def without_secrets(text: str) -> str:
+    """A text whose URLs are shown as `display` shows them."""
+    return re.sub(r"\w+://\S+", lambda found: display(found[0]), text)
 
 
 def reason(error: Exception) -> str:
     """What an error of a file system says; URLs in it are shown as `display` shows them."""
+    status = None if isinstance(error, UnreachableError) else _status(error)
+    text = str(error) if status is None else f"the server answers with the status {status}"
+    return without_secrets(text or type(error).__name__)
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An error and those that led to it."""
     cause: BaseException | None = error
-    while cause is not None and getattr(cause, "status", None) is None:
+    while cause is not None:
+        yield cause
         cause = None if isinstance(cause, ImportError) else cause.__cause__
-    text = str(error) if cause is None else f"the server answers with the status {getattr(cause, 'status', None)}"
-    return re.sub(r"\w+://\S+", lambda found: display(found[0]), text or type(error).__name__)
+
+
+def _status(error: Exception) -> int | None:
+    """The status that a server answered with, where it did."""
+    statuses = (getattr(cause, "status", None) for cause in _causes(error))
+    return next((status for status in statuses if isinstance(status, int)), None)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the next try may succeed: the server is busy, restarting or was not reached."""
+    status = _status(error)
+    if status is not None and status >= 400:
+        return status == 429 or status >= 500
+    passing = (ConnectionError, TimeoutError, aiohttp.ClientConnectionError, aiohttp.ClientPayloadError)
+    return any(
+        isinstance(cause, passing) and not isinstance(cause, aiohttp.ClientConnectorCertificateError)
+        for cause in _causes(error)
+    )
+
+
+def retried(path: object, read: Callable[[], Result], *, num_waits: int | None = None) -> Result:
+    """What a function reads of a URL; errors of the network that may pass are waited for.
+
+    Args:
+        path: Named in the log and in the error.
+        num_waits: How many of `WAITS`; None for all.
+
+    Raises:
+        UnreachableError: The last try failed too.
+    """
+    waits = WAITS[:num_waits]
+    for wait in waits:
+        try:
+            return read()
+        except Exception as error:  # of many kinds: file systems have their own
+            if not _may_pass(error):
+                raise
+            logger.warning("%s: %s; trying again in %g s", display(path), reason(error), wait)
+            time.sleep(wait)
+    try:
+        return read()
+    except Exception as error:
+        if not _may_pass(error):
+            raise
+        raise UnreachableError(
+            f"{reason(error)}, {len(waits) + 1} times in {sum(waits):g} s; see whether the server and the network "
+            "are up, then start again"
+        ) from error
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a path is a folder; of a URL with the ending of a file this is not asked: a server might send it all."""
-    if is_remote(path) and PurePosixPath(display(path)).suffix:
+    """Whether a path is a folder; of a web page with the ending of a file this is not asked: it may be sent whole."""
+    if not can_list(path) and PurePosixPath(display(path)).suffix:
         return False
     return path.is_dir()
+
+
+def exists(path: Path) -> bool:
+    """Whether a path or URL is there. `Path.exists` says no, too, where a web server is busy."""
+    if can_list(path):
+        return path.exists()
+    file_system, inner = fsspec.url_to_fs(str(path))
+    try:
+        return bool(retried(path, lambda: file_system.info(inner)))
+    except FileNotFoundError:
+        return False
+
+
+def join(folder: str, name: str) -> str:
+    """The path or URL of what a file in a folder names, unless that is an absolute path or a URL itself."""
+    if not is_remote(folder) or is_remote(name) or name.startswith("/"):
+        return name if is_remote(name) else str(Path(folder, name))
+    protocol, _, inner = folder.partition("://")
+    return f"{protocol}://{posixpath.normpath(posixpath.join(inner, name))}"
 
 
 def expand_braces(text: str) -> Iterator[str]:
@@ -74,7 +187,7 @@ def find_paths(source: str) -> list[Path]:
         file_system, path = fsspec.core.url_to_fs(pattern)
         paths += [
             cast(Path, UPath(file_system.unstrip_protocol(found)) if is_remote(pattern) else UPath(found))
-            for found in sorted(file_system.glob(path))
+            for found in sorted(retried(pattern, functools.partial(file_system.glob, path)))
         ]
     if not paths:
         raise ValueError(f"no file matches {display(source)}")
@@ -82,7 +195,7 @@ def find_paths(source: str) -> list[Path]:
 
 
 def open_binary(path: object, *, read_ahead: bool = True) -> IO[bytes]:
-    """Open a path or a URL of any protocol that fsspec knows.
+    """Open a path or a URL of any protocol that fsspec knows; errors of the network that may pass are waited for.
 
     Args:
         read_ahead: Ask a server for more than is read, as suits reading from front to back.
@@ -90,8 +203,90 @@ def open_binary(path: object, *, read_ahead: bool = True) -> IO[bytes]:
     Raises:
         OSError: It is not there or cannot be reached.
     """
-    if not is_remote(path):
-        return open(str(path), "rb")
-    cache = "readahead" if read_ahead else "none"
-    file: Any = fsspec.open(str(path), "rb", cache_type=cache, block_size=BLOCK_SIZE)
-    return file.open()  # type: ignore[no-any-return]
+    return cast(IO[bytes], _RemoteFile(str(path), read_ahead)) if is_remote(path) else open(str(path), "rb")
+
+
+def read_bytes(path: object, *, limit: int | None = None, num_waits: int | None = None) -> bytes:
+    """All bytes of a file on disk or behind a URL.
+
+    Args:
+        limit: Bytes that it may have.
+        num_waits: See `retried`.
+
+    Raises:
+        OSError: It is not there or cannot be reached.
+        ValueError: It has more bytes than the limit.
+    """
+    if is_remote(path):
+        return retried(path, lambda: _read_remote(str(path), limit), num_waits=num_waits)
+    with open(str(path), "rb") as file:
+        _check_size(os.fstat(file.fileno()).st_size, limit)
+        return file.read()
+
+
+def _read_remote(path: str, limit: int | None) -> bytes:
+    with _open_remote(path, "readahead") as file:
+        size = getattr(file, "size", None)
+        _check_size(size or 0, limit)
+        content = bytearray()
+        while chunk := file.read(-1 if limit is None else BLOCK_SIZE if size is None else size):
+            content += chunk
+            _check_size(len(content), limit)
+    _check_complete(len(content), size or 0)
+    return bytes(content)
+
+
+def _check_size(size: int, limit: int | None) -> None:
+    if limit is not None and size > limit:
+        raise ValueError(f"{size} bytes are more than the {limit} that one file may have")
+
+
+def _check_complete(num_read: int, num_expected: int) -> None:
+    """A connection that ends early may look like the end of the file."""
+    if num_read < num_expected:
+        raise ConnectionError(f"the connection ended after {num_read} of {num_expected} bytes")
+
+
+def _open_remote(path: str, cache: str) -> Any:
+    return fsspec.open(path, "rb", cache_type=cache, block_size=BLOCK_SIZE).open()
+
+
+class _RemoteFile(io.RawIOBase):
+    """A file behind a URL, opened anew where it was when reading fails."""
+
+    def __init__(self, path: str, read_ahead: bool) -> None:
+        self.path, self.cache = path, "readahead" if read_ahead else "none"
+        self.file = retried(path, lambda: _open_remote(path, self.cache))
+        self.is_broken = False
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return int(self.file.tell())
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return int(self.file.seek(offset, whence))
+
+    def read(self, size: int = -1) -> bytes:
+        position = self.tell()
+        return retried(self.path, lambda: self._read_at(position, size))
+
+    def _read_at(self, position: int, size: int) -> bytes:
+        if self.is_broken:
+            self.file = _open_remote(self.path, self.cache)
+            self.file.seek(position)
+        self.is_broken = True
+        content: bytes = self.file.read(size)
+        remaining = max((getattr(self.file, "size", None) or 0) - position, 0)
+        _check_complete(len(content), remaining if size < 0 else min(size, remaining))
+        self.is_broken = False
+        return content
+
+    def close(self) -> None:
+        if not self.closed:
+            self.file.close()
+        super().close()

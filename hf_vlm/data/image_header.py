@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from PIL import Image, UnidentifiedImageError
 
-__all__ = ["ImageHeader", "read_header"]
+__all__ = ["ImageHeader", "read_header", "read_tiff_size"]
 
-ORIENTATION_TAG = 0x0112
+WIDTH_TAG, HEIGHT_TAG, ORIENTATION_TAG = 0x0100, 0x0101, 0x0112
+LONG = 4  # type of a tag's value that fills its four bytes; that of a SHORT is the first two
 # JPEG markers that start a frame and hold its size; DHT (C4), JPG (C8) and DAC (CC) lie among them.
 FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 JPEG_MODES = {1: "L", 3: "RGB", 4: "CMYK"}
@@ -67,24 +68,31 @@ def _read_jpeg_header(data: bytes) -> ImageHeader | None:
             if position + 10 > len(data):
                 return None
             _, height, width, num_components = struct.unpack_from(">BHHB", data, position + 4)
+            orientation = orientation if orientation in range(1, 9) else 1
             return ImageHeader("JPEG", JPEG_MODES.get(num_components, ""), height, width, orientation)
         if marker == 0xE1 and data[position + 4 : position + 10] == b"Exif\0\0":
-            orientation = _read_orientation(data[position + 10 : position + 2 + length])
+            orientation = _read_tags(data[position + 10 : position + 2 + length]).get(ORIENTATION_TAG, 1)
         position += 2 + length
     return None
 
 
-def _read_orientation(exif: bytes) -> int:
-    """The orientation in the first directory of a TIFF structure; 1 where it is missing or makes no sense."""
-    order = {b"II": "<", b"MM": ">"}.get(exif[:2])
-    if order is None or len(exif) < 8:
-        return 1
-    (directory,) = struct.unpack_from(order + "I", exif, 4)
-    if directory + 2 > len(exif):
-        return 1
-    (num_entries,) = struct.unpack_from(order + "H", exif, directory)
-    for entry in range(directory + 2, min(directory + 2 + 12 * num_entries, len(exif) - 11), 12):
-        tag, _, _, value = struct.unpack_from(order + "HHIH", exif, entry)
-        if tag == ORIENTATION_TAG:
-            return value if value in range(1, 9) else 1
-    return 1
+def read_tiff_size(data: bytes) -> tuple[int, int] | None:
+    """Height and width of the first image of a TIFF in pixels, also where Pillow does not know its kind of pixels."""
+    tags = _read_tags(data)
+    return (tags[HEIGHT_TAG], tags[WIDTH_TAG]) if {HEIGHT_TAG, WIDTH_TAG} <= tags.keys() else None
+
+
+def _read_tags(tiff: bytes) -> dict[int, int]:
+    """The first directory of a TIFF structure, its values taken as numbers; empty where it makes no sense."""
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
+    if order is None or len(tiff) < 8:
+        return {}
+    (directory,) = struct.unpack_from(order + "I", tiff, 4)
+    if directory + 2 > len(tiff):
+        return {}
+    (num_entries,) = struct.unpack_from(order + "H", tiff, directory)
+    tags = {}
+    for entry in range(directory + 2, min(directory + 2 + 12 * num_entries, len(tiff) - 11), 12):
+        tag, kind = struct.unpack_from(order + "HH", tiff, entry)
+        (tags[tag],) = struct.unpack_from(order + ("I" if kind == LONG else "H"), tiff, entry + 8)
+    return tags

@@ -36,7 +36,7 @@ def open_imagefolder(folder: Path, split: str, *, num_samples: int | None = None
     Raises:
         ValueError: The folder holds no images, the split is not there, or metadata make no sense.
     """
-    roots = {path.name: path for path in sorted(folder.iterdir()) if path.is_dir() and path.name.lower() in CANONICAL}
+    roots = {path.name: path for path in sorted(folder.iterdir()) if path.name.lower() in CANONICAL and path.is_dir()}
     images = {name: find_images(root) for name, root in (roots or {"train": folder}).items()}
     images = {name: paths for name, paths in images.items() if paths}
     if not images:

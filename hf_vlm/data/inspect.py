@@ -15,6 +15,7 @@ from hf_vlm.data.boxes import MIN_BOX_SIDE, clean_boxes
 from hf_vlm.data.checks import TOLERANCE
 from hf_vlm.data.decode import BadImageError, decode_image, read_image_bytes
 from hf_vlm.data.duplicates import alike_groups, equal_groups, look_of
+from hf_vlm.data.files import display
 from hf_vlm.data.image_header import read_header
 from hf_vlm.data.report import BoxReport, Finding, Report, Spread, Unreadable, format_report
 
@@ -106,7 +107,7 @@ def inspect_stream(
 def image_name(example: Example) -> str:
     """The path of an example's image, or its id where it has none."""
     path = example["image"].get("path")
-    return str(path) if path else f"image_id {example['image_id']}"
+    return display(path) if path else f"image_id {example['image_id']}"
 
 
 def _batches(examples: Iterable[Example]) -> Iterator[list[Example]]:

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from hf_vlm.data.checks import check_boxes
 from hf_vlm.data.columns import COLUMN_NAMES, POSITION, Categories, ColumnMap, RowReader, find_columns, make_categories
+from hf_vlm.data.files import read_bytes
 from hf_vlm.data.indexed import TableReader, indexed_stream
 from hf_vlm.data.schema import image_feature
 from hf_vlm.data.splits import listing
@@ -111,7 +112,7 @@ def _join(file: Path, name: str) -> str:
 
 def _read_text(file: Path) -> str:
     try:
-        return file.read_bytes().decode("utf-8-sig")
+        return read_bytes(file).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is no text of UTF-8: {error}") from error
 

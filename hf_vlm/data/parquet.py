@@ -27,7 +27,7 @@ from hf_vlm.data.columns import (
 )
 from hf_vlm.data.files import display, is_folder, is_remote, open_binary, reason
 from hf_vlm.data.indexed import generated_stream
-from hf_vlm.data.splits import choose_split, describe_folder, group_by_split, listing
+from hf_vlm.data.splits import choose_split, common_folder, describe_folder, group_by_split, listing
 
 __all__ = ["find_parquet_files", "open_parquet"]
 
@@ -68,7 +68,7 @@ def open_parquet(
 def _find_paths(source: Path | Sequence[Path]) -> tuple[list[Path], Path]:
     """The files, and the folder that their splits are told from."""
     if isinstance(source, Sequence):
-        return list(source), source[0].parent
+        return list(source), common_folder(source)
     if not is_folder(source):
         return [source], source.parent
     paths = find_parquet_files(source)

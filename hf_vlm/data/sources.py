@@ -3,16 +3,18 @@
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, cast
 
 import aiohttp
 import datasets
+from upath import UPath
 
 from hf_vlm.data.coco import find_coco_files, open_coco
 from hf_vlm.data.columns import Categories, ColumnMap, RowReader, find_columns, object_fields, read_categories
-from hf_vlm.data.files import display, find_paths, is_remote, reason
+from hf_vlm.data.files import can_list, display, find_paths, is_remote, reason, without_secrets
 from hf_vlm.data.imagefolder import IMAGE_EXTENSIONS, open_imagefolder
 from hf_vlm.data.mixture import mix_streams
 from hf_vlm.data.parquet import open_parquet
@@ -55,9 +57,10 @@ def open_stream(
     Args:
         source: `scenes`, `scenes:easy` or `scenes:hard` (the built-in images); a Parquet file, a WebDataset tar, or a
             folder of these; a COCO json or a folder with one; a folder of Pascal VOC; a data.yaml of YOLO or its
-            folder; a folder of images; or the id of a dataset on the Hub. Parquet and tars may also be URLs of any
-            protocol that fsspec knows (https, s3, gs, ...), with credentials from its configuration; `{00..31}` and
-            `*` name several files. A mapping of sources to weights mixes them (see `mix_streams`).
+            folder; a folder of images; or the id of a dataset on the Hub. Files and folders may also be URLs of any
+            protocol that fsspec knows (https, s3, gs, ...), with credentials from its configuration; web servers alone
+            have no folders. Of Parquet files and tars, `{00..31}` and `*` name several. A mapping of sources to
+            weights mixes them (see `mix_streams`).
         split: Of the source; `val` and `valid` are `validation`.
         kind: One of `KINDS`; None tells it from the source.
         num_samples: Only the first so many examples.
@@ -99,11 +102,16 @@ def _open_mixture(
 
 def _open_files(source: str, split: str, *, kind: str, num_samples: int | None) -> datasets.IterableDataset:
     """Open what lies on disk or behind a URL."""
-    if is_remote(source) and kind not in FILE_KINDS:
-        raise ValueError(f"{display(source)}: data of the kind {kind!r} must be on disk, or be made Parquet or tars")
-    try:
+    with _explained(source):
         paths = find_paths(source)
-        missing = [path for path in paths if not is_remote(source) and not path.exists()]
+        if kind not in FILE_KINDS and not can_list(source) and SUFFIXES.get(_suffix(source)) != kind:
+            raise ValueError(
+                f"{source}: web servers cannot list the files of a folder, which data of the kind {kind!r} need; give "
+                "the COCO json or the data.yaml of YOLO itself, or make it Parquet or tars"
+            )
+        # Files of a remote source are opened at once, which says so too.
+        missing = [path for path in paths if not (is_remote(source) and kind in FILE_KINDS) and can_list(path)]
+        missing = [path for path in missing if not path.exists()]
         if missing:
             raise ValueError(f"{missing[0]} does not exist{nearest(str(missing[0]), _siblings(missing[0]))}")
         if kind == "imagefolder" and not paths[0].is_dir():
@@ -111,10 +119,21 @@ def _open_files(source: str, split: str, *, kind: str, num_samples: int | None) 
         if len(paths) > 1 and kind not in FILE_KINDS:
             raise ValueError(f"{source} names {len(paths)} files; only {' and '.join(FILE_KINDS)} may be several")
         return OPENERS[kind](paths if len(paths) > 1 else paths[0], split, num_samples=num_samples)
+
+
+@contextmanager
+def _explained(source: str) -> Iterator[None]:
+    """Errors of a remote source as ValueError, without passwords and keys in URLs."""
+    try:
+        yield
     except (OSError, ImportError, aiohttp.ClientError) as error:  # no server, a status, a protocol without its package
         if not is_remote(source):
             raise
         raise ValueError(f"{display(source)} cannot be read: {reason(error)}") from error
+    except ValueError as error:
+        if without_secrets(str(error)) == str(error):
+            raise
+        raise ValueError(without_secrets(str(error))) from error
 
 
 def guess_kind(source: str | Path) -> str:
@@ -124,11 +143,14 @@ def guess_kind(source: str | Path) -> str:
         ValueError: There is nothing of that name, or nothing of a known kind in it.
     """
     text, path = str(source), Path(source).expanduser()
-    if is_remote(text) or re.search(r"[*{]", text):
-        suffix = PurePosixPath(display(text) if is_remote(text) else text).suffix.lower()
-        if suffix not in SUFFIXES:
+    is_pattern = re.search(r"[*{]", text) is not None
+    if is_remote(text) or is_pattern:
+        if _suffix(text) in SUFFIXES:
+            return SUFFIXES[_suffix(text)]
+        if is_pattern or not can_list(text):
             raise ValueError(f"the kind of {display(text)} cannot be told from its name; give the kind of data")
-        return SUFFIXES[suffix]
+        with _explained(text):
+            return _kind_of_folder(cast(Path, UPath(text)))
     if text == "scenes" or text.startswith("scenes:"):
         return "scenes"
     if path.is_dir():
@@ -144,8 +166,19 @@ def guess_kind(source: str | Path) -> str:
     raise ValueError(f"{source} does not exist{nearest(str(path), _siblings(path))}")
 
 
+def _suffix(source: str) -> str:
+    return PurePosixPath(display(source)).suffix.lower()
+
+
 def _kind_of_folder(folder: Path) -> str:
-    suffixes = {os.path.splitext(file)[1].lower() for _, _, files in os.walk(folder) for file in files}
+    """The kind of what a folder holds, on disk or remote."""
+    if isinstance(folder, Path):
+        names = [name for _, _, files in os.walk(folder) for name in files]
+    else:  # a remote one
+        names = folder.fs.find(folder.path)
+    suffixes = {os.path.splitext(name)[1].lower() for name in names}
+    if not suffixes and not folder.exists():
+        raise ValueError(f"{folder} does not exist")
     # Folders with annotations hold images too.
     signs: tuple[tuple[str, Callable[[], Any]], ...] = (
         ("parquet", lambda: ".parquet" in suffixes),

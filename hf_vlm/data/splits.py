@@ -6,7 +6,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import TypeVar
 
-__all__ = ["canonical_split", "choose_split", "describe_folder", "group_by_split", "listing", "nearest", "split_of"]
+from hf_vlm.data.files import display
+
+__all__ = [
+    "canonical_split",
+    "choose_split",
+    "common_folder",
+    "describe_folder",
+    "group_by_split",
+    "listing",
+    "nearest",
+    "split_of",
+]
 
 SPLIT_ALIASES = {
     "train": ("train", "training"),
@@ -75,6 +86,20 @@ def listing(names: Iterable[object], *, num_shown: int = 5) -> str:
     texts = [str(name) for name in names]
     more = f" and {len(texts) - num_shown} more" if len(texts) > num_shown else ""
     return ", ".join(texts[:num_shown]) + more
+
+
+def common_folder(paths: Sequence[Path]) -> Path:
+    """The innermost folder that holds all paths.
+
+    Raises:
+        ValueError: There is none.
+    """
+    folder = paths[0].parent
+    while not all(path.is_relative_to(folder) for path in paths):
+        if folder == folder.parent:
+            raise ValueError(f"{listing(map(display, paths))} have no folder in common; open them one by one")
+        folder = folder.parent
+    return folder
 
 
 def describe_folder(folder: Path) -> str:

@@ -10,10 +10,11 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from hf_vlm.data.columns import ColumnMap
+from hf_vlm.data.decode import MAX_ENCODED_BYTES
 from hf_vlm.data.imagefolder import IMAGE_EXTENSIONS
 from hf_vlm.data.tar import TarMember, walk_tar
 
-__all__ = ["ROLES", "LabelError", "Sample", "labels_of", "read_fields", "read_member", "walk_samples"]
+__all__ = ["ROLES", "LabelError", "Sample", "check_images", "labels_of", "read_fields", "read_member", "walk_samples"]
 
 Row = dict[str, Any]
 
@@ -23,7 +24,7 @@ ROLES = {".cls": "cls", ".json": "json", ".mask.png": "mask", ".seg.png": "mask"
 
 
 class LabelError(ValueError):
-    """Labels in a tar make no sense."""
+    """Labels or images in a tar make no sense."""
 
 
 class Sample(NamedTuple):
@@ -35,7 +36,10 @@ class Sample(NamedTuple):
 
 
 def walk_samples(file: IO[bytes], roles: Collection[str], *, reads_images: bool) -> Iterator[Sample]:
-    """The samples of an open tar, with images or without; other files than those of the roles are left out."""
+    """The samples of an open tar, with images or without; other files than those of the roles are left out.
+
+    Images of more than `MAX_ENCODED_BYTES` are not read.
+    """
     members = ((*_split_name(member.name), member) for member in walk_tar(file))
     # Files as `._0.jpg`, which macOS puts between those of a sample, are no part of it.
     named = (entry for entry in members if not entry[0].endswith("/") and entry[0])
@@ -48,8 +52,16 @@ def walk_samples(file: IO[bytes], roles: Collection[str], *, reads_images: bool)
             if role in ("cls", "json"):
                 sample.texts[role] = read_member(file, member)
             else:
-                sample.images[role] = member, read_member(file, member) if reads_images else None
+                is_read = reads_images and member.size <= MAX_ENCODED_BYTES
+                sample.images[role] = member, read_member(file, member) if is_read else None
         yield sample
+
+
+def check_images(sample: Sample) -> None:
+    """Refuse a sample with an image that is too large to be read."""
+    for member, _ in sample.images.values():
+        if member.size > MAX_ENCODED_BYTES:
+            raise LabelError(f"{member.name} has {member.size} bytes, more than the {MAX_ENCODED_BYTES} that are read")
 
 
 def _split_name(name: str) -> tuple[str, str]:

@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 
 from hf_vlm.data.boxed_images import Boxes, labelled_stream, map_files
+from hf_vlm.data.files import read_bytes
 from hf_vlm.data.imagefolder import IMAGE_EXTENSIONS, find_images
 from hf_vlm.data.splits import CANONICAL, canonical_split, choose_split, describe_folder, group_by_split, listing
 
@@ -107,7 +108,7 @@ def _find_splits(source: Path) -> dict[str, list[Path]]:
         # Files such as car_train.txt list the images of one class.
         lists = [path for path in sorted((root / "ImageSets" / "Main").glob("*.txt")) if "_" not in path.stem]
         for path in lists:
-            names = [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+            names = [line.split()[0] for line in read_bytes(path).decode().splitlines() if line.strip()]
             files = [annotations / f"{name}.xml" for name in names]
             missing = sorted(set(files) - set(there))
             # Test sets come without annotations.
@@ -166,7 +167,7 @@ def _try_parse(file: Path) -> VocImage | ValueError:
 
 
 def _parse(file: Path) -> VocImage:
-    root = ET.fromstring(file.read_bytes(), ET.XMLParser(target=_Builder()))
+    root = ET.fromstring(read_bytes(file), ET.XMLParser(target=_Builder()))
     if root.tag != "annotation":
         raise ValueError(f"its root is <{root.tag}>, not <annotation>")
     width, height = (float(root.findtext(f"size/{side}") or "inf") for side in ("width", "height"))

@@ -14,12 +14,21 @@ from tqdm.auto import tqdm
 
 from hf_vlm.data.checks import check_boxes
 from hf_vlm.data.columns import COLUMN_NAMES, OBJECT_NAMES, Categories, ColumnMap, RowReader, make_categories
-from hf_vlm.data.files import display, is_folder, is_remote, open_binary, reason
+from hf_vlm.data.files import display, is_folder, is_remote, open_binary, read_bytes, reason
 from hf_vlm.data.imagefolder import IMAGE_EXTENSIONS
 from hf_vlm.data.indexed import generated_stream
-from hf_vlm.data.splits import choose_split, describe_folder, group_by_split, listing
+from hf_vlm.data.splits import choose_split, common_folder, describe_folder, group_by_split, listing
 from hf_vlm.data.tar import TarMember
-from hf_vlm.data.tar_samples import ROLES, LabelError, Sample, labels_of, read_fields, read_member, walk_samples
+from hf_vlm.data.tar_samples import (
+    ROLES,
+    LabelError,
+    Sample,
+    check_images,
+    labels_of,
+    read_fields,
+    read_member,
+    walk_samples,
+)
 
 __all__ = ["open_webdataset"]
 
@@ -54,7 +63,7 @@ def open_webdataset(
             labels that opening reads make no sense.
     """
     paths = _find_tars(source)
-    root = _common_folder(paths)
+    root = common_folder(paths)
     splits = group_by_split(paths, root)
     shards = _with_names(choose_split(splits, split, display(source)), root)
     first = _first_samples(shards[0])
@@ -81,15 +90,6 @@ def _find_tars(source: Path | Sequence[Path]) -> list[Path]:
     if not found:
         raise ValueError(f"{source} holds no tar files; {describe_folder(source)}")
     return found
-
-
-def _common_folder(paths: Sequence[Path]) -> Path:
-    folder = paths[0].parent
-    while not all(path.is_relative_to(folder) for path in paths):
-        if folder == folder.parent:
-            raise ValueError(f"the tars {listing(map(display, paths))} have no folder in common; open them one by one")
-        folder = folder.parent
-    return folder
 
 
 def _with_names(paths: Sequence[Path], root: Path) -> list[Shard]:
@@ -132,6 +132,7 @@ class _Reader:
                             without_image.append(sample.key)
                             continue
                         try:
+                            check_images(sample)
                             example = rows(labels_of(sample, self.columns, name))
                         except KeyError as error:
                             wrong.append(f"{sample.key} ({error} is no class)")
@@ -140,9 +141,14 @@ class _Reader:
                             wrong.append(f"{sample.key} ({error})")
                             continue
                         yield example["image_id"], {"file": file, "images": sample.images, "example": example}
+            except OSError as error:  # not of this tar: to pass over it would drop what a server has
+                raise ValueError(f"{display(path)} cannot be read: {reason(error)}") from error
             except ValueError as error:
                 logger.warning("%s: the rest of this tar is passed over: %s", display(path), reason(error))
-            for keys, problem in ((without_image, "without an image"), (wrong, "whose labels make no sense")):
+            for keys, problem in (
+                (without_image, "without an image"),
+                (wrong, "whose labels or images make no sense"),
+            ):
                 if keys:
                     logger.warning(
                         "%s: %d samples %s are passed over: %s", display(path), len(keys), problem, listing(keys)
@@ -250,11 +256,11 @@ def _read_class_names(folders: Sequence[Path]) -> list[str]:
     """The names in the first `classes.txt` of the folders; none where there is none."""
     for folder in dict.fromkeys(folders):
         try:
-            lines = (folder / CLASSES_FILE).read_text(encoding="utf-8-sig").splitlines()
+            lines = read_bytes(folder / CLASSES_FILE).decode("utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
             raise ValueError(f"{display(folder / CLASSES_FILE)} is not text in UTF-8: {error}") from error
         except Exception as error:  # servers have errors of their own kinds
-            if isinstance(error, FileNotFoundError) or getattr(error, "status", None) in (403, 404):
+            if isinstance(error, FileNotFoundError):
                 continue
             raise ValueError(f"{display(folder / CLASSES_FILE)} cannot be read: {reason(error)}") from error
         return [line.strip() for line in lines if line.strip()]

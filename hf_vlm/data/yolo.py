@@ -13,7 +13,7 @@ import numpy as np
 import yaml
 
 from hf_vlm.data.boxed_images import Boxes, existing, labelled_stream, map_files
-from hf_vlm.data.files import is_remote
+from hf_vlm.data.files import UnreachableError, can_list, exists, is_folder, is_remote, read_bytes, retried
 from hf_vlm.data.image_header import read_header
 from hf_vlm.data.imagefolder import find_images
 from hf_vlm.data.splits import CANONICAL, canonical_split, choose_split, describe_folder, listing
@@ -95,7 +95,7 @@ class _Splits:
 
 
 def _data_file(source: Path) -> tuple[Path | None, Path]:
-    if source.is_file():
+    if not is_folder(source):
         return source, source.parent
     return next((source / name for name in DATA_FILES if (source / name).is_file()), None), source
 
@@ -103,7 +103,7 @@ def _data_file(source: Path) -> tuple[Path | None, Path]:
 def _read_data_file(file: Path) -> tuple[_Splits, list[str]]:
     """Where the images of each split are, and names of the classes."""
     try:
-        content = yaml.safe_load(file.read_bytes())
+        content = yaml.safe_load(read_bytes(file))
     except yaml.YAMLError as error:
         raise ValueError(f"{file} is not yaml: {error}") from error
     if not isinstance(content, dict) or not {"names", "nc"} & set(content):
@@ -139,7 +139,7 @@ def _unique(names: list[str], file: Path) -> list[str]:
 def _read_lines(file: Path) -> list[str]:
     """Lines of a text file with their ends stripped."""
     try:
-        return [line.strip() for line in file.read_bytes().decode("utf-8-sig").split("\n")]
+        return [line.strip() for line in read_bytes(file).decode("utf-8-sig").split("\n")]
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is no text of UTF-8: {error}") from error
 
@@ -147,10 +147,14 @@ def _read_lines(file: Path) -> list[str]:
 def _images_at(place: str, roots: Sequence[Path], file: Path) -> list[Path]:
     """Images in a folder or in a list. Roboflow writes ../train/images for what lies in train/images."""
     candidates = list(dict.fromkeys(root / name for root in roots for name in (place, place.removeprefix("../"))))
-    found = next((path for path in candidates if path.exists()), None)
+    if not can_list(file) and not place.endswith(".txt"):
+        raise ValueError(
+            f"{file} names the folder {place}, which a web server cannot list; name a text file that lists the images"
+        )
+    found = next((path for path in candidates if exists(path)), None)
     if found is None:
         raise ValueError(f"{file} names {place}, which is not there: looked for {listing(candidates)}")
-    if found.is_dir():
+    if is_folder(found):
         return find_images(found)
     names = [name for name in _read_lines(found) if name]
     beside = [found.parent / name for name in names]
@@ -210,6 +214,8 @@ def _read_labels(path: Path) -> tuple[list[Line], list[str]]:
     problems = []
     try:
         texts = _read_lines(path)
+    except FileNotFoundError:  # of a web server, which says so only now
+        return [], []
     except ValueError as error:
         return [], [str(error)]
     for number, text in enumerate(texts, start=1):
@@ -250,7 +256,9 @@ def _sizes(images: Sequence[Path], rows: Array) -> Array:
 def _read_size(image: Path) -> tuple[float, float]:
     """Width and height as the image is shown."""
     try:
-        header = _header(_read_beginning(image)) or _header(image.read_bytes())
+        header = _header(_read_beginning(image)) or _header(read_bytes(image))
+    except UnreachableError:
+        raise  # without its size, the image would lose its boxes
     except OSError:
         header = None
     if header is None:
@@ -262,7 +270,7 @@ def _read_size(image: Path) -> tuple[float, float]:
 def _read_beginning(image: Path) -> bytes:
     if is_remote(image):  # opened, it would fetch megabytes ahead
         system, inner = fsspec.url_to_fs(str(image))
-        return bytes(system.cat_file(inner, start=0, end=HEADER_BYTES))
+        return bytes(retried(image, lambda: system.cat_file(inner, start=0, end=HEADER_BYTES)))
     with image.open("rb") as file:
         return file.read(HEADER_BYTES)
 

@@ -3,6 +3,7 @@
 import difflib
 import os
 import re
+import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -132,7 +133,11 @@ def shipped_folder(name: str) -> Path:
 
 
 def parse_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
-    """Turns `--key value` and `--key=value` words into pairs; values are read as YAML."""
+    """Turns `--key value` and `--key=value` words into pairs; values are read as YAML, or else are plain text.
+
+    Raises:
+        ValueError: A value is missing, or is no YAML though its key takes no text.
+    """
     pairs = []
     remaining = list(words)
     while remaining:
@@ -144,8 +149,20 @@ def parse_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
             if not remaining or remaining[0].startswith("--"):
                 raise ValueError(f"--{key} needs a value.")
             value = remaining.pop(0)
-        pairs.append((key.replace("-", "_"), yaml.load(value, _RecipeLoader)))
+        key = key.replace("-", "_")
+        pairs.append((key, _read_value(key, value)))
     return pairs
+
+
+def _read_value(key: str, text: str) -> Any:
+    try:
+        return yaml.load(text, _RecipeLoader)
+    except yaml.YAMLError as error:  # as of *.parquet, where YAML takes the star for a sign of its own
+        hint = typing.get_type_hints(VisionTrainingArguments).get(key, Any)  # Any for what a dictionary holds
+        options = (hint,) if isinstance(hint, types.GenericAlias) else (hint, *typing.get_args(hint))
+        if Any in options or str in options:
+            return text
+        raise ValueError(f"--{key} takes no text, and {text!r} is not valid YAML: {error}") from error
 
 
 def check_recipe(recipe: dict[str, Any], where: str) -> dict[str, Any]:

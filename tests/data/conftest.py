@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hf_vlm.data import files
+
 
 def png(value):
     file = io.BytesIO()
@@ -58,11 +60,17 @@ def png_fixture():
     return png
 
 
-class RangeHandler(BaseHTTPRequestHandler):
-    """Answers requests for files of a folder, and for ranges of them."""
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch):
+    """Between tries to reach a server, as many as ever."""
+    monkeypatch.setattr(files, "WAITS", tuple(1e-3 for _ in files.WAITS))
 
-    def __init__(self, *args, folder, counts, **kwargs):
-        self.folder, self.counts = folder, counts
+
+class RangeHandler(BaseHTTPRequestHandler):
+    """Answers requests for files of a folder, and for ranges of them, but for those that are to fail."""
+
+    def __init__(self, *args, folder, counts, failures, **kwargs):
+        self.folder, self.counts, self.failures = folder, counts, failures
         super().__init__(*args, **kwargs)
 
     def do_HEAD(self):
@@ -72,6 +80,14 @@ class RangeHandler(BaseHTTPRequestHandler):
         self.answer(send_body=True)
 
     def answer(self, *, send_body):
+        self.counts["all"] += 1
+        failure = self.failures(self.counts["all"])
+        if failure == "close":
+            self.close_connection = True
+            return
+        if isinstance(failure, int):
+            self.send_error(failure)
+            return
         path = Path(self.folder, self.path.partition("?")[0].lstrip("/"))
         if path.name.startswith("forbidden") or not path.is_file():
             self.send_error(403 if path.name.startswith("forbidden") else 404)
@@ -89,16 +105,16 @@ class RangeHandler(BaseHTTPRequestHandler):
         if send_body:
             self.counts["requests"] += 1
             self.counts["bytes"] += len(body)
-            self.wfile.write(body)
+            self.wfile.write(body[: len(body) // 2] if failure == "half" else body)
 
     def log_message(self, *args):
         pass
 
 
 @contextmanager
-def serve(folder):
-    counts = {"requests": 0, "bytes": 0}
-    handler = functools.partial(RangeHandler, folder=folder, counts=counts)
+def serve(folder, failures=lambda number: None):
+    counts = {"requests": 0, "bytes": 0, "all": 0}
+    handler = functools.partial(RangeHandler, folder=folder, counts=counts, failures=failures)
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     try:
@@ -110,5 +126,9 @@ def serve(folder):
 
 @pytest.fixture(name="serve")
 def serve_fixture():
-    """`with serve(folder) as (url, counts)`: a web server of a folder, that counts what it sends."""
+    """`with serve(folder, failures) as (url, counts)`: a web server of a folder, that counts what it sends.
+
+    `failures(number)` says how the request of a number, counted from 1, fails: by a status, by a connection that is
+    "close"d at once or after "half" of the file; None where it does not.
+    """
     return serve

@@ -1,12 +1,15 @@
 import io
+import os
+import struct
 
 import cv2
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from hf_vlm.data import decode
 from hf_vlm.data.decode import BadImageError, decode_image
-from hf_vlm.data.image_header import read_header
+from hf_vlm.data.image_header import read_header, read_tiff_size
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +212,41 @@ def test_huge_images_are_bad(pixels, monkeypatch, kind):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         with pytest.raises(BadImageError, match=r"(84x61 pixels are more than|5124 pixels\) exceeds limit)"):
             decode_image(data)
+
+
+def test_huge_images_that_opencv_alone_knows_are_bad_before_they_are_decoded(pixels, monkeypatch):
+    data = cv2.imencode(".tiff", pixels.astype(np.float32))[1].tobytes()
+    assert read_header(data) is None
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 61 * 84 - 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(cv2, "imdecode", lambda *arguments: pytest.fail("it was decoded"))
+        with pytest.raises(BadImageError, match="84x61 pixels are more than the 5123"):
+            decode_image(data)
+    hdr = cv2.imencode(".pfm", pixels.astype(np.float32))[1].tobytes()
+    monkeypatch.setattr(decode, "_read_with_opencv", lambda *arguments: pixels)
+    with pytest.raises(BadImageError, match="84x61 pixels are more than the 5123"):
+        decode_image(hdr)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_the_size_of_a_tiff_in_both_byte_orders(order):
+    def tiff(*entries):
+        head = struct.pack(order + "2sHIH", b"II" if order == "<" else b"MM", 42, 8, len(entries))
+        return head + b"".join(struct.pack(order + "HHI" + form, *entry) for form, *entry in entries) + bytes(4)
+
+    assert read_tiff_size(tiff(("HH", 256, 3, 1, 700, 0), ("I", 257, 4, 1, 70000))) == (70000, 700)
+    assert read_tiff_size(tiff(("I", 257, 4, 1, 70000))) is None
+    assert read_tiff_size(tiff(("I", 257, 4, 1, 70000))[:-10]) is None
+    assert read_tiff_size(b"P6 700 70000 255 ") is None
+
+
+def test_files_too_large_for_an_image_are_not_read(tmp_path):
+    path = tmp_path / "a.png"
+    path.touch()
+    os.truncate(path, 2**29 + 1)  # without blocks on disk
+    for image in (path, f"file://{path}", {"bytes": None, "path": str(path)}):
+        with pytest.raises(BadImageError, match=r"a\.png: 536870913 bytes are more than the 536870912"):
+            decode_image(image)
 
 
 def test_unknown_ranges_and_channels_are_refused(pixels):

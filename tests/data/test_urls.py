@@ -10,7 +10,7 @@ from PIL import Image
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from hf_vlm.data.decode import decode_image
-from hf_vlm.data.files import display, expand_braces, find_paths
+from hf_vlm.data.files import display, expand_braces, find_paths, join
 from hf_vlm.data.sources import guess_kind, open_stream
 from hf_vlm.data.stream import ExampleStream
 
@@ -138,14 +138,70 @@ def test_what_cannot_be_reached_is_named_without_keys(tmp_path, write_shards, se
             assert "hf_secret" not in str(caught.value) + repr(caught.value)
     with pytest.raises(ValueError, match=r"train\.tar cannot be read"):
         open_stream(f"{url}/train.tar")  # the server is gone
-    with pytest.raises(ValueError, match="must be on disk, or be made Parquet or tars"):
-        open_stream("memory://images", kind="imagefolder")
-    with pytest.raises(ValueError, match="the kind of memory://images cannot be told from its name"):
-        open_stream("memory://images")
+    for kind in (None, "imagefolder"):
+        with pytest.raises(ValueError, match="memory://images does not exist"):
+            open_stream("memory://images", kind=kind)
     with pytest.raises(ValueError, match="Unsupported filesystem: 'nowhere'"):
         open_stream("nowhere://images/0.tar")
 
 
 def test_passwords_and_queries_are_not_shown():
     assert display("https://me:secret@host:8/a.tar?sig=1#x") == "https://host:8/a.tar"
+    assert display("s3://key:secret@bucket/a.tar") == "s3://bucket/a.tar"
+    assert display("http://[broken?sig=1") == "http://[broken"
     assert display("/folder/a?b") == "/folder/a?b"
+
+
+@pytest.mark.parametrize("kind", ["parquet", "webdataset"])
+def test_files_of_several_folders_are_split_by_where_they_lie(tmp_path, memory, write_tar, png, kind):
+    """By folders and names below the folder that all have in common, whose own name says nothing."""
+    root, suffix = tmp_path / "test" / "set", {"parquet": "parquet", "webdataset": "tar"}[kind]
+    for value, name in enumerate(("a/train-0", "a/val-0", "b/train-0", "b/c/train-0", "train/x", "val/x")):
+        path = root / f"{name}.{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if kind == "parquet":
+            Dataset.from_list([{"image": png(value)}]).to_parquet(path)
+        else:
+            write_tar(path, [("0.png", png(value))])
+        memory.pipe(f"/test/set/{name}.{suffix}", path.read_bytes())
+    for base in (str(root), "memory://test/set"):
+        expected = {
+            ("*/*-*", "train"): [0, 2],
+            ("*/*-*", "val"): [1],
+            ("{a,b/c}/train-*", "train"): [0, 3],
+            ("{train,val}/*", "validation"): [5],
+        }
+        for (pattern, split), values in expected.items():
+            stream = open_stream(f"{base}/{pattern}.{suffix}", split)
+            assert [value_of(example)["value"] for example in stream] == values
+        with pytest.raises(ValueError, match="has no split 'test'; it has train, validation"):
+            open_stream(f"{base}/*/*-*.{suffix}", "test")
+
+
+def test_relative_paths_of_images_start_from_the_folder_of_their_rows(tmp_path, memory, serve):
+    for name, value in (("images/a.png", 1), ("above.png", 2)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (4, 4), (value, 0, 0)).save(tmp_path / name)
+    (tmp_path / "rows").mkdir()
+    with serve(tmp_path) as (url, _):
+        paths = ["../images/a.png", "../above.png", "../rows/./../above.png", f"{url}/above.png"]
+        Dataset.from_list([{"image_path": path} for path in paths]).to_parquet(tmp_path / "rows" / "0.parquet")
+        memory.put(str(tmp_path), "/remote", recursive=True)
+        for source in (
+            tmp_path / "rows",
+            "memory://remote/rows",
+            f"{url}/rows/0.parquet",
+            "memory://remote/rows/*.parquet",
+        ):
+            images = [decode_image(example["image"])[0] for example in open_stream(source, kind="parquet")]
+            assert [image[0, 0, 0] for image in images] == [1, 2, 2, 2]
+
+
+def test_joined_urls():
+    assert join("https://h/a", "b/c.png") == "https://h/a/b/c.png"
+    assert join("s3://bucket/a", "../b.png") == "s3://bucket/b.png"
+    assert join("memory:///a", "./b.png") == "memory:///a/b.png"
+    for name in ("/disk/b.png", "gs://other/b.png"):
+        assert join("s3://bucket/a", name) == name
+    assert join("/folder", "b.png") == "/folder/b.png"
+    assert join("/folder", "https://h/b.png") == "https://h/b.png"

@@ -139,7 +139,9 @@ def test_with_names_of_classes_opening_reads_the_first_samples_alone(tmp_path, c
     stream = open_stream(tmp_path)
     assert not caplog.text
     assert [example["label"] for example in stream] == [1] * 120 + [0]
-    assert "1.tar: 1 samples whose labels make no sense are passed over: a ('fish' is no class)" in caplog.text
+    assert (
+        "1.tar: 1 samples whose labels or images make no sense are passed over: a ('fish' is no class)" in caplog.text
+    )
 
 
 def test_ids_of_json_are_used_where_they_tell_images_apart(tmp_path, write_tar):
@@ -285,7 +287,9 @@ def test_a_remote_tar_that_is_cut_short_is_passed_over_and_one_that_is_gone_is_n
         stream = open_webdataset([UPath(f"{url}/{path.name}?key=secret") for path in paths], "train")
         assert [value_of(example)["value"] for example in stream] == [*range(6), *range(8, 17)]
         paths[2].unlink()
-        with pytest.raises(OSError, match="train-00002"):
+        with pytest.raises(
+            ValueError, match=r"train-00002\.tar cannot be read: the server answers with the status 404"
+        ):
             list(stream)
     assert "train-00001.tar: the rest of this tar is passed over: it is cut short within 000007.png" in caplog.text
     assert "secret" not in caplog.text
@@ -319,8 +323,30 @@ def test_a_tar_that_vanishes_after_opening_stops_the_stream(tmp_path, write_shar
     write_shards(tmp_path)
     stream = open_stream(tmp_path)
     (tmp_path / "train-00001.tar").unlink()
-    with pytest.raises(FileNotFoundError, match="train-00001"):
+    with pytest.raises(ValueError, match=r"train-00001\.tar cannot be read: .*No such file"):
         list(stream)
+
+
+@pytest.mark.parametrize("protocol", ["", "file://"])
+def test_images_too_large_are_passed_over_without_being_read(tmp_path, caplog, png, protocol):
+    path, size = tmp_path / "0.tar", 2**29 + 1
+    with path.open("wb") as file:
+        for name, content, length in (
+            ("0.png", png(0), len(png(0))),
+            ("1.png", b"", size),
+            ("2.png", png(2), len(png(2))),
+        ):
+            member = tarfile.TarInfo(name)
+            member.size = length
+            file.write(member.tobuf())
+            end = file.tell() + -(-length // 512) * 512
+            file.write(content)
+            file.truncate(end)  # without blocks on disk
+            file.seek(end)
+        file.write(bytes(1024))
+    stream = open_stream(f"{protocol}{path}")
+    assert [value_of(example)["value"] for example in stream] == [0, 2]
+    assert f"1.png has {size} bytes, more than the {2**29} that are read" in caplog.text
 
 
 def test_samples_without_an_image_are_passed_over_and_counted(tmp_path, caplog, write_tar, png):

@@ -39,6 +39,35 @@ def test_nt_xent_equals_the_formula(temperature):
     assert accuracy.item() == pytest.approx(sum(nearest) / 14)
 
 
+def test_nt_xent_has_the_gradient_of_the_formula():
+    torch.manual_seed(0)
+    projections = F.normalize(torch.randn(10, 6), dim=1)
+    ours, plain = projections.clone().requires_grad_(), projections.clone().requires_grad_()
+    (3 * nt_xent(ours, 0.1)[0]).backward()
+    similarity = plain @ plain.T / 0.1
+    similarity = similarity.masked_fill(torch.eye(10, dtype=torch.bool), -math.inf)
+    (3 * F.cross_entropy(similarity, torch.arange(10).roll(5))).backward()
+    torch.testing.assert_close(ours.grad, plain.grad)
+
+
+def test_nt_xent_stays_finite_where_weights_vanish():
+    """At a low temperature all weight lies on one neighbour, and that of the partner is zero in float32."""
+    projections = F.normalize(
+        torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.01], [0.0, -1.0]]), dim=1
+    ).requires_grad_()
+    loss, _ = nt_xent(projections, 0.005)
+    loss.backward()
+    assert loss.item() == pytest.approx(reference_log_nt_xent(projections.detach(), 0.005), rel=1e-5)
+    assert projections.grad.isfinite().all()
+
+
+def reference_log_nt_xent(projections, temperature):
+    """The formula in float64 with logarithms taken first."""
+    scores = (projections.double() @ projections.double().T / temperature).fill_diagonal_(-math.inf)
+    half = len(scores) // 2
+    return F.cross_entropy(scores, torch.arange(2 * half).roll(half)).item()
+
+
 def test_nt_xent_is_computed_in_float32():
     torch.manual_seed(0)
     projections = F.normalize(torch.randn(64, 16), dim=1).bfloat16()

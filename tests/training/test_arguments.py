@@ -44,11 +44,38 @@ def test_numbers_and_overrides(tmp_path):
         ("a: [", [], "not valid YAML"),
         ("max_steps: 1", ["--data"], "--data needs a value"),
         ("max_steps: 1", ["data", "x"], "Expected --key value"),
+        ("max_steps: 1", ["--max-steps", "*5"], r"--max_steps takes no text, and '\*5' is not valid YAML"),
+        ("max_steps: 1", ["--views", "{blur: 1"], r"--views takes no text, and '\{blur: 1' is not valid YAML"),
+        ("max_steps: 1", ["--dta", "*.tar"], "Unknown key 'dta'.*Did you mean 'data'"),
     ],
 )
 def test_wrong_recipes_say_what_is_wrong(tmp_path, text, overrides, words):
     with pytest.raises(ValueError, match=words):
         load_recipe(write(tmp_path, text), overrides)
+
+
+def test_values_that_are_no_yaml_are_text(tmp_path):
+    recipe = load_recipe(
+        write(tmp_path, "max_steps: 1"),
+        [
+            "--data",
+            "*.parquet",
+            "--encoder={a,b}/c",
+            "--output-dir",
+            "%x",
+            "--views.kind",
+            "@y",
+            "--data-kind=parquet",
+        ],
+    )
+    assert recipe == {
+        "max_steps": 1,
+        "data": "*.parquet",
+        "encoder": "{a,b}/c",
+        "output_dir": "%x",
+        "views": {"kind": "@y"},
+        "data_kind": "parquet",
+    }
 
 
 def test_a_missing_recipe_names_those_there_are():
