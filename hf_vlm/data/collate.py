@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 __all__ = ["collate_detection", "collate_views", "stack"]
@@ -27,10 +28,25 @@ def collate_views(examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]
 
 def collate_detection(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Stack `pixel_values` (C, H, W) to (B, C, H, W) and list the labels, one dict an image."""
+    labels = [example["labels"] for example in examples]
     return {
         "pixel_values": stack([example["pixel_values"] for example in examples]),
-        "labels": [example["labels"] for example in examples],
+        "labels": labels if torch.utils.data.get_worker_info() is None else WorkerLabels(labels),
     }
+
+
+class WorkerLabels(list[dict[str, torch.Tensor]]):
+    """Labels that leave a data worker as arrays within its message, and arrive as a plain list of dicts of tensors.
+
+    Tensors would each travel as a file in shared memory: with 16 images of 6 tensors 17 ms a batch, and 1 ms so.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _as_tensors, ([{name: value.numpy() for name, value in labels.items()} for labels in self],)
+
+
+def _as_tensors(labels: list[dict[str, np.ndarray[Any, Any]]]) -> list[dict[str, torch.Tensor]]:
+    return [{name: torch.from_numpy(array) for name, array in arrays.items()} for arrays in labels]
 
 
 def stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -1,8 +1,5 @@
 """The one trainer: the stock Trainer with a resumable stream, parameter groups and task evaluation."""
 
-import logging
-import os
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -23,12 +20,8 @@ from hf_vlm.training.arguments import VisionTrainingArguments
 from hf_vlm.training.callbacks import AfterStep, LogFile
 from hf_vlm.training.data_state import last_checkpoint, load_data_state, save_data_state
 from hf_vlm.training.device import suit_cpu
+from hf_vlm.training.meters import Speedometer
 from hf_vlm.training.optim import parameter_groups
-
-logger = logging.getLogger(__name__)
-
-MAX_DATA_WAIT = 0.2  # share of the time above which waiting for data is worth a warning,
-MIN_SLOW_LOGS = 3  # when so many logs in a row say so
 
 TRAINING_STATE = [
     "checkpoint-*",
@@ -75,10 +68,7 @@ class VisionTrainer(Trainer):
         self.add_callback(LogFile())
         self._part_sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
         self._num_parts = 0
-        self._last_log = (0.0, 0)
-        self._wait_seconds = 0.0
-        self._num_slow_logs = 0
-        self._warned_of_waiting = False
+        self._speedometer = Speedometer(self.args)
 
     # ---- data
 
@@ -107,10 +97,8 @@ class VisionTrainer(Trainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The stock method, timed: what it takes is time in which nothing is trained."""
-        started = time.perf_counter()
-        batches = super().get_batch_samples(*args, **kwargs)
-        self._wait_seconds += time.perf_counter() - started
-        return batches
+        with self._speedometer.waiting():
+            return super().get_batch_samples(*args, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Trains; `resume_from_checkpoint` is a checkpoint folder, or True for the last one of the run.
@@ -218,6 +206,7 @@ class VisionTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         """The model's loss; scalar parts of its output are summed on the device and logged as means."""
+        self._speedometer.count(self.model, inputs)  # here, where inputs are ready and autocast is on
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         parts = {name: value for name, value in outputs.items() if name != "loss" and _is_scalar(value)}
         for name, value in {**parts, **(outputs.get("loss_dict") or {})}.items():
@@ -226,10 +215,10 @@ class VisionTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds to a training log entry the means of the loss parts, images per second and the share of waiting."""
+        """Adds to a training log entry the means of the loss parts and the figures of a [`Speedometer`]."""
         if "loss" in logs:
             logs.update(self._mean_parts())
-            logs.update(self._speed())
+            logs.update(self._speedometer.figures(self.state.global_step))
         super().log(logs, start_time)
 
     def _mean_parts(self) -> dict[str, float]:
@@ -241,24 +230,6 @@ class VisionTrainer(Trainer):
         self._part_sums.clear()
         self._num_parts = 0
         return parts
-
-    def _speed(self) -> dict[str, float]:
-        """Images a second of all ranks, and the share of time that this rank waited for data, since the last log."""
-        (since, step), now, waited = self._last_log, time.perf_counter(), self._wait_seconds
-        self._last_log, self._wait_seconds = (now, self.state.global_step), 0.0
-        if not step:  # the first steps would count what is made ready once
-            return {}
-        num_images = (self.state.global_step - step) * self.args.train_batch_size * self.args.world_size
-        share = waited / (now - since)
-        if share > MAX_DATA_WAIT and not self._warned_of_waiting:
-            self._warned_of_waiting = True
-            logger.warning(
-                "Training waits for data %.0f %% of the time. %s", 100 * share, remedy_for_waiting(self.args)
-            )
-        return {
-            "images_per_second": round(num_images * self.args.gradient_accumulation_steps / (now - since), 2),
-            "data_wait": round(share, 4),
-        }
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -277,15 +248,4 @@ def _is_scalar(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim == 0
 
 
-def remedy_for_waiting(args: VisionTrainingArguments) -> str:
-    """What most likely lets training wait less for data."""
-    num_cores = max((os.cpu_count() or 1) // args.world_size, 1)  # of this rank, if all ranks share this machine
-    if args.dataloader_num_workers < num_cores - 1 or not args.dataloader_num_workers:
-        return f"Raise dataloader_num_workers (now {args.dataloader_num_workers}; {num_cores} CPU cores a process)."
-    return (
-        "All CPU cores prepare images already: store images in about the size that enters the model (Parquet or "
-        "WebDataset reads faster than single files), choose cheaper views, or use more cores."
-    )
-
-
-__all__ = ["Evaluator", "VisionTrainer", "remedy_for_waiting"]
+__all__ = ["Evaluator", "VisionTrainer"]

@@ -50,3 +50,39 @@ def test_workers_stack_as_the_process_itself_does():
         here = stack(chosen)
         assert torch.equal(here, there)
         assert not here.is_shared()
+
+
+def labelled_examples():
+    generator = torch.Generator().manual_seed(0)
+    return [
+        {
+            "pixel_values": torch.rand(3, 4, 4, generator=generator),
+            "labels": {
+                "boxes": torch.rand(n, 4, generator=generator),
+                "class_labels": torch.randint(0, 9, (n,), generator=generator),
+                "image_id": torch.tensor([n]),
+            },
+        }
+        for n in (2, 0, 1, 3)
+    ]
+
+
+def test_labels_arrive_from_workers_as_the_process_itself_makes_them():
+    examples = labelled_examples()
+    loaders = [
+        torch.utils.data.DataLoader(examples, batch_size=2, num_workers=workers, collate_fn=collate_detection)
+        for workers in (0, 2)
+    ]
+    batches = list(zip(*loaders))
+    assert len(batches) == 2
+    for index, (here, there) in enumerate(batches):
+        assert torch.equal(there["pixel_values"], here["pixel_values"])
+        assert type(there["labels"]) is list
+        for example, ours, theirs in zip(examples[2 * index :], here["labels"], there["labels"], strict=False):
+            assert list(theirs) == list(ours) == list(example["labels"])
+            for name, value in example["labels"].items():
+                assert torch.equal(ours[name], value)
+                assert torch.equal(theirs[name], value)
+                assert theirs[name].dtype == value.dtype
+                assert not theirs[name].is_shared()  # no file of its own
+                theirs[name] += 1  # may be written to
