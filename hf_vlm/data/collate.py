@@ -46,4 +46,4 @@ def empty_batch(size: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Te
         return torch.empty(size, *shape, dtype=dtype)
     empty = torch.empty(0, dtype=dtype)
     storage = empty.untyped_storage()._new_shared(size * math.prod(shape) * dtype.itemsize)
-    return empty.set_(storage, 0, (size, *shape))
+    return empty.set_(storage).view(size, *shape)

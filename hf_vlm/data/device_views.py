@@ -80,7 +80,7 @@ class DeviceViews:
 
     @torch.no_grad()
     def render(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """`pixel_values` (B, V, C, h, w) float32, and `local_pixel_values` where there are any, on the batch's device."""
+        """`pixel_values` (B, V, C, h, w) float32 and, where there are any, `local_pixel_values`, on the device."""
         images = batch["images"]
         dtype = self.dtype or (torch.float32 if images.device.type == "cpu" else torch.float16)
         rows = images.transpose(2, 3).to(dtype, memory_format=torch.contiguous_format)  # (B, H, C, W)
@@ -220,7 +220,5 @@ def shift_hue(views: Tensor, shift: Tensor) -> Tensor:
     sixth /= chroma.clamp(min=1e-3)
     sixth += torch.where(value == red, 0, torch.where(value == green, 2, 4)) + 6 * shift[..., None]
     # A colour is the value less the chroma times a trapezoid of the hue, another third of a turn on for each.
-    turned = [
-        value - chroma * (2 - ((sixth + offset).remainder(6) - 2).abs()).clamp(0, 1) for offset in (5, 3, 1)
-    ]
+    turned = [value - chroma * (2 - ((sixth + offset).remainder(6) - 2).abs()).clamp(0, 1) for offset in (5, 3, 1)]
     return torch.stack(turned, dim=1)

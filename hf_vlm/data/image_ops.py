@@ -100,8 +100,8 @@ def adjust_color(image: Array, steps: Sequence[ColorStep]) -> Array:
 def fold_color(steps: Sequence[ColorStep]) -> tuple[Array, int, Array]:
     """Fold colour steps, of which at most one shifts the hue, into (before, shift, after).
 
-    `shift` is that of the hue, in 256ths of the circle, and 0 for none. `before` and `after`, each (3, 6), are the runs
-    of steps around it: a run makes of each colour c, in an image of mean m, the colour `run[:, :3] @ c + run[:, 3:] @ m`.
+    `shift` is that of the hue, in 256ths of the circle, and 0 for none. `before` and `after`, each (3, 6), are the
+    runs of steps around it: a run makes of each colour c, in an image of mean m, `run[:, :3] @ c + run[:, 3:] @ m`.
     """
     names = [name for name, _ in steps]
     place = names.index("hue") if "hue" in names else len(steps)
@@ -188,3 +188,8 @@ class Normalizer:
             cv2.addWeighted(
                 plane, self.scale[channel], plane, 0.0, self.shift[channel], dst=out[channel], dtype=cv2.CV_32F
             )
+
+    def invert(self, pixel_values: Array) -> Array:
+        """Normalised (C, H, W) back to uint8 (H, W, C)."""
+        values = (pixel_values.transpose(1, 2, 0) - self.shift) / self.scale  # (H, W, C)
+        return np.clip(np.rint(values), 0, 255).astype(np.uint8)
