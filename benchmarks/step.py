@@ -25,6 +25,7 @@ from collections.abc import Callable
 from typing import Any
 from unittest.mock import MagicMock
 
+import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -94,7 +95,17 @@ class TheirSimCLR(nn.Module):
 def import_peers() -> bool:
     """Whether timm and lightly import; both ask for torchvision and use nothing of it here."""
     if importlib.util.find_spec("torchvision") is None:
-        for name in ("torchvision", "torchvision.ops", "torchvision.ops.misc", "torchvision.transforms"):
+        parts = (
+            "ops",
+            "ops.misc",
+            "transforms",
+            "transforms.functional",
+            "datasets",
+            "datasets.vision",
+            "io",
+            "models",
+        )
+        for name in ("torchvision", *(f"torchvision.{part}" for part in parts)):
             sys.modules[name] = MagicMock(__spec__=importlib.machinery.ModuleSpec(name, None))
     try:
         import lightly.loss
@@ -235,7 +246,7 @@ def peak_memory(name: str, preset: str, batch: int) -> float:
 
 def print_memory(name: str, preset: str, batch: int) -> None:
     images = torch.randn(batch, 3, SIZE, SIZE)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = psutil.Process().memory_info().rss / 1024
     contestant = Contestant(name.split(",")[0], preset, torch.device("cpu"), fast="as trained" in name)
     for _ in range(2):
         contestant.step(images)
