@@ -56,11 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"\nhf-vlm {words[0]}: stopped. Checkpoints stay; --resume_from_checkpoint last goes on.", file=sys.stderr
         )
         return 130
-    _leave_process_group()
+    leave_process_group()
     return 0
 
 
-def _leave_process_group() -> None:
+def leave_process_group() -> None:
     """Ends what a launcher's processes share; a process that exits while threads of it still run may abort."""
     distributed = sys.modules.get("torch.distributed")  # commands that never import torch start at once
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
