@@ -8,8 +8,10 @@ stock Trainer); its torchvision transforms are written out with Pillow and torch
 Both at 224 pixels from JPEGs of 640 x 480, with one optimiser. In the rows of one decoder all of the model is the same
 in both: encoder, decoder, mask and loss. In the row `recipe_nano` the nano encoder is: ours is the recipe
 mae/vit_nano_cpu.yaml with its slim decoder and half of the patches visible, theirs has the example's own decoder and
-mask. Arms take turns in segments; time is the process's CPU time on one thread, on an accelerator or with data workers
-the clock's. The last line of stdout is JSON.
+mask. In the rows `partial_...` sizes are the same and ours predicts a third of the masked patches by cross-attention.
+Ours multiplies as `VisionTrainer` lets it (hf_vlm/training/device.py), theirs as torch does by itself. Arms take turns
+in segments; time is the process's CPU time on one thread, on an accelerator or with data workers the clock's. The last
+line of stdout is JSON.
 """
 
 import argparse
@@ -41,10 +43,9 @@ from hf_vlm.models.configuration_vlm_vit import PRESETS
 from hf_vlm.training import run
 from hf_vlm.training.arguments import load_recipe
 from hf_vlm.training.callbacks import read_log
+from hf_vlm.training.device import allow_fast_matmul
 from hf_vlm.training.trainer import VisionTrainer
 
-PRODUCTS: Any = torch.backends.mkldnn.matmul
-USUAL_PRODUCTS = PRODUCTS.fp32_precision
 SIZE = 224
 NUM_WARM = 2  # steps before a segment's clock starts
 DEFAULT_DECODER = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 16}  # of ViTMAEConfig
@@ -61,6 +62,7 @@ class Row:
     decoder: dict[str, Any] | None
     batch_size: int
     num_steps: int
+    is_partial: bool = False
 
 
 ROWS = {
@@ -68,6 +70,8 @@ ROWS = {
     "tiny": Row("tiny", SMALL_DECODER, 16, 8),
     "recipe_nano": Row("nano", None, 8, 2),
     "tiny_default_decoder": Row("tiny", DEFAULT_DECODER, 8, 2),
+    "partial_nano": Row("nano", SLIM_DECODER, 32, 8, is_partial=True),
+    "partial_tiny_default_decoder": Row("tiny", DEFAULT_DECODER, 8, 2, is_partial=True),
 }
 QUICK_ROWS = ("nano", "tiny", "recipe_nano")
 
@@ -120,6 +124,8 @@ def ours(row: Row, setting: Setting) -> tuple[float, float]:
     if row.decoder is not None:
         recipe["model_config"] = {"mask_ratio": 0.75, "norm_pix_loss": True, "decoder_config": row.decoder}
         recipe["views"] = {}  # of the method: the example's too
+        if row.is_partial:
+            recipe["model_config"] |= {"prediction_ratio": 1 / 3, "use_cross_attention": True}
     recipe |= common_arguments(row, setting, "ours") | {"data": str(setting.folder / "parquet"), "run_name": "ours"}
     segment = Segment(setting.device)
     with mock.patch.object(run, "VisionTrainer", functools.partial(VisionTrainer, callbacks=[segment])):
@@ -190,10 +196,7 @@ def theirs(row: Row, setting: Setting) -> tuple[float, float]:
         data_collator=collate,
         callbacks=[segment],
     )
-    chosen = PRODUCTS.fp32_precision  # by our trainer, for the whole process
-    PRODUCTS.fp32_precision = USUAL_PRODUCTS
     trainer.train()
-    PRODUCTS.fp32_precision = chosen
     return segment.seconds()
 
 
@@ -204,6 +207,8 @@ def compare(name: str, setting: Setting, rounds: int) -> dict[str, float]:
     for index in tqdm(range(rounds), desc=name):
         arms = (("ours", ours), ("theirs", theirs))
         for arm, train in arms if index % 2 else reversed(arms):
+            is_fast = arm == "ours" and setting.device == "cpu" and allow_fast_matmul()
+            torch.backends.mkldnn.matmul.fp32_precision = "bf16" if is_fast else "ieee"
             with contextlib.redirect_stdout(io.StringIO()):  # the trainers' logs
                 found[arm].append(train(row, setting))
     ratios = {}

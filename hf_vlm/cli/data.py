@@ -6,6 +6,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from hf_vlm.cli.outputs import prepare_file, prepare_picture
+
 NUM_SCENES = 1000  # the built-in images have no end
 
 
@@ -24,7 +26,6 @@ def run(words: Sequence[str]) -> None:
     parser.add_argument("--json", type=Path, help="a JSON file for all figures and the names of all images found")
     arguments = parser.parse_args(words)
 
-    from PIL import Image
     from tqdm.auto import tqdm
 
     from hf_vlm.data.files import display
@@ -32,10 +33,9 @@ def run(words: Sequence[str]) -> None:
     from hf_vlm.data.sources import guess_kind, open_stream
     from hf_vlm.deploy.contact_sheet import Reservoir, example_sheet
 
-    if Image.registered_extensions().get(arguments.save.suffix.lower()) not in Image.SAVE:
-        raise ValueError(f"--save {arguments.save}: name a picture, as contact_sheet.png")
-    for path in (arguments.save, arguments.json):
-        _make_folder_of(path)
+    prepare_picture(arguments.save, like="contact_sheet.png")
+    if arguments.json is not None:
+        prepare_file(arguments.json)
     kind = guess_kind(arguments.data) if arguments.data_kind is None else arguments.data_kind
     stream = open_stream(arguments.data, arguments.split, kind=kind)
     num_examples = NUM_SCENES if kind == "scenes" and arguments.num_examples is None else arguments.num_examples
@@ -74,15 +74,3 @@ def _training_commands(source: str, data_kind: str | None, split: str, has_boxes
     if has_boxes:
         commands.append(f"hf-vlm finetune detection/vit_small.yaml {data} --encoder runs/pretrain")
     return commands
-
-
-def _make_folder_of(path: Path | None) -> None:
-    """Now, rather than fail when all images are read."""
-    if path is None:
-        return
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; name a file")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be written: {error}") from error

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "data": "look at images and labels before training: hf-vlm data SOURCE --save contact_sheet.png",
+    "views": "see what a recipe makes of images:         hf-vlm views RECIPE --data SOURCE --save views.png",
     "pretrain": "pretrain an encoder on unlabelled images:  hf-vlm pretrain RECIPE --data SOURCE",
     "finetune": "fine-tune a detector on labelled images:   hf-vlm finetune RECIPE --data SOURCE --encoder RUN",
     "evaluate": "figures of a detector or an encoder:       hf-vlm evaluate RUN --data SOURCE --split test",
@@ -55,11 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"\nhf-vlm {words[0]}: stopped. Checkpoints stay; --resume_from_checkpoint last goes on.", file=sys.stderr
         )
         return 130
-    _leave_process_group()
+    leave_process_group()
     return 0
 
 
-def _leave_process_group() -> None:
+def leave_process_group() -> None:
     """Ends what a launcher's processes share; a process that exits while threads of it still run may abort."""
     distributed = sys.modules.get("torch.distributed")  # commands that never import torch start at once
     if distributed is not None and distributed.is_available() and distributed.is_initialized():

@@ -1,12 +1,13 @@
 """Puts transformed examples together into what the models' `forward` takes."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-__all__ = ["collate_detection", "collate_views", "stack"]
+__all__ = ["collate_detection", "collate_views", "empty_batch", "stack"]
 
 
 def collate_views(examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -50,10 +51,15 @@ def _as_tensors(labels: list[dict[str, np.ndarray[Any, Any]]]) -> list[dict[str,
 
 
 def stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Stack tensors; in a data worker straight into memory that it shares, which saves the copy on the way out."""
-    if torch.utils.data.get_worker_info() is None:
-        return torch.stack(list(tensors))
+    """Stack tensors; in a data worker straight into memory that it shares."""
     first = tensors[0]
-    storage: Any = first.untyped_storage()._new_shared(len(tensors) * first.numel() * first.element_size())
-    out = first.new_empty(0).set_(storage).view(len(tensors), *first.shape)
-    return torch.stack(list(tensors), out=out)
+    return torch.stack(list(tensors), out=empty_batch(len(tensors), first.shape, first.dtype))
+
+
+def empty_batch(size: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """(size, *shape) to be filled; in a data worker memory that it shares, which saves the copy on the way out."""
+    if torch.utils.data.get_worker_info() is None:
+        return torch.empty(size, *shape, dtype=dtype)
+    empty = torch.empty(0, dtype=dtype)
+    storage: Any = empty.untyped_storage()._new_shared(size * math.prod(shape) * dtype.itemsize)
+    return empty.set_(storage).view(size, *shape)

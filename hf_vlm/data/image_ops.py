@@ -19,8 +19,10 @@ __all__ = [
     "adjust_color",
     "draw_color_jitter",
     "flip",
+    "fold_color",
     "gaussian_blur",
     "resize",
+    "shrink",
     "solarize",
     "turn",
 ]
@@ -31,6 +33,7 @@ ColorStep = tuple[
 ]  # "brightness", "contrast", "saturation" with a factor, or "hue" with a share of the circle
 
 LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601, as Pillow converts to grey
+NO_CHANGE = np.eye(3, 6)  # a run of colour steps that changes nothing
 ROTATIONS = {1: cv2.ROTATE_90_COUNTERCLOCKWISE, 2: cv2.ROTATE_180, 3: cv2.ROTATE_90_CLOCKWISE}
 COLOR_STEPS = ("brightness", "contrast", "saturation", "hue")
 
@@ -43,9 +46,17 @@ def resize(image: Array, size: tuple[int, int]) -> Array:
     """
     if image.shape[:2] == size:
         return image
-    planes = torch.from_numpy(image).permute(2, 0, 1)[None]  # (1, C, H, W), a view
+    # The strides of a batch in channels-last order, which torch then resizes and returns as it lies in memory.
+    planes = torch.from_numpy(image)[None].permute(0, 3, 1, 2)  # (1, C, H, W), a view
     resized = F.interpolate(planes, size, mode="bilinear", antialias=True)
     return resized[0].permute(1, 2, 0).numpy()  # type: ignore[no-any-return]  # (h, w, C)
+
+
+def shrink(image: Array, by: int) -> Array:
+    """Divide the sides by a whole number: each pixel becomes the mean of `by` x `by`; what is left over is cut off."""
+    height, width = (side // by * by for side in image.shape[:2])
+    size = width // by, height // by
+    return cv2.resize(image[:height, :width], size, interpolation=cv2.INTER_AREA).reshape(*size[::-1], -1)
 
 
 def flip(image: Array, *, horizontal: bool, vertical: bool) -> Array:
@@ -81,42 +92,52 @@ def draw_color_jitter(strengths: Sequence[float], rng: np.random.Generator) -> t
 
 def adjust_color(image: Array, steps: Sequence[ColorStep]) -> Array:
     """Apply colour steps, in their order, to an RGB image (H, W, 3)."""
-    matrix = np.eye(4)  # of the steps since the last change of hue, on (r, g, b, 1)
-    mean = None
-    for name, value in steps:
-        if name == "hue":
-            image, matrix, mean = _shift_hue(_transform(image, matrix), value), np.eye(4), None
-            continue
-        if name == "contrast" and mean is None:
-            mean = np.array([*cv2.mean(image)[:3], 1.0])
-        matrix = _color_matrix(name, value, None if mean is None else matrix @ mean) @ matrix
-    return _transform(image, matrix)
+    before, shift, after = fold_color(steps)
+    image = _mix(image, before)
+    return _mix(_shift_hue(image, shift), after) if shift else image
 
 
-def _color_matrix(name: str, factor: float, mean: Array | None) -> Array:
-    """(4, 4) on (r, g, b, 1): the image mixed with black, with its mean grey or with its own grey."""
-    matrix = np.eye(4)
-    matrix[:3, :3] *= factor
-    if name == "contrast":
-        assert mean is not None
-        matrix[:3, 3] = (1.0 - factor) * (LUMA @ mean[:3])
-    elif name == "saturation":
-        matrix[:3, :3] += (1.0 - factor) * LUMA
-    else:
-        assert name == "brightness", name
-    return matrix
+def fold_color(steps: Sequence[ColorStep]) -> tuple[Array, int, Array]:
+    """Fold colour steps, of which at most one shifts the hue, into (before, shift, after).
+
+    `shift` is that of the hue, in 256ths of the circle, and 0 for none. `before` and `after`, each (3, 6), are the
+    runs of steps around it: a run makes of each colour c, in an image of mean m, `run[:, :3] @ c + run[:, 3:] @ m`.
+    """
+    names = [name for name, _ in steps]
+    place = names.index("hue") if "hue" in names else len(steps)
+    shift = round(steps[place][1] * 256) % 256 if place < len(steps) else 0
+    if not shift:  # one run
+        return _fold_run([step for step in steps if step[0] != "hue"]), 0, NO_CHANGE
+    return _fold_run(steps[:place]), shift, _fold_run(steps[place + 1 :])
 
 
-def _transform(image: Array, matrix: Array) -> Array:
-    if np.array_equal(matrix, np.eye(4)):
+def _fold_run(steps: Sequence[ColorStep]) -> Array:
+    """(3, 6) of steps that each mix the image with black, with its mean grey or with its own grey."""
+    run = NO_CHANGE
+    for name, factor in steps:
+        # The same grey for all three colours.
+        grey = (1.0 - factor) * (LUMA @ run)  # (6,)
+        if name == "contrast":  # of the mean, on which the run acts as on any colour
+            grey = np.concatenate([np.zeros(3), grey[:3] + grey[3:]])
+        elif name == "brightness":
+            grey = np.zeros(6)
+        else:
+            assert name == "saturation", name
+        run = factor * run + grey
+    return run
+
+
+def _mix(image: Array, run: Array) -> Array:
+    if run is NO_CHANGE:
         return image
-    return cv2.transform(image, matrix[:3])  # rounds, and clips to 0 to 255
+    offset = run[:, 3:] @ cv2.mean(image)[:3] if run[:, 3:].any() else np.zeros(3)
+    return cv2.transform(image, np.column_stack([run[:, :3], offset]))  # rounds, and clips to 0 to 255
 
 
-def _shift_hue(image: Array, shift: float) -> Array:
-    """Turn the hue by a share of the circle, in HSV with 256 hues, as precise as Pillow's."""
+def _shift_hue(image: Array, shift: int) -> Array:
+    """Turn the hue by 256ths of the circle, in HSV with 256 hues, as precise as Pillow's."""
     hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)
-    hsv[:, :, 0] += np.uint8(round(shift * 256) % 256)  # wraps around, as hues do
+    hsv[:, :, 0] += np.uint8(shift)  # wraps around, as hues do
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
 
 
@@ -167,3 +188,8 @@ class Normalizer:
             cv2.addWeighted(
                 plane, self.scale[channel], plane, 0.0, self.shift[channel], dst=out[channel], dtype=cv2.CV_32F
             )
+
+    def invert(self, pixel_values: Array) -> Array:
+        """Normalised (C, H, W) back to uint8 (H, W, C)."""
+        values = (pixel_values.transpose(1, 2, 0) - self.shift) / self.scale  # (H, W, C)
+        return np.clip(np.rint(values), 0, 255).astype(np.uint8)

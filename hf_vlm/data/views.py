@@ -26,7 +26,16 @@ from hf_vlm.data.image_ops import (
 )
 from hf_vlm.data.settings import as_jitter, as_probability, as_range, as_size, build_settings, check_keys
 
-__all__ = ["EvalTransform", "ViewParameters", "ViewSettings", "ViewTransform", "draw_view", "render_view"]
+__all__ = [
+    "EvalTransform",
+    "ViewParameters",
+    "ViewSettings",
+    "ViewTransform",
+    "crop_box",
+    "draw_view",
+    "render_view",
+    "required_size",
+]
 
 Array = np.ndarray[Any, Any]
 
@@ -248,16 +257,25 @@ class ViewTransform:
         )
 
     def __call__(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        settings = (*self.views, *self.local_views)
-        parameters = [draw_view(view, rng) for view in settings]
-        sizes = [required_size(*pair) for pair in zip(settings, parameters)]
-        at_least = max(height for height, _ in sizes), max(width for _, width in sizes)
-        image, _ = decode_image(example["image"], num_channels=self.num_channels, at_least=at_least)
+        image, parameters = self.draw(example, rng)
         num_views = len(self.views)
         views = {"pixel_values": self._render(image, self.views, parameters[:num_views])}
         if self.local_views:
             views["local_pixel_values"] = self._render(image, self.local_views, parameters[num_views:])
         return views
+
+    def draw(self, example: dict[str, Any], rng: np.random.Generator) -> tuple[Array, list[ViewParameters]]:
+        """Draw all views, local ones last, and decode the image (H, W, C) uint8 as large as they need."""
+        settings = (*self.views, *self.local_views)
+        parameters = [draw_view(view, rng) for view in settings]
+        at_least = self.required_size(parameters)
+        image, _ = decode_image(example["image"], num_channels=self.num_channels, at_least=at_least)
+        return image, parameters
+
+    def required_size(self, parameters: Sequence[ViewParameters]) -> tuple[int, int]:
+        """(height, width) of an image from which no drawn view is enlarged."""
+        sizes = [required_size(*pair) for pair in zip((*self.views, *self.local_views), parameters)]
+        return max(height for height, _ in sizes), max(width for _, width in sizes)
 
     def _render(
         self, image: Array, views: Sequence[ViewSettings], parameters: Sequence[ViewParameters]

@@ -94,9 +94,9 @@ def side_by_side(
     return sheet
 
 
-def captioned(picture: Image.Image, caption: str) -> Image.Image:
-    """A picture above a line of text, which is cut to its width."""
-    font = _font(max(12, round(picture.width / 24)))
+def captioned(picture: Image.Image, caption: str, *, font_size: int | None = None) -> Image.Image:
+    """A picture above a line of text, which is cut to its width; its size follows the width unless it is given."""
+    font = _font(font_size or max(12, round(picture.width / 24)))
     shown = caption
     while shown and font.getlength(shown) > picture.width:
         caption = caption[:-1]

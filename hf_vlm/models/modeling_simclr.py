@@ -104,6 +104,7 @@ def nt_xent(projections: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     offset = rank() * num_local
     partners = (rows + num_local // 2) % num_local + offset
     keys = gather_with_gradient(projections)  # (world x 2 x batch, dim)
+    keys = keys.view_as(keys)  # a function of one tensor given twice would not compile
     with torch.autocast(projections.device.type, enabled=False):
         loss, accuracy = _ContrastiveCrossEntropy.apply(projections, keys, rows + offset, partners, temperature)
     return loss, accuracy

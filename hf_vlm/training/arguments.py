@@ -41,6 +41,10 @@ class VisionTrainingArguments(TrainingArguments):
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, flash_attention_2, eager, ..."})
     image_size: Any = field(default=224, metadata={"help": "Pixels that enter the model: size or [height, width]."})
     views: dict[str, Any] = field(default_factory=dict, metadata={"help": "Changes to the method's default views."})
+    views_on: str = field(
+        default="auto",
+        metadata={"help": "Where views are made: device, workers, or auto: the device where it is an accelerator."},
+    )
     augmentation: dict[str, Any] = field(default_factory=dict, metadata={"help": "Detection augmentation."})
     shuffle_block: int = field(default=1024, metadata={"help": "Encoded examples that are shuffled together."})
     approximate_resume: bool = field(
@@ -58,6 +62,8 @@ class VisionTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if self.max_steps <= 0:
             raise ValueError("A recipe needs max_steps, a positive number of optimiser steps.")
+        if self.views_on not in ("auto", "device", "workers"):
+            raise ValueError(f"views_on must be auto, device or workers, but is {self.views_on!r}.")
         num_processes = int(os.environ.get("WORLD_SIZE", "1"))
         if num_processes > 1 and not torch.accelerator.is_available():
             self.use_cpu = True  # else accelerate makes each process a training of its own, silently
@@ -74,6 +80,11 @@ class VisionTrainingArguments(TrainingArguments):
         size = self.image_size
         height, width = (size, size) if isinstance(size, int) else size
         return int(height), int(width)
+
+    @property
+    def makes_views_on_device(self) -> bool:
+        """Whether views are made in batches on the device rather than one by one in the data workers."""
+        return self.views_on == "device" or (self.views_on == "auto" and self.device.type != "cpu")
 
 
 class _RecipeLoader(yaml.SafeLoader):

@@ -11,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
-from hf_vlm.registry import find_model
+from hf_vlm.registry import ModelEntry, find_model
 from hf_vlm.training.arguments import VisionTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -54,12 +54,7 @@ def build_model(
     """
     entry = find_model(args.method, task)
     encoder = load_encoder(args) if args.encoder else None
-    backbone_config = build_encoder_config(args) if encoder is None else encoder.config
-    fields = {"backbone_config": backbone_config.to_dict(), **args.model_config}
-    if class_names is not None:
-        fields["id2label"] = dict(enumerate(class_names))
-        fields["label2id"] = {name: index for index, name in enumerate(class_names)}
-    config = _build("model_config", lambda: entry.config_class(**fields), entry.config_class, fields)
+    config = build_config(args, entry, None if encoder is None else encoder.config, class_names)
     options = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
     model = _build(
         "attn_implementation", lambda: entry.auto_class.from_config(config, **options), entry.config_class, {}
@@ -67,6 +62,21 @@ def build_model(
     if encoder is not None:
         model.backbone.load_state_dict(encoder.state_dict())
     return model
+
+
+def build_config(
+    args: VisionTrainingArguments,
+    entry: ModelEntry,
+    encoder: VLMViTConfig | None = None,
+    class_names: Sequence[str] | None = None,
+) -> Any:
+    """The configuration of a recipe's model; its encoder as the recipe describes it where none is given."""
+    encoder = encoder or build_encoder_config(args)
+    fields = {"backbone_config": encoder.to_dict(), **args.model_config}
+    if class_names is not None:
+        fields["id2label"] = dict(enumerate(class_names))
+        fields["label2id"] = {name: index for index, name in enumerate(class_names)}
+    return _build("model_config", lambda: entry.config_class(**fields), entry.config_class, fields)
 
 
 def _build(key: str, construct: Any, config_class: Any, fields: dict[str, Any]) -> Any:
@@ -162,4 +172,4 @@ def build_processor(args: VisionTrainingArguments, num_channels: int) -> VLMViTI
     return VLMViTImageProcessor(size=size, image_mean=[0.5] * num_channels, image_std=[0.5] * num_channels)
 
 
-__all__ = ["build_encoder_config", "build_model", "build_processor", "load_encoder"]
+__all__ = ["build_config", "build_encoder_config", "build_model", "build_processor", "load_encoder"]

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, set_seed
 
 from hf_vlm.data.collate import collate_detection, collate_views
 from hf_vlm.data.detection import DetectionTransform
+from hf_vlm.data.device_views import DeviceViews
 from hf_vlm.data.sources import class_names, has_boxes, open_stream, unlabelled
 from hf_vlm.data.stream import ExampleStream
 from hf_vlm.data.views import EvalTransform, ViewTransform
@@ -42,20 +43,18 @@ def pretrain(recipe: dict[str, Any], *, write_card: Callable[[Path], Any] | None
     """
     args = parse_arguments(recipe)
     set_seed(args.seed)
-    source = _open(args, args.train_split, args.num_train_examples)
+    source = open_source(args, args.train_split, args.num_train_examples)
     model = build_model(args, task="pretraining")
-    num_channels = model.config.backbone_config.num_channels
-    processor = build_processor(args, num_channels)
-    views = {**model.default_views, "size": list(args.image_hw), **args.views}
-    transform = ViewTransform.from_dict(
-        views, image_mean=processor.image_mean, image_std=processor.image_std, num_channels=num_channels
-    )
+    processor = build_processor(args, model.config.backbone_config.num_channels)
+    transform = view_transform(args, model.default_views, processor)
+    on_device = DeviceViews(transform) if args.makes_views_on_device else None
     record = RunRecord(args, recipe, source, write_card)
     trainer = VisionTrainer(
         model=model,
         args=args,
-        train_dataset=_train_stream(args, unlabelled(source), transform),
-        data_collator=collate_views,
+        train_dataset=train_stream(args, unlabelled(source), on_device.draw if on_device else transform),
+        data_collator=on_device.collate if on_device else collate_views,
+        render=on_device.render if on_device else None,
         processing_class=processor,
         on_save=record.write,
     )
@@ -84,14 +83,14 @@ def finetune(recipe: dict[str, Any], *, write_card: Callable[[Path], Any] | None
     """
     args = parse_arguments(recipe)
     set_seed(args.seed)
-    source = _open(args, args.train_split, args.num_train_examples)
+    source = open_source(args, args.train_split, args.num_train_examples)
     names = class_names(source)
     if not has_boxes(source) or names is None:
         raise ValueError(f"{args.data} has no boxes in split {args.train_split!r}: detection needs labelled images.")
     model = build_model(args, task="object-detection", class_names=names)
     processor = build_processor(args, model.config.backbone_config.num_channels)
     transform = detection_transform(processor, train=True, augmentation=args.augmentation, num_classes=len(names))
-    held_out = _eval_stream(args, _open(args, args.eval_split, args.num_eval_examples), processor, names)
+    held_out = _eval_stream(args, open_source(args, args.eval_split, args.num_eval_examples), processor, names)
     evaluator = functools.partial(
         evaluate_detection, processor=processor, class_names=names, batch_size=args.per_device_eval_batch_size
     )
@@ -99,7 +98,7 @@ def finetune(recipe: dict[str, Any], *, write_card: Callable[[Path], Any] | None
     trainer = VisionTrainer(
         model=model,
         args=args,
-        train_dataset=_train_stream(args, source, transform),
+        train_dataset=train_stream(args, source, transform),
         eval_dataset=held_out,
         data_collator=collate_detection,
         processing_class=processor,
@@ -181,6 +180,18 @@ def load_detector(run_dir: str | Path) -> tuple[VLMViTForObjectDetection, VLMViT
     return place(model).eval(), processor
 
 
+def view_transform(
+    args: VisionTrainingArguments, default_views: dict[str, Any], processor: VLMViTImageProcessor
+) -> ViewTransform:
+    """The views of a recipe: the method's own with the recipe's changes, normalised as the processor does."""
+    return ViewTransform.from_dict(
+        {**default_views, "size": list(args.image_hw), **args.views},
+        image_mean=processor.image_mean,
+        image_std=processor.image_std,
+        num_channels=len(processor.image_mean),
+    )
+
+
 def detection_transform(
     processor: VLMViTImageProcessor, *, train: bool, num_classes: int, augmentation: dict[str, Any] | None = None
 ) -> DetectionTransform:
@@ -196,15 +207,17 @@ def detection_transform(
     )
 
 
-def _open(args: VisionTrainingArguments, split: str, num_examples: int | None) -> datasets.IterableDataset:
+def open_source(args: VisionTrainingArguments, split: str, num_examples: int | None) -> datasets.IterableDataset:
+    """The recipe's data; ValueError where it names none."""
     if not args.data:
         raise ValueError("No data: name a folder, a file, a Hub id or scenes with --data or in the recipe.")
     return open_stream(args.data, split, kind=args.data_kind, num_samples=num_examples)
 
 
-def _train_stream(
+def train_stream(
     args: VisionTrainingArguments, source: datasets.IterableDataset, transform: Callable[..., dict[str, Any]]
 ) -> ExampleStream:
+    """What this rank trains on, in its order."""
     return ExampleStream(
         source,
         transform,
@@ -269,6 +282,9 @@ __all__ = [
     "evaluate_run",
     "finetune",
     "load_detector",
+    "open_source",
     "pretrain",
     "quiet_libraries",
+    "train_stream",
+    "view_transform",
 ]

@@ -44,6 +44,7 @@ class VisionTrainer(Trainer):
         train_dataset: An `ExampleStream` (other datasets go the stock way).
         evaluator: Takes the model and `eval_dataset`, returns name -> value; `evaluate()` logs it as `eval_<name>`.
         on_save: Called with each folder that was written, to add what belongs to the run (recipe, card).
+        render: Makes of each batch, once it is on the device, what the model takes (see `DeviceViews`).
         Everything else as in `transformers.Trainer`.
     """
 
@@ -57,11 +58,13 @@ class VisionTrainer(Trainer):
         *args: Any,
         evaluator: Evaluator | None = None,
         on_save: Callable[[Path], None] | None = None,
+        render: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
         self.evaluator = evaluator
         self.on_save = on_save
+        self.render = render
         if self.args.device.type == "cpu" and self.args.attn_implementation is None:
             suit_cpu(self.model)
         self.add_callback(AfterStep())
@@ -94,6 +97,11 @@ class VisionTrainer(Trainer):
 
     _data_state: dict[str, Any] | None = None
     _stream_loader: StatefulDataLoader | None = None
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The stock method moves the batch to the device."""
+        inputs = super()._prepare_inputs(inputs)
+        return inputs if self.render is None else self.render(inputs)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The stock method, timed: what it takes is time in which nothing is trained."""

@@ -218,6 +218,7 @@ def test_normalizer_is_the_formula(num_channels):
     normalize = Normalizer(mean.tolist(), std.tolist(), num_channels=num_channels)
     normalize(image, out)
     np.testing.assert_allclose(out, ((image / 255 - mean) / std).transpose(2, 0, 1), atol=2e-6)
+    np.testing.assert_array_equal(normalize.invert(out), image)
     normalize(np.broadcast_to(normalize.fill, (20, 30, num_channels)).copy(), out)
     assert np.abs(out).max() < 0.011  # half a grey level
 

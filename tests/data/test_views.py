@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.stats import ks_2samp
 
 from hf_vlm.data.image_ops import adjust_color, gaussian_blur, resize, solarize
 from hf_vlm.data.views import (
@@ -74,6 +75,44 @@ def test_crops_have_the_drawn_area_shape_and_place(size, view):
         assert abs(height * width / (size[0] * size[1]) - expected) < 0.015
         assert abs(top - parameters.y * (size[0] - height)) <= 0.5
         assert abs(left - parameters.x * (size[1] - width)) <= 0.5
+
+
+def random_resized_crop(scale, ratio, height, width, rng):
+    """torchvision's draw: (top, left, height, width) as shares of the image."""
+    for _ in range(10):
+        area = height * width * rng.uniform(*scale)
+        drawn = np.exp(rng.uniform(*np.log(ratio)))
+        crop_width, crop_height = round(np.sqrt(area * drawn)), round(np.sqrt(area / drawn))
+        if crop_width <= width and crop_height <= height:
+            top, left = rng.integers(height - crop_height + 1), rng.integers(width - crop_width + 1)
+            return top, left, crop_height, crop_width
+    return None
+
+
+def figures_of_crops(boxes, height, width):
+    top, left, crop_height, crop_width = np.array(boxes, dtype=float).T
+    return {
+        "area": crop_height * crop_width / (height * width),
+        "ratio": np.log(crop_width / crop_height),
+        "y": (top + crop_height / 2) / height,
+        "x": (left + crop_width / 2) / width,
+    }
+
+
+@pytest.mark.parametrize("scale", [(0.05, 0.4), (0.2, 1.0)])
+def test_crops_are_distributed_as_torchvisions(scale):
+    height = width = 600
+    settings = ViewSettings(size=64, crop_scale=scale)
+    rng = np.random.default_rng(0)
+    ours = [crop_box(settings, draw_view(settings, rng), height, width) for _ in range(4000)]
+    theirs = [random_resized_crop(scale, (3 / 4, 4 / 3), height, width, rng) for _ in range(4000)]
+    expected = figures_of_crops([box for box in theirs if box is not None], height, width)
+    for name, values in figures_of_crops(ours, height, width).items():
+        if scale[1] < 0.75:  # every crop fits
+            assert ks_2samp(values, expected[name]).pvalue > 1e-3, name
+        else:  # we draw of the areas that fit, they draw again, which favours squares
+            assert abs(values.mean() - expected[name].mean()) < 0.03, name
+            assert 0.9 < values.std() / expected[name].std() < 1.15, name
 
 
 def test_required_size_is_enough_for_every_shape_and_no_waste():

@@ -1,4 +1,5 @@
 import pytest
+import torch
 import yaml
 
 from hf_vlm.training.arguments import check_recipe, find_recipe, load_recipe, parse_arguments, shipped_folder
@@ -117,3 +118,18 @@ def test_accelerate_files_hold_only_keys_that_the_launcher_knows():
         config = load_config_from_file(str(path))  # rejects unknown keys of the first level
         for nested in ("fsdp_config", "parallelism_config"):
             assert set(getattr(config, nested, None) or {}) <= destinations, (path, nested)
+
+
+def test_views_are_made_on_the_device_where_it_is_an_accelerator(monkeypatch):
+    for chosen, device, expected in (
+        ("auto", "cpu", False),
+        ("auto", "cuda", True),
+        ("device", "cpu", True),
+        ("workers", "cuda", False),
+    ):
+        args = parse_arguments({"max_steps": 1, "use_cpu": True, "views_on": chosen})
+        monkeypatch.setattr(type(args), "device", torch.device(device))
+        assert args.makes_views_on_device is expected
+        monkeypatch.undo()
+    with pytest.raises(ValueError, match="views_on must be auto, device or workers, but is 'gpu'"):
+        parse_arguments({"max_steps": 1, "views_on": "gpu"})

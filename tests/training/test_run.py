@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from hf_vlm.data.views import ViewTransform
+from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_detection import VLMViTForObjectDetection
 from hf_vlm.models.modeling_mae import MAEForPreTraining
+from hf_vlm.models.modeling_simclr import SimCLRForPreTraining
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 from hf_vlm.training.callbacks import read_log
 from hf_vlm.training.data_state import last_checkpoint
@@ -75,6 +77,50 @@ def test_killed_twice_and_resumed_equals_uninterrupted(make_recipe, tmp_path, ki
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert losses(broken) == losses(whole)
     assert sorted(losses(whole)) == list(range(1, 9))
+
+
+VIEWS = {"local": {"num_views": 1, "size": 16}, "jitter": [0.4, 0.4, 0.4, 0]}  # no hue: its 8 bits are told apart
+
+
+def test_views_of_the_device_resume_exactly_and_are_those_of_the_workers(make_recipe, tmp_path, kill_at, monkeypatch):
+    batches = []
+    training_step = VisionTrainer.training_step
+
+    def kept(self, model, inputs, *args, **kwargs):
+        prepared = self._prepare_inputs(inputs)
+        batches.append({name: values.clone() for name, values in prepared.items()})
+        return training_step(self, model, inputs, *args, **kwargs)
+
+    recipe = make_recipe("simclr", views_on="device", views=VIEWS, save_strategy="steps", save_steps=2, max_steps=4)
+    monkeypatch.setattr(SimCLRForPreTraining, "forward", _without_local_views(SimCLRForPreTraining.forward))
+    monkeypatch.setattr(VisionTrainer, "training_step", kept)
+    pretrain(recipe | {"output_dir": str(tmp_path / "whole")})
+    pretrain(recipe | {"output_dir": str(tmp_path / "workers"), "views_on": "workers"})
+    kill_at(3)
+    with pytest.raises(KilledError):
+        pretrain(recipe)
+    kill_at(None)
+    pretrain(recipe | {"resume_from_checkpoint": "last"})
+
+    whole, workers, broken = batches[:4], batches[4:8], batches[8:11] + batches[11:]
+    assert len(broken) == 5  # the third step twice
+    for found, expected in zip(broken, [*whole[:3], *whole[2:]]):
+        assert all(torch.equal(found[name], expected[name]) for name in ("pixel_values", "local_pixel_values"))
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "simclr"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    std = min(VLMViTImageProcessor().image_std)
+    for found, expected in zip(whole, workers):
+        assert found.keys() == expected.keys() == {"pixel_values", "local_pixel_values"}
+        for name, values in found.items():
+            assert values.shape == expected[name].shape
+            difference = (values - expected[name]).abs() * 255 * std  # grey levels
+            assert difference.max() <= 3
+            assert difference.mean() < 0.5
+
+
+def _without_local_views(forward):
+    """SimCLR's forward takes no local views; here they are only looked at."""
+    return lambda self, pixel_values, local_pixel_values=None, **kwargs: forward(self, pixel_values, **kwargs)
 
 
 def test_pretraining_leaves_an_encoder_and_its_objective(make_recipe, tmp_path):

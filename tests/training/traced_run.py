@@ -12,6 +12,7 @@ import os
 import sys
 from pathlib import Path
 
+from hf_vlm.cli.main import leave_process_group
 from hf_vlm.training.run import pretrain
 from hf_vlm.training.trainer import VisionTrainer
 
@@ -31,6 +32,7 @@ def main(recipe_file, folder):
     VisionTrainer.training_step = training_step
     checkpoints = list(Path(recipe["output_dir"]).glob("checkpoint-*/trainer_state.json"))
     pretrain(recipe | {"resume_from_checkpoint": "last" if checkpoints else None})
+    leave_process_group()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,307 @@
+"""A pretraining step: ours beside transformers' ViTMAE, and beside timm with lightly's loss.
+
+    python benchmarks/step.py [--presets tiny small] [--device cuda] [--compile] [--quick]
+
+Contestants take turns step by step on the same images; ratios are medians over the steps. On the CPU, time is the
+process's CPU time on one thread; on an accelerator, the clock around synchronised steps in bfloat16. Peak memory is
+that of a process of its own on the CPU. timm and lightly (`pip install timm lightly`) are left out where they do not
+import.
+
+Two ratios are printed where they differ: with the same matrix products in both, and as each trains by default (our
+trainer lets the CPU multiply by oneDNN where that is exact, see `hf_vlm/training/device.py`). The last line of stdout
+is JSON.
+"""
+
+import argparse
+import gc
+import importlib.machinery
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+from unittest.mock import MagicMock
+
+import psutil
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+from hf_vlm import MAEConfig, MAEForPreTraining, SimCLRConfig, SimCLRForPreTraining, VLMViTConfig
+from hf_vlm.models.configuration_vlm_vit import PRESETS
+from hf_vlm.models.modeling_simclr import nt_xent
+from hf_vlm.models.ssl_layers import ProjectionHead
+from hf_vlm.training.device import suit_cpu
+from hf_vlm.training.meters import FlopCounter, peak_flops
+
+SIZE, PATCH = 224, 16
+PARTIAL = {"prediction_ratio": 1 / 3, "use_cross_attention": True}
+Loss = Callable[[], Tensor]
+
+
+def encoder_config(preset: str) -> VLMViTConfig:
+    return VLMViTConfig.from_preset(preset, image_size=SIZE, patch_size=PATCH, position_embedding_type="sincos")
+
+
+def our_mae(preset: str, **options: Any) -> nn.Module:
+    return MAEForPreTraining(MAEConfig(backbone_config=encoder_config(preset), **options))
+
+
+def their_mae(preset: str) -> nn.Module:
+    shape = PRESETS[preset]
+    config = ViTMAEConfig(
+        **{name: shape[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")},
+        intermediate_size=4 * shape["hidden_size"],
+        patch_size=PATCH,
+        norm_pix_loss=True,
+    )
+    return ViTMAEForPreTraining._from_config(config, attn_implementation="sdpa")
+
+
+def our_simclr(preset: str) -> nn.Module:
+    return SimCLRForPreTraining(SimCLRConfig(backbone_config=encoder_config(preset)))
+
+
+class TheirSimCLR(nn.Module):
+    """timm's encoder, the same projection head, lightly's loss."""
+
+    def __init__(self, preset: str):
+        super().__init__()
+        import timm
+        from lightly.loss import NTXentLoss
+
+        shape = PRESETS[preset]
+        self.backbone = timm.models.VisionTransformer(
+            img_size=SIZE,
+            patch_size=PATCH,
+            embed_dim=shape["hidden_size"],
+            depth=shape["num_hidden_layers"],
+            num_heads=shape["num_attention_heads"],
+            num_classes=0,
+        )
+        self.head = ProjectionHead(shape["hidden_size"], 2048, 128, num_layers=3)
+        self.loss = NTXentLoss(temperature=0.2)
+
+    def forward(self, pixel_values: Tensor) -> Any:
+        first, second = (self.head(self.backbone(views)) for views in pixel_values.unbind(1))
+        return type("Output", (), {"loss": self.loss(first, second)})
+
+
+def import_peers() -> bool:
+    """Whether timm and lightly import; both ask for torchvision and use nothing of it here."""
+    if importlib.util.find_spec("torchvision") is None:
+        parts = (
+            "ops",
+            "ops.misc",
+            "transforms",
+            "transforms.functional",
+            "datasets",
+            "datasets.vision",
+            "io",
+            "models",
+        )
+        for name in ("torchvision", *(f"torchvision.{part}" for part in parts)):
+            sys.modules[name] = MagicMock(__spec__=importlib.machinery.ModuleSpec(name, None))
+    try:
+        import lightly.loss
+        import timm
+    except Exception as error:  # of whatever their own dependencies raise
+        print(f"timm and lightly are left out: {error}")
+        return False
+    return bool(timm and lightly)
+
+
+MODELS: dict[str, Callable[[str], nn.Module]] = {
+    "transformers": their_mae,
+    "exact": our_mae,
+    "partial": lambda preset: our_mae(preset, **PARTIAL),
+    "timm": TheirSimCLR,
+    "simclr": our_simclr,
+}
+
+
+class Contestant:
+    """A model with its optimiser; `fast` lets it multiply as our trainer does."""
+
+    def __init__(self, name: str, preset: str, device: torch.device, *, fast: bool, is_compiled: bool = False):
+        torch.manual_seed(0)
+        self.model = MODELS[name](preset).to(device).train()
+        self.fast = fast
+        if fast:
+            suit_cpu(self.model)  # type: ignore[arg-type]
+        self.device = device
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-4, fused=True)
+        self.run: Any = torch.compile(self.model) if is_compiled else self.model
+
+    def loss(self, images: Tensor) -> Tensor:
+        with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
+            return self.run(pixel_values=images).loss  # type: ignore[no-any-return]
+
+    def step(self, images: Tensor) -> float:
+        """Trains one step; returns its seconds."""
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16" if self.fast else "ieee"
+        started = clock(self.device)
+        self.loss(images).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return clock(self.device) - started
+
+    def flops(self, images: Tensor) -> int:
+        with FlopCounter() as counter:
+            self.loss(images).backward()
+        self.optimizer.zero_grad(set_to_none=True)
+        return counter.get_total_flops()
+
+
+def clock(device: torch.device) -> float:
+    if device.type == "cpu":
+        return time.process_time()
+    torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+def compare(contestants: dict[str, Contestant], images: Tensor, num_steps: int, what: str) -> dict[str, float]:
+    """Median ratios of the first contestant's time to each one's."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for contestant in contestants.values():
+        contestant.step(images)
+    for _ in tqdm(range(num_steps), desc=what, leave=False):
+        for name, contestant in contestants.items():
+            seconds[name].append(contestant.step(images))
+    first, *_ = seconds.values()
+    ratios = {}
+    for name, found in seconds.items():
+        ratio = [theirs / ours for theirs, ours in zip(first, found)]
+        ratios[name] = statistics.median(ratio)
+        median = statistics.median(found)
+        device = contestants[name].device
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16" if contestants[name].fast else "ieee"
+        peak = peak_flops(device, "bf16" if device.type == "cuda" else "fp32")
+        mfu = contestants[name].flops(images) / median / peak
+        print(
+            f"{what:<14} {name:<22} {len(images) / median:8.1f} images/s  {ratios[name]:5.2f} times "
+            f"({min(ratio):.2f} to {max(ratio):.2f})  MFU {mfu:.2f}"
+        )
+    return ratios
+
+
+def mae(preset: str, arguments: argparse.Namespace) -> dict[str, float]:
+    device = torch.device(arguments.device)
+    images = torch.randn(arguments.batch, 3, SIZE, SIZE, device=device)
+    options = {"preset": preset, "device": device, "is_compiled": arguments.compile}
+    contestants = {"transformers": Contestant("transformers", fast=False, **{**options, "is_compiled": False})}
+    for name in ("exact", "partial"):
+        contestants[name] = Contestant(name, fast=False, **options)
+        if device.type == "cpu":
+            contestants[f"{name}, as trained"] = Contestant(name, fast=True, **options)
+    return compare(contestants, images, arguments.steps, f"MAE {preset}")
+
+
+def simclr(preset: str, arguments: argparse.Namespace) -> dict[str, float]:
+    device = torch.device(arguments.device)
+    images = torch.randn(arguments.batch, 2, 3, SIZE, SIZE, device=device)
+    options = {"preset": preset, "device": device, "is_compiled": arguments.compile}
+    contestants = {"timm": Contestant("timm", fast=False, **{**options, "is_compiled": False})}
+    contestants["simclr"] = Contestant("simclr", fast=False, **options)
+    if device.type == "cpu":
+        contestants["simclr, as trained"] = Contestant("simclr", fast=True, **options)
+    return compare(contestants, images, arguments.steps, f"SimCLR {preset}")
+
+
+def losses(device: torch.device, num_rounds: int, *, batch: int = 512) -> dict[str, float]:
+    """lightly's time for NT-Xent over ours, forward and backward, with the same products and as trained."""
+    from lightly.loss import NTXentLoss
+
+    projections = F.normalize(torch.randn(2 * batch, 128, device=device), dim=1)
+    theirs = NTXentLoss(temperature=0.2)
+    ratios: dict[str, list[float]] = {"ntxent": [], "ntxent_as_trained": []}
+
+    def seconds(loss_of: Callable[[Tensor], Tensor], products: str) -> float:
+        torch.backends.mkldnn.matmul.fp32_precision = products
+        leaf = projections.clone().requires_grad_()
+        started = clock(device)
+        loss_of(leaf).backward()
+        return clock(device) - started
+
+    for _ in range(num_rounds):
+        of_lightly = seconds(lambda leaf: theirs(*leaf.chunk(2)), "ieee")
+        ratios["ntxent"].append(of_lightly / seconds(lambda leaf: nt_xent(leaf, 0.2)[0], "ieee"))
+        ratios["ntxent_as_trained"].append(of_lightly / seconds(lambda leaf: nt_xent(leaf, 0.2)[0], "bf16"))
+    for name, found in ratios.items():
+        middle, spread = statistics.median(found), f"{min(found):.2f} to {max(found):.2f}"
+        print(f"{name} of {2 * batch} views: {middle:.2f} times lightly's ({spread})")
+    return {name: round(statistics.median(found), 3) for name, found in ratios.items()}
+
+
+def peak_memory(name: str, preset: str, batch: int) -> float:
+    """MiB that two steps add to a process of their own."""
+    command = [sys.executable, "-W", "ignore", __file__, "--memory", name, "--presets", preset, "--batch", str(batch)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def print_memory(name: str, preset: str, batch: int) -> None:
+    images = torch.randn(batch, 3, SIZE, SIZE)
+    before = psutil.Process().memory_info().rss / 1024
+    contestant = Contestant(name.split(",")[0], preset, torch.device("cpu"), fast="as trained" in name)
+    for _ in range(2):
+        contestant.step(images)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def main() -> None:
+    """Prints a table and the JSON line."""
+    parser = argparse.ArgumentParser(description="Images a second of a pretraining step.")
+    parser.add_argument("--presets", nargs="+", default=["tiny"])
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=9)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--compile", action="store_true", help="compile our models")
+    parser.add_argument("--quick", action="store_true", help="few steps of few images: no figure to quote")
+    parser.add_argument("--memory", help=argparse.SUPPRESS)  # what a process of its own is to measure
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.quick:
+        arguments.batch, arguments.steps = 4, 3
+    if arguments.memory:
+        print_memory(arguments.memory, arguments.presets[0], arguments.batch)
+        return
+    has_peers = import_peers()
+    figures: dict[str, float] = {}
+    for preset in arguments.presets:
+        suffix = "" if preset == arguments.presets[0] else f"_{preset}"
+        ratios = mae(preset, arguments)
+        for name, key in (("exact", "mae_vs_transformers"), ("partial", "mae_partial_vs_transformers")):
+            figures[key + suffix] = round(ratios[name], 3)
+            if f"{name}, as trained" in ratios:
+                figures[f"{key}_as_trained{suffix}"] = round(ratios[f"{name}, as trained"], 3)
+        gc.collect()
+        if has_peers:
+            ratios = simclr(preset, arguments)
+            figures[f"simclr_vs_timm_lightly{suffix}"] = round(ratios["simclr"], 3)
+            if "simclr, as trained" in ratios:
+                figures[f"simclr_vs_timm_lightly_as_trained{suffix}"] = round(ratios["simclr, as trained"], 3)
+            gc.collect()
+        if arguments.device == "cpu":
+            memory = {
+                name: peak_memory(name, preset, arguments.batch)
+                for name in ("transformers", "exact", "exact, as trained", "partial, as trained")
+            }
+            print(
+                f"peak memory of a step, {preset}: "
+                + ", ".join(f"{name} {mib:.0f} MiB" for name, mib in memory.items())
+            )
+            figures[f"mae_memory_vs_transformers{suffix}"] = round(
+                memory["exact, as trained"] / memory["transformers"], 3
+            )
+    if has_peers:
+        figures |= losses(torch.device(arguments.device), 3 if arguments.quick else 25)
+    print(json.dumps(figures | ({"quick": True} if arguments.quick else {})))
+
+
+if __name__ == "__main__":
+    main()

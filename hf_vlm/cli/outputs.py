@@ -1,0 +1,22 @@
+"""Checks the files that a command will write before it begins, rather than fail when all work is done."""
+
+from pathlib import Path
+
+
+def prepare_picture(path: Path, *, like: str) -> None:
+    """Make the folder of a picture; ValueError where Pillow cannot write such a file, with a name to copy."""
+    from PIL import Image
+
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise ValueError(f"--save {path}: name a picture, as {like}")
+    prepare_file(path)
+
+
+def prepare_file(path: Path) -> None:
+    """Make the folder of a file; ValueError where that is impossible."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error}") from error

@@ -1,0 +1,37 @@
+"""`hf-vlm views RECIPE [--data SOURCE] [--save views.png] [--key value ...]`"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from hf_vlm.cli.outputs import prepare_picture
+
+
+def run(words: Sequence[str]) -> None:
+    """Draws what a pretraining by a recipe would see first."""
+    parser = argparse.ArgumentParser(
+        prog="hf-vlm views",
+        description="Draws the first images that a pretraining by the recipe would read, where their views lie, and "
+        "the views as the model gets them. Without data it shows the built-in images.",
+        epilog="Every key of the recipe can be overridden: --views.blur 0 --views.crop_scale '[0.5, 1]' --seed 1",
+    )
+    parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe such as simclr/vit_small.yaml")
+    parser.add_argument("--num_images", type=int, default=4, help="rows of the picture")
+    parser.add_argument("--save", type=Path, default=Path("views.png"), help="the picture to write")
+    arguments, overrides = parser.parse_known_args(words)
+    prepare_picture(arguments.save, like="views.png")
+    if arguments.num_images < 1:
+        raise ValueError(f"--num_images {arguments.num_images}: at least one image is needed")
+
+    from hf_vlm.deploy.view_sheet import view_sheet
+    from hf_vlm.training.arguments import load_recipe
+    from hf_vlm.training.preview import draw_first_views
+    from hf_vlm.training.run import quiet_libraries
+
+    quiet_libraries()
+    recipe = load_recipe(arguments.recipe, overrides)
+    recipe["data"] = recipe.get("data") or "scenes"
+    recipe["use_cpu"] = True  # only data is looked at
+    drawn = draw_first_views(recipe, arguments.num_images)
+    view_sheet(drawn).save(arguments.save)
+    print(f"{len(drawn)} images of {recipe['data']} and their views: {arguments.save}")

@@ -1,0 +1,88 @@
+"""The first images of a run with the very views that it will make of them."""
+
+import copy
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+
+from hf_vlm.data.sources import unlabelled
+from hf_vlm.data.views import ViewTransform, crop_box
+from hf_vlm.models.modeling_mae import random_masking
+from hf_vlm.registry import find_model
+from hf_vlm.training.arguments import parse_arguments
+from hf_vlm.training.build import build_config, build_processor
+from hf_vlm.training.run import open_source, train_stream, view_transform
+
+__all__ = ["DrawnImage", "draw_first_views"]
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawnImage:
+    """An image and what is made of it, all (height, width, C) uint8.
+
+    Args:
+        image: As decoded.
+        views: As the model gets them, before normalisation.
+        local_views: Likewise.
+        boxes: (top, left, height, width) in the image, of the views and then of the local views.
+        hidden: For each view (height, width), True where the method masks it; empty for methods that do not.
+    """
+
+    image: Array
+    views: list[Array]
+    local_views: list[Array]
+    boxes: list[tuple[int, int, int, int]]
+    hidden: list[Array]
+
+
+def draw_first_views(recipe: dict[str, Any], num_images: int) -> list[DrawnImage]:
+    """The first images that a pretraining by the recipe reads, with their views.
+
+    The masks are drawn as the method draws them, but are not those of the run.
+
+    Raises:
+        ValueError: for a recipe or data that cannot be used, with what to do about it.
+    """
+    args = parse_arguments(recipe)
+    entry = find_model(args.method, "pretraining")
+    config = build_config(args, entry)
+    processor = build_processor(args, config.backbone_config.num_channels)
+    transform = view_transform(args, entry.model_class.default_views, processor)
+    patch_size = config.backbone_config.patch_hw
+
+    def drawn(example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        views = _render(transform, example, rng)
+        if (ratio := getattr(config, "mask_ratio", None)) is None:
+            return {"drawn": DrawnImage(**views, hidden=[])}
+        hidden = [_hidden(transform.views[0].size, patch_size, ratio, rng) for _ in transform.views]
+        return {"drawn": DrawnImage(**views, hidden=hidden)}
+
+    source = unlabelled(open_source(args, args.train_split, args.num_train_examples))
+    return [example["drawn"] for example in islice(train_stream(args, source, drawn), num_images)]
+
+
+def _render(transform: ViewTransform, example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+    views = transform(example, copy.deepcopy(rng))
+    image, parameters = transform.draw(example, rng)
+    settings = (*transform.views, *transform.local_views)
+    return {
+        "image": image,
+        "views": [transform.normalize.invert(view) for view in views["pixel_values"].numpy()],
+        "local_views": [
+            transform.normalize.invert(view.numpy()) for view in views.get("local_pixel_values", torch.empty(0))
+        ],
+        "boxes": [crop_box(*pair, *image.shape[:2]) for pair in zip(settings, parameters)],
+    }
+
+
+def _hidden(size: tuple[int, int], patch: tuple[int, int], ratio: float, rng: np.random.Generator) -> Array:
+    grid = size[0] // patch[0], size[1] // patch[1]
+    noise = torch.from_numpy(rng.random((1, grid[0] * grid[1])))
+    hidden = np.zeros(noise.shape[1], dtype=bool)
+    hidden[random_masking(noise, ratio)[1][0]] = True
+    return hidden.reshape(grid).repeat(patch[0], axis=0).repeat(patch[1], axis=1)  # (H, W)
