@@ -28,6 +28,7 @@ from hf_vlm.models.loss_detection import DetectionTargets, match, matching_cost
 from hf_vlm.models.modeling_detection import VLMViTDetectionConfig, VLMViTForObjectDetection
 from hf_vlm.training.arguments import load_recipe, parse_arguments
 from hf_vlm.training.build import build_model
+from hf_vlm.training.device import place
 
 BATCH_SIZE, NUM_BOXES, NUM_CLASSES = 16, 20, 80
 ROWS: dict[str, tuple[str, Any]] = {
@@ -156,7 +157,7 @@ def shares_of_a_step(name: str, device: torch.device, num_steps: int) -> dict[st
     """Median shares of the step's parts, forward and backward together; matching is a part of the loss."""
     torch.manual_seed(0)
     recipe, image_size = ROWS[name]
-    model = build(recipe, image_size).to(device).train()
+    model = place(build(recipe, image_size), device).train()  # as the trainer has it
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     images = torch.randn(BATCH_SIZE, 3, height, width, device=device)
     labels = random_labels(BATCH_SIZE, NUM_CLASSES, device)
