@@ -89,7 +89,7 @@ def read_image_bytes(image: EncodedImage) -> bytes:
 
 def _decode(data: bytes, num_channels: int, at_least: tuple[int, int] | None) -> tuple[Array, tuple[int, int]]:
     header = read_header(data)
-    if header is None:  # opencv alone knows some, as TIFF with 16-bit colours
+    if header is None:  # opencv alone knows some, as TIFF with colours of 32 bits
         _check_size(read_tiff_size(data) or (0, 0))
         array = _read_with_opencv(data, READ_FLAGS[num_channels])
         if array is None:
