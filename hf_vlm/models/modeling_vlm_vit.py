@@ -95,6 +95,11 @@ class VLMViTPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": VLMViTLayer, "attentions": VLMViTAttention}
 
+    @property
+    def trained_encoder(self) -> nn.Module:
+        """The encoder that a training leaves to its users; a method with a teacher may name the teacher's."""
+        return self.backbone
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

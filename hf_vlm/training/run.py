@@ -63,7 +63,7 @@ def pretrain(recipe: dict[str, Any], *, write_card: Callable[[Path], Any] | None
     trainer.save_model(str(output_dir / OBJECTIVE_FOLDER), _internal_call=True)
     if args.should_save:
         encoder = VLMViTModel(model.config.backbone_config)
-        encoder.load_state_dict(model.backbone.state_dict())
+        encoder.load_state_dict(model.trained_encoder.state_dict())
         encoder.save_pretrained(output_dir)
         processor.save_pretrained(output_dir)
         record.write(output_dir)
