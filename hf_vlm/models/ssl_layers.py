@@ -114,6 +114,11 @@ def check_views(pixel_values: Tensor, num_views: int | None = None) -> Tensor:
     return pixel_values
 
 
+def flatten_views(pixel_values: Tensor) -> Tensor:
+    """Images (images, ...) of a batch with views (batch, views, channels, height, width) or without."""
+    return first_views_first(pixel_values) if pixel_values.ndim == 5 else pixel_values
+
+
 def first_views_first(pixel_values: Tensor) -> Tensor:
     """Flattens (batch, views, ...) to (views x batch, ...): all first views, then all second views."""
     return pixel_values.transpose(0, 1).flatten(0, 1)
@@ -126,6 +131,7 @@ __all__ = [
     "as_vit_config",
     "check_views",
     "first_views_first",
+    "flatten_views",
     "gather_with_gradient",
     "rank",
     "world_size",

@@ -61,6 +61,8 @@ def build_model(
     )
     if encoder is not None:
         model.backbone.load_state_dict(encoder.state_dict())
+        if hasattr(model, "reset_teacher"):
+            model.reset_teacher()
     return model
 
 
