@@ -14,7 +14,7 @@ from .modeling_vlm_vit import VLMViTModel, VLMViTPreTrainedModel
 from .ssl_layers import SSLConfig, as_vit_config, flatten_views
 from .ssl_masks import mask_of, random_masking
 from .ssl_predictor import MaskedPredictor
-from .vit_layers import gather_tokens, patchify, unpatchify
+from .vit_layers import gather_tokens, patch_grid, patchify, unpatchify
 
 DECODER_DEFAULTS = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 16}
 
@@ -113,15 +113,17 @@ class MAEForPreTraining(VLMViTPreTrainedModel):
         noise (`torch.FloatTensor` of shape `(batch * views, patches)`, *optional*):
             The patches of the lowest values stay visible; uniform random when not given.
         """
-        images = flatten_views(pixel_values)
-        targets = patchify(images, self.config.backbone_config.patch_hw)  # (batch, patches, patch_dim)
+        images, patch_hw = flatten_views(pixel_values), self.config.backbone_config.patch_hw
+        targets = patchify(images, patch_hw)  # (batch, patches, patch_dim)
         if noise is None:
             noise = torch.rand(targets.shape[:2], device=targets.device)
         visible, masked = random_masking(noise, self.config.mask_ratio)
         if self.training:
             masked = masked[:, : max(1, round(masked.shape[1] * self.config.prediction_ratio))]
         encoded = self.backbone(images, visible_indices=visible).last_hidden_state  # (batch, prefix + visible, dim)
-        predictions = self.decoder(encoded, visible, masked, self._grid_hw(images))  # (batch, predicted, patch_dim)
+        predictions = self.decoder(
+            encoded, visible, masked, patch_grid(images, patch_hw)
+        )  # (batch, predicted, patch_dim)
         targets = gather_tokens(targets, masked).float()
         if self.config.norm_pix_loss:
             targets = normalise_patches(targets)[0]
@@ -147,7 +149,7 @@ class MAEForPreTraining(VLMViTPreTrainedModel):
         index = output.masked_indices[:, :, None]
         painted = patches.scatter(1, index.expand_as(predictions), predictions)
         mask = torch.zeros_like(patches).scatter(1, index.expand_as(predictions), 1.0)
-        grid_hw = self._grid_hw(images)
+        grid_hw = patch_grid(images, patch_hw)
         return unpatchify(painted, grid_hw, patch_hw), unpatchify(mask, grid_hw, patch_hw)[:, :1].bool()
 
     @staticmethod
@@ -155,10 +157,6 @@ class MAEForPreTraining(VLMViTPreTrainedModel):
         """Draws masks as `forward` does: (images, patches) bool, true where hidden."""
         num_patches = grid_hw[0] * grid_hw[1]
         return mask_of(random_masking(torch.rand(num_images, num_patches), config.mask_ratio)[1], num_patches)
-
-    def _grid_hw(self, images: Tensor) -> tuple[int, int]:
-        ph, pw = self.config.backbone_config.patch_hw
-        return images.shape[2] // ph, images.shape[3] // pw
 
 
 __all__ = ["MAEConfig", "MAEForPreTraining", "MAEOutput"]

@@ -23,6 +23,7 @@ from .vit_layers import (
     VLMViTLayer,
     build_norm,
     gather_tokens,
+    patch_grid,
     patchify,
     rope_positions,
     sincos_positions,
@@ -65,10 +66,9 @@ class VLMViTEmbeddings(nn.Module):
         masked: Tensor | None = None,
         mask_token: Tensor | None = None,
     ) -> Tensor:
-        batch, _, height, width = pixel_values.shape
-        ph, pw = self.config.patch_hw
-        patches = patchify(pixel_values, (ph, pw))  # (batch, patches, channels * ph * pw)
-        positions = self.positions((height // ph, width // pw))
+        batch, patch_hw = len(pixel_values), self.config.patch_hw
+        patches = patchify(pixel_values, patch_hw)  # (batch, patches, channels * patch height * patch width)
+        positions = self.positions(patch_grid(pixel_values, patch_hw))
         if visible_indices is not None:  # only what is seen is embedded: masked patches cost nothing
             patches = gather_tokens(patches, visible_indices)
             if positions is not None:
@@ -165,8 +165,7 @@ class _Encoder(VLMViTPreTrainedModel):
         tokens = self.embeddings(pixel_values, visible_indices, masked, mask_token)
         if self.config.position_embedding_type != "rope":
             return tokens, None
-        ph, pw = self.config.patch_hw
-        grid_hw = pixel_values.shape[2] // ph, pixel_values.shape[3] // pw
+        grid_hw = patch_grid(pixel_values, self.config.patch_hw)
         head_dim = self.config.hidden_size // self.config.num_attention_heads
         angles = rope_positions(head_dim, self.config.rope_theta, grid_hw, tokens.device)[
             None
@@ -272,8 +271,7 @@ class VLMViTBackbone(BackboneMixin, _Encoder):
     @auto_docstring
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> BackboneOutput:
         hidden_states, positions = self._embed(pixel_values)
-        ph, pw = self.config.patch_hw
-        grid_hw = pixel_values.shape[2] // ph, pixel_values.shape[3] // pw
+        grid_hw = patch_grid(pixel_values, self.config.patch_hw)
         maps = []
         stages: Sequence[nn.Module] = [nn.Identity(), *self.layers]
         for name, stage in zip(self.stage_names, stages):

@@ -104,6 +104,15 @@ class SSLConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
 
+@torch.no_grad()
+def feature_std(features: Tensor) -> Tensor:
+    """Spread () of L2-normalised features (rows, dim): their mean deviation x sqrt(dim).
+
+    It is 1 where they lie evenly in all directions, and 0 where all are alike: a collapse.
+    """
+    return features.float().std(dim=0).mean() * features.shape[1] ** 0.5
+
+
 def check_views(pixel_values: Tensor, num_views: int | None = None) -> Tensor:
     """Checks a batch of views (batch, views, channels, height, width) and returns it; ValueError otherwise."""
     if pixel_values.ndim != 5 or (num_views is not None and pixel_values.shape[1] != num_views):
@@ -130,6 +139,7 @@ __all__ = [
     "SyncedBatchNorm1d",
     "as_vit_config",
     "check_views",
+    "feature_std",
     "first_views_first",
     "flatten_views",
     "gather_with_gradient",

@@ -40,6 +40,11 @@ class Packing:
         return [part.unflatten(0, group) for part, group in zip(parts, self.groups)]
 
 
+def patch_grid(pixel_values: Tensor, patch_hw: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of patches in images (..., height, width)."""
+    return pixel_values.shape[-2] // patch_hw[0], pixel_values.shape[-1] // patch_hw[1]
+
+
 def patchify(pixel_values: Tensor, patch_hw: tuple[int, int]) -> Tensor:
     """Cuts images (batch, channels, height, width) into patches (batch, patches, channels x patch h x patch w).
 
@@ -310,6 +315,7 @@ __all__ = [
     "build_norm",
     "eager_attention_forward",
     "gather_tokens",
+    "patch_grid",
     "patchify",
     "rope_positions",
     "rotate",

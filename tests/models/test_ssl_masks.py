@@ -56,7 +56,7 @@ def test_blocks_are_blocks():
     assert pieces < 8
     share = masked.float().mean(0)
     assert share.min() > 0.01  # corners lie in few of the blocks that fit, as in BEiT
-    assert share.max() < 0.5
+    assert share.max() < 0.65
 
 
 def test_few_blocks_are_completed_at_random():
