@@ -208,4 +208,4 @@ def find_family(model_type: str) -> Family:
     return FAMILIES[name]
 
 
-__all__ = ["CLASS_TOKEN", "FAMILIES", "POSITIONS", "REGISTERS", "SHARED_FIELDS", "Family", "find_family"]
+__all__ = ["ALIASES", "CLASS_TOKEN", "FAMILIES", "POSITIONS", "REGISTERS", "SHARED_FIELDS", "Family", "find_family"]

@@ -11,6 +11,7 @@ equal at `image_size` and differ somewhat at any other size. DINOv3's rotary pos
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,11 +35,36 @@ class Conversion:
     folded: list[str] = field(default_factory=list)  # added to other weights
     filled: list[str] = field(default_factory=list)  # not in the original, and set so that they change nothing
     dropped: list[str] = field(default_factory=list)
+    images: str = ""  # what the image processor does, where one was converted
 
     def rows(self) -> dict[str, str]:
         """The table of a report: only the rows that say something."""
         lists = {"folded": self.folded, "filled": self.filled, "dropped": self.dropped}
-        return {"loaded": self.loaded} | {name: ", ".join(names) for name, names in lists.items() if names}
+        rows = {"loaded": self.loaded} | {name: ", ".join(names) for name, names in lists.items()}
+        return {name: text for name, text in (rows | {"images": self.images}).items() if text}
+
+
+def convert_checkpoint(source: str, output_dir: str | Path, *, to: str | None = None) -> Conversion:
+    """Converts a checkpoint and writes encoder and image processor into a folder.
+
+    Args:
+        source: Folder or Hub id of a checkpoint in safetensors: of transformers, or of ours where `to` is given.
+        to: Family of transformers whose layout is to be written; by default ours is.
+
+    Raises:
+        ValueError: for what [`load_transformers`] and [`load_ours`] refuse.
+    """
+    processor: VLMViTImageProcessor | ViTImageProcessorPil | None
+    if to is None:
+        conversion = load_transformers(source)
+        processor, conversion.images = load_processor(source, conversion.model.config)
+    else:
+        conversion = load_ours(source, to)
+        processor, conversion.images = load_our_processor(source)
+    conversion.model.save_pretrained(output_dir)
+    if processor is not None:
+        processor.save_pretrained(output_dir)
+    return conversion
 
 
 def load_transformers(source: str) -> Conversion:
@@ -289,20 +315,26 @@ def _processor_size(found: dict[str, Any], config: VLMViTConfig) -> tuple[int, i
     return (height, width) if fits else config.image_hw
 
 
-def processor_to_transformers(processor: VLMViTImageProcessor) -> ViTImageProcessorPil:
-    """The image processor of transformers that does what ours does."""
+def load_our_processor(source: str) -> tuple[ViTImageProcessorPil | None, str]:
+    """The image processor of transformers that does what ours of a checkpoint does; None where it has none."""
+    try:
+        ours = VLMViTImageProcessor.from_pretrained(source)
+    except OSError:
+        return None, "no preprocessor_config.json, and so none was written"
     names = ("size", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
-    return ViTImageProcessorPil(**{name: getattr(processor, name) for name in names})
+    processor = ViTImageProcessorPil(**{name: getattr(ours, name) for name in names})
+    return processor, f"{ours.size['height']} x {ours.size['width']}: the checkpoint's"
 
 
 __all__ = [
     "Conversion",
+    "convert_checkpoint",
     "from_transformers",
     "is_ours",
+    "load_our_processor",
     "load_ours",
     "load_processor",
     "load_transformers",
-    "processor_to_transformers",
     "read_config",
     "to_transformers",
 ]

@@ -12,10 +12,10 @@ from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
 from hf_vlm.models.convert_families import FAMILIES, find_family
 from hf_vlm.models.convert_vlm_vit import (
     from_transformers,
+    load_our_processor,
     load_ours,
     load_processor,
     load_transformers,
-    processor_to_transformers,
     to_transformers,
 )
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
@@ -316,11 +316,12 @@ def test_the_image_processor_is_the_checkpoints(written, size, words, tmp_path):
     torch.testing.assert_close(ours(PICTURE, return_tensors="pt")["pixel_values"], expected, atol=1e-6, rtol=1e-6)
 
 
-def test_the_image_processor_goes_back():
-    ours = VLMViTImageProcessor(
-        size={"height": 24, "width": 40}, image_mean=[0.3] * 3, image_std=[0.2] * 3, resample=3
-    )
-    theirs = processor_to_transformers(ours)
+def test_the_image_processor_goes_back(tmp_path):
+    assert load_our_processor(str(tmp_path)) == (None, "no preprocessor_config.json, and so none was written")
+    statistics = {"image_mean": [0.3] * 3, "image_std": [0.2] * 3}
+    ours = VLMViTImageProcessor(size={"height": 24, "width": 40}, resample=3, **statistics)
+    ours.save_pretrained(tmp_path)
+    theirs, _ = load_our_processor(str(tmp_path))
     assert theirs.to_dict()["image_processor_type"] == "ViTImageProcessor"
     found, expected = (processor(PICTURE, return_tensors="pt")["pixel_values"] for processor in (theirs, ours))
     assert torch.equal(found, expected)
