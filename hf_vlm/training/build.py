@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -188,12 +189,21 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def build_processor(args: VisionTrainingArguments, num_channels: int) -> VLMViTImageProcessor:
-    """The image processor that prepares images as training does: ImageNet's statistics for colour, else 0.5."""
+    """The image processor that prepares images as training does.
+
+    Mean and standard deviation are those that the encoder's weights were trained with, where these say it; else
+    ImageNet's for colour images, and 0.5 for others.
+    """
     height, width = args.image_hw
-    size = {"height": height, "width": width}
-    if num_channels == 3:
-        return VLMViTImageProcessor(size=size)
-    return VLMViTImageProcessor(size=size, image_mean=[0.5] * num_channels, image_std=[0.5] * num_channels)
+    statistics: dict[str, Any] = {}
+    if num_channels != 3:
+        statistics = {"image_mean": [0.5] * num_channels, "image_std": [0.5] * num_channels}
+    if args.encoder:
+        with contextlib.suppress(OSError):  # weights without an image processor
+            given = VLMViTImageProcessor.from_pretrained(args.encoder)
+            if np.size(given.image_mean) == num_channels:
+                statistics = {"image_mean": given.image_mean, "image_std": given.image_std}
+    return VLMViTImageProcessor(size={"height": height, "width": width}, **statistics)
 
 
 __all__ = [

@@ -7,6 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
+from hf_vlm.models.modeling_simclr import SimCLRForPreTraining
 from hf_vlm.training.arguments import parse_arguments
 from hf_vlm.training.callbacks import read_log
 from hf_vlm.training.run import pretrain
@@ -50,6 +52,28 @@ def test_the_encoder_stays_as_it_is_in_the_frozen_steps_and_learns_afterwards(ma
     for step in (5, 6, 7, 8):
         for before, after in zip(steps[step - 1], steps[step]):
             assert changed(before, after) == after.keys(), step
+
+
+def test_images_are_normalised_as_the_encoder_was_trained(make_recipe, tmp_path, monkeypatch):
+    pretrain(make_recipe("mae", max_steps=1))
+    given = VLMViTImageProcessor(size={"height": 64, "width": 64}, image_mean=[0.1] * 3, image_std=[0.7] * 3)
+    given.save_pretrained(tmp_path / "mae")
+    batches = []
+    forward = SimCLRForPreTraining.forward
+
+    def watched(self, pixel_values, **kwargs):
+        batches.append(pixel_values)
+        return forward(self, pixel_values, **kwargs)
+
+    monkeypatch.setattr(SimCLRForPreTraining, "forward", watched)
+    for run, encoder in ("plain", None), ("continued", str(tmp_path / "mae")):
+        pretrain(make_recipe("simclr", encoder=encoder, output_dir=str(tmp_path / run), max_steps=1))
+    left = VLMViTImageProcessor.from_pretrained(tmp_path / "continued")
+    assert (list(left.image_mean), list(left.image_std), left.size["height"]) == ([0.1] * 3, [0.7] * 3, 32)
+    default = VLMViTImageProcessor()
+    mean, std = (torch.tensor(values)[:, None, None] for values in (default.image_mean, default.image_std))
+    plain, continued = batches[0], batches[-1]  # the same views
+    torch.testing.assert_close(continued, (plain * std + mean - 0.1) / 0.7, atol=1e-5, rtol=1e-5)
 
 
 def test_rates_and_weight_decay_of_every_step(make_recipe, tmp_path, monkeypatch):
