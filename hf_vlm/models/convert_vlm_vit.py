@@ -6,6 +6,9 @@ belongs to training is not carried over: dropout, stochastic depth, and DINOv3's
 Positions of another image size are interpolated by the same function (bicubic, without antialiasing) as in ViT, DeiT,
 ViT-MAE, DINOv2 and SigLIP. DINOv2 with registers antialiases, which in torch is another cubic as well: its outputs are
 equal at `image_size` and differ somewhat at any other size. DINOv3's rotary positions are computed for any size.
+
+Images must consist of whole patches. The originals leave out what is over at the lower and right edge, so that
+SigLIP's 384 pixels with patches of 14 are 378 here.
 """
 
 import re
@@ -22,6 +25,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .configuration_vlm_vit import VLMViTConfig
 from .convert_families import CLASS_TOKEN, POSITIONS, REGISTERS, SHARED_FIELDS, Family, find_family
+from .convert_image_processor import load_our_processor, load_processor, whole_patches
 from .image_processing_vlm_vit import VLMViTImageProcessor
 from .modeling_vlm_vit import VLMViTModel
 
@@ -168,6 +172,7 @@ def _encoder_config(
     """Our configuration, read from the weights wherever these say it."""
     use_gated_mlp = "layers.0.mlp.gate_projection.weight" in names
     fields = {name: getattr(config, name) for name in SHARED_FIELDS}
+    fields["image_size"] = whole_patches(config.image_size, config.patch_size)
     if use_gated_mlp and family.gated_act:
         fields["hidden_act"] = family.gated_act
     if POSITIONS not in family.tokens:
@@ -282,58 +287,12 @@ def _first(error: Exception) -> str:
     return str(error).splitlines()[0]
 
 
-def load_processor(source: str, config: VLMViTConfig) -> tuple[VLMViTImageProcessor, str]:
-    """The image processor of a checkpoint, as far as ours can do the same, and a line on where it comes from.
-
-    Mean, standard deviation, rescaling and filter are the checkpoint's. Ours resizes to a fixed size, which is the
-    original's crop where it crops the centre. Without a preprocessor_config.json, or where its size does not divide
-    into patches, the size is the encoder's; without statistics they are ImageNet's, or 0.5 for other than 3 channels.
-    """
-    try:
-        found, origin = ViTImageProcessorPil.get_image_processor_dict(source)[0], "the checkpoint's"
-    except OSError:
-        found, origin = {}, "no preprocessor_config.json: the encoder's size, default statistics"
-    height, width = _processor_size(found, config)
-    fields = {name: found[name] for name in ("resample", "do_rescale", "rescale_factor") if name in found}
-    for name, neutral in (("image_mean", 0.0), ("image_std", 1.0)):
-        if found.get("do_normalize", True) is False:
-            fields[name] = [neutral] * config.num_channels
-        elif name in found or config.num_channels != 3:
-            fields[name] = found.get(name, [0.5] * config.num_channels)
-    if found.get("do_center_crop") or "shortest_edge" in str(found.get("size")):
-        origin += ", but images are resized to this size as they are, without keeping sides in proportion and cropping"
-    return VLMViTImageProcessor(size={"height": height, "width": width}, **fields), f"{height} x {width}: {origin}"
-
-
-def _processor_size(found: dict[str, Any], config: VLMViTConfig) -> tuple[int, int]:
-    size = (found.get("crop_size") if found.get("do_center_crop") else None) or found.get("size") or {}
-    if isinstance(size, int):
-        size = {"height": size, "width": size}
-    edge = size.get("shortest_edge") or 0
-    height, width = size.get("height") or edge, size.get("width") or edge
-    fits = all(side and side % patch == 0 for side, patch in zip((height, width), config.patch_hw))
-    return (height, width) if fits else config.image_hw
-
-
-def load_our_processor(source: str) -> tuple[ViTImageProcessorPil | None, str]:
-    """The image processor of transformers that does what ours of a checkpoint does; None where it has none."""
-    try:
-        ours = VLMViTImageProcessor.from_pretrained(source)
-    except OSError:
-        return None, "no preprocessor_config.json, and so none was written"
-    names = ("size", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
-    processor = ViTImageProcessorPil(**{name: getattr(ours, name) for name in names})
-    return processor, f"{ours.size['height']} x {ours.size['width']}: the checkpoint's"
-
-
 __all__ = [
     "Conversion",
     "convert_checkpoint",
     "from_transformers",
     "is_ours",
-    "load_our_processor",
     "load_ours",
-    "load_processor",
     "load_transformers",
     "read_config",
     "to_transformers",
