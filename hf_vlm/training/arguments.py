@@ -15,6 +15,10 @@ import torch
 import yaml
 from transformers import TrainingArguments
 
+from hf_vlm.training import scaling
+
+RUN_LENGTHS = ("max_steps", "images_to_see")
+
 
 @dataclass
 class VisionTrainingArguments(TrainingArguments):
@@ -57,6 +61,13 @@ class VisionTrainingArguments(TrainingArguments):
     frozen_encoder_steps: float = field(
         default=0, metadata={"help": "Steps, or a share of them below 1, before the encoder learns and warms up."}
     )
+    images_to_see: Any = field(
+        default=None, metadata={"help": "In place of max_steps: images seen in the run, or auto, by the data's size."}
+    )
+    reference_batch_size: int | None = field(
+        default=None, metadata={"help": "Batch for which learning rate and momentum are meant; others are scaled."}
+    )
+    batch_scaling: str = field(default="sqrt", metadata={"help": "How the learning rate is scaled: sqrt or linear."})
     weight_decay_end: float | None = field(
         default=None, metadata={"help": "Weight decay at the end, reached along a cosine; constant by default."}
     )
@@ -67,15 +78,14 @@ class VisionTrainingArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "No parameter is ever unused."})
 
     def __post_init__(self) -> None:
-        if self.max_steps <= 0:
-            raise ValueError("A recipe needs max_steps, a positive number of optimiser steps.")
+        if (self.max_steps > 0) == (self.images_to_see is not None):
+            raise ValueError(
+                "A recipe needs max_steps, a positive number of optimiser steps, or else images_to_see, and not both."
+            )
+        if self.batch_scaling not in scaling.SCALING_RULES:
+            raise ValueError(f"batch_scaling must be sqrt or linear, but is {self.batch_scaling!r}.")
         if self.views_on not in ("auto", "device", "workers"):
             raise ValueError(f"views_on must be auto, device or workers, but is {self.views_on!r}.")
-        if not 0 <= self.frozen_encoder_steps < self.max_steps:
-            raise ValueError(
-                f"frozen_encoder_steps must be a share of the steps below 1, or fewer than the run's {self.max_steps} "
-                f"steps, but is {self.frozen_encoder_steps:g}."
-            )
         num_processes = int(os.environ.get("WORLD_SIZE", "1"))
         if num_processes > 1 and not torch.accelerator.is_available():
             self.use_cpu = True  # else accelerate makes each process a training of its own, silently
@@ -85,6 +95,51 @@ class VisionTrainingArguments(TrainingArguments):
                 f"The launcher started {num_processes} processes, but training would use {self.world_size}: check the "
                 "launcher's configuration."
             )
+        if self.images_to_see is not None and self.images_to_see != "auto":
+            self._set_steps(self.images_to_see)
+        self._check_frozen_steps()
+
+    def see_images_of(self, num_images: int | None) -> None:
+        """Sets the number of steps by the size of the data, where the recipe leaves it to that.
+
+        Raises:
+            ValueError: if the size is not known.
+        """
+        if self.images_to_see != "auto":
+            return
+        if num_images is None:
+            raise ValueError(
+                f"images_to_see: auto needs the number of images, which {self.data} does not say without being read. "
+                "Give images_to_see as a number, or max_steps."
+            )
+        self._set_steps(scaling.images_to_see(num_images))
+        self._check_frozen_steps()
+
+    def _set_steps(self, num_seen: Any) -> None:
+        if isinstance(num_seen, bool) or not isinstance(num_seen, int | float) or num_seen < 1:
+            raise ValueError(f"images_to_see must be auto or a positive number, but is {num_seen!r}.")
+        self.max_steps = math.ceil(num_seen / self.total_batch_size)
+
+    def _check_frozen_steps(self) -> None:
+        if not 0 <= self.frozen_encoder_steps < max(self.max_steps, 1):
+            raise ValueError(
+                f"frozen_encoder_steps must be a share of the steps below 1, or fewer than the run's {self.max_steps} "
+                f"steps, but is {self.frozen_encoder_steps:g}."
+            )
+
+    @property
+    def total_batch_size(self) -> int:
+        """Images of an optimiser step, over all processes."""
+        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+    @property
+    def scaled_learning_rate(self) -> float:
+        """The learning rate for the batch of this run."""
+        if self.reference_batch_size is None:
+            return self.learning_rate
+        return scaling.scaled_learning_rate(
+            self.learning_rate, self.total_batch_size, self.reference_batch_size, self.batch_scaling
+        )
 
     @property
     def image_hw(self) -> tuple[int, int]:
@@ -139,6 +194,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
         if sub_key:
             recipe[name] = {**(recipe.get(name) or {}), sub_key: value}
         else:
+            if name in RUN_LENGTHS:  # one replaces the other
+                recipe = {key: kept for key, kept in recipe.items() if key not in RUN_LENGTHS}
             recipe[name] = value
     return check_recipe(recipe, str(path))
 

@@ -18,6 +18,7 @@ from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 from hf_vlm.registry import ModelEntry, find_model
 from hf_vlm.training.arguments import VisionTrainingArguments
+from hf_vlm.training.scaling import scaled_momentum
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +81,10 @@ def build_config(
     """The configuration of a recipe's model; its encoder as the recipe describes it where none is given."""
     encoder = encoder or build_encoder_config(args)
     fields = {"backbone_config": encoder.to_dict(), **args.model_config}
+    declared = entry.config_class.__dataclass_fields__.get("momentum")
+    if declared is not None and args.reference_batch_size is not None:
+        momentum = fields.get("momentum", declared.default)
+        fields["momentum"] = scaled_momentum(momentum, args.total_batch_size, args.reference_batch_size)
     if class_names is not None:
         fields["id2label"] = dict(enumerate(class_names))
         fields["label2id"] = {name: index for index, name in enumerate(class_names)}

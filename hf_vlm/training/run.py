@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, set_seed
 from hf_vlm.data.collate import collate_detection, collate_views
 from hf_vlm.data.detection import DetectionTransform
 from hf_vlm.data.device_views import DeviceViews
-from hf_vlm.data.sources import class_names, has_boxes, open_stream, unlabelled
+from hf_vlm.data.sources import class_names, count_examples, has_boxes, open_stream, unlabelled
 from hf_vlm.data.stream import ExampleStream
 from hf_vlm.data.views import EvalTransform, ViewTransform
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
@@ -44,6 +44,7 @@ def pretrain(recipe: dict[str, Any], *, write_card: Callable[[Path], Any] | None
     args = parse_arguments(recipe)
     set_seed(args.seed)
     source = open_source(args, args.train_split, args.num_train_examples)
+    args.see_images_of(count_examples(source))
     model = build_model(args, task="pretraining")
     processor = build_processor(args, model.config.backbone_config.num_channels)
     transform = view_transform(args, model.default_views, processor)
@@ -84,6 +85,7 @@ def finetune(recipe: dict[str, Any], *, write_card: Callable[[Path], Any] | None
     args = parse_arguments(recipe)
     set_seed(args.seed)
     source = open_source(args, args.train_split, args.num_train_examples)
+    args.see_images_of(count_examples(source))
     names = class_names(source)
     if not has_boxes(source) or names is None:
         raise ValueError(f"{args.data} has no boxes in split {args.train_split!r}: detection needs labelled images.")
@@ -253,10 +255,7 @@ def _train(trainer: VisionTrainer, record: RunRecord) -> None:
     record.summary |= {
         "seconds": round(time.perf_counter() - started, 1),
         "num_steps": result.global_step,
-        "num_images_seen": result.global_step
-        * trainer.args.train_batch_size
-        * trainer.args.gradient_accumulation_steps
-        * trainer.args.world_size,
+        "num_images_seen": result.global_step * trainer.args.total_batch_size,
         "train_loss": result.training_loss,
     }
 

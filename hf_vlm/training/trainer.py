@@ -204,7 +204,7 @@ class VisionTrainer(Trainer):
             groups = parameter_groups(
                 model,
                 num_layers=encoder.num_hidden_layers,
-                learning_rate=self.args.learning_rate,
+                learning_rate=self.args.scaled_learning_rate,
                 weight_decay=self.args.weight_decay,
                 layer_decay=self.args.layer_decay,
                 encoder_lr_multiplier=self.args.encoder_lr_multiplier,
