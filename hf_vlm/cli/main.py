@@ -14,6 +14,7 @@ COMMANDS = {
     "pretrain": "pretrain an encoder on unlabelled images:  hf-vlm pretrain RECIPE --data SOURCE",
     "finetune": "fine-tune a detector on labelled images:   hf-vlm finetune RECIPE --data SOURCE --encoder RUN",
     "evaluate": "figures of a detector or an encoder:       hf-vlm evaluate RUN --data SOURCE --split test",
+    "embed": "features, neighbours and maps of images:   hf-vlm embed RUN --data SOURCE --neighbors neighbors.png",
     "predict": "find objects in images:                    hf-vlm predict RUN photo.jpg --save out.png",
     "push": "publish a run on the Hub:                  hf-vlm push RUN my-org/my-detector",
     "demo": "all of it on built-in images, offline:     hf-vlm demo",

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from hf_vlm.deploy.draw import PAPER, captioned, class_color, contact_sheet, draw_detections
+from hf_vlm.deploy.draw import class_color, contact_sheet, draw_detections, titled_rows
 from hf_vlm.training.preview import DrawnImage
 
 __all__ = ["view_sheet"]
@@ -27,20 +27,7 @@ def view_sheet(drawn: Sequence[DrawnImage]) -> Image.Image:
     """
     if not drawn:
         raise ValueError("There is no image to draw views of.")
-    rows = [_columns(image) for image in drawn]
-    titles = [captioned(Image.new("RGB", (column.width, 1), PAPER), name, font_size=13) for name, column in rows[0]]
-    widths = [max(column.width for _, column in columns) for columns in zip(*rows)]
-    height = max(column.height for columns in rows for _, column in columns)
-    top = titles[0].height
-    size = sum(widths) + GAP * (len(widths) + 1), top + len(rows) * (height + GAP)
-    sheet = Image.new("RGB", size, PAPER)
-    lefts = [GAP * (index + 1) + sum(widths[:index]) for index in range(len(widths))]
-    for left, title in zip(lefts, titles):
-        sheet.paste(title, (left, 0))
-    for index, columns in enumerate(rows):
-        for left, (_, column) in zip(lefts, columns):
-            sheet.paste(column, (left, top + index * (height + GAP)))
-    return sheet
+    return titled_rows([_columns(image) for image in drawn], gap=GAP)
 
 
 def _columns(drawn: DrawnImage) -> list[tuple[str, Image.Image]]:

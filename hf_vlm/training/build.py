@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
 from hf_vlm.models.convert_families import ALIASES, FAMILIES
-from hf_vlm.models.convert_vlm_vit import read_config
+from hf_vlm.models.convert_vlm_vit import is_ours, read_config
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 from hf_vlm.registry import ModelEntry, find_model
@@ -145,6 +145,26 @@ def load_encoder(args: VisionTrainingArguments) -> VLMViTModel:
     return encoder
 
 
+def load_frozen_encoder(run_dir: str | Path) -> tuple[VLMViTModel, VLMViTImageProcessor]:
+    """The encoder of a folder or of the Hub, also out of a detector or a pretraining model, and its image processor.
+
+    Raises:
+        ValueError: if there is none, it has to be converted first, or weights are missing.
+    """
+    _check_origin(str(run_dir))
+    if not is_ours(config := read_config(str(run_dir))):
+        raise ValueError(f"{run_dir} holds no encoder of hf_vlm, but a model of the type {config.get('model_type')!r}.")
+    try:
+        with quiet_transformers():
+            encoder, report = VLMViTModel.from_pretrained(run_dir, output_loading_info=True)
+        processor = VLMViTImageProcessor.from_pretrained(run_dir)
+    except OSError as error:
+        raise ValueError(f"{run_dir} holds no encoder: {str(error).splitlines()[0]}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"{run_dir} lacks {len(missing)} of the encoder's weights, such as {missing[0]}.")
+    return encoder.eval(), processor
+
+
 def _check_origin(source: str) -> None:
     """ValueError where there is no checkpoint, or one that has to be converted first."""
     try:
@@ -220,5 +240,6 @@ __all__ = [
     "build_model",
     "build_processor",
     "load_encoder",
+    "load_frozen_encoder",
     "quiet_transformers",
 ]

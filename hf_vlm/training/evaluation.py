@@ -13,6 +13,7 @@ from hf_vlm.data.stream import ExampleStream
 from hf_vlm.metrics import coco_detection_metrics, knn_accuracy, linear_accuracy
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
+from hf_vlm.training.features import encode
 
 MAX_DETECTIONS = 100  # COCO counts no more; kept boxes bound the memory
 
@@ -66,20 +67,12 @@ def evaluate_detection(
     return coco_detection_metrics(predictions, references, class_names=class_names, per_class=per_class)
 
 
-@torch.inference_mode()
 def extract_features(encoder: VLMViTModel, stream: ExampleStream, *, batch_size: int = 64) -> tuple[Tensor, Tensor]:
-    """Pooled features (images, hidden_size) and labels (images,) of a labelled stream.
-
-    The mean of the patch tokens, which serves methods with and without a trained class token alike.
-    """
-    was_training, device = encoder.training, next(encoder.parameters()).device
-    encoder.eval()
+    """Pooled features (images, hidden_size), see `encode`, and labels (images,) of a labelled stream."""
     features, labels = [], []
     for batch in tqdm(DataLoader(stream, batch_size=batch_size), desc="Features", leave=False):
-        tokens = encoder(pixel_values=batch["pixel_values"].to(device)).last_hidden_state
-        features.append(tokens[:, encoder.config.num_prefix_tokens :].mean(dim=1).float().cpu())
+        features.append(encode(encoder, batch["pixel_values"]))
         labels.append(batch["label"])
-    encoder.train(was_training)
     return torch.cat(features), torch.cat(labels)
 
 

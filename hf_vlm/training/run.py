@@ -16,14 +16,15 @@ from hf_vlm.data.detection import DetectionTransform
 from hf_vlm.data.device_views import DeviceViews
 from hf_vlm.data.sources import class_names, count_examples, has_boxes, open_stream, unlabelled
 from hf_vlm.data.stream import ExampleStream
-from hf_vlm.data.views import EvalTransform, ViewTransform
+from hf_vlm.data.views import ViewTransform
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_detection import VLMViTDetectionConfig, VLMViTForObjectDetection
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 from hf_vlm.training.arguments import VisionTrainingArguments, parse_arguments
-from hf_vlm.training.build import build_model, build_processor
+from hf_vlm.training.build import build_model, build_processor, load_frozen_encoder
 from hf_vlm.training.device import place
 from hf_vlm.training.evaluation import evaluate_detection, evaluate_features
+from hf_vlm.training.features import plain_transform
 from hf_vlm.training.record import RunRecord
 from hf_vlm.training.trainer import VisionTrainer
 
@@ -145,24 +146,15 @@ def evaluate_encoder(
     Raises:
         ValueError: if the folder holds no encoder or the data has no class labels.
     """
-    try:
-        encoder = place(VLMViTModel.from_pretrained(run_dir))
-        processor = VLMViTImageProcessor.from_pretrained(run_dir)
-    except OSError as error:
-        raise ValueError(f"{run_dir} holds no encoder: {str(error).splitlines()[0]}") from error
-    transform = EvalTransform(
-        (processor.size["height"], processor.size["width"]),
-        image_mean=processor.image_mean,
-        image_std=processor.image_std,
-        num_channels=encoder.config.num_channels,
-    )
+    encoder, processor = load_frozen_encoder(run_dir)
+    transform = plain_transform(encoder, processor)
     streams = []
     for name in ("train", split):
         source = open_stream(data, name, kind=kind, num_samples=num_examples)
         if "label" not in source.features:
             raise ValueError(f"{data} has no class labels in split {name!r}: kNN and linear accuracy need them.")
         streams.append(ExampleStream(source, transform, shuffle=False, repeat=False))
-    return evaluate_features(encoder, *streams)
+    return evaluate_features(place(encoder), *streams)
 
 
 def _holds_encoder(run_dir: str | Path) -> bool:
