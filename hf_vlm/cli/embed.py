@@ -30,6 +30,8 @@ def run(words: Sequence[str]) -> None:
     num_examples = NUM_SCENES if kind == "scenes" and arguments.num_examples is None else arguments.num_examples
     source = open_stream(arguments.data, arguments.split, kind=kind, num_samples=num_examples)
     queries = arguments.queries
+    if queries and num_examples is not None and max(queries) >= num_examples:
+        raise ValueError(f"--queries {max(queries)}: only the first {num_examples} images are read, from 0 on")
     with _feature_path(arguments) as path:
         if path is not None:
             num_written, num_bad = write_features(

@@ -11,7 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["captioned", "class_color", "contact_sheet", "draw_detections", "legend", "side_by_side", "titled_rows"]
+__all__ = [
+    "captioned",
+    "class_color",
+    "contact_sheet",
+    "draw_detections",
+    "in_colors",
+    "legend",
+    "side_by_side",
+    "titled_rows",
+]
 
 Color = tuple[int, int, int]
 Rectangle = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels, the last column and row included
@@ -63,6 +72,11 @@ def draw_detections(
         if text:
             taken.append(_draw_label(canvas, rectangles[i], text, colors[i], font, picture.size, taken))
     return picture
+
+
+def in_colors(image: NDArray[Any]) -> NDArray[Any]:
+    """An image (height, width, channels) with three channels; of other numbers than three the first, as grey."""
+    return image if image.shape[2] == 3 else image[:, :, :1].repeat(3, axis=2)
 
 
 def class_color(key: int | str) -> Color:

@@ -92,7 +92,7 @@ def draw_neighbors(
     names = class_names or [str(label) for label in range(max(labels or [0]) + 1)]
     return neighbor_sheet(
         neighbors,
-        {index: load_image(everything[index], num_channels=3) for index in shown},
+        {index: load_image(everything[index], num_channels=encoder.config.num_channels) for index in shown},
         labels=None if labels is None else dict(enumerate(labels)),
         class_names=names,
     )
@@ -134,7 +134,7 @@ def draw_feature_maps(
         patch: Row and column of a patch; see `feature_maps`, as for `foreground`.
 
     Raises:
-        ValueError: There is no image, none can be read, or there is no such patch.
+        ValueError: There is no image, one cannot be read, or there is no such patch.
     """
     arrays = [load_image(image, num_channels=encoder.config.num_channels) for image in expand_images(images)]
     if not arrays:

@@ -5,16 +5,16 @@ from typing import Any
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
-from hf_vlm.deploy.draw import captioned, contact_sheet, draw_detections, titled_rows
+from hf_vlm.deploy.draw import captioned, contact_sheet, draw_detections, in_colors, titled_rows
 from hf_vlm.training.feature_maps import FeatureMaps
 
 __all__ = ["HEIGHT", "map_sheet"]
 
 Array = np.ndarray[Any, Any]
 
-HEIGHT = 224  # pixels
+HEIGHT, MAX_WIDTH = 224, 448  # pixels of an image and of its maps
 GAP = 8
 FONT_SIZE = 13
 
@@ -27,7 +27,7 @@ def map_sheet(images: Sequence[Array], maps: FeatureMaps) -> Image.Image:
     patches got the same.
 
     Args:
-        images: n images (height, width, 1 or 3) uint8, of any size: maps are stretched to their shapes.
+        images: n images (height, width, channels) uint8, of any size: maps are stretched to their shapes.
         maps: Of these images.
 
     Raises:
@@ -39,8 +39,8 @@ def map_sheet(images: Sequence[Array], maps: FeatureMaps) -> Image.Image:
 
 
 def _row(image: Array, maps: FeatureMaps, index: int) -> list[tuple[str, Image.Image]]:
-    size = max(round(image.shape[1] * HEIGHT / image.shape[0]), 1), HEIGHT
-    picture = Image.fromarray(image.squeeze()).convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    picture = ImageOps.contain(Image.fromarray(in_colors(image)), (MAX_WIDTH, HEIGHT), Image.Resampling.BICUBIC)
+    size = picture.size
     colors = np.round(255 * maps.colors[index]).astype(np.uint8)
     row = [("image", picture), ("principal components", _enlarged(colors, size))]
     if maps.attention is not None:

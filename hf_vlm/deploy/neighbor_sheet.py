@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from hf_vlm.deploy.draw import PAPER, captioned, class_color, titled_rows
+from hf_vlm.deploy.draw import PAPER, captioned, class_color, in_colors, titled_rows
 from hf_vlm.training.neighbors import Neighbors
 
 __all__ = ["SIDE", "neighbor_sheet"]
@@ -33,7 +33,7 @@ def neighbor_sheet(
 
     Args:
         neighbors: Of `find_neighbors` or `search_file`.
-        images: By index, (height, width, 1 or 3) uint8, of any size.
+        images: By index, (height, width, channels) uint8, of any size.
         labels: By index; numbers that are no class stand for no label.
         class_names: Of the labels.
     """
@@ -60,7 +60,7 @@ def _label(index: int, labels: Mapping[int, int] | None, class_names: Sequence[s
 
 def _tile(image: Array, caption: str, label: tuple[int, str] | None) -> Image.Image:
     """The image within a square, in a frame, above its caption and the name of its label."""
-    picture = ImageOps.contain(Image.fromarray(image.squeeze()).convert("RGB"), (SIDE, SIDE), Image.Resampling.BICUBIC)
+    picture = ImageOps.contain(Image.fromarray(in_colors(image)), (SIDE, SIDE), Image.Resampling.BICUBIC)
     number, name = label or (-1, None)
     picture = ImageOps.expand(picture, FRAME, class_color(number) if number >= 0 else PAPER)
     square = Image.new("RGB", (SIDE + 2 * FRAME, SIDE + 2 * FRAME), PAPER)

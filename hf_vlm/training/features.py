@@ -107,11 +107,8 @@ def write_features(
         ValueError: The path cannot be written, the source gives no image or too many that cannot be read, a feature
             is not finite, or the encoder has no such pooling.
     """
-    numbered = source.map(
-        _number, with_indices=True, features=datasets.Features({**source.features, "index": datasets.Value("int64")})
-    )
     stream = ExampleStream(
-        numbered,
+        _numbered(source),
         _Described(plain_transform(encoder, processor)),
         shuffle=False,
         repeat=False,
@@ -133,6 +130,14 @@ def write_features(
         if not num_written:
             raise ValueError("No image of the source can be read.")
     return num_written, stream.state_dict()["progress"]["num_bad"]
+
+
+def _numbered(source: datasets.IterableDataset) -> datasets.IterableDataset:
+    """The columns that are needed, and `index`, the position in the source; bad images count too."""
+    columns = [name for name in ("image", "image_id", "label") if name in source.features]
+    features = datasets.Features({name: source.features[name] for name in columns})
+    features["index"] = datasets.Value("int64")
+    return source.select_columns(columns).map(_number, with_indices=True, features=features)
 
 
 def _number(example: dict[str, Any], index: int) -> dict[str, Any]:
