@@ -135,10 +135,11 @@ def _indices(file: pq.ParquetFile) -> np.ndarray[Any, Any]:
 
 
 def _chunks(file: pq.ParquetFile) -> Iterator[Tensor]:
-    for batch in file.iter_batches(CHUNK_SIZE, columns=["features"]):
-        column = batch.column(0)
-        values = column.flatten().to_numpy(zero_copy_only=False)
-        yield torch.tensor(values.reshape(len(column), -1))  # (rows, D)
+    """The features (rows, D) of each row group: batches over all groups would keep the whole file in memory."""
+    for group in range(file.num_row_groups):
+        column = file.read_row_group(group, columns=["features"]).column("features").combine_chunks()
+        values = column.flatten().to_numpy()
+        yield torch.tensor(values.reshape(len(column), -1))
 
 
 def _rows(chunks: Iterable[Tensor], rows: Tensor) -> Tensor:
@@ -146,6 +147,6 @@ def _rows(chunks: Iterable[Tensor], rows: Tensor) -> Tensor:
     found: dict[int, Tensor] = {}
     first = 0
     for chunk in chunks:
-        found |= {row: chunk[row - first] for row in rows.tolist() if first <= row < first + len(chunk)}
+        found |= {row: chunk[row - first].clone() for row in rows.tolist() if first <= row < first + len(chunk)}
         first += len(chunk)
     return torch.stack([found[row] for row in rows.tolist()])

@@ -59,6 +59,25 @@ def test_a_file_is_searched_by_index(tmp_path, monkeypatch):
     assert evenly_spaced_in_file(tmp_path / "features.parquet", 2) == [34 * 3 + 5, 102 * 3 + 5]
 
 
+def test_a_file_is_not_held_in_memory(tmp_path, monkeypatch):
+    path = tmp_path / "features.parquet"
+    write_file(path, features_of(40_000, 64), np.arange(40_000), rows_per_group=1000)
+    before, held = pa.total_allocated_bytes(), []
+
+    def noted(queries, chunks, *args, **kwargs):
+        def watched():
+            for chunk in chunks:
+                held.append(pa.total_allocated_bytes() - before)
+                yield chunk
+
+        return nearest_rows(queries, watched(), *args, **kwargs)
+
+    monkeypatch.setattr("hf_vlm.training.neighbors.nearest_rows", noted)
+    search_file(path, [0], num_neighbors=4)
+    assert len(held) == 40
+    assert max(held) < 0.2 * path.stat().st_size
+
+
 def test_rows_may_be_excluded_or_not_and_be_few():
     features = features_of(4)
     similarities, rows = nearest_rows(features[:2], features.split(3), 9)
