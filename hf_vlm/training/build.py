@@ -153,7 +153,9 @@ def load_frozen_encoder(run_dir: str | Path) -> tuple[VLMViTModel, VLMViTImagePr
     """
     _check_origin(str(run_dir))
     if not is_ours(config := read_config(str(run_dir))):
-        raise ValueError(f"{run_dir} holds no encoder of hf_vlm, but a model of the type {config.get('model_type')!r}.")
+        raise ValueError(
+            f"{run_dir} holds no encoder of hf_vlm, but a model of the type {config.get('model_type')!r}."
+        )
     try:
         with quiet_transformers():
             encoder, report = VLMViTModel.from_pretrained(run_dir, output_loading_info=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from hf_vlm.data.decode import decode_image
 from hf_vlm.data.files import display, reason
 from hf_vlm.data.stream import ExampleStream, Transform
 from hf_vlm.data.views import EvalTransform
@@ -27,6 +28,7 @@ __all__ = ["METADATA_KEY", "POOLINGS", "encode", "frozen", "plain_transform", "w
 
 POOLINGS = ("mean", "class")
 METADATA_KEY = b"hf_vlm"  # of the Parquet file: which encoder made the features, and of what
+FIXED = ("resample", "do_rescale", "rescale_factor", "do_normalize")  # settings that EvalTransform has no others of
 ROWS_PER_GROUP = 4096  # held in memory: 25 MB of 1,536 features
 
 
@@ -65,14 +67,29 @@ def encode(encoder: VLMViTModel, pixel_values: Tensor, *, pooling: str = "mean")
         return tokens[:, encoder.config.num_prefix_tokens :].mean(dim=1).float().cpu()
 
 
-def plain_transform(encoder: VLMViTModel, processor: VLMViTImageProcessor) -> EvalTransform:
+def plain_transform(encoder: VLMViTModel, processor: VLMViTImageProcessor) -> Transform:
     """The transform that prepares images of a stream as the processor of the encoder does."""
-    return EvalTransform(
-        (processor.size["height"], processor.size["width"]),
-        image_mean=processor.image_mean,
-        image_std=processor.image_std,
-        num_channels=encoder.config.num_channels,
+    size = processor.size["height"], processor.size["width"]
+    num_channels = encoder.config.num_channels
+    usual = VLMViTImageProcessor()
+    if any(getattr(processor, name) != getattr(usual, name) for name in FIXED):
+        return _Processed(processor, size, num_channels)
+    return EvalTransform(  # several times as fast
+        size, image_mean=processor.image_mean, image_std=processor.image_std, num_channels=num_channels
     )
+
+
+class _Processed:
+    """A transform by an image processor of any settings, as those of converted encoders."""
+
+    def __init__(self, processor: VLMViTImageProcessor, size: tuple[int, int], num_channels: int) -> None:
+        self.processor, self.size, self.num_channels = processor, size, num_channels
+
+    def __call__(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        image, _ = decode_image(example["image"], num_channels=self.num_channels, at_least=self.size)
+        processed = self.processor(image, return_tensors="pt", input_data_format="channels_last")
+        transformed = {"pixel_values": processed["pixel_values"][0]}
+        return {**transformed, "label": example["label"]} if "label" in example else transformed
 
 
 def write_features(

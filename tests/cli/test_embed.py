@@ -126,9 +126,9 @@ def test_without_an_encoder_or_the_right_to_write_it_is_said(run, tmp_path, caps
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     assert main(["embed", str(tmp_path), "--data", "scenes"]) == 2
-    assert f"{tmp_path} holds no encoder" in capsys.readouterr().err
+    assert f"{tmp_path} holds no model" in capsys.readouterr().err
     assert main(["embed", "no/such/run", "--data", "scenes"]) == 2
-    assert "no/such/run holds no encoder" in capsys.readouterr().err
+    assert "'no/such/run' is neither a folder with a model nor one on the Hub" in capsys.readouterr().err
     monkeypatch.setattr("os.access", lambda path, mode: False)
     assert main(["embed", run, "--data", "scenes"]) == 2
     assert "features.parquet cannot be written: you may not write into ." in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Features of a stream in Parquet: values, columns, metadata, and files that are whole or not there."""
 
+import io
 import json
 import os
 import signal
@@ -22,7 +23,7 @@ from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_detection import VLMViTDetectionConfig, VLMViTForObjectDetection
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 from hf_vlm.training.build import load_frozen_encoder
-from hf_vlm.training.features import encode, write_features
+from hf_vlm.training.features import encode, plain_transform, write_features
 
 ENCODER = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -37,6 +38,18 @@ def make_encoder(**changes):
 @pytest.fixture
 def processor():
     return VLMViTImageProcessor(size={"height": 32, "width": 48})
+
+
+@pytest.fixture
+def bicubic():
+    """An image processor as that of a converted encoder."""
+    return VLMViTImageProcessor(
+        size={"height": 32, "width": 48},
+        resample=3,
+        rescale_factor=1 / 127.5,
+        image_mean=[1.0] * 3,
+        image_std=[1.0] * 3,
+    )
 
 
 @pytest.fixture
@@ -132,6 +145,19 @@ def counted_stream(num_images, on_image):
 
     stream = generated_stream(generate)
     return stream.cast(features) if stream.features is None else stream
+
+
+@pytest.mark.parametrize("name", ["processor", "bicubic"])
+def test_images_are_prepared_as_the_processor_does(request, name):
+    processor, transform_of = (
+        request.getfixturevalue(name),
+        plain_transform(make_encoder(), request.getfixturevalue(name)),
+    )
+    for example in open_stream("scenes:easy", num_samples=3):
+        prepared = transform_of(example, np.random.default_rng(0))
+        expected = processor(Image.open(io.BytesIO(example["image"]["bytes"])), return_tensors="pt")["pixel_values"][0]
+        torch.testing.assert_close(prepared["pixel_values"], expected, atol=0.02, rtol=0)  # a level
+        assert prepared["label"] == example["label"]
 
 
 def test_rows_leave_the_memory_in_groups(processor, tmp_path, monkeypatch):
@@ -234,10 +260,13 @@ def test_an_encoder_is_loaded_also_out_of_a_detector(processor, tmp_path):
 
 
 def test_what_is_no_encoder_is_refused(processor, tmp_path):
-    with pytest.raises(ValueError, match="holds no encoder"):
+    with pytest.raises(ValueError, match=r"holds no model: there is no config\.json"):
         load_frozen_encoder(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
-    with pytest.raises(ValueError, match="a model of the type 'vit'"):
+    with pytest.raises(ValueError, match="hf-vlm convert"):
+        load_frozen_encoder(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "resnet"}')
+    with pytest.raises(ValueError, match="a model of the type 'resnet'"):
         load_frozen_encoder(tmp_path)
     encoder = make_encoder()
     encoder.save_pretrained(tmp_path)
