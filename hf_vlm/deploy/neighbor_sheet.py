@@ -59,11 +59,11 @@ def _label(index: int, labels: Mapping[int, int] | None, class_names: Sequence[s
 
 
 def _tile(image: Array, caption: str, label: tuple[int, str] | None) -> Image.Image:
-    """The image within a square, in a frame, above its caption and the name of its label."""
+    """The image at the bottom of a square, in a frame, above its caption and the name of its label."""
     picture = ImageOps.contain(Image.fromarray(in_colors(image)), (SIDE, SIDE), Image.Resampling.BICUBIC)
     number, name = label or (-1, None)
     picture = ImageOps.expand(picture, FRAME, class_color(number) if number >= 0 else PAPER)
     square = Image.new("RGB", (SIDE + 2 * FRAME, SIDE + 2 * FRAME), PAPER)
-    square.paste(picture, ((square.width - picture.width) // 2, (square.height - picture.height) // 2))
+    square.paste(picture, ((square.width - picture.width) // 2, square.height - picture.height))
     square = captioned(square, caption, font_size=FONT_SIZE)
     return square if name is None else captioned(square, name, font_size=FONT_SIZE)
