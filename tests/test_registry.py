@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
+from hf_vlm.models.ssl_masks import context_and_targets
 from hf_vlm.registry import MODELS, find_model
 
 BACKBONE = {
@@ -25,6 +26,10 @@ FIELDS = {
     "mae": {
         "backbone_config": BACKBONE,
         "decoder_config": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+    },
+    "ijepa": {
+        "backbone_config": BACKBONE,
+        "predictor_config": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
     },
     "detection": {
         "backbone_config": BACKBONE,
@@ -62,6 +67,9 @@ def batch_of(name):
     if name == "simclr":
         return {"pixel_values": torch.randn(3, 2, 3, 32, 32)}
     images = {"pixel_values": torch.randn(2, 3, 32, 32)}
+    if name == "ijepa":
+        context, targets = context_and_targets(2, (4, 4))
+        return images | {"context_indices": context, "target_indices": targets}
     return images | ({"noise": torch.rand(2, 16)} if name == "mae" else {})
 
 
