@@ -1,6 +1,7 @@
 """A recipe: flat YAML whose keys are TrainingArguments' names and ours, read strictly."""
 
 import difflib
+import math
 import os
 import re
 import types
@@ -53,6 +54,12 @@ class VisionTrainingArguments(TrainingArguments):
     max_bad_share: float = field(default=0.01, metadata={"help": "Share of unreadable images that stops the run."})
     layer_decay: float = field(default=1.0, metadata={"help": "Learning rate of a layer relative to the one above."})
     encoder_lr_multiplier: float = field(default=1.0, metadata={"help": "Learning rate of the encoder's top layer."})
+    frozen_encoder_steps: float = field(
+        default=0, metadata={"help": "Steps, or a share of them below 1, before the encoder learns and warms up."}
+    )
+    weight_decay_end: float | None = field(
+        default=None, metadata={"help": "Weight decay at the end, reached along a cosine; constant by default."}
+    )
 
     # Streams have no columns to remove and carry their own position; every parameter is used in every step.
     remove_unused_columns: bool = field(default=False, metadata={"help": "Keep all columns of a batch."})
@@ -64,6 +71,11 @@ class VisionTrainingArguments(TrainingArguments):
             raise ValueError("A recipe needs max_steps, a positive number of optimiser steps.")
         if self.views_on not in ("auto", "device", "workers"):
             raise ValueError(f"views_on must be auto, device or workers, but is {self.views_on!r}.")
+        if not 0 <= self.frozen_encoder_steps < self.max_steps:
+            raise ValueError(
+                f"frozen_encoder_steps must be a share of the steps below 1, or fewer than the run's {self.max_steps} "
+                f"steps, but is {self.frozen_encoder_steps:g}."
+            )
         num_processes = int(os.environ.get("WORLD_SIZE", "1"))
         if num_processes > 1 and not torch.accelerator.is_available():
             self.use_cpu = True  # else accelerate makes each process a training of its own, silently
@@ -80,6 +92,12 @@ class VisionTrainingArguments(TrainingArguments):
         size = self.image_size
         height, width = (size, size) if isinstance(size, int) else size
         return int(height), int(width)
+
+    @property
+    def num_frozen_encoder_steps(self) -> int:
+        """Optimiser steps in which the encoder does not learn; a share of the run is rounded up as warm-up is."""
+        steps = self.frozen_encoder_steps
+        return int(steps) if steps >= 1 else math.ceil(self.max_steps * steps)
 
     @property
     def makes_views_on_device(self) -> bool:
