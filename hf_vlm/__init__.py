@@ -6,6 +6,7 @@ from hf_vlm.models.modeling_detection import VLMViTDetectionConfig, VLMViTForObj
 from hf_vlm.models.modeling_ijepa import IJEPAConfig, IJEPAForPreTraining
 from hf_vlm.models.modeling_mae import MAEConfig, MAEForPreTraining
 from hf_vlm.models.modeling_simclr import SimCLRConfig, SimCLRForPreTraining
+from hf_vlm.models.modeling_simmim import SimMIMConfig, SimMIMForPreTraining
 from hf_vlm.models.modeling_vlm_vit import VLMViTBackbone, VLMViTModel
 from hf_vlm.registry import MODELS
 
@@ -19,6 +20,8 @@ __all__ = [
     "MAEForPreTraining",
     "SimCLRConfig",
     "SimCLRForPreTraining",
+    "SimMIMConfig",
+    "SimMIMForPreTraining",
     "VLMViTBackbone",
     "VLMViTConfig",
     "VLMViTDetectionConfig",

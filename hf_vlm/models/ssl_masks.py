@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .vit_layers import patch_grid, unpatchify
+
 
 def random_masking(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor]:
     """Splits patches by the order of noise (batch, patches) into visible and masked indices (batch, k) each."""
@@ -22,6 +24,12 @@ def mask_of(indices: Tensor, num_patches: int) -> Tensor:
     """(batch, num_patches) bool, true at indices (batch, k)."""
     mask = torch.zeros(len(indices), num_patches, dtype=torch.bool, device=indices.device)
     return mask.scatter_(1, indices, True)
+
+
+def pixels_of(masked: Tensor, images: Tensor, patch_hw: tuple[int, int]) -> Tensor:
+    """A mask of patches (batch, patches) as a mask of the images' pixels (batch, 1, height, width)."""
+    values = masked[:, :, None].expand(-1, -1, patch_hw[0] * patch_hw[1])
+    return unpatchify(values, patch_grid(images, patch_hw), patch_hw)
 
 
 def masking_of_units(noise: Tensor, grid_hw: tuple[int, int], unit_hw: tuple[int, int], mask_ratio: float) -> Tensor:
@@ -165,6 +173,7 @@ __all__ = [
     "context_and_targets",
     "mask_of",
     "masking_of_units",
+    "pixels_of",
     "random_masking",
     "rank_of",
     "unit_grid",

@@ -10,6 +10,7 @@ from hf_vlm.models.modeling_dinov2 import DINOv2Config, DINOv2ForPreTraining
 from hf_vlm.models.modeling_ijepa import IJEPAConfig, IJEPAForPreTraining
 from hf_vlm.models.modeling_mae import MAEConfig, MAEForPreTraining
 from hf_vlm.models.modeling_simclr import SimCLRConfig, SimCLRForPreTraining
+from hf_vlm.models.modeling_simmim import SimMIMConfig, SimMIMForPreTraining
 from hf_vlm.models.ssl_masks import context_and_targets
 
 DECODER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -32,6 +33,8 @@ def build(name, num_layers=2):
     if name == "dinov2":
         options = {"num_prototypes": 16, "head_hidden_size": 32, "bottleneck_size": 16}
         return DINOv2ForPreTraining(DINOv2Config(backbone_config=backbone, **options)).train()
+    if name == "simmim":
+        return SimMIMForPreTraining(SimMIMConfig(backbone_config=backbone, mask_unit_size=16)).train()
     if name == "ijepa":
         return IJEPAForPreTraining(IJEPAConfig(backbone_config=backbone, predictor_config=DECODER)).train()
     options = {"use_cross_attention": True, "prediction_ratio": 0.5} if name == "mae_partial" else {}
@@ -73,7 +76,7 @@ def operators_of_a_step(name, num_layers=2):
     return operators.counts
 
 
-METHODS = pytest.mark.parametrize("name", ["mae", "mae_partial", "simclr", "dinov2", "ijepa"])
+METHODS = pytest.mark.parametrize("name", ["mae", "mae_partial", "simclr", "simmim", "dinov2", "ijepa"])
 
 
 @METHODS
@@ -83,7 +86,9 @@ def test_a_step_never_waits_for_the_device(name):
     assert not {operator for operator in counts if operator in (*WAITING, "index of a mask")}
 
 
-@pytest.mark.parametrize(("name", "has_teacher"), [("mae", 0), ("mae_partial", 0), ("simclr", 0), ("ijepa", 1)])
+@pytest.mark.parametrize(
+    ("name", "has_teacher"), [("mae", 0), ("mae_partial", 0), ("simclr", 0), ("simmim", 0), ("ijepa", 1)]
+)
 def test_a_layer_asks_for_few_operators(name, has_teacher):
     """Forward and backward: 2 norms, 6 products with their biases, attention, GELU, 2 sums, and no copies between.
 

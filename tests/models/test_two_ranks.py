@@ -12,6 +12,7 @@ from hf_vlm.models.modeling_dinov2 import DINOv2Config, DINOv2ForPreTraining
 from hf_vlm.models.modeling_ijepa import IJEPAConfig, IJEPAForPreTraining
 from hf_vlm.models.modeling_mae import MAEConfig, MAEForPreTraining
 from hf_vlm.models.modeling_simclr import SimCLRConfig, SimCLRForPreTraining
+from hf_vlm.models.modeling_simmim import SimMIMConfig, SimMIMForPreTraining
 from hf_vlm.models.ssl_layers import SyncedBatchNorm1d, first_views_first
 from hf_vlm.models.ssl_masks import context_and_targets
 
@@ -73,6 +74,10 @@ def objectives():
             )
             for centering in ("sinkhorn", "centering")
         },
+        "simmim": (
+            SimMIMForPreTraining(SimMIMConfig(backbone_config=BACKBONE, mask_unit_size=16)),
+            {"pixel_values": torch.randn(BATCH, 1, 3, 24, 40), "noise": torch.rand(BATCH, 6)},
+        ),
         "ijepa": (
             IJEPAForPreTraining(IJEPAConfig(backbone_config=BACKBONE, predictor_config=decoder)),
             {"pixel_values": torch.randn(BATCH, 1, 3, 32, 32), **blocks},
