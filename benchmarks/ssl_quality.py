@@ -53,6 +53,19 @@ METHODS: dict[str, dict[str, Any]] = {
         },
         "max_grad_norm": 3.0,
     },
+    "simmim": {
+        "model_config": {"mask_unit_size": 8},
+        "views": {"crop_scale": [0.67, 1.0]},
+    },
+    "ijepa": {
+        "encoder_config": {"use_class_token": False},
+        "model_config": {
+            "momentum": 0.99,
+            "predictor_config": {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 3},
+        },
+        "weight_decay": 0.04,
+        "weight_decay_end": 0.4,
+    },
 }
 SHARED: dict[str, Any] = {
     "encoder_preset": "nano",

@@ -12,7 +12,7 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_vlm_vit import VLMViTConfig
 from .modeling_vlm_vit import VLMViTModel, VLMViTPreTrainedModel
 from .ssl_layers import SSLConfig, as_vit_config, flatten_views
-from .ssl_masks import mask_of, random_masking
+from .ssl_masks import mask_of, pixels_of, random_masking
 from .ssl_predictor import MaskedPredictor
 from .vit_layers import gather_tokens, patch_grid, patchify, unpatchify
 
@@ -146,11 +146,9 @@ class MAEForPreTraining(VLMViTPreTrainedModel):
         if self.config.norm_pix_loss:
             _, mean, std = normalise_patches(gather_tokens(patches, output.masked_indices))
             predictions = predictions * std + mean
-        index = output.masked_indices[:, :, None]
-        painted = patches.scatter(1, index.expand_as(predictions), predictions)
-        mask = torch.zeros_like(patches).scatter(1, index.expand_as(predictions), 1.0)
-        grid_hw = patch_grid(images, patch_hw)
-        return unpatchify(painted, grid_hw, patch_hw), unpatchify(mask, grid_hw, patch_hw)[:, :1].bool()
+        painted = patches.scatter(1, output.masked_indices[:, :, None].expand_as(predictions), predictions)
+        masked = mask_of(output.masked_indices, patches.shape[1])
+        return unpatchify(painted, patch_grid(images, patch_hw), patch_hw), pixels_of(masked, images, patch_hw)
 
     @staticmethod
     def hidden_patches(config: MAEConfig, grid_hw: tuple[int, int], num_images: int) -> Tensor:

@@ -4,9 +4,12 @@ Numbers of masked patches are known beforehand, so that all later shapes are.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from .vit_layers import patch_grid, unpatchify
 
 
 def random_masking(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor]:
@@ -21,6 +24,12 @@ def mask_of(indices: Tensor, num_patches: int) -> Tensor:
     """(batch, num_patches) bool, true at indices (batch, k)."""
     mask = torch.zeros(len(indices), num_patches, dtype=torch.bool, device=indices.device)
     return mask.scatter_(1, indices, True)
+
+
+def pixels_of(masked: Tensor, images: Tensor, patch_hw: tuple[int, int]) -> Tensor:
+    """A mask of patches (batch, patches) as a mask of the images' pixels (batch, 1, height, width)."""
+    values = masked[:, :, None].expand(-1, -1, patch_hw[0] * patch_hw[1])
+    return unpatchify(values, patch_grid(images, patch_hw), patch_hw)
 
 
 def masking_of_units(noise: Tensor, grid_hw: tuple[int, int], unit_hw: tuple[int, int], mask_ratio: float) -> Tensor:
@@ -83,9 +92,89 @@ def block_masking(
     return rank_of(first + torch.rand(first.shape, device=device)) < counts[:, None]
 
 
+def context_and_targets(
+    num_images: int,
+    grid_hw: tuple[int, int],
+    *,
+    num_targets: int = 4,
+    target_scale: Sequence[float] = (0.15, 0.2),
+    target_aspect: Sequence[float] = (0.75, 1.5),
+    context_scale: Sequence[float] = (0.85, 1.0),
+) -> tuple[Tensor, Tensor]:
+    """Draws I-JEPA's target blocks, and for each image the block of context around them (arXiv 2301.08243).
+
+    The sizes of the blocks are drawn once, their places for each image. The context is its block less all targets,
+    cut at random to what the image with the least of it has. Where that is next to nothing, as it can be on small
+    grids, patches of no target fill it up to a sixteenth of the grid.
+
+    All of it is drawn on the CPU: the size of the context depends on the places, and a device would have to be waited
+    for.
+
+    Args:
+        grid_hw: Patches of an image, rows and columns.
+        num_targets: Target blocks of an image, which may overlap.
+        target_scale, context_scale: Ranges of a block's area as a share of the grid.
+        target_aspect: Range of a target block's height / width; the context's block is square, where that fits.
+
+    Returns:
+        Indices of the context (images, context) and of the targets (images, num_targets, patches of a block),
+        row-major and ascending, on the CPU.
+
+    Raises:
+        ValueError: if the grid is too small for the targets.
+    """
+    rows, columns = grid_hw
+    num_patches, most = rows * columns, int(target_scale[1] * rows * columns + 1e-6)
+    if most < 1 or num_targets * most >= num_patches:
+        raise ValueError(
+            f"A grid of {rows} x {columns} patches is too small for {num_targets} target blocks of up to "
+            f"{target_scale[1]:g} of it: use larger images, smaller patches or other targets."
+        )
+    shares = torch.rand(3, device="cpu").tolist()
+    target_hw = _block_hw(grid_hw, target_scale, target_aspect, (shares[0], shares[1]), most)
+    context_hw = _block_hw(grid_hw, context_scale, (1.0, 1.0), (shares[2], 0.0), num_patches)
+    targets = _place_blocks((num_images, num_targets), grid_hw, target_hw)  # (images, targets, patches of a block)
+    block = mask_of(_place_blocks((num_images, 1), grid_hw, context_hw).flatten(1), num_patches)
+    taken = mask_of(targets.flatten(1), num_patches)  # (images, patches)
+    counts = (block & ~taken).sum(1).tolist()
+    # At least this many patches lie in no target, wherever the blocks are.
+    spare = num_patches - num_targets * target_hw[0] * target_hw[1]
+    length = max(min(counts), min(spare, max(1, num_patches // 16)))
+    noise = torch.rand(num_images, num_patches, device="cpu")
+    order = (noise + (~block).float() + 2 * taken.float()).argsort(dim=1)  # the context, other patches, the targets
+    return order[:, :length].sort(dim=1).values, targets
+
+
+def _block_hw(
+    grid_hw: tuple[int, int], scale: Sequence[float], aspect: Sequence[float], shares: Sequence[float], most: int
+) -> tuple[int, int]:
+    """Rows and columns of a block of at most `most` patches, at `shares` between the ends of both ranges."""
+    area, ratio = (low + share * (high - low) for (low, high), share in zip((scale, aspect), shares))
+    area *= grid_hw[0] * grid_hw[1]
+    height = min(max(round(math.sqrt(area * ratio)), 1), grid_hw[0], most)
+    width = min(max(round(math.sqrt(area / ratio)), 1), grid_hw[1])
+    return height, min(width, most // height)
+
+
+def _place_blocks(counts: tuple[int, int], grid_hw: tuple[int, int], block_hw: tuple[int, int]) -> Tensor:
+    """Indices of patches (images, blocks, patches of a block) of blocks of one size at random places."""
+    top, left = (torch.randint(n - size + 1, (*counts, 1), device="cpu") for n, size in zip(grid_hw, block_hw))
+    row, column = (torch.arange(size, device="cpu") for size in block_hw)
+    return top * grid_hw[1] + left + (row[:, None] * grid_hw[1] + column).flatten()
+
+
 def rank_of(values: Tensor) -> Tensor:
     """The place of each of the values (batch, n) in ascending order."""
     return values.argsort(dim=1).argsort(dim=1)
 
 
-__all__ = ["block_masking", "mask_of", "masking_of_units", "random_masking", "rank_of", "unit_grid"]
+__all__ = [
+    "block_masking",
+    "context_and_targets",
+    "mask_of",
+    "masking_of_units",
+    "pixels_of",
+    "random_masking",
+    "rank_of",
+    "unit_grid",
+]

@@ -9,9 +9,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_vlm.models.modeling_detection import VLMViTDetectionConfig, VLMViTForObjectDetection
 from hf_vlm.models.modeling_dinov2 import DINOv2Config, DINOv2ForPreTraining
+from hf_vlm.models.modeling_ijepa import IJEPAConfig, IJEPAForPreTraining
 from hf_vlm.models.modeling_mae import MAEConfig, MAEForPreTraining
 from hf_vlm.models.modeling_simclr import SimCLRConfig, SimCLRForPreTraining
+from hf_vlm.models.modeling_simmim import SimMIMConfig, SimMIMForPreTraining
 from hf_vlm.models.ssl_layers import SyncedBatchNorm1d, first_views_first
+from hf_vlm.models.ssl_masks import context_and_targets
 
 BACKBONE = {
     "image_size": 32,
@@ -41,6 +44,7 @@ def objectives():
         {"class_labels": torch.randint(3, (n,)), "boxes": torch.rand(n, 4) * 0.3 + 0.2} for n in (4, 1, 0, 0, 1, 0)
     ]
     decoder = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    blocks = dict(zip(("context_indices", "target_indices"), context_and_targets(BATCH, (4, 4)), strict=True))
     return {
         "simclr": (
             SimCLRForPreTraining(SimCLRConfig(backbone_config=BACKBONE, projection_hidden_size=32)),
@@ -70,6 +74,14 @@ def objectives():
             )
             for centering in ("sinkhorn", "centering")
         },
+        "simmim": (
+            SimMIMForPreTraining(SimMIMConfig(backbone_config=BACKBONE, mask_unit_size=16)),
+            {"pixel_values": torch.randn(BATCH, 1, 3, 24, 40), "noise": torch.rand(BATCH, 6)},
+        ),
+        "ijepa": (
+            IJEPAForPreTraining(IJEPAConfig(backbone_config=BACKBONE, predictor_config=decoder)),
+            {"pixel_values": torch.randn(BATCH, 1, 3, 32, 32), **blocks},
+        ),
         "detection": (
             VLMViTForObjectDetection(VLMViTDetectionConfig(backbone_config=BACKBONE, **HEAD)),
             {"pixel_values": torch.randn(BATCH, 3, 32, 32), "labels": labels},
