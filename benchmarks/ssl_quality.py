@@ -38,6 +38,20 @@ METHODS: dict[str, dict[str, Any]] = {
             "decoder_config": {"hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 3},
         },
     },
+    "lejepa": {
+        "model_config": {
+            "projection_hidden_size": 512,
+            "projection_size": 32,
+            "num_slices": 256,
+            "sigreg_weight": 0.02,
+        },
+        "views": {
+            **COLOR,
+            "solarize": 0.0,
+            "crop_scale": [0.3, 1.0],
+            "local": {"num_views": 4, "size": 16, "crop_scale": [0.1, 0.4]},
+        },
+    },
     "dinov2": {
         "model_config": {
             "num_prototypes": 1024,

@@ -3,7 +3,9 @@
 from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_detection import VLMViTDetectionConfig, VLMViTForObjectDetection
+from hf_vlm.models.modeling_dinov2 import DINOv2Config, DINOv2ForPreTraining
 from hf_vlm.models.modeling_ijepa import IJEPAConfig, IJEPAForPreTraining
+from hf_vlm.models.modeling_lejepa import LeJEPAConfig, LeJEPAForPreTraining
 from hf_vlm.models.modeling_mae import MAEConfig, MAEForPreTraining
 from hf_vlm.models.modeling_simclr import SimCLRConfig, SimCLRForPreTraining
 from hf_vlm.models.modeling_simmim import SimMIMConfig, SimMIMForPreTraining
@@ -14,8 +16,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "MODELS",
+    "DINOv2Config",
+    "DINOv2ForPreTraining",
     "IJEPAConfig",
     "IJEPAForPreTraining",
+    "LeJEPAConfig",
+    "LeJEPAForPreTraining",
     "MAEConfig",
     "MAEForPreTraining",
     "SimCLRConfig",

@@ -28,6 +28,7 @@ FIELDS = {
         "decoder_config": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
     },
     "simmim": {"backbone_config": BACKBONE, "mask_unit_size": 16},
+    "lejepa": {"backbone_config": BACKBONE, "projection_hidden_size": 32, "num_slices": 16},
     "dinov2": {"backbone_config": BACKBONE, "num_prototypes": 16, "head_hidden_size": 32, "bottleneck_size": 16},
     "ijepa": {
         "backbone_config": BACKBONE,
@@ -66,9 +67,9 @@ def checksum(output):
 
 
 def batch_of(name):
-    if name in ("simclr", "dinov2"):
-        masks = {"masked": torch.rand(6, 16) < 0.3} if name == "dinov2" else {}
-        return {"pixel_values": torch.randn(3, 2, 3, 32, 32), **masks}
+    if name in ("simclr", "dinov2", "lejepa"):
+        fixed = {"dinov2": {"masked": torch.rand(6, 16) < 0.3}, "lejepa": {"slices": torch.randn(64, 16)}}
+        return {"pixel_values": torch.randn(3, 2, 3, 32, 32), **fixed.get(name, {})}
     images = {"pixel_values": torch.randn(2, 3, 32, 32)}
     if name == "ijepa":
         context, targets = context_and_targets(2, (4, 4))

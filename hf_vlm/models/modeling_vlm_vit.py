@@ -230,6 +230,7 @@ class VLMViTModel(_Encoder):
         *,
         masked: Tensor | None = None,
         mask_token: Tensor | None = None,
+        class_tokens_only: bool = False,
         **kwargs: Any,
     ) -> list[BaseModelOutputWithPooling]:
         """Encodes crops of several sizes in one pass, packed without padding.
@@ -238,6 +239,7 @@ class VLMViTModel(_Encoder):
             crops: (crops, channels, height, width) of each size, large ones first.
             masked: (crops, patches), of the first size; see `forward`.
             mask_token: (1, 1, hidden_size).
+            class_tokens_only: Whether of the first size, too, nothing but the class token is read.
 
         Returns:
             What `forward` returns, for each size; all but the first with the class token alone, where there is one.
@@ -249,7 +251,7 @@ class VLMViTModel(_Encoder):
         for layer in self.layers[:-1]:
             hidden_states = layer(hidden_states, positions, packing=packing, **kwargs)
         return [
-            self._finish(tokens, where, class_token_only=index > 0, **kwargs)
+            self._finish(tokens, where, class_token_only=class_tokens_only or index > 0, **kwargs)
             for index, (tokens, where) in enumerate(zip(packing.unpack(hidden_states), positions))
         ]
 

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_vlm.models.modeling_dinov2 import DINOv2Config, DINOv2ForPreTraining
 from hf_vlm.models.modeling_ijepa import IJEPAConfig, IJEPAForPreTraining
+from hf_vlm.models.modeling_lejepa import LeJEPAConfig, LeJEPAForPreTraining
 from hf_vlm.models.modeling_mae import MAEConfig, MAEForPreTraining
 from hf_vlm.models.modeling_simclr import SimCLRConfig, SimCLRForPreTraining
 from hf_vlm.models.modeling_simmim import SimMIMConfig, SimMIMForPreTraining
@@ -33,6 +34,9 @@ def build(name, num_layers=2):
     if name == "dinov2":
         options = {"num_prototypes": 16, "head_hidden_size": 32, "bottleneck_size": 16}
         return DINOv2ForPreTraining(DINOv2Config(backbone_config=backbone, **options)).train()
+    if name == "lejepa":
+        options = {"projection_hidden_size": 32, "num_slices": 16}
+        return LeJEPAForPreTraining(LeJEPAConfig(backbone_config=backbone, **options)).train()
     if name == "simmim":
         return SimMIMForPreTraining(SimMIMConfig(backbone_config=backbone, mask_unit_size=16)).train()
     if name == "ijepa":
@@ -42,8 +46,8 @@ def build(name, num_layers=2):
 
 
 def batch_of(name):
-    views = torch.randn(4, 2 if name in ("simclr", "dinov2") else 1, 3, 32, 32)
-    local_views = {"local_pixel_values": torch.randn(4, 3, 3, 16, 16)} if name == "dinov2" else {}
+    views = torch.randn(4, 2 if name in ("simclr", "dinov2", "lejepa") else 1, 3, 32, 32)
+    local_views = {"local_pixel_values": torch.randn(4, 3, 3, 16, 16)} if name in ("dinov2", "lejepa") else {}
     return {"pixel_values": views, **local_views}
 
 
@@ -76,7 +80,7 @@ def operators_of_a_step(name, num_layers=2):
     return operators.counts
 
 
-METHODS = pytest.mark.parametrize("name", ["mae", "mae_partial", "simclr", "simmim", "dinov2", "ijepa"])
+METHODS = pytest.mark.parametrize("name", ["mae", "mae_partial", "simclr", "simmim", "dinov2", "lejepa", "ijepa"])
 
 
 @METHODS

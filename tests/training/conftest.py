@@ -24,6 +24,14 @@ METHODS = {
     "ijepa": {
         "model_config": {"predictor_config": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}}
     },
+    "lejepa": {
+        "model_config": {"projection_hidden_size": 32, "projection_size": 16, "num_slices": 16},
+        "views": {"local": {"num_views": 2, "size": 16, "crop_scale": [0.05, 0.3]}},
+    },
+    "dinov2": {
+        "model_config": {"num_prototypes": 16, "head_hidden_size": 32, "bottleneck_size": 16},
+        "views": {"local": {"num_views": 2, "size": 16, "crop_scale": [0.05, 0.3]}},
+    },
     "simmim": {"model_config": {"mask_unit_size": 16}},
     "simclr": {"model_config": {"projection_hidden_size": 32, "projection_size": 16}},
     "detection": {
