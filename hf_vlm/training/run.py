@@ -16,14 +16,17 @@ from hf_vlm.data.detection import DetectionTransform
 from hf_vlm.data.device_views import DeviceViews
 from hf_vlm.data.sources import class_names, has_boxes, open_stream, unlabelled
 from hf_vlm.data.stream import ExampleStream
-from hf_vlm.data.views import EvalTransform, ViewTransform
+from hf_vlm.data.views import ViewTransform
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_detection import VLMViTDetectionConfig, VLMViTForObjectDetection
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 from hf_vlm.training.arguments import VisionTrainingArguments, parse_arguments
 from hf_vlm.training.build import build_model, build_processor
+from hf_vlm.training.collapse import CollapseAlarm
+from hf_vlm.training.curves import draw_probes
 from hf_vlm.training.device import place
-from hf_vlm.training.evaluation import evaluate_detection, evaluate_features
+from hf_vlm.training.evaluation import evaluate_detection, evaluate_features, plain_view
+from hf_vlm.training.probes import build_probe, last_probe
 from hf_vlm.training.record import RunRecord
 from hf_vlm.training.trainer import VisionTrainer
 
@@ -58,7 +61,12 @@ def pretrain(recipe: dict[str, Any], *, write_card: Callable[[Path], Any] | None
         processing_class=processor,
         on_save=record.write,
     )
+    if args.probe_steps != 0:
+        trainer.add_callback(build_probe(trainer, transform, processor))
+    if args.on_collapse != "ignore":
+        trainer.add_callback(CollapseAlarm(stop=args.on_collapse == "stop"))
     _train(trainer, record)
+    record.summary["probe"] = last_probe(trainer.state.log_history)
     output_dir = Path(args.output_dir)
     trainer.save_model(str(output_dir / OBJECTIVE_FOLDER), _internal_call=True)
     if args.should_save:
@@ -67,6 +75,8 @@ def pretrain(recipe: dict[str, Any], *, write_card: Callable[[Path], Any] | None
         encoder.save_pretrained(output_dir)
         processor.save_pretrained(output_dir)
         record.write(output_dir)
+        if record.summary["probe"]:
+            draw_probes(output_dir)
         if args.push_to_hub:
             trainer.upload(output_dir, "End of training")
     return record.summary
@@ -148,18 +158,12 @@ def evaluate_encoder(
         processor = VLMViTImageProcessor.from_pretrained(run_dir)
     except OSError as error:
         raise ValueError(f"{run_dir} holds no encoder: {str(error).splitlines()[0]}") from error
-    transform = EvalTransform(
-        (processor.size["height"], processor.size["width"]),
-        image_mean=processor.image_mean,
-        image_std=processor.image_std,
-        num_channels=encoder.config.num_channels,
-    )
     streams = []
     for name in ("train", split):
         source = open_stream(data, name, kind=kind, num_samples=num_examples)
         if "label" not in source.features:
             raise ValueError(f"{data} has no class labels in split {name!r}: kNN and linear accuracy need them.")
-        streams.append(ExampleStream(source, transform, shuffle=False, repeat=False))
+        streams.append(ExampleStream(source, plain_view(processor), shuffle=False, repeat=False))
     return evaluate_features(encoder, *streams)
 
 
