@@ -14,7 +14,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from tqdm.auto import tqdm
@@ -94,7 +94,9 @@ class Probe(TrainerCallback):
             if state.is_world_process_zero or isinstance(model, FSDPModule):
                 figures = self._measure(model, min(args.train_batch_size, MAX_BATCH), state)
             if args.world_size > 1:  # all must come to the same conclusions
-                figures = broadcast_object_list([figures])[0]
+                shared = [figures]
+                dist.broadcast_object_list(shared, src=0)
+                figures = shared[0]
         if figures:
             should_log = control.should_log
             self.trainer.log({PREFIX + name: value for name, value in figures.items()})
