@@ -8,16 +8,18 @@ from hf_vlm.training.callbacks import LogFile, read_log
 
 __all__ = ["Panel", "draw_panels", "draw_probes", "series"]
 
-Series = tuple[list[float], list[float]]
-
 PICTURE = "probes.png"
-# Title and figures of each panel; one of which the log holds nothing is left out.
-PROBE_PANELS = {
-    "Loss": ("loss",),
-    "Effective rank of the features": ("probe_effective_rank",),
-    "Spread of the features (1: in all directions)": ("probe_feature_std", "projection_std"),
-    "Accuracy on the features": ("probe_knn", "probe_linear"),
-}
+
+Series = tuple[list[float], list[float]]
+Limits = tuple[float | None, float | None]
+
+# Title, figures and limits of each panel; one of which the log holds nothing is left out.
+PROBE_PANELS: tuple[tuple[str, tuple[str, ...], Limits], ...] = (
+    ("Loss", ("loss",), (None, None)),
+    ("Effective rank of the features", ("probe_effective_rank",), (0, None)),
+    ("Spread of the features (1: in all directions)", ("probe_feature_std", "projection_std"), (0, 1)),
+    ("Accuracy on the features", ("probe_knn", "probe_linear"), (0, 1)),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +29,7 @@ class Panel:
     title: str
     curves: Mapping[str, Series]
     ylabel: str = ""
-    ylim: tuple[float | None, float | None] = (None, None)
+    ylim: Limits = (None, None)
 
 
 def series(entries: Sequence[Mapping[str, float]], figure: str) -> Series:
@@ -57,9 +59,9 @@ def draw_probes(folder: Path) -> None:
     """Draws loss and probe figures of a run's log into its folder, as `probes.png`."""
     entries = read_log(folder / LogFile.name)
     panels = []
-    for title, figures in PROBE_PANELS.items():
+    for title, figures, ylim in PROBE_PANELS:
         curves = {figure.removeprefix("probe_"): series(entries, figure) for figure in figures}
         curves = {name: curve for name, curve in curves.items() if curve[0]}
         if curves:
-            panels.append(Panel(title=title, curves=curves))
+            panels.append(Panel(title=title, curves=curves, ylim=ylim))
     draw_panels(folder / PICTURE, panels)

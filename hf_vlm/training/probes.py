@@ -92,7 +92,7 @@ class Probe(TrainerCallback):
         figures: dict[str, float] = {}
         with self.trainer.aside(), preserved_randomness(args.device):
             if state.is_world_process_zero or isinstance(model, FSDPModule):
-                figures = self._measure(model, min(args.train_batch_size, MAX_BATCH), state)
+                figures = self._measure(args, state, model)
             if args.world_size > 1:  # all must come to the same conclusions
                 shared = [figures]
                 dist.broadcast_object_list(shared, src=0)
@@ -102,10 +102,13 @@ class Probe(TrainerCallback):
             self.trainer.log({PREFIX + name: value for name, value in figures.items()})
             control.should_log = should_log  # an entry fulfils the wish for one, but this is not the one wished for
 
-    def _measure(self, model: nn.Module, batch_size: int, state: TrainerState) -> dict[str, float]:
+    def _measure(self, args: Any, state: TrainerState, model: nn.Module) -> dict[str, float]:
         started = time.perf_counter()
+        is_shown = state.is_world_process_zero and not args.disable_tqdm
         try:
-            first, second, plain, labels = self._encode(model, batch_size, is_shown=state.is_world_process_zero)
+            first, second, plain, labels = self._encode(
+                model, min(args.train_batch_size, MAX_BATCH), is_shown=is_shown
+            )
             figures = {**spread(first, second), **accuracy(plain, labels)}
         except Exception as error:  # a look at the training must not end it
             logger.warning("Step %d is not probed: %s", state.global_step, error)

@@ -175,7 +175,7 @@ def probe_in_two_ranks(rank, store):
         config = SimCLRConfig(backbone_config=encoder | {"num_attention_heads": 2}, projection_hidden_size=16)
         model, trainer = SimCLRForPreTraining(config), Trainer()
         images = CountedImages({"views": torch.randn(2, 3, 16, 16)} for _ in range(10))
-        args = SimpleNamespace(world_size=2, device=torch.device("cpu"), train_batch_size=4)
+        args = SimpleNamespace(world_size=2, device=torch.device("cpu"), train_batch_size=4, disable_tqdm=True)
         state = SimpleNamespace(global_step=0, is_world_process_zero=rank == 0)
         probe = Probe(trainer, images, num_examples=8, every=1)
         probe.on_train_begin(args, state, SimpleNamespace(should_log=True), model=model)
