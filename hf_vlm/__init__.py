@@ -3,8 +3,10 @@
 from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_detection import VLMViTDetectionConfig, VLMViTForObjectDetection
+from hf_vlm.models.modeling_ijepa import IJEPAConfig, IJEPAForPreTraining
 from hf_vlm.models.modeling_mae import MAEConfig, MAEForPreTraining
 from hf_vlm.models.modeling_simclr import SimCLRConfig, SimCLRForPreTraining
+from hf_vlm.models.modeling_simmim import SimMIMConfig, SimMIMForPreTraining
 from hf_vlm.models.modeling_vlm_vit import VLMViTBackbone, VLMViTModel
 from hf_vlm.registry import MODELS
 
@@ -12,10 +14,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "MODELS",
+    "IJEPAConfig",
+    "IJEPAForPreTraining",
     "MAEConfig",
     "MAEForPreTraining",
     "SimCLRConfig",
     "SimCLRForPreTraining",
+    "SimMIMConfig",
+    "SimMIMForPreTraining",
     "VLMViTBackbone",
     "VLMViTConfig",
     "VLMViTDetectionConfig",

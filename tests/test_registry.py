@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
+from hf_vlm.models.ssl_masks import context_and_targets
 from hf_vlm.registry import MODELS, find_model
 
 BACKBONE = {
@@ -25,6 +26,12 @@ FIELDS = {
     "mae": {
         "backbone_config": BACKBONE,
         "decoder_config": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+    },
+    "simmim": {"backbone_config": BACKBONE, "mask_unit_size": 16},
+    "dinov2": {"backbone_config": BACKBONE, "num_prototypes": 16, "head_hidden_size": 32, "bottleneck_size": 16},
+    "ijepa": {
+        "backbone_config": BACKBONE,
+        "predictor_config": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
     },
     "detection": {
         "backbone_config": BACKBONE,
@@ -59,10 +66,15 @@ def checksum(output):
 
 
 def batch_of(name):
-    if name == "simclr":
-        return {"pixel_values": torch.randn(3, 2, 3, 32, 32)}
+    if name in ("simclr", "dinov2"):
+        masks = {"masked": torch.rand(6, 16) < 0.3} if name == "dinov2" else {}
+        return {"pixel_values": torch.randn(3, 2, 3, 32, 32), **masks}
     images = {"pixel_values": torch.randn(2, 3, 32, 32)}
-    return images | ({"noise": torch.rand(2, 16)} if name == "mae" else {})
+    if name == "ijepa":
+        context, targets = context_and_targets(2, (4, 4))
+        return images | {"context_indices": context, "target_indices": targets}
+    num_units = {"mae": 16, "simmim": 4}.get(name)
+    return images | ({"noise": torch.rand(2, num_units)} if num_units else {})
 
 
 def test_every_row_loads_where_the_package_is_not_installed(tmp_path, run_process):

@@ -10,9 +10,11 @@ from collections.abc import Sequence
 COMMANDS = {
     "data": "look at images and labels before training: hf-vlm data SOURCE --save contact_sheet.png",
     "views": "see what a recipe makes of images:         hf-vlm views RECIPE --data SOURCE --save views.png",
+    "convert": "bring in an encoder of transformers:       hf-vlm convert facebook/dinov2-small runs/dinov2",
     "pretrain": "pretrain an encoder on unlabelled images:  hf-vlm pretrain RECIPE --data SOURCE",
     "finetune": "fine-tune a detector on labelled images:   hf-vlm finetune RECIPE --data SOURCE --encoder RUN",
     "evaluate": "figures of a detector or an encoder:       hf-vlm evaluate RUN --data SOURCE --split test",
+    "embed": "features, neighbours and maps of images:   hf-vlm embed RUN --data SOURCE --neighbors neighbors.png",
     "predict": "find objects in images:                    hf-vlm predict RUN photo.jpg --save out.png",
     "push": "publish a run on the Hub:                  hf-vlm push RUN my-org/my-detector",
     "demo": "all of it on built-in images, offline:     hf-vlm demo",

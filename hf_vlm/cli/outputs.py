@@ -1,14 +1,15 @@
 """Checks the files that a command will write before it begins, rather than fail when all work is done."""
 
+import os
 from pathlib import Path
 
 
-def prepare_picture(path: Path, *, like: str) -> None:
+def prepare_picture(path: Path, *, like: str, option: str = "--save") -> None:
     """Make the folder of a picture; ValueError where Pillow cannot write such a file, with a name to copy."""
     from PIL import Image
 
     if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
-        raise ValueError(f"--save {path}: name a picture, as {like}")
+        raise ValueError(f"{option} {path}: name a picture, as {like}")
     prepare_file(path)
 
 
@@ -20,3 +21,5 @@ def prepare_file(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"{path} cannot be written: {error}") from error
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{path} cannot be written: you may not write into {path.parent}")

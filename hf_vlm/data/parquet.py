@@ -61,7 +61,8 @@ def open_parquet(
     label = _check_labels(files, splits, columns, name)
     category, is_clean = _check_objects(files, splits, columns, name)
     reader = RowReader(map=columns, label=label, category=category, folder=str(root), cleans_boxes=not is_clean)
-    rows = generated_stream(_read_rows, parts=parts, leaves=files.leaves(columns))
+    num_rows = sum(count for *_, count in parts)
+    rows = generated_stream(_read_rows, num_examples=num_rows, parts=parts, leaves=files.leaves(columns))
     return rows.map(reader, remove_columns=[POSITION, *columns.source_names], features=reader.features)
 
 

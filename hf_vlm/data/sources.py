@@ -16,6 +16,7 @@ from hf_vlm.data.coco import find_coco_files, open_coco
 from hf_vlm.data.columns import Categories, ColumnMap, RowReader, find_columns, object_fields, read_categories
 from hf_vlm.data.files import can_list, display, find_paths, is_remote, reason, without_secrets
 from hf_vlm.data.imagefolder import IMAGE_EXTENSIONS, open_imagefolder
+from hf_vlm.data.indexed import count_examples, declare_count
 from hf_vlm.data.mixture import mix_streams
 from hf_vlm.data.parquet import open_parquet
 from hf_vlm.data.scenes import scenes_stream
@@ -25,7 +26,7 @@ from hf_vlm.data.voc import looks_like_voc, open_voc
 from hf_vlm.data.webdataset import open_webdataset
 from hf_vlm.data.yolo import looks_like_yolo, open_yolo
 
-__all__ = ["KINDS", "class_names", "guess_kind", "has_boxes", "open_stream", "unlabelled"]
+__all__ = ["KINDS", "class_names", "count_examples", "guess_kind", "has_boxes", "open_stream", "unlabelled"]
 
 logger = logging.getLogger(__name__)
 
@@ -220,10 +221,14 @@ def _open_hub(
         label=_declared(features, columns, "label", source),
         category=_declared(features, columns, "objects", source),
     )
+    declared = (stream.info.splits or {}).get(str(stream.split))
     if num_samples is not None:
         stream = stream.take(num_samples)
     raw = list(columns.source_names)
-    return stream.select_columns(raw).map(reader, remove_columns=raw, features=reader.features)
+    examples = stream.select_columns(raw).map(reader, remove_columns=raw, features=reader.features)
+    if declared is not None and declared.num_examples:
+        declare_count(examples, min(declared.num_examples, num_samples or declared.num_examples))
+    return examples
 
 
 def _declared(features: datasets.Features, columns: ColumnMap, column: str, source: str) -> Categories | None:

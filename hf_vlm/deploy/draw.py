@@ -11,7 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["captioned", "class_color", "contact_sheet", "draw_detections", "legend", "side_by_side"]
+__all__ = [
+    "captioned",
+    "class_color",
+    "contact_sheet",
+    "draw_detections",
+    "in_colors",
+    "legend",
+    "side_by_side",
+    "titled_rows",
+]
 
 Color = tuple[int, int, int]
 Rectangle = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels, the last column and row included
@@ -63,6 +72,11 @@ def draw_detections(
         if text:
             taken.append(_draw_label(canvas, rectangles[i], text, colors[i], font, picture.size, taken))
     return picture
+
+
+def in_colors(image: NDArray[Any]) -> NDArray[Any]:
+    """An image (height, width, channels) with three channels; of other numbers than three the first, as grey."""
+    return image if image.shape[2] == 3 else image[:, :, :1].repeat(3, axis=2)
 
 
 def class_color(key: int | str) -> Color:
@@ -123,6 +137,24 @@ def contact_sheet(images: Sequence[Image.Image], *, columns: int, gap: int = 12)
         left = gap + i % columns * (width + gap) + (width - image.width) // 2
         top = gap + i // columns * (height + gap) + (height - image.height) // 2
         sheet.paste(image, (left, top))
+    return sheet
+
+
+def titled_rows(rows: Sequence[Sequence[tuple[str, Image.Image]]], *, gap: int = 8) -> Image.Image:
+    """Rows of (title, picture), the pictures in columns below the titles of the first row, on white."""
+    widths = [max(picture.width for _, picture in column) for column in zip(*rows)]
+    names = [name for name, _ in rows[0]]
+    titles = [captioned(Image.new("RGB", (width, 1), PAPER), name, font_size=13) for name, width in zip(names, widths)]
+    height = max(picture.height for row in rows for _, picture in row)
+    top = titles[0].height
+    size = sum(widths) + gap * (len(widths) + 1), top + len(rows) * (height + gap)
+    sheet = Image.new("RGB", size, PAPER)
+    lefts = [gap * (index + 1) + sum(widths[:index]) for index in range(len(widths))]
+    for left, title in zip(lefts, titles):
+        sheet.paste(title, (left, 0))
+    for index, row in enumerate(rows):
+        for left, (_, picture) in zip(lefts, row):
+            sheet.paste(picture, (left, top + index * (height + gap)))
     return sheet
 
 

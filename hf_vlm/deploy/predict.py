@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.image_processing_utils import BaseImageProcessor
 
-__all__ = ["Prediction", "Predictor", "image_paths"]
+__all__ = ["ImageLike", "Prediction", "Predictor", "expand_images", "image_paths", "load_image"]
 
 ImageLike = str | os.PathLike[str] | Image.Image | NDArray[Any]
 
@@ -69,7 +69,7 @@ class Prediction:
         source = self.path if image is None else image
         if source is None:
             raise ValueError("This prediction was not made from a file: give the image to draw on.")
-        array = _load(source, num_channels=3)
+        array = load_image(source, num_channels=3)
         if array.shape[:2] != self.image_size:
             raise ValueError(f"The image is {array.shape[:2]}, but the prediction was made on {self.image_size}.")
         return draw_detections(
@@ -131,9 +131,7 @@ class Predictor:
 
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold is {threshold}; scores are from 0 to 1.")
-        if isinstance(images, str | os.PathLike | Image.Image | np.ndarray):
-            images = [images]
-        everything = list(_expanded(images))
+        everything = list(expand_images(images))
         found: list[Prediction] = []
         with torch.inference_mode():
             for first in range(0, len(everything), batch_size):
@@ -141,7 +139,7 @@ class Predictor:
         return found
 
     def _predict_batch(self, batch: Sequence[ImageLike], threshold: float) -> list[Prediction]:
-        arrays = [_load(image, num_channels=self._num_channels) for image in batch]
+        arrays = [load_image(image, num_channels=self._num_channels) for image in batch]
         sizes = [array.shape[:2] for array in arrays]
         inputs = self.processor(arrays, return_tensors="pt", input_data_format="channels_last")
         outputs = self.model(**inputs.to(self.model.device))
@@ -186,7 +184,14 @@ def image_paths(path: str | os.PathLike[str]) -> list[str]:
     return found
 
 
-def _expanded(images: Iterable[ImageLike]) -> Iterator[ImageLike]:
+def expand_images(images: ImageLike | Iterable[ImageLike]) -> Iterator[ImageLike]:
+    """One image or several; paths of folders and with wildcards become those of their files, by name.
+
+    Raises:
+        ValueError: Where a path matches none.
+    """
+    if isinstance(images, str | os.PathLike | Image.Image | np.ndarray):
+        images = [images]
     for image in images:
         if isinstance(image, str | os.PathLike):
             yield from image_paths(image)
@@ -199,8 +204,12 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
 
 
-def _load(image: ImageLike, *, num_channels: int) -> NDArray[Any]:
-    """An image as (height, width, num_channels); only grey and RGB are turned into each other."""
+def load_image(image: ImageLike, *, num_channels: int) -> NDArray[Any]:
+    """An image as (height, width, num_channels) uint8; only grey and RGB are turned into each other.
+
+    Raises:
+        ValueError: Where it cannot be read, or is an array of another type or of other channels.
+    """
     if isinstance(image, np.ndarray):
         array = image[..., None] if image.ndim == 2 else image
         if array.ndim != 3 or array.dtype != np.uint8:

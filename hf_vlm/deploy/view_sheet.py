@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from hf_vlm.deploy.draw import PAPER, captioned, class_color, contact_sheet, draw_detections
+from hf_vlm.deploy.draw import class_color, contact_sheet, draw_detections, in_colors, titled_rows
 from hf_vlm.training.preview import DrawnImage
 
 __all__ = ["view_sheet"]
@@ -27,20 +27,7 @@ def view_sheet(drawn: Sequence[DrawnImage]) -> Image.Image:
     """
     if not drawn:
         raise ValueError("There is no image to draw views of.")
-    rows = [_columns(image) for image in drawn]
-    titles = [captioned(Image.new("RGB", (column.width, 1), PAPER), name, font_size=13) for name, column in rows[0]]
-    widths = [max(column.width for _, column in columns) for columns in zip(*rows)]
-    height = max(column.height for columns in rows for _, column in columns)
-    top = titles[0].height
-    size = sum(widths) + GAP * (len(widths) + 1), top + len(rows) * (height + GAP)
-    sheet = Image.new("RGB", size, PAPER)
-    lefts = [GAP * (index + 1) + sum(widths[:index]) for index in range(len(widths))]
-    for left, title in zip(lefts, titles):
-        sheet.paste(title, (left, 0))
-    for index, columns in enumerate(rows):
-        for left, (_, column) in zip(lefts, columns):
-            sheet.paste(column, (left, top + index * (height + GAP)))
-    return sheet
+    return titled_rows([_columns(image) for image in drawn], gap=GAP)
 
 
 def _columns(drawn: DrawnImage) -> list[tuple[str, Image.Image]]:
@@ -72,16 +59,12 @@ def _local_views(drawn: DrawnImage, scale: int, height: int) -> Image.Image:
 def _with_boxes(drawn: DrawnImage, height: int) -> Image.Image:
     scale = height / drawn.image.shape[0]
     size = max(round(drawn.image.shape[1] * scale), 1), height
-    picture = Image.fromarray(_in_colors(drawn.image)).resize(size, Image.Resampling.BICUBIC)
+    picture = Image.fromarray(in_colors(drawn.image)).resize(size, Image.Resampling.BICUBIC)
     boxes = np.array([(left, top, left + width, top + height) for top, left, height, width in drawn.boxes])
     return draw_detections(picture, boxes * scale, [""] * len(boxes), class_ids=range(len(boxes)), scale=1)
 
 
 def _tile(view: Array, index: int, scale: int) -> Image.Image:
     """The view with each pixel as a square of scale x scale, in a frame of its box's colour."""
-    enlarged = _in_colors(view).repeat(scale, axis=0).repeat(scale, axis=1)
+    enlarged = in_colors(view).repeat(scale, axis=0).repeat(scale, axis=1)
     return ImageOps.expand(Image.fromarray(enlarged), FRAME, class_color(index))
-
-
-def _in_colors(image: Array) -> Array:
-    return image if image.shape[2] == 3 else image[:, :, :1].repeat(3, axis=2)  # (H, W, 3)

@@ -5,15 +5,16 @@ from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
-from torch import Tensor, nn
-from transformers import initialization as init
+from torch import Tensor
 from transformers.utils import ModelOutput, auto_docstring
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_vlm_vit import VLMViTConfig
 from .modeling_vlm_vit import VLMViTModel, VLMViTPreTrainedModel
-from .ssl_layers import SSLConfig, as_vit_config, first_views_first
-from .vit_layers import VLMViTLayer, build_norm, gather_tokens, patchify, sincos_positions, unpatchify
+from .ssl_layers import SSLConfig, as_vit_config, flatten_views
+from .ssl_masks import mask_of, pixels_of, random_masking
+from .ssl_predictor import MaskedPredictor
+from .vit_layers import gather_tokens, patch_grid, patchify, unpatchify
 
 DECODER_DEFAULTS = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 16}
 
@@ -77,59 +78,11 @@ class MAEOutput(ModelOutput):
     masked_indices: Tensor | None = None
 
 
-def random_masking(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor]:
-    """Splits patches by the order of noise (batch, patches) into visible and masked indices (batch, k) each."""
-    num_patches = noise.shape[1]
-    num_visible = max(1, min(num_patches - 1, round(num_patches * (1 - mask_ratio))))
-    order = noise.argsort(dim=1)
-    return order[:, :num_visible], order[:, num_visible:]
-
-
 def normalise_patches(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Standardises each patch (..., values); returns the result, the means and the standard deviations."""
     mean = patches.mean(dim=-1, keepdim=True)
     std = (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
     return (patches - mean) / std, mean, std
-
-
-class MAEDecoder(VLMViTPreTrainedModel):
-    """Light transformer that predicts the pixels of masked patches from encoded visible ones."""
-
-    def __init__(self, config: VLMViTConfig, encoder_size: int, *, use_cross_attention: bool):
-        super().__init__(config)
-        self.use_cross_attention = use_cross_attention
-        self.embed = nn.Linear(encoder_size, config.hidden_size)
-        self.mask_token = nn.Parameter(torch.empty(1, 1, config.hidden_size))
-        self.layers = nn.ModuleList([VLMViTLayer(config) for _ in range(config.num_hidden_layers)])
-        self.norm = build_norm(config, config.hidden_size)
-        self.predict = nn.Linear(config.hidden_size, config.patch_dim)
-        self.post_init()
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if module is self:
-            init.trunc_normal_(module.mask_token, std=self.config.initializer_range)
-
-    def forward(
-        self, encoded: Tensor, visible: Tensor, masked: Tensor, grid_hw: tuple[int, int], **kwargs: Any
-    ) -> Tensor:
-        tokens = self.embed(encoded)  # (batch, prefix + visible, decoder_size)
-        positions = sincos_positions(self.config.hidden_size, grid_hw, tokens.device).to(tokens.dtype)
-        num_prefix, num_masked = tokens.shape[1] - visible.shape[1], masked.shape[1]
-        seen = torch.cat([tokens[:, :num_prefix], tokens[:, num_prefix:] + positions[visible]], dim=1)
-        hidden = self.mask_token + positions[masked]  # (batch, masked, decoder_size)
-        if self.use_cross_attention:
-            for layer in self.layers:
-                hidden = layer(hidden, None, seen, **kwargs)
-        else:
-            # Attention does not depend on the order of tokens, so nothing is put back into the order of the image.
-            everything = torch.cat([seen, hidden], dim=1)
-            for layer in self.layers[:-1]:
-                everything = layer(everything, **kwargs)
-            # Of the last layer only the masked patches are read.
-            hidden = self.layers[-1](everything[:, -num_masked:], None, everything, **kwargs)
-        return self.predict(self.norm(hidden))  # (batch, masked, patch_dim)
 
 
 @auto_docstring
@@ -143,9 +96,10 @@ class MAEForPreTraining(VLMViTPreTrainedModel):
     def __init__(self, config: MAEConfig):
         super().__init__(config)
         self.backbone = VLMViTModel(config.backbone_config)
-        self.decoder = MAEDecoder(
+        self.decoder = MaskedPredictor(
             config.decoder_config,
             config.backbone_config.hidden_size,
+            config.decoder_config.patch_dim,
             use_cross_attention=config.use_cross_attention,
         )
         self.post_init()
@@ -159,15 +113,17 @@ class MAEForPreTraining(VLMViTPreTrainedModel):
         noise (`torch.FloatTensor` of shape `(batch * views, patches)`, *optional*):
             The patches of the lowest values stay visible; uniform random when not given.
         """
-        images = self._images(pixel_values)
-        targets = patchify(images, self.config.backbone_config.patch_hw)  # (batch, patches, patch_dim)
+        images, patch_hw = flatten_views(pixel_values), self.config.backbone_config.patch_hw
+        targets = patchify(images, patch_hw)  # (batch, patches, patch_dim)
         if noise is None:
             noise = torch.rand(targets.shape[:2], device=targets.device)
         visible, masked = random_masking(noise, self.config.mask_ratio)
         if self.training:
             masked = masked[:, : max(1, round(masked.shape[1] * self.config.prediction_ratio))]
         encoded = self.backbone(images, visible_indices=visible).last_hidden_state  # (batch, prefix + visible, dim)
-        predictions = self.decoder(encoded, visible, masked, self._grid_hw(images))  # (batch, predicted, patch_dim)
+        predictions = self.decoder(
+            encoded, visible, masked, patch_grid(images, patch_hw)
+        )  # (batch, predicted, patch_dim)
         targets = gather_tokens(targets, masked).float()
         if self.config.norm_pix_loss:
             targets = normalise_patches(targets)[0]
@@ -183,26 +139,22 @@ class MAEForPreTraining(VLMViTPreTrainedModel):
         Patches predicted in normalised form get the mean and deviation of the true patch. In training mode a
         `prediction_ratio` below 1 leaves some masked patches as they are.
         """
-        images, patch_hw = self._images(pixel_values), self.config.backbone_config.patch_hw
+        images, patch_hw = flatten_views(pixel_values), self.config.backbone_config.patch_hw
         output = self(pixel_values, noise=noise, return_dict=True)
         patches = patchify(images, patch_hw).float()
         predictions = output.predictions.float()
         if self.config.norm_pix_loss:
             _, mean, std = normalise_patches(gather_tokens(patches, output.masked_indices))
             predictions = predictions * std + mean
-        index = output.masked_indices[:, :, None]
-        painted = patches.scatter(1, index.expand_as(predictions), predictions)
-        mask = torch.zeros_like(patches).scatter(1, index.expand_as(predictions), 1.0)
-        grid_hw = self._grid_hw(images)
-        return unpatchify(painted, grid_hw, patch_hw), unpatchify(mask, grid_hw, patch_hw)[:, :1].bool()
+        painted = patches.scatter(1, output.masked_indices[:, :, None].expand_as(predictions), predictions)
+        masked = mask_of(output.masked_indices, patches.shape[1])
+        return unpatchify(painted, patch_grid(images, patch_hw), patch_hw), pixels_of(masked, images, patch_hw)
 
     @staticmethod
-    def _images(pixel_values: Tensor) -> Tensor:
-        return first_views_first(pixel_values) if pixel_values.ndim == 5 else pixel_values
-
-    def _grid_hw(self, images: Tensor) -> tuple[int, int]:
-        ph, pw = self.config.backbone_config.patch_hw
-        return images.shape[2] // ph, images.shape[3] // pw
+    def hidden_patches(config: MAEConfig, grid_hw: tuple[int, int], num_images: int) -> Tensor:
+        """Draws masks as `forward` does: (images, patches) bool, true where hidden."""
+        num_patches = grid_hw[0] * grid_hw[1]
+        return mask_of(random_masking(torch.rand(num_images, num_patches), config.mask_ratio)[1], num_patches)
 
 
 __all__ = ["MAEConfig", "MAEForPreTraining", "MAEOutput"]

@@ -17,11 +17,13 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_vlm_vit import VLMViTConfig
 from .vit_layers import (
     LayerScale,
+    Packing,
     Positions,
     VLMViTAttention,
     VLMViTLayer,
     build_norm,
     gather_tokens,
+    patch_grid,
     patchify,
     rope_positions,
     sincos_positions,
@@ -57,16 +59,23 @@ class VLMViTEmbeddings(nn.Module):
         resized = F.interpolate(stored.float(), size=grid_hw, mode="bicubic", align_corners=False)
         return resized.to(stored.dtype).flatten(2).transpose(1, 2)  # (1, patches, dim)
 
-    def forward(self, pixel_values: Tensor, visible_indices: Tensor | None = None) -> Tensor:
-        batch, _, height, width = pixel_values.shape
-        ph, pw = self.config.patch_hw
-        patches = patchify(pixel_values, (ph, pw))  # (batch, patches, channels * ph * pw)
-        positions = self.positions((height // ph, width // pw))
+    def forward(
+        self,
+        pixel_values: Tensor,
+        visible_indices: Tensor | None = None,
+        masked: Tensor | None = None,
+        mask_token: Tensor | None = None,
+    ) -> Tensor:
+        batch, patch_hw = len(pixel_values), self.config.patch_hw
+        patches = patchify(pixel_values, patch_hw)  # (batch, patches, channels * patch height * patch width)
+        positions = self.positions(patch_grid(pixel_values, patch_hw))
         if visible_indices is not None:  # only what is seen is embedded: masked patches cost nothing
             patches = gather_tokens(patches, visible_indices)
             if positions is not None:
                 positions = gather_tokens(positions.expand(batch, -1, -1), visible_indices)
         tokens = self.patch_projection(patches)  # (batch, patches, hidden_size)
+        if masked is not None and mask_token is not None:
+            tokens = torch.where(masked[:, :, None], mask_token.to(tokens.dtype), tokens)
         if positions is not None:
             tokens = tokens + positions
         prefix = []
@@ -143,15 +152,20 @@ class _Encoder(VLMViTPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.patch_projection
 
-    def _embed(self, pixel_values: Tensor, visible_indices: Tensor | None = None) -> tuple[Tensor, Positions]:
+    def _embed(
+        self,
+        pixel_values: Tensor,
+        visible_indices: Tensor | None = None,
+        masked: Tensor | None = None,
+        mask_token: Tensor | None = None,
+    ) -> tuple[Tensor, Positions]:
         """Tokens (batch, prefix + patches, dim), and cos and sin (batch or 1, 1, patches, head_dim) where rotary."""
         check_pixel_values(pixel_values, self.config)
         pixel_values = pixel_values.to(self.embeddings.patch_projection.weight.dtype)
-        tokens = self.embeddings(pixel_values, visible_indices)
+        tokens = self.embeddings(pixel_values, visible_indices, masked, mask_token)
         if self.config.position_embedding_type != "rope":
             return tokens, None
-        ph, pw = self.config.patch_hw
-        grid_hw = pixel_values.shape[2] // ph, pixel_values.shape[3] // pw
+        grid_hw = patch_grid(pixel_values, self.config.patch_hw)
         head_dim = self.config.hidden_size // self.config.num_attention_heads
         angles = rope_positions(head_dim, self.config.rope_theta, grid_hw, tokens.device)[
             None
@@ -177,25 +191,67 @@ class VLMViTModel(_Encoder):
         self,
         pixel_values: Tensor,
         visible_indices: Tensor | None = None,
+        masked: Tensor | None = None,
+        mask_token: Tensor | None = None,
         class_token_only: bool = False,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         r"""
         visible_indices (`torch.LongTensor` of shape `(batch, visible)`, *optional*):
             Row-major indices of the patches to encode. All patches are encoded when it is not given.
+        masked (`torch.BoolTensor` of shape `(batch, patches)`, *optional*):
+            True for the patches whose content is hidden behind `mask_token`.
+        mask_token (`torch.FloatTensor` of shape `(1, 1, hidden_size)`, *optional*):
+            What stands in for masked patches. It belongs to the pretraining method, not to the encoder.
         class_token_only (`bool`, *optional*, defaults to `False`):
             Whether the last layer computes the class token alone, when nothing else is read.
         """
-        hidden_states, positions = self._embed(pixel_values, visible_indices)
-        layers = list(self.layers)
-        last = layers.pop() if class_token_only and self.config.use_class_token else None
-        for layer in layers:
+        hidden_states, positions = self._embed(pixel_values, visible_indices, masked, mask_token)
+        for layer in self.layers[:-1]:
             hidden_states = layer(hidden_states, positions, **kwargs)
-        if last is not None:  # a class token has no rotary position
+        return self._finish(hidden_states, positions, class_token_only, **kwargs)
+
+    def _finish(
+        self, hidden_states: Tensor, positions: Positions, class_token_only: bool, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """The last layer and what follows it."""
+        last = self.layers[-1]
+        if class_token_only and self.config.use_class_token:  # a class token has no rotary position
             hidden_states = last(hidden_states[:, :1], None, hidden_states, positions, **kwargs)
+        else:
+            hidden_states = last(hidden_states, positions, **kwargs)
         hidden_states = self.norm(hidden_states)  # (batch, prefix + patches or 1, hidden_size)
         pooled = hidden_states[:, 0] if self.config.use_class_token else self._mean_of_patches(hidden_states)
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
+
+    def encode_crops(
+        self,
+        crops: Sequence[Tensor],
+        *,
+        masked: Tensor | None = None,
+        mask_token: Tensor | None = None,
+        **kwargs: Any,
+    ) -> list[BaseModelOutputWithPooling]:
+        """Encodes crops of several sizes in one pass, packed without padding.
+
+        Args:
+            crops: (crops, channels, height, width) of each size, large ones first.
+            masked: (crops, patches), of the first size; see `forward`.
+            mask_token: (1, 1, hidden_size).
+
+        Returns:
+            What `forward` returns, for each size; all but the first with the class token alone, where there is one.
+        """
+        embedded = [self._embed(crops[0], None, masked, mask_token), *map(self._embed, crops[1:])]
+        groups, positions = [tokens for tokens, _ in embedded], [where for _, where in embedded]
+        packing = Packing(tuple((len(tokens), tokens.shape[1]) for tokens in groups))
+        hidden_states = packing.pack(groups)  # (1, all tokens, hidden_size)
+        for layer in self.layers[:-1]:
+            hidden_states = layer(hidden_states, positions, packing=packing, **kwargs)
+        return [
+            self._finish(tokens, where, class_token_only=index > 0, **kwargs)
+            for index, (tokens, where) in enumerate(zip(packing.unpack(hidden_states), positions))
+        ]
 
     def _mean_of_patches(self, hidden_states: Tensor) -> Tensor:
         return hidden_states[:, self.config.num_prefix_tokens :].mean(dim=1)
@@ -215,8 +271,7 @@ class VLMViTBackbone(BackboneMixin, _Encoder):
     @auto_docstring
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> BackboneOutput:
         hidden_states, positions = self._embed(pixel_values)
-        ph, pw = self.config.patch_hw
-        grid_hw = pixel_values.shape[2] // ph, pixel_values.shape[3] // pw
+        grid_hw = patch_grid(pixel_values, self.config.patch_hw)
         maps = []
         stages: Sequence[nn.Module] = [nn.Identity(), *self.layers]
         for name, stage in zip(self.stage_names, stages):

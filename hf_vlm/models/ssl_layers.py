@@ -104,6 +104,15 @@ class SSLConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
 
+@torch.no_grad()
+def feature_std(features: Tensor) -> Tensor:
+    """Spread () of L2-normalised features (rows, dim): their mean deviation x sqrt(dim).
+
+    It is 1 where they lie evenly in all directions, and 0 where all are alike: a collapse.
+    """
+    return features.float().std(dim=0).mean() * features.shape[1] ** 0.5
+
+
 def check_views(pixel_values: Tensor, num_views: int | None = None) -> Tensor:
     """Checks a batch of views (batch, views, channels, height, width) and returns it; ValueError otherwise."""
     if pixel_values.ndim != 5 or (num_views is not None and pixel_values.shape[1] != num_views):
@@ -112,6 +121,11 @@ def check_views(pixel_values: Tensor, num_views: int | None = None) -> Tensor:
             f"pixel_values must be (batch, {wanted}, channels, height, width), but are {tuple(pixel_values.shape)}."
         )
     return pixel_values
+
+
+def flatten_views(pixel_values: Tensor) -> Tensor:
+    """Images (images, ...) of a batch with views (batch, views, channels, height, width) or without."""
+    return first_views_first(pixel_values) if pixel_values.ndim == 5 else pixel_values
 
 
 def first_views_first(pixel_values: Tensor) -> Tensor:
@@ -125,7 +139,9 @@ __all__ = [
     "SyncedBatchNorm1d",
     "as_vit_config",
     "check_views",
+    "feature_std",
     "first_views_first",
+    "flatten_views",
     "gather_with_gradient",
     "rank",
     "world_size",

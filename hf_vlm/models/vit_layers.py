@@ -1,7 +1,8 @@
 """Parts of the encoder: patches, positions, attention, the MLP and the layer of them."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,34 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .configuration_vlm_vit import VLMViTConfig
 
 Positions = tuple[Tensor, Tensor] | None
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Groups of samples packed into one sequence (1, all tokens, dim), the samples of a group of one length.
+
+    Crops of two sizes so pass through each layer at once: whatever treats tokens alone sees one large matrix, only
+    attention is computed group by group. No token is padding.
+
+    Args:
+        groups: (samples, tokens of each) of the groups, in their order.
+    """
+
+    groups: tuple[tuple[int, int], ...]
+
+    def pack(self, tokens: Sequence[Tensor]) -> Tensor:
+        """Joins the groups' tokens (samples, tokens, dim) to (1, all tokens, dim)."""
+        return torch.cat([group.flatten(0, 1) for group in tokens])[None]
+
+    def unpack(self, packed: Tensor) -> list[Tensor]:
+        """Takes (1, all tokens, dim) apart into the groups' tokens (samples, tokens, dim), without copies."""
+        parts = packed[0].split([samples * tokens for samples, tokens in self.groups])
+        return [part.unflatten(0, group) for part, group in zip(parts, self.groups)]
+
+
+def patch_grid(pixel_values: Tensor, patch_hw: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of patches in images (..., height, width)."""
+    return pixel_values.shape[-2] // patch_hw[0], pixel_values.shape[-1] // patch_hw[1]
 
 
 def patchify(pixel_values: Tensor, patch_hw: tuple[int, int]) -> Tensor:
@@ -111,16 +140,34 @@ class VLMViTAttention(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        positions: Positions = None,
+        positions: Any = None,  # Positions; a list of them for packed groups
         context: Tensor | None = None,
         context_positions: Positions = None,
+        packing: Packing | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         if context is None:
             context, context_positions = hidden_states, positions
-        query = self.query_norm(self._heads(self.query(hidden_states)))  # (batch, heads, tokens, head_dim)
-        key = self.key_norm(self._heads(self.key(context)))  # (batch, heads, context, head_dim)
-        value = self._heads(self.value(context))
+        states = self.query(hidden_states), self.key(context), self.value(context)  # (batch, tokens, dim) each
+        if packing is None:
+            output, weights = self._attend(*states, positions, context_positions, **kwargs)
+            return self.projection(output), weights
+        groups = zip(*map(packing.unpack, states), positions or [None] * len(packing.groups))
+        outputs = [self._attend(q, k, v, where, where, **kwargs)[0] for q, k, v, where in groups]
+        return self.projection(packing.pack(outputs)), None
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        positions: Positions,
+        context_positions: Positions,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of projected states (batch, tokens, dim), and its weights where the implementation gives them."""
+        query = self.query_norm(self._heads(query))  # (batch, heads, tokens, head_dim)
+        key = self.key_norm(self._heads(key))  # (batch, heads, context, head_dim)
         if positions is not None:
             query = rotate(query, positions)
         if context_positions is not None:
@@ -129,8 +176,10 @@ class VLMViTAttention(nn.Module):
             self.config._attn_implementation, eager_attention_forward
         )
         dropout = self.config.attention_dropout if self.training else 0.0
-        output, weights = attend(self, query, key, value, None, scaling=self.scaling, dropout=dropout, **kwargs)
-        return self.projection(output.flatten(2)), weights
+        output, weights = attend(
+            self, query, key, self._heads(value), None, scaling=self.scaling, dropout=dropout, **kwargs
+        )
+        return output.flatten(2), weights
 
     def _heads(self, states: Tensor) -> Tensor:
         return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -187,11 +236,14 @@ class VLMViTLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: Tensor,
-        positions: Positions = None,
+        positions: Any = None,  # Positions; a list of them for packed groups
         context: Tensor | None = None,
         context_positions: Positions = None,
+        packing: Packing | None = None,
         **kwargs: Any,
     ) -> Tensor:
+        if packing is not None:
+            return self._forward_packed(hidden_states, packing, positions, **kwargs)
         hidden_states = self._residual(hidden_states, self._attend, positions, context, context_positions, **kwargs)
         return self._residual(hidden_states, self._feed)
 
@@ -204,15 +256,47 @@ class VLMViTLayer(GradientCheckpointingLayer):
     def _feed(self, states: Tensor) -> Tensor:
         return self.layer_scale2(self.mlp(self.norm2(states)))
 
+    @property
+    def _drops(self) -> bool:
+        return self.training and self.drop_path_rate > 0
+
+    def _keep(self, batch: int, device: torch.device) -> Tensor:
+        """The samples (kept,) that stochastic depth keeps."""
+        return torch.randperm(batch, device=device)[: max(1, round(batch * (1 - self.drop_path_rate)))]
+
     def _residual(self, states: Tensor, branch: Callable[..., Tensor], *inputs: Any, **kwargs: Any) -> Tensor:
         """Adds a branch; in training it is computed only for the samples that stochastic depth keeps (DINOv2)."""
-        if not self.training or self.drop_path_rate == 0:
+        if not self._drops:
             return states + branch(states, *inputs, **kwargs)
-        batch = len(states)
-        num_kept = max(1, round(batch * (1 - self.drop_path_rate)))
-        kept = torch.randperm(batch, device=states.device)[:num_kept]
+        batch, kept = len(states), self._keep(len(states), states.device)
         update = branch(states[kept], *(_pick(value, kept, batch) for value in inputs), **kwargs)
-        return states.index_add(0, kept, update.to(states.dtype), alpha=batch / num_kept)
+        return states.index_add(0, kept, update.to(states.dtype), alpha=batch / len(kept))
+
+    def _forward_packed(self, states: Tensor, packing: Packing, positions: Any, **kwargs: Any) -> Tensor:
+        """The same for packed samples; stochastic depth keeps its share of each group."""
+        for branch in self._attend_packed, self._feed_packed:
+            if not self._drops:
+                states = states + branch(states, packing, positions, **kwargs)
+                continue
+            groups = packing.unpack(states)
+            kept = [self._keep(len(group), states.device) for group in groups]
+            few = Packing(tuple((len(index), group.shape[1]) for index, group in zip(kept, groups)))
+            updates = few.unpack(
+                branch(few.pack([g[index] for g, index in zip(groups, kept)]), few, positions, **kwargs)
+            )
+            states = packing.pack(
+                [
+                    group.index_add(0, index, update.to(states.dtype), alpha=len(group) / len(index))
+                    for group, index, update in zip(groups, kept, updates)
+                ]
+            )
+        return states
+
+    def _attend_packed(self, states: Tensor, packing: Packing, positions: Any, **kwargs: Any) -> Tensor:
+        return self.layer_scale1(self.attention(self.norm1(states), positions, packing=packing, **kwargs)[0])
+
+    def _feed_packed(self, states: Tensor, *_: Any, **kwargs: Any) -> Tensor:
+        return self._feed(states)
 
 
 def _pick(value: Any, kept: Tensor, batch: int) -> Any:
@@ -224,12 +308,14 @@ def _pick(value: Any, kept: Tensor, batch: int) -> Any:
 
 __all__ = [
     "LayerScale",
+    "Packing",
     "Positions",
     "VLMViTAttention",
     "VLMViTLayer",
     "build_norm",
     "eager_attention_forward",
     "gather_tokens",
+    "patch_grid",
     "patchify",
     "rope_positions",
     "rotate",

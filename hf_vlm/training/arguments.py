@@ -1,6 +1,7 @@
 """A recipe: flat YAML whose keys are TrainingArguments' names and ours, read strictly."""
 
 import difflib
+import math
 import os
 import re
 import types
@@ -13,6 +14,10 @@ from typing import Any
 import torch
 import yaml
 from transformers import TrainingArguments
+
+from hf_vlm.training import scaling
+
+RUN_LENGTHS = ("max_steps", "images_to_see")
 
 
 @dataclass
@@ -53,6 +58,19 @@ class VisionTrainingArguments(TrainingArguments):
     max_bad_share: float = field(default=0.01, metadata={"help": "Share of unreadable images that stops the run."})
     layer_decay: float = field(default=1.0, metadata={"help": "Learning rate of a layer relative to the one above."})
     encoder_lr_multiplier: float = field(default=1.0, metadata={"help": "Learning rate of the encoder's top layer."})
+    frozen_encoder_steps: float = field(
+        default=0, metadata={"help": "Steps, or a share of them below 1, before the encoder learns and warms up."}
+    )
+    images_to_see: Any = field(
+        default=None, metadata={"help": "In place of max_steps: images seen in the run, or auto, by the data's size."}
+    )
+    reference_batch_size: int | None = field(
+        default=None, metadata={"help": "Batch for which learning rate and momentum are meant; others are scaled."}
+    )
+    batch_scaling: str = field(default="sqrt", metadata={"help": "How the learning rate is scaled: sqrt or linear."})
+    weight_decay_end: float | None = field(
+        default=None, metadata={"help": "Weight decay at the end, reached along a cosine; constant by default."}
+    )
     probe_steps: int | None = field(
         default=None,
         metadata={"help": "Steps between probes of the features; 0: none; not given: ten in a run, fewer if dear."},
@@ -72,8 +90,12 @@ class VisionTrainingArguments(TrainingArguments):
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "A loss that is not finite is logged so."})
 
     def __post_init__(self) -> None:
-        if self.max_steps <= 0:
-            raise ValueError("A recipe needs max_steps, a positive number of optimiser steps.")
+        if (self.max_steps > 0) == (self.images_to_see is not None):
+            raise ValueError(
+                "A recipe needs max_steps, a positive number of optimiser steps, or else images_to_see, and not both."
+            )
+        if self.batch_scaling not in scaling.SCALING_RULES:
+            raise ValueError(f"batch_scaling must be sqrt or linear, but is {self.batch_scaling!r}.")
         if self.views_on not in ("auto", "device", "workers"):
             raise ValueError(f"views_on must be auto, device or workers, but is {self.views_on!r}.")
         if self.on_collapse not in ("warn", "stop", "ignore"):
@@ -92,6 +114,51 @@ class VisionTrainingArguments(TrainingArguments):
                 f"The launcher started {num_processes} processes, but training would use {self.world_size}: check the "
                 "launcher's configuration."
             )
+        if self.images_to_see is not None and self.images_to_see != "auto":
+            self._set_steps(self.images_to_see)
+        self._check_frozen_steps()
+
+    def see_images_of(self, num_images: int | None) -> None:
+        """Sets the number of steps by the size of the data, where the recipe leaves it to that.
+
+        Raises:
+            ValueError: if the size is not known.
+        """
+        if self.images_to_see != "auto":
+            return
+        if num_images is None:
+            raise ValueError(
+                f"images_to_see: auto needs the number of images, which {self.data} does not say without being read. "
+                "Give images_to_see as a number, or max_steps."
+            )
+        self._set_steps(scaling.images_to_see(num_images))
+        self._check_frozen_steps()
+
+    def _set_steps(self, num_seen: Any) -> None:
+        if isinstance(num_seen, bool) or not isinstance(num_seen, int | float) or num_seen < 1:
+            raise ValueError(f"images_to_see must be auto or a positive number, but is {num_seen!r}.")
+        self.max_steps = math.ceil(num_seen / self.total_batch_size)
+
+    def _check_frozen_steps(self) -> None:
+        if not 0 <= self.frozen_encoder_steps < max(self.max_steps, 1):
+            raise ValueError(
+                f"frozen_encoder_steps must be a share of the steps below 1, or fewer than the run's {self.max_steps} "
+                f"steps, but is {self.frozen_encoder_steps:g}."
+            )
+
+    @property
+    def total_batch_size(self) -> int:
+        """Images of an optimiser step, over all processes."""
+        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+    @property
+    def scaled_learning_rate(self) -> float:
+        """The learning rate for the batch of this run."""
+        if self.reference_batch_size is None:
+            return self.learning_rate
+        return scaling.scaled_learning_rate(
+            self.learning_rate, self.total_batch_size, self.reference_batch_size, self.batch_scaling
+        )
 
     @property
     def image_hw(self) -> tuple[int, int]:
@@ -99,6 +166,12 @@ class VisionTrainingArguments(TrainingArguments):
         size = self.image_size
         height, width = (size, size) if isinstance(size, int) else size
         return int(height), int(width)
+
+    @property
+    def num_frozen_encoder_steps(self) -> int:
+        """Optimiser steps in which the encoder does not learn; a share of the run is rounded up as warm-up is."""
+        steps = self.frozen_encoder_steps
+        return int(steps) if steps >= 1 else math.ceil(self.max_steps * steps)
 
     @property
     def makes_views_on_device(self) -> bool:
@@ -140,6 +213,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
         if sub_key:
             recipe[name] = {**(recipe.get(name) or {}), sub_key: value}
         else:
+            if name in RUN_LENGTHS:  # one replaces the other
+                recipe = {key: kept for key, kept in recipe.items() if key not in RUN_LENGTHS}
             recipe[name] = value
     return check_recipe(recipe, str(path))
 

@@ -2,17 +2,23 @@
 
 import contextlib
 import logging
+import shlex
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
+from hf_vlm.models.convert_families import ALIASES, FAMILIES
+from hf_vlm.models.convert_vlm_vit import is_ours, read_config
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 from hf_vlm.registry import ModelEntry, find_model
 from hf_vlm.training.arguments import VisionTrainingArguments
+from hf_vlm.training.scaling import scaled_momentum
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +67,8 @@ def build_model(
     )
     if encoder is not None:
         model.backbone.load_state_dict(encoder.state_dict())
+        if hasattr(model, "reset_teacher"):
+            model.reset_teacher()
     return model
 
 
@@ -73,6 +81,10 @@ def build_config(
     """The configuration of a recipe's model; its encoder as the recipe describes it where none is given."""
     encoder = encoder or build_encoder_config(args)
     fields = {"backbone_config": encoder.to_dict(), **args.model_config}
+    declared = entry.config_class.__dataclass_fields__.get("momentum")
+    if declared is not None and args.reference_batch_size is not None:
+        momentum = fields.get("momentum", declared.default)
+        fields["momentum"] = scaled_momentum(momentum, args.total_batch_size, args.reference_batch_size)
     if class_names is not None:
         fields["id2label"] = dict(enumerate(class_names))
         fields["label2id"] = {name: index for index, name in enumerate(class_names)}
@@ -93,18 +105,24 @@ def _build(key: str, construct: Any, config_class: Any, fields: dict[str, Any]) 
         raise ValueError(f"{key}: {error}") from error
 
 
+def architecture(config: VLMViTConfig, *, unlike: str) -> dict[str, Any]:
+    """What `encoder_config` must say for an encoder of this configuration, beside the preset `unlike`."""
+    preset = VLMViTConfig.from_preset(unlike)
+    fields = {name: _plain(getattr(config, name)) for name in ARCHITECTURE}
+    return {name: value for name, value in fields.items() if value != _plain(getattr(preset, name))}
+
+
 def load_encoder(args: VisionTrainingArguments) -> VLMViTModel:
     """Loads `args.encoder` (a run's folder, any checkpoint of ours, a Hub id) loudly.
 
     Raises:
-        ValueError: if nothing is there, its architecture is not the recipe's, or weights are missing, unless
-            `resize_encoder` asks to take what fits.
+        ValueError: if nothing is there, it is one of transformers, its architecture is not the recipe's, or weights
+            are missing, unless `resize_encoder` asks to take what fits.
     """
+    assert args.encoder is not None
     wanted = build_encoder_config(args)
-    try:
-        found = VLMViTConfig.from_pretrained(args.encoder)
-    except OSError as error:
-        raise ValueError(f"encoder: {args.encoder!r} is neither a folder with a model nor one on the Hub.") from error
+    _check_origin(args.encoder)
+    found = VLMViTConfig.from_pretrained(args.encoder)
     differences = [
         f"{name}: weights have {_plain(getattr(found, name))}, the recipe says {_plain(getattr(wanted, name))}"
         for name in ARCHITECTURE
@@ -116,7 +134,7 @@ def load_encoder(args: VisionTrainingArguments) -> VLMViTModel:
             + "\n  ".join(differences)
             + "\nSet encoder_preset and encoder_config as the weights have them, or resize_encoder to take what fits."
         )
-    with _quiet_transformers():
+    with quiet_transformers():
         encoder, report = VLMViTModel.from_pretrained(
             args.encoder,
             config=wanted if differences else None,
@@ -125,6 +143,42 @@ def load_encoder(args: VisionTrainingArguments) -> VLMViTModel:
         )
     _report(args, encoder, report)
     return encoder
+
+
+def load_frozen_encoder(run_dir: str | Path) -> tuple[VLMViTModel, VLMViTImageProcessor]:
+    """The encoder of a folder or of the Hub, also out of a detector or a pretraining model, and its image processor.
+
+    Raises:
+        ValueError: if there is none, it has to be converted first, or weights are missing.
+    """
+    _check_origin(str(run_dir))
+    if not is_ours(config := read_config(str(run_dir))):
+        raise ValueError(
+            f"{run_dir} holds no encoder of hf_vlm, but a model of the type {config.get('model_type')!r}."
+        )
+    try:
+        with quiet_transformers():
+            encoder, report = VLMViTModel.from_pretrained(run_dir, output_loading_info=True)
+        processor = VLMViTImageProcessor.from_pretrained(run_dir)
+    except OSError as error:
+        raise ValueError(f"{run_dir} holds no encoder: {str(error).splitlines()[0]}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"{run_dir} lacks {len(missing)} of the encoder's weights, such as {missing[0]}.")
+    return encoder.eval(), processor
+
+
+def _check_origin(source: str) -> None:
+    """ValueError where there is no checkpoint, or one that has to be converted first."""
+    try:
+        model_type = read_config(source).get("model_type")
+    except ValueError as error:
+        raise ValueError(f"encoder: {error}") from error
+    if model_type in {**FAMILIES, **ALIASES}:
+        folder = f"runs/{Path(source).name}"
+        raise ValueError(
+            f"encoder: {source} is a checkpoint of transformers ({model_type}). Convert it, and give what comes out:\n"
+            f"  {shlex.join(['hf-vlm', 'convert', source, folder])}\n  --encoder {shlex.quote(folder)}"
+        )
 
 
 def _report(args: VisionTrainingArguments, encoder: VLMViTModel, report: dict[str, Any]) -> None:
@@ -153,7 +207,7 @@ def _plain(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Our report replaces the one that transformers prints, whose every head weight looks like a fault."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
@@ -164,12 +218,30 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def build_processor(args: VisionTrainingArguments, num_channels: int) -> VLMViTImageProcessor:
-    """The image processor that prepares images as training does: ImageNet's statistics for colour, else 0.5."""
+    """The image processor that prepares images as training does.
+
+    Mean and standard deviation are those that the encoder's weights were trained with, where these say it; else
+    ImageNet's for colour images, and 0.5 for others.
+    """
     height, width = args.image_hw
-    size = {"height": height, "width": width}
-    if num_channels == 3:
-        return VLMViTImageProcessor(size=size)
-    return VLMViTImageProcessor(size=size, image_mean=[0.5] * num_channels, image_std=[0.5] * num_channels)
+    statistics: dict[str, Any] = {}
+    if num_channels != 3:
+        statistics = {"image_mean": [0.5] * num_channels, "image_std": [0.5] * num_channels}
+    if args.encoder:
+        with contextlib.suppress(OSError):  # weights without an image processor
+            given = VLMViTImageProcessor.from_pretrained(args.encoder)
+            if np.size(given.image_mean) == num_channels:
+                statistics = {"image_mean": given.image_mean, "image_std": given.image_std}
+    return VLMViTImageProcessor(size={"height": height, "width": width}, **statistics)
 
 
-__all__ = ["build_config", "build_encoder_config", "build_model", "build_processor", "load_encoder"]
+__all__ = [
+    "architecture",
+    "build_config",
+    "build_encoder_config",
+    "build_model",
+    "build_processor",
+    "load_encoder",
+    "load_frozen_encoder",
+    "quiet_transformers",
+]

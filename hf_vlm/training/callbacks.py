@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_vlm.training.optim import weight_decay_at
+
 
 class AfterStep(TrainerCallback):
     """Calls the model's `after_step(progress)` once an optimiser step, where it has one (teachers, schedules)."""
@@ -16,6 +18,26 @@ class AfterStep(TrainerCallback):
         inner = getattr(model, "module", model)
         if hasattr(inner, "after_step"):
             inner.after_step(state.global_step / state.max_steps)
+
+
+class WeightDecaySchedule(TrainerCallback):
+    """Sets the weight decay of each step, a function of the step alone, so that a resumed run has the same."""
+
+    def __init__(self, start: float, end: float):
+        self.start, self.end = start, end
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        decay = weight_decay_at(state.global_step, state.max_steps, start=self.start, end=self.end)
+        for group in optimizer.param_groups:
+            if group["decays"]:
+                group["weight_decay"] = decay
 
 
 class LogFile(TrainerCallback):
@@ -54,4 +76,4 @@ def read_log(path: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines]
 
 
-__all__ = ["AfterStep", "LogFile", "read_log"]
+__all__ = ["AfterStep", "LogFile", "WeightDecaySchedule", "read_log"]

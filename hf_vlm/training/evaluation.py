@@ -1,7 +1,5 @@
 """Evaluators: each takes a model and a finite stream and returns name -> value, the same on all ranks."""
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,10 +10,10 @@ from tqdm.auto import tqdm
 
 from hf_vlm.data.collate import collate_detection
 from hf_vlm.data.stream import ExampleStream
-from hf_vlm.data.views import EvalTransform
 from hf_vlm.metrics import coco_detection_metrics, knn_accuracy, linear_accuracy
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
+from hf_vlm.training.features import encode
 
 MAX_DETECTIONS = 100  # COCO counts no more; kept boxes bound the memory
 
@@ -25,18 +23,19 @@ def predict_detection(
     model: nn.Module, stream: ExampleStream, processor: VLMViTImageProcessor, *, batch_size: int = 32
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Predictions and references of every image of a stream, as `coco_detection_metrics` takes them, in pixels."""
-    device = next(model.parameters()).device
+    was_training, device = model.training, next(model.parameters()).device
+    model.eval()
     predictions, references = [], []
     loader = DataLoader(stream, batch_size=batch_size, collate_fn=collate_detection)
-    with evaluating(model):
-        for batch in tqdm(loader, desc="Evaluating", leave=False, disable=stream.rank != 0):
-            outputs = model(pixel_values=batch["pixel_values"].to(device))
-            sizes = [(int(height), int(width)) for height, width in (one["orig_size"] for one in batch["labels"])]
-            found = processor.post_process_object_detection(
-                outputs, threshold=0.0, target_sizes=sizes, max_detections=MAX_DETECTIONS
-            )
-            predictions += [{name: value.cpu() for name, value in image.items()} for image in found]
-            references += [_reference(labels, size) for labels, size in zip(batch["labels"], sizes)]
+    for batch in tqdm(loader, desc="Evaluating", leave=False, disable=stream.rank != 0):
+        outputs = model(pixel_values=batch["pixel_values"].to(device))
+        sizes = [(int(height), int(width)) for height, width in (labels["orig_size"] for labels in batch["labels"])]
+        found = processor.post_process_object_detection(
+            outputs, threshold=0.0, target_sizes=sizes, max_detections=MAX_DETECTIONS
+        )
+        predictions += [{name: value.cpu() for name, value in image.items()} for image in found]
+        references += [_reference(labels, size) for labels, size in zip(batch["labels"], sizes)]
+    model.train(was_training)
     return predictions, references
 
 
@@ -68,45 +67,12 @@ def evaluate_detection(
     return coco_detection_metrics(predictions, references, class_names=class_names, per_class=per_class)
 
 
-@contextlib.contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Puts a module into evaluation mode, and each of its parts back into its own mode."""
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, is_training in modes.items():
-            part.training = is_training
-
-
-def pooled_features(encoder: VLMViTModel, pixel_values: Tensor) -> Tensor:
-    """Features (images, hidden_size) float32 on the CPU of images (images, channels, height, width).
-
-    The mean of the patch tokens, which serves methods with and without a trained class token alike.
-    """
-    tokens = encoder(pixel_values=pixel_values.to(encoder.device)).last_hidden_state
-    return tokens[:, encoder.config.num_prefix_tokens :].mean(dim=1).float().cpu()
-
-
-def plain_view(processor: VLMViTImageProcessor) -> EvalTransform:
-    """The view of an image that features are evaluated on: as the processor of its encoder prepares it."""
-    return EvalTransform(
-        (processor.size["height"], processor.size["width"]),
-        image_mean=processor.image_mean,
-        image_std=processor.image_std,
-        num_channels=len(processor.image_mean),
-    )
-
-
-@torch.inference_mode()
 def extract_features(encoder: VLMViTModel, stream: ExampleStream, *, batch_size: int = 64) -> tuple[Tensor, Tensor]:
-    """Pooled features (images, hidden_size) and labels (images,) of a labelled stream (see `pooled_features`)."""
+    """Pooled features (images, hidden_size), see `encode`, and labels (images,) of a labelled stream."""
     features, labels = [], []
-    with evaluating(encoder):
-        for batch in tqdm(DataLoader(stream, batch_size=batch_size), desc="Features", leave=False):
-            features.append(pooled_features(encoder, batch["pixel_values"]))
-            labels.append(batch["label"])
+    for batch in tqdm(DataLoader(stream, batch_size=batch_size), desc="Features", leave=False):
+        features.append(encode(encoder, batch["pixel_values"]))
+        labels.append(batch["label"])
     return torch.cat(features), torch.cat(labels)
 
 
@@ -127,13 +93,4 @@ def classify(
     return {"knn": knn_accuracy(*data, num_neighbors=min(20, len(train_labels))), "linear": linear_accuracy(*data)}
 
 
-__all__ = [
-    "classify",
-    "evaluate_detection",
-    "evaluate_features",
-    "evaluating",
-    "extract_features",
-    "plain_view",
-    "pooled_features",
-    "predict_detection",
-]
+__all__ = ["classify", "evaluate_detection", "evaluate_features", "extract_features", "predict_detection"]

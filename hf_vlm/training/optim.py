@@ -1,10 +1,14 @@
-"""Parameter groups: layer-wise learning rates, and weight decay only where it belongs."""
+"""Parameter groups (layer-wise learning rates, weight decay only where it belongs) and their schedules."""
 
+import functools
+import math
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 # Not matrices in spirit, though stored with leading axes of one: decaying them only shrinks what they learn.
 NO_DECAY_NAMES = ("class_token", "register_tokens", "mask_token", "position_embedding")
@@ -33,6 +37,7 @@ def parameter_groups(
 
     The top encoder layer learns at `learning_rate x encoder_lr_multiplier`, each layer below at `layer_decay` times
     the rate above it (BEiT, arXiv 2106.08254), all else at `learning_rate`. Vectors, gains and tokens do not decay.
+    What has no gradient, as a teacher, is in no group. The schedules read a group's `in_encoder` and `decays`.
     """
     groups: dict[tuple[int, bool], list[Tensor]] = defaultdict(list)
     for name, parameter in model.named_parameters():
@@ -46,9 +51,47 @@ def parameter_groups(
         return learning_rate * encoder_lr_multiplier * layer_decay ** (num_layers - depth)
 
     return [
-        {"params": parameters, "lr": rate(depth), "weight_decay": weight_decay if decays else 0.0}
+        {
+            "params": parameters,
+            "lr": rate(depth),
+            "weight_decay": weight_decay if decays else 0.0,
+            "in_encoder": depth <= num_layers,
+            "decays": decays,
+        }
         for (depth, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
 
 
-__all__ = ["layer_index", "parameter_groups"]
+def late_encoder_schedule(scheduler: Any, *, num_frozen_steps: int, num_warmup_steps: int) -> LambdaLR:
+    """The schedule of an optimiser's groups with a later start for those of the encoder.
+
+    Their rate is multiplied by 0 for `num_frozen_steps`, then by a line from 0 to 1 over `num_warmup_steps`, as
+    warm-up is in transformers. Gradients of the encoder are computed all the same: DDP wants every parameter in every
+    step, and the averages that AdamW makes of them are ready when the encoder starts.
+
+    Raises:
+        ValueError: if the schedule is not a function of the step.
+    """
+    if not isinstance(scheduler, LambdaLR):
+        raise ValueError(
+            "frozen_encoder_steps needs an lr_scheduler_type that is a function of the step, such as cosine."
+        )
+
+    def late(schedule: Callable[[int], float], step: int) -> float:
+        since = step - num_frozen_steps
+        return 0.0 if since < 0 else schedule(step) * min(1.0, since / num_warmup_steps if num_warmup_steps else 1.0)
+
+    optimizer = scheduler.optimizer
+    schedules = [
+        functools.partial(late, schedule) if group["in_encoder"] else schedule
+        for schedule, group in zip(scheduler.lr_lambdas, optimizer.param_groups)
+    ]
+    return LambdaLR(optimizer, schedules)
+
+
+def weight_decay_at(step: int, num_steps: int, *, start: float, end: float) -> float:
+    """Weight decay of a step counted from 0: half a cosine from `start` towards `end` (DINO, arXiv 2104.14294)."""
+    return end + (start - end) * (1 + math.cos(math.pi * step / num_steps)) / 2
+
+
+__all__ = ["late_encoder_schedule", "layer_index", "parameter_groups", "weight_decay_at"]

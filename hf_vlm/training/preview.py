@@ -10,7 +10,6 @@ import torch
 
 from hf_vlm.data.sources import unlabelled
 from hf_vlm.data.views import ViewTransform, crop_box
-from hf_vlm.models.modeling_mae import random_masking
 from hf_vlm.registry import find_model
 from hf_vlm.training.arguments import parse_arguments
 from hf_vlm.training.build import build_config, build_processor
@@ -55,11 +54,18 @@ def draw_first_views(recipe: dict[str, Any], num_images: int) -> list[DrawnImage
     transform = view_transform(args, entry.model_class.default_views, processor)
     patch_size = config.backbone_config.patch_hw
 
+    draw_masks = getattr(entry.model_class, "hidden_patches", None)
+
     def drawn(example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         views = _render(transform, example, rng)
-        if (ratio := getattr(config, "mask_ratio", None)) is None:
+        if draw_masks is None:
             return {"drawn": DrawnImage(**views, hidden=[])}
-        hidden = [_hidden(transform.views[0].size, patch_size, ratio, rng) for _ in transform.views]
+        size = transform.views[0].size
+        grid_hw = size[0] // patch_size[0], size[1] // patch_size[1]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(rng.integers(2**31)))
+            masks = draw_masks(config, grid_hw, len(transform.views)).unflatten(1, grid_hw).numpy()
+        hidden = [mask.repeat(patch_size[0], axis=0).repeat(patch_size[1], axis=1) for mask in masks]  # (H, W) each
         return {"drawn": DrawnImage(**views, hidden=hidden)}
 
     source = unlabelled(open_source(args, args.train_split, args.num_train_examples))
@@ -78,11 +84,3 @@ def _render(transform: ViewTransform, example: dict[str, Any], rng: np.random.Ge
         ],
         "boxes": [crop_box(*pair, *image.shape[:2]) for pair in zip(settings, parameters)],
     }
-
-
-def _hidden(size: tuple[int, int], patch: tuple[int, int], ratio: float, rng: np.random.Generator) -> Array:
-    grid = size[0] // patch[0], size[1] // patch[1]
-    noise = torch.from_numpy(rng.random((1, grid[0] * grid[1])))
-    hidden = np.zeros(noise.shape[1], dtype=bool)
-    hidden[random_masking(noise, ratio)[1][0]] = True
-    return hidden.reshape(grid).repeat(patch[0], axis=0).repeat(patch[1], axis=1)  # (H, W)

@@ -21,12 +21,13 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from hf_vlm.data.sources import open_stream
-from hf_vlm.data.stream import ExampleStream
-from hf_vlm.data.views import EvalTransform, ViewTransform
+from hf_vlm.data.stream import ExampleStream, Transform
+from hf_vlm.data.views import ViewTransform
 from hf_vlm.metrics import alignment, effective_rank, feature_std, mean_cosine, uniformity
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.training.arguments import VisionTrainingArguments
-from hf_vlm.training.evaluation import classify, evaluating, plain_view, pooled_features
+from hf_vlm.training.evaluation import classify
+from hf_vlm.training.features import encode, plain_transform
 from hf_vlm.training.trainer import VisionTrainer
 
 __all__ = ["Probe", "build_probe", "last_probe"]
@@ -45,7 +46,7 @@ class ProbeTransform:
     """Of each image two views as training makes them, and where it has a label the plain one."""
 
     views: ViewTransform
-    plain: EvalTransform
+    plain: Transform
 
     def __call__(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         transformed = {"views": self.views(example, rng)["pixel_values"]}  # (2, C, H, W)
@@ -115,20 +116,19 @@ class Probe(TrainerCallback):
             return {}
         return {**figures, "seconds": round(time.perf_counter() - started, 2)}
 
-    @torch.no_grad()  # FSDP does not run in inference mode
     def _encode(self, model: Any, batch_size: int, *, is_shown: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Features of both views (n, D) each, of the plain images with a label (m, D), and the labels (m,)."""
-        encode = encoding(model)
+        features_of = encoding(model)
         first, second, plain, labels = list[Tensor](), list[Tensor](), list[Tensor](), list[int]()
         bar = tqdm(total=self.num_examples, desc="Probing", leave=False, delay=5, disable=not is_shown)
         examples = islice(self.images, self.num_examples)
-        with evaluating(model.trained_encoder), bar:
+        with bar:
             while batch := list(islice(examples, batch_size)):
                 views = torch.stack([example["views"] for example in batch])  # (batch, 2, C, H, W)
-                first.append(encode(views[:, 0]))
-                second.append(encode(views[:, 1]))
+                first.append(features_of(views[:, 0]))
+                second.append(features_of(views[:, 1]))
                 if labelled := [example for example in batch if "label" in example]:
-                    plain.append(encode(torch.stack([example["pixel_values"] for example in labelled])))
+                    plain.append(features_of(torch.stack([example["pixel_values"] for example in labelled])))
                     labels += [example["label"] for example in labelled]
                 bar.update(len(batch))
         if not first:
@@ -139,7 +139,7 @@ class Probe(TrainerCallback):
 def encoding(model: Any) -> Callable[[Tensor], Tensor]:
     """What turns images into pooled features of the trained encoder."""
     # A sharded model gathers its weights only for what it knows as a method that runs forward; others need nothing.
-    model.encode_for_probe = functools.partial(pooled_features, model.trained_encoder)
+    model.encode_for_probe = functools.partial(encode, model.trained_encoder)
     register_fsdp_forward_method(model, "encode_for_probe")
     return model.__dict__.pop("encode_for_probe")  # type: ignore[no-any-return]
 
@@ -192,7 +192,7 @@ def build_probe(trainer: VisionTrainer, transform: ViewTransform, processor: VLM
     )
     images = ExampleStream(
         open_probe_source(args),
-        ProbeTransform(views, plain_view(processor)),
+        ProbeTransform(views, plain_transform(trainer.model.trained_encoder, processor)),
         seed=SEED,
         repeat=False,
         block_size=args.num_probe_examples,

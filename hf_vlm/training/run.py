@@ -14,18 +14,19 @@ from transformers import PreTrainedConfig, set_seed
 from hf_vlm.data.collate import collate_detection, collate_views
 from hf_vlm.data.detection import DetectionTransform
 from hf_vlm.data.device_views import DeviceViews
-from hf_vlm.data.sources import class_names, has_boxes, open_stream, unlabelled
+from hf_vlm.data.sources import class_names, count_examples, has_boxes, open_stream, unlabelled
 from hf_vlm.data.stream import ExampleStream
 from hf_vlm.data.views import ViewTransform
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_detection import VLMViTDetectionConfig, VLMViTForObjectDetection
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 from hf_vlm.training.arguments import VisionTrainingArguments, parse_arguments
-from hf_vlm.training.build import build_model, build_processor
+from hf_vlm.training.build import build_model, build_processor, load_frozen_encoder
 from hf_vlm.training.collapse import CollapseAlarm
 from hf_vlm.training.curves import draw_probes
 from hf_vlm.training.device import place
-from hf_vlm.training.evaluation import evaluate_detection, evaluate_features, plain_view
+from hf_vlm.training.evaluation import evaluate_detection, evaluate_features
+from hf_vlm.training.features import plain_transform
 from hf_vlm.training.probes import build_probe, last_probe
 from hf_vlm.training.record import RunRecord
 from hf_vlm.training.trainer import VisionTrainer
@@ -47,6 +48,7 @@ def pretrain(recipe: dict[str, Any], *, write_card: Callable[[Path], Any] | None
     args = parse_arguments(recipe)
     set_seed(args.seed)
     source = open_source(args, args.train_split, args.num_train_examples)
+    args.see_images_of(count_examples(source))
     model = build_model(args, task="pretraining")
     processor = build_processor(args, model.config.backbone_config.num_channels)
     transform = view_transform(args, model.default_views, processor)
@@ -94,6 +96,7 @@ def finetune(recipe: dict[str, Any], *, write_card: Callable[[Path], Any] | None
     args = parse_arguments(recipe)
     set_seed(args.seed)
     source = open_source(args, args.train_split, args.num_train_examples)
+    args.see_images_of(count_examples(source))
     names = class_names(source)
     if not has_boxes(source) or names is None:
         raise ValueError(f"{args.data} has no boxes in split {args.train_split!r}: detection needs labelled images.")
@@ -153,18 +156,15 @@ def evaluate_encoder(
     Raises:
         ValueError: if the folder holds no encoder or the data has no class labels.
     """
-    try:
-        encoder = place(VLMViTModel.from_pretrained(run_dir))
-        processor = VLMViTImageProcessor.from_pretrained(run_dir)
-    except OSError as error:
-        raise ValueError(f"{run_dir} holds no encoder: {str(error).splitlines()[0]}") from error
+    encoder, processor = load_frozen_encoder(run_dir)
+    transform = plain_transform(encoder, processor)
     streams = []
     for name in ("train", split):
         source = open_stream(data, name, kind=kind, num_samples=num_examples)
         if "label" not in source.features:
             raise ValueError(f"{data} has no class labels in split {name!r}: kNN and linear accuracy need them.")
-        streams.append(ExampleStream(source, plain_view(processor), shuffle=False, repeat=False))
-    return evaluate_features(encoder, *streams)
+        streams.append(ExampleStream(source, transform, shuffle=False, repeat=False))
+    return evaluate_features(place(encoder), *streams)
 
 
 def _holds_encoder(run_dir: str | Path) -> bool:
@@ -257,10 +257,7 @@ def _train(trainer: VisionTrainer, record: RunRecord) -> None:
     record.summary |= {
         "seconds": round(time.perf_counter() - started, 1),
         "num_steps": result.global_step,
-        "num_images_seen": result.global_step
-        * trainer.args.train_batch_size
-        * trainer.args.gradient_accumulation_steps
-        * trainer.args.world_size,
+        "num_images_seen": result.global_step * trainer.args.total_batch_size,
         "train_loss": result.training_loss,
     }
 

@@ -18,12 +18,12 @@ from transformers.utils import PushInProgress
 
 from hf_vlm.data.stream import ExampleStream
 from hf_vlm.training.arguments import VisionTrainingArguments
-from hf_vlm.training.callbacks import AfterStep, LogFile
+from hf_vlm.training.callbacks import AfterStep, LogFile, WeightDecaySchedule
 from hf_vlm.training.collapse import projection_std
 from hf_vlm.training.data_state import last_checkpoint, load_data_state, save_data_state
 from hf_vlm.training.device import suit_cpu
 from hf_vlm.training.meters import Speedometer
-from hf_vlm.training.optim import parameter_groups
+from hf_vlm.training.optim import late_encoder_schedule, parameter_groups
 
 TRAINING_STATE = [
     "checkpoint-*",
@@ -52,6 +52,7 @@ class VisionTrainer(Trainer):
 
     args: VisionTrainingArguments
     optimizer: Any
+    lr_scheduler: Any
     control: Any
     push_in_progress: Any
 
@@ -70,6 +71,8 @@ class VisionTrainer(Trainer):
         if self.args.device.type == "cpu" and self.args.attn_implementation is None:
             suit_cpu(self.model)
         self.add_callback(AfterStep())
+        if self.args.weight_decay_end is not None:
+            self.add_callback(WeightDecaySchedule(self.args.weight_decay, self.args.weight_decay_end))
         self.add_callback(LogFile())
         self._part_sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
         self._num_parts = 0
@@ -203,7 +206,7 @@ class VisionTrainer(Trainer):
             groups = parameter_groups(
                 model,
                 num_layers=encoder.num_hidden_layers,
-                learning_rate=self.args.learning_rate,
+                learning_rate=self.args.scaled_learning_rate,
                 weight_decay=self.args.weight_decay,
                 layer_decay=self.args.layer_decay,
                 encoder_lr_multiplier=self.args.encoder_lr_multiplier,
@@ -211,6 +214,22 @@ class VisionTrainer(Trainer):
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """The stock schedule, in which the encoder may start later than what stands on it."""
+        is_new = self.lr_scheduler is None
+        super().create_scheduler(num_training_steps, optimizer)
+        if is_new and self.args.num_frozen_encoder_steps:
+            self.lr_scheduler = late_encoder_schedule(
+                self.lr_scheduler,
+                num_frozen_steps=self.args.num_frozen_encoder_steps,
+                num_warmup_steps=self.args.get_warmup_steps(num_training_steps),
+            )
+        return self.lr_scheduler
+
+    def _get_learning_rate(self) -> float:
+        """The rate that is logged: of what stands on the encoder, whose own layers may have lower ones."""
+        return float(self.optimizer.param_groups[-1]["lr"])
 
     # ---- logs and evaluation
 

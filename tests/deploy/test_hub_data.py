@@ -21,7 +21,7 @@ for private in (False, True):
 READ = """
 import json
 from hf_vlm.data.decode import decode_image
-from hf_vlm.data.sources import open_stream
+from hf_vlm.data.sources import count_examples, open_stream
 
 def value(example):
     return int(decode_image(example["image"])[0][0, 0, 0])
@@ -29,6 +29,7 @@ def value(example):
 try:
     stream = open_stream("NAME")
     found = {"values": [value(example) for example in stream], "classes": stream.features["label"].names}
+    found["counts"] = [count_examples(stream), count_examples(open_stream("NAME", num_samples=7))]
     for stop in (1, 10, 17):
         first = open_stream("NAME")
         examples = iter(first)
@@ -47,6 +48,7 @@ def test_public_and_private_data_sets_stream_and_resume(run_python):
     for name, token in (("me/public", None), ("me/private", "owner")):
         found = json.loads(run_python(READ.replace("NAME", name), token=token).splitlines()[-1])
         assert found["classes"] == ["a", "b"]
+        assert found["counts"] == [30, 7]
         assert found["values"] == found["1"] == found["10"] == found["17"] == list(range(30))
     found = json.loads(run_python(READ.replace("NAME", "me/private"), token=None).splitlines()[-1])
     assert "me/private is no folder or file here, and as a dataset on the Hub it cannot be opened" in found["error"]

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from hf_vlm.models.modeling_mae import MAEConfig, MAEForPreTraining, random_masking
+from hf_vlm.models.modeling_mae import MAEConfig, MAEForPreTraining
+from hf_vlm.models.ssl_masks import random_masking
 from hf_vlm.models.vit_layers import sincos_positions
 
 BACKBONE = {

@@ -6,8 +6,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hf_vlm.models.modeling_dinov2 import DINOv2Config, DINOv2ForPreTraining
+from hf_vlm.models.modeling_ijepa import IJEPAConfig, IJEPAForPreTraining
 from hf_vlm.models.modeling_mae import MAEConfig, MAEForPreTraining
 from hf_vlm.models.modeling_simclr import SimCLRConfig, SimCLRForPreTraining
+from hf_vlm.models.modeling_simmim import SimMIMConfig, SimMIMForPreTraining
+from hf_vlm.models.ssl_masks import context_and_targets
 
 DECODER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 # Their results have sizes or values that the host must know before it can go on.
@@ -26,12 +30,21 @@ def build(name, num_layers=2):
     }
     if name == "simclr":
         return SimCLRForPreTraining(SimCLRConfig(backbone_config=backbone, projection_hidden_size=32)).train()
+    if name == "dinov2":
+        options = {"num_prototypes": 16, "head_hidden_size": 32, "bottleneck_size": 16}
+        return DINOv2ForPreTraining(DINOv2Config(backbone_config=backbone, **options)).train()
+    if name == "simmim":
+        return SimMIMForPreTraining(SimMIMConfig(backbone_config=backbone, mask_unit_size=16)).train()
+    if name == "ijepa":
+        return IJEPAForPreTraining(IJEPAConfig(backbone_config=backbone, predictor_config=DECODER)).train()
     options = {"use_cross_attention": True, "prediction_ratio": 0.5} if name == "mae_partial" else {}
     return MAEForPreTraining(MAEConfig(backbone_config=backbone, decoder_config=DECODER, **options)).train()
 
 
-def images(name):
-    return torch.randn(4, 2 if name == "simclr" else 1, 3, 32, 32)
+def batch_of(name):
+    views = torch.randn(4, 2 if name in ("simclr", "dinov2") else 1, 3, 32, 32)
+    local_views = {"local_pixel_values": torch.randn(4, 3, 3, 16, 16)} if name == "dinov2" else {}
+    return {"pixel_values": views, **local_views}
 
 
 class Operators(TorchDispatchMode):
@@ -52,10 +65,10 @@ class Operators(TorchDispatchMode):
 
 
 def operators_of_a_step(name, num_layers=2):
-    model, batch = build(name, num_layers), images(name)
+    model, batch = build(name, num_layers), batch_of(name)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     with Operators() as operators:
-        model(batch).loss.backward()
+        model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     for state in ("zeros", "zeros_like"):  # made by the optimiser in its first step
@@ -63,7 +76,7 @@ def operators_of_a_step(name, num_layers=2):
     return operators.counts
 
 
-METHODS = pytest.mark.parametrize("name", ["mae", "mae_partial", "simclr"])
+METHODS = pytest.mark.parametrize("name", ["mae", "mae_partial", "simclr", "simmim", "dinov2", "ijepa"])
 
 
 @METHODS
@@ -73,14 +86,29 @@ def test_a_step_never_waits_for_the_device(name):
     assert not {operator for operator in counts if operator in (*WAITING, "index of a mask")}
 
 
-@METHODS
-def test_a_layer_asks_for_few_operators(name):
-    """Forward and backward: 2 norms, 6 products with their biases, attention, GELU, 2 sums, and no copies between."""
+@pytest.mark.parametrize(
+    ("name", "has_teacher"), [("mae", 0), ("mae_partial", 0), ("simclr", 0), ("simmim", 0), ("ijepa", 1)]
+)
+def test_a_layer_asks_for_few_operators(name, has_teacher):
+    """Forward and backward: 2 norms, 6 products with their biases, attention, GELU, 2 sums, and no copies between.
+
+    A teacher's layer runs forward alone.
+    """
     counts = operators_of_a_step(name, 5)
     counts.subtract(operators_of_a_step(name, 4))
     assert counts["copy_"] == counts["clone"] == counts["cat"] == 0
-    assert counts["mm"] + counts["addmm"] + counts["bmm"] == 18
-    assert sum(counts.values()) <= 38
+    assert counts["mm"] + counts["addmm"] + counts["bmm"] == 18 + 6 * has_teacher
+    assert sum(counts.values()) <= 38 + 12 * has_teacher
+
+
+def test_packed_crops_share_a_layers_products():
+    """As many as crops of one size need, 18, and the teacher's 6; attention alone is computed for each size."""
+    counts = operators_of_a_step("dinov2", 5)
+    counts.subtract(operators_of_a_step("dinov2", 4))
+    assert counts["mm"] + counts["addmm"] + counts["bmm"] == 18 + 6
+    assert counts["_scaled_dot_product_flash_attention_for_cpu"] == 2 + 1
+    assert counts["cat"] == 1 + 3  # the outputs, and backwards the gradients of queries, keys and values
+    assert sum(counts.values()) <= 60
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by dynamo itself
@@ -89,12 +117,16 @@ def test_compiles_whole_and_once(name):
     torch._dynamo.reset()
     model = build(name)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    noise = {} if name == "simclr" else {"noise": torch.rand(4, 16)}
-    batch = images(name)
+    batch = batch_of(name)
+    if name == "ijepa":  # their sizes vary, so it draws them outside its graph
+        batch |= dict(zip(("context_indices", "target_indices"), context_and_targets(4, (4, 4)), strict=True))
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for _ in range(3):
-            expected, loss = model(batch, **noise).loss, compiled(batch, **noise).loss
-            torch.testing.assert_close(loss, expected)
-            loss.backward()
-            batch = batch + 1
+        for seed in range(3):
+            losses = []
+            for run in (model, compiled):
+                torch.manual_seed(seed)  # masks are drawn within
+                losses.append(run(**batch).loss)
+            torch.testing.assert_close(*losses)
+            losses[1].backward()
+            batch = {key: value + 1 if value.is_floating_point() else value for key, value in batch.items()}
     torch._dynamo.reset()

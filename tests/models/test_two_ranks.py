@@ -8,9 +8,13 @@ import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_vlm.models.modeling_detection import VLMViTDetectionConfig, VLMViTForObjectDetection
+from hf_vlm.models.modeling_dinov2 import DINOv2Config, DINOv2ForPreTraining
+from hf_vlm.models.modeling_ijepa import IJEPAConfig, IJEPAForPreTraining
 from hf_vlm.models.modeling_mae import MAEConfig, MAEForPreTraining
 from hf_vlm.models.modeling_simclr import SimCLRConfig, SimCLRForPreTraining
-from hf_vlm.models.ssl_layers import SyncedBatchNorm1d
+from hf_vlm.models.modeling_simmim import SimMIMConfig, SimMIMForPreTraining
+from hf_vlm.models.ssl_layers import SyncedBatchNorm1d, first_views_first
+from hf_vlm.models.ssl_masks import context_and_targets
 
 BACKBONE = {
     "image_size": 32,
@@ -30,6 +34,7 @@ HEAD = {
     "num_labels": 3,
 }
 BATCH = 6
+DINOV2 = {"num_prototypes": 16, "head_hidden_size": 32, "bottleneck_size": 16, "frozen_prototypes": 0.0}
 
 
 def objectives():
@@ -39,6 +44,7 @@ def objectives():
         {"class_labels": torch.randint(3, (n,)), "boxes": torch.rand(n, 4) * 0.3 + 0.2} for n in (4, 1, 0, 0, 1, 0)
     ]
     decoder = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    blocks = dict(zip(("context_indices", "target_indices"), context_and_targets(BATCH, (4, 4)), strict=True))
     return {
         "simclr": (
             SimCLRForPreTraining(SimCLRConfig(backbone_config=BACKBONE, projection_hidden_size=32)),
@@ -56,11 +62,37 @@ def objectives():
             ),
             {"pixel_values": torch.randn(BATCH, 1, 3, 32, 32), "noise": torch.rand(BATCH, 16)},
         ),
+        **{
+            f"dinov2_{centering}": (
+                DINOv2ForPreTraining(DINOv2Config(backbone_config=BACKBONE, centering=centering, **DINOV2)),
+                {
+                    "pixel_values": torch.randn(BATCH, 2, 3, 32, 32),
+                    "local_pixel_values": torch.randn(BATCH, 2, 3, 16, 16),
+                    # (batch, views, patches), as many in each half of the batch; `run` puts first views first.
+                    "masked": torch.rand(BATCH, 2, 16).argsort(dim=2) < torch.tensor([5, 0])[None, :, None],
+                },
+            )
+            for centering in ("sinkhorn", "centering")
+        },
+        "simmim": (
+            SimMIMForPreTraining(SimMIMConfig(backbone_config=BACKBONE, mask_unit_size=16)),
+            {"pixel_values": torch.randn(BATCH, 1, 3, 24, 40), "noise": torch.rand(BATCH, 6)},
+        ),
+        "ijepa": (
+            IJEPAForPreTraining(IJEPAConfig(backbone_config=BACKBONE, predictor_config=decoder)),
+            {"pixel_values": torch.randn(BATCH, 1, 3, 32, 32), **blocks},
+        ),
         "detection": (
             VLMViTForObjectDetection(VLMViTDetectionConfig(backbone_config=BACKBONE, **HEAD)),
             {"pixel_values": torch.randn(BATCH, 3, 32, 32), "labels": labels},
         ),
     }
+
+
+def run(model, batch):
+    if "masked" in batch:
+        batch = batch | {"masked": first_views_first(batch["masked"])}
+    return model(**batch)
 
 
 def gradients_of_rank(rank, store):
@@ -73,7 +105,7 @@ def gradients_of_rank(rank, store):
         for name, (model, batch) in objectives().items():
             half = slice(rank * BATCH // 2, (rank + 1) * BATCH // 2)
             wrapped = DistributedDataParallel(model)  # held until the backward pass, whose gradients it averages
-            wrapped(**{key: value[half] for key, value in batch.items()}).loss.backward()
+            run(wrapped, {key: value[half] for key, value in batch.items()}).loss.backward()
             found[name] = state_of(model)
         dist.barrier()
         return found
@@ -83,7 +115,9 @@ def gradients_of_rank(rank, store):
 
 def state_of(model):
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    return gradients | {name: buffer for name, buffer in model.named_buffers() if "running" in name}
+    return gradients | {
+        name: buffer for name, buffer in model.named_buffers() if "running" in name or "center" in name
+    }
 
 
 def test_two_ranks_have_the_gradients_of_one_process(tmp_path):
@@ -94,7 +128,7 @@ def test_two_ranks_have_the_gradients_of_one_process(tmp_path):
     other.join(timeout=120)
     assert other.exitcode == 0
     for objective, (model, batch) in objectives().items():
-        model(**batch).loss.backward()
+        run(model, batch).loss.backward()
         for name, expected in state_of(model).items():
             torch.testing.assert_close(
                 found[objective][name],

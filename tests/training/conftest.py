@@ -22,6 +22,10 @@ COMMON = {
 }
 METHODS = {
     "mae": {"model_config": {"decoder_config": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}}},
+    "ijepa": {
+        "model_config": {"predictor_config": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}}
+    },
+    "simmim": {"model_config": {"mask_unit_size": 16}},
     "simclr": {"model_config": {"projection_hidden_size": 32, "projection_size": 16}},
     "detection": {
         "model_config": {

@@ -2,7 +2,9 @@ import pytest
 import torch
 import yaml
 
+from hf_vlm.registry import find_model
 from hf_vlm.training.arguments import check_recipe, find_recipe, load_recipe, parse_arguments, shipped_folder
+from hf_vlm.training.build import build_config
 
 RECIPES = [path for path in sorted(shipped_folder("recipes").glob("*/*.yaml")) if path.parent.name != "accelerate"]
 
@@ -113,10 +115,10 @@ def test_accelerate_files_hold_only_keys_that_the_launcher_knows():
 
     destinations = {action.dest for action in launch_command_parser()._actions}
     files = sorted((shipped_folder("recipes") / "accelerate").glob("*.yaml"))
-    assert [path.stem for path in files] == ["cpu", "ddp", "fsdp2", "multi_node", "single_gpu"]
+    assert [path.stem for path in files] == ["cpu", "ddp", "fsdp2", "multi_node", "single_gpu", "single_gpu_compiled"]
     for path in files:
         config = load_config_from_file(str(path))  # rejects unknown keys of the first level
-        for nested in ("fsdp_config", "parallelism_config"):
+        for nested in ("dynamo_config", "fsdp_config", "parallelism_config"):
             assert set(getattr(config, nested, None) or {}) <= destinations, (path, nested)
 
 
@@ -133,3 +135,50 @@ def test_views_are_made_on_the_device_where_it_is_an_accelerator(monkeypatch):
         monkeypatch.undo()
     with pytest.raises(ValueError, match="views_on must be auto, device or workers, but is 'gpu'"):
         parse_arguments({"max_steps": 1, "views_on": "gpu"})
+
+
+def test_the_length_follows_the_images_and_the_batch():
+    shape = {"use_cpu": True, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}
+    args = parse_arguments({"images_to_see": 1000, **shape})
+    assert (args.total_batch_size, args.max_steps) == (32, 32)
+    args = parse_arguments({"images_to_see": "auto", "frozen_encoder_steps": 0.1, **shape})
+    args.see_images_of(50_000)
+    assert args.max_steps == 50_000 * 1000 / 32
+    with pytest.raises(ValueError, match="does not say without being read"):
+        parse_arguments({"images_to_see": "auto", "data": "tars", **shape}).see_images_of(None)
+    for wrong in ({}, {"max_steps": 5, "images_to_see": 10}, {"images_to_see": "many"}, {"images_to_see": 0}):
+        with pytest.raises(ValueError, match="images_to_see"):
+            parse_arguments({**shape, **wrong})
+
+
+def test_a_length_given_as_an_override_replaces_the_recipes(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("method: mae\nimages_to_see: auto\n")
+    assert load_recipe(path, ["--max_steps", "7"]) == {"method": "mae", "max_steps": 7}
+    path.write_text("method: mae\nmax_steps: 7\n")
+    assert load_recipe(path, ["--images_to_see", "1e6"]) == {"method": "mae", "images_to_see": 1e6}
+
+
+def test_the_learning_rate_follows_the_batch():
+    shape = {"use_cpu": True, "max_steps": 1, "per_device_train_batch_size": 64, "learning_rate": 1e-3}
+    assert parse_arguments(shape).scaled_learning_rate == 1e-3
+    assert parse_arguments({**shape, "reference_batch_size": 256}).scaled_learning_rate == pytest.approx(5e-4)
+    linear = parse_arguments({**shape, "reference_batch_size": 256, "batch_scaling": "linear"})
+    assert linear.scaled_learning_rate == pytest.approx(2.5e-4)
+    with pytest.raises(ValueError, match="batch_scaling"):
+        parse_arguments({**shape, "batch_scaling": "log"})
+
+
+def test_the_teachers_momentum_follows_the_batch():
+    recipe = {
+        "method": "dinov2",
+        "use_cpu": True,
+        "max_steps": 1,
+        "per_device_train_batch_size": 64,
+        "encoder_preset": "nano",
+        "model_config": {"momentum": 0.99},
+    }
+    entry = find_model("dinov2")
+    assert build_config(parse_arguments(recipe), entry).momentum == 0.99
+    scaled = build_config(parse_arguments({**recipe, "reference_batch_size": 256}), entry)
+    assert scaled.momentum == pytest.approx(0.99**0.25)

@@ -1,7 +1,15 @@
+import copy
+import math
+
+import numpy as np
 import pytest
+import torch
+import transformers
 
 from hf_vlm.models.modeling_detection import VLMViTDetectionConfig, VLMViTForObjectDetection
-from hf_vlm.training.optim import layer_index, parameter_groups
+from hf_vlm.models.modeling_mae import MAEConfig, MAEForPreTraining
+from hf_vlm.models.modeling_simclr import SimCLRConfig, SimCLRForPreTraining
+from hf_vlm.training.optim import late_encoder_schedule, layer_index, parameter_groups, weight_decay_at
 
 ENCODER = {
     "image_size": 32,
@@ -52,3 +60,77 @@ def test_frozen_parameters_are_left_out(model):
     model.backbone.requires_grad_(False)
     groups = parameter_groups(model, num_layers=3, learning_rate=1.0, weight_decay=0.0)
     assert {g["lr"] for g in groups} == {1.0}
+
+
+@pytest.mark.parametrize("kind", ["mae", "simclr"])
+def test_rates_of_a_pretraining_method(kind):
+    """The encoder is `backbone` there too; its decoder, though it has layers, and its heads learn at the full rate."""
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = {
+        "mae": lambda: MAEForPreTraining(MAEConfig(backbone_config=ENCODER, decoder_config=small)),
+        "simclr": lambda: SimCLRForPreTraining(SimCLRConfig(backbone_config=ENCODER, projection_hidden_size=8)),
+    }[kind]()
+    groups = parameter_groups(
+        model, num_layers=3, learning_rate=1.0, weight_decay=0.1, layer_decay=0.5, encoder_lr_multiplier=0.8
+    )
+    found = {id(p): group for group in groups for p in group["params"]}
+    assert len(found) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        group = found[id(parameter)]
+        assert group["in_encoder"] == name.startswith("backbone."), name
+        if not group["in_encoder"]:
+            assert group["lr"] == 1.0, name
+        elif ".layers." in name:
+            assert group["lr"] == pytest.approx(0.8 * 0.5 ** (2 - int(name.split(".")[2]))), name
+        assert group["weight_decay"] == (0.1 if group["decays"] else 0.0), name
+
+
+def test_a_teacher_without_gradients_is_in_no_group(model):
+    model.teacher = copy.deepcopy(model.backbone).requires_grad_(False)
+    found = {
+        id(p)
+        for group in parameter_groups(model, num_layers=3, learning_rate=1.0, weight_decay=0.1)
+        for p in group["params"]
+    }
+    assert found == {id(p) for name, p in model.named_parameters() if not name.startswith("teacher.")}
+
+
+def cosine(step, num_warmup, num_steps):
+    if step < num_warmup:
+        return step / num_warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - num_warmup) / (num_steps - num_warmup)))
+
+
+@pytest.mark.parametrize(("num_frozen", "num_warmup"), [(4, 5), (4, 0), (7, 2)])
+def test_the_encoder_starts_late_and_warms_up(model, num_frozen, num_warmup):
+    groups = parameter_groups(
+        model, num_layers=3, learning_rate=2.0, weight_decay=0.1, layer_decay=0.5, encoder_lr_multiplier=0.8
+    )
+    optimizer = torch.optim.AdamW(groups)
+    stock = transformers.get_scheduler("cosine", optimizer, num_warmup_steps=num_warmup, num_training_steps=20)
+    scheduler = late_encoder_schedule(stock, num_frozen_steps=num_frozen, num_warmup_steps=num_warmup)
+    for step in range(20):
+        whole = cosine(step, num_warmup, 20)
+        ramp = 0 if step < num_frozen else 1 if num_warmup == 0 else min(1, (step - num_frozen) / num_warmup)
+        for group, last in zip(optimizer.param_groups, scheduler.get_last_lr()):
+            assert group["lr"] == last
+            assert last == pytest.approx(group["initial_lr"] * whole * (ramp if group["in_encoder"] else 1)), step
+        optimizer.step()
+        scheduler.step()
+    assert {round(g["initial_lr"], 6) for g in groups} == {2.0, 1.6, 0.8, 0.4, 0.2}
+
+
+def test_a_schedule_that_is_no_function_of_the_step_is_refused(model):
+    optimizer = torch.optim.AdamW(parameter_groups(model, num_layers=3, learning_rate=1.0, weight_decay=0.1))
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+    with pytest.raises(ValueError, match="needs an lr_scheduler_type that is a function of the step"):
+        late_encoder_schedule(plateau, num_frozen_steps=1, num_warmup_steps=0)
+
+
+def test_weight_decay_follows_dinos_schedule():
+    steps = np.arange(100)
+    schedule = 0.4 + 0.5 * (0.04 - 0.4) * (1 + np.cos(np.pi * steps / len(steps)))
+    found = [weight_decay_at(step, 100, start=0.04, end=0.4) for step in range(100)]
+    np.testing.assert_allclose(found, schedule)
+    assert found[0] == pytest.approx(0.04)
+    assert found[50] == pytest.approx(0.22)

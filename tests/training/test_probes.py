@@ -33,7 +33,7 @@ from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 from hf_vlm.training import probes
 from hf_vlm.training.arguments import parse_arguments
 from hf_vlm.training.callbacks import read_log
-from hf_vlm.training.evaluation import evaluating
+from hf_vlm.training.features import frozen
 from hf_vlm.training.probes import Probe, accuracy, preserved_randomness, probe_interval, spread
 from hf_vlm.training.run import pretrain
 from hf_vlm.training.trainer import VisionTrainer
@@ -283,7 +283,7 @@ def test_randomness_and_modes_are_as_before():
     expected = draw()
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(0)
-    with contextlib.suppress(KeyError), preserved_randomness(torch.device("cpu")), evaluating(module):
+    with contextlib.suppress(KeyError), preserved_randomness(torch.device("cpu")), frozen(module):
         assert draw() == expected
         assert not any(part.training for part in module.modules())
         raise KeyError

@@ -1,0 +1,128 @@
+"""Whether continued pretraining keeps the features of an encoder that is good already: kNN before, during and after.
+
+    python benchmarks/continued_pretraining.py [--data CIFAR10] [--num_steps 1000] [--every 200] [--quick]
+
+An encoder is trained on the labels, saved in the layout of transformers' DINOv2, brought back by `hf-vlm convert`'s
+way, and pretrained further without labels on the same images. Arms: `continued` trains the heads first and the encoder
+then at a low rate that falls with depth, its weight decay rising; `plain` is the recipe as for a random encoder.
+Accuracies are kNN's on the mean patch token, in percent. The last line of stdout is JSON.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from mae_quality import BATCH_SIZE, SIDE, augment, features, load, train
+from torch import Tensor
+
+from hf_vlm import VLMViTConfig, VLMViTImageProcessor, VLMViTModel
+from hf_vlm.metrics import knn_accuracy
+from hf_vlm.models.convert_vlm_vit import convert_checkpoint
+from hf_vlm.training.build import architecture, quiet_transformers
+from hf_vlm.training.run import pretrain, quiet_libraries
+
+Labelled = tuple[Tensor, Tensor]
+
+ARMS: dict[str, dict[str, Any]] = {
+    "continued": {
+        "frozen_encoder_steps": 0.1,
+        "layer_decay": 0.75,
+        "encoder_lr_multiplier": 0.1,
+        "weight_decay": 0.04,
+        "weight_decay_end": 0.4,
+    },
+    "plain": {"weight_decay": 0.05},
+}
+RECIPE: dict[str, Any] = {  # of SimCLR's recipe, its rate scaled by the square root of the batch
+    "method": "simclr",
+    "encoder_preset": "nano",
+    "model_config": {"projection_hidden_size": 512},
+    "image_size": SIDE,
+    "views": {"blur": 0.0},  # of little use on images this small
+    "learning_rate": 5e-4 * (BATCH_SIZE / 256) ** 0.5,
+    "adam_beta2": 0.95,
+    "warmup_steps": 0.05,
+    "lr_scheduler_type": "cosine",
+    "max_grad_norm": 3.0,
+    "per_device_train_batch_size": BATCH_SIZE,
+    "logging_steps": 50,
+    "save_strategy": "steps",
+    "seed": 0,
+}
+
+
+def start(labelled: Labelled, num_steps: int, folder: Path) -> Path:
+    """An encoder trained on labels, class token and patches, written as DINOv2 is and converted back."""
+    images, labels = labelled
+    encoder = VLMViTModel(VLMViTConfig.from_preset("nano", image_size=SIDE, patch_size=4, layerscale_value=1.0))
+    head = torch.nn.Linear(2 * encoder.config.hidden_size, int(labels.max()) + 1)
+    encoder.train()
+
+    def loss() -> Tensor:
+        chosen = torch.randint(0, len(images), (BATCH_SIZE,))
+        tokens = encoder(augment(images[chosen])).last_hidden_state
+        return F.cross_entropy(head(torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], dim=1)), labels[chosen])
+
+    train([encoder, head], loss, num_steps, 1e-3, "Training on labels")
+    encoder.save_pretrained(folder / "labels")
+    size = {"height": SIDE, "width": SIDE}
+    VLMViTImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.25] * 3).save_pretrained(folder / "labels")
+    convert_checkpoint(str(folder / "labels"), folder / "dinov2", to="dinov2")
+    convert_checkpoint(str(folder / "dinov2"), folder / "encoder")
+    return folder / "encoder"
+
+
+def knn(folder: Path, reference: Labelled, test: Labelled) -> float:
+    """Accuracy of an encoder's folder, in percent; of a pretraining checkpoint its encoder is read."""
+    with quiet_transformers():  # which names the heads of a checkpoint as left over
+        encoder = VLMViTModel.from_pretrained(folder)
+    found = knn_accuracy(features(encoder, reference[0]), reference[1], features(encoder, test[0]), test[1])
+    return round(100 * found, 2)
+
+
+def main() -> None:
+    """Prints kNN accuracies as they are found, then JSON."""
+    parser = argparse.ArgumentParser(description="kNN accuracy before, during and after continued pretraining.")
+    parser.add_argument("--data", default="scenes:easy", help="labelled images with the splits train and test")
+    parser.add_argument("--num_steps", type=int, default=1000, help="of continued pretraining")
+    parser.add_argument("--every", type=int, default=200, help="steps between two measurements")
+    parser.add_argument("--num_label_steps", type=int, default=1000, help="of training on the labels before")
+    parser.add_argument("--num_images", type=int, default=10_000, help="labelled images; neighbours are found in them")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--quick", action="store_true", help="hardly trained: no figure to quote")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    quiet_libraries()
+    num_steps, every, num_label_steps = arguments.num_steps, arguments.every, arguments.num_label_steps
+    num_images, changes = arguments.num_images, {}
+    if arguments.quick:
+        num_steps, every, num_label_steps, num_images = 20, 10, 30, 1_000
+        changes = {"per_device_train_batch_size": 32}
+    torch.manual_seed(0)
+    labelled = load(arguments.data, "train", num_images)
+    test = load(arguments.data, "test", num_images // 2)
+    with tempfile.TemporaryDirectory() as temporary:
+        encoder = start(labelled, num_label_steps, Path(temporary))
+        before = knn(encoder, labelled, test)
+        print(f"start      kNN {before:.2f}", flush=True)
+        results: dict[str, Any] = {"start": before, "steps": list(range(every, num_steps + 1, every))}
+        config = VLMViTConfig.from_pretrained(encoder)
+        for arm in arguments.arms:
+            folder = Path(temporary) / arm
+            recipe = RECIPE | changes | ARMS[arm]
+            recipe |= {"encoder": str(encoder), "encoder_config": architecture(config, unlike="nano")}
+            recipe |= {"data": arguments.data, "output_dir": str(folder), "max_steps": num_steps, "save_steps": every}
+            pretrain(recipe)
+            results[arm] = []
+            for step in results["steps"]:
+                results[arm].append(knn(folder / f"checkpoint-{step}", labelled, test))
+                print(f"{arm:<10} step {step:<6} kNN {results[arm][-1]:.2f}", flush=True)
+    print(json.dumps(results | {"data": arguments.data} | ({"quick": True} if arguments.quick else {})))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""Which method learns the best features: frozen kNN and linear accuracy after the same number of images seen.
+
+    python benchmarks/ssl_quality.py --data CIFAR10 [--seeds 3] [--num_images 100000] [--methods simclr,mae] [--jobs 2]
+
+Every method trains the same encoder by `hf-vlm pretrain` from its own settings below, each batch and each number of
+images the same; methods with more views do more work an image, so the seconds stand beside. Beside them: the same
+encoder untrained, and the pixels themselves. With `--output_dir` runs are kept, and those that are finished are not
+run again. The last line of stdout is JSON: means over the seeds, accuracies in percent.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+# Method: how it differs from `SHARED`. Sizes of heads and decoders follow the encoder's; rates are those of the
+# recipes, scaled to the batch. Views of one size a method, as their papers draw them, without blur at 32 pixels.
+COLOR = {"jitter": [0.4, 0.4, 0.2, 0.1], "jitter_probability": 0.8, "grey": 0.2, "flip": 0.5, "blur": 0.0}
+METHODS: dict[str, dict[str, Any]] = {
+    "simclr": {
+        "model_config": {"projection_hidden_size": 512, "projection_size": 128, "temperature": 0.2},
+        "views": {**COLOR, "crop_scale": [0.2, 1.0]},
+    },
+    "mae": {
+        "model_config": {
+            "mask_ratio": 0.75,
+            "decoder_config": {"hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 3},
+        },
+    },
+    "dinov2": {
+        "model_config": {
+            "num_prototypes": 1024,
+            "head_hidden_size": 512,
+            "bottleneck_size": 128,
+            "momentum": 0.99,
+        },
+        "views": {
+            **COLOR,
+            "crop_scale": [0.4, 1.0],
+            "views": [{}, {"solarize": 0.2}],
+            "local": {"num_views": 4, "size": 16, "crop_scale": [0.1, 0.4]},
+        },
+        "max_grad_norm": 3.0,
+    },
+    "simmim": {
+        "model_config": {"mask_unit_size": 8},
+        "views": {"crop_scale": [0.67, 1.0]},
+    },
+    "ijepa": {
+        "encoder_config": {"use_class_token": False},
+        "model_config": {
+            "momentum": 0.99,
+            "predictor_config": {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 3},
+        },
+        "weight_decay": 0.04,
+        "weight_decay_end": 0.4,
+    },
+}
+SHARED: dict[str, Any] = {
+    "encoder_preset": "nano",
+    "encoder_config": {"position_embedding_type": "sincos"},
+    "learning_rate": 1e-3,
+    "weight_decay": 0.05,
+    "adam_beta2": 0.95,
+    "warmup_steps": 0.1,
+    "lr_scheduler_type": "cosine",
+    "max_grad_norm": 1.0,
+    "logging_steps": 50,
+    "save_strategy": "no",
+    "report_to": "none",
+}
+BASELINES = ("random_init", "pixels")
+
+
+def recipe_of(method: str, seed: int, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """The recipe of a run: the method's own settings within the shared ones."""
+    own = METHODS.get(method, {})
+    return {
+        **SHARED,
+        "method": method if method in METHODS else "simclr",
+        "data": options.data,
+        "output_dir": str(folder),
+        "image_size": options.image_size,
+        "per_device_train_batch_size": options.batch_size,
+        "max_steps": max(1, options.num_images // options.batch_size),
+        "seed": seed,
+        **own,
+        "encoder_config": {
+            **SHARED["encoder_config"],
+            "patch_size": options.patch_size,
+            **own.get("encoder_config", {}),
+        },
+    }
+
+
+def run_one(method: str, seed: int, folder: Path, options: argparse.Namespace) -> None:
+    """Trains and judges one encoder in this process, and writes `figures.json`."""
+    from hf_vlm import VLMViTModel
+    from hf_vlm.training import run
+    from hf_vlm.training.arguments import check_recipe, parse_arguments
+    from hf_vlm.training.build import build_encoder_config, build_processor
+
+    torch.set_num_threads(1)
+    recipe = check_recipe(recipe_of(method, seed, folder, options), "ssl_quality.py")
+    seconds = 0.0
+    if method in METHODS:
+        seconds = run.pretrain(recipe)["seconds"]
+    else:
+        torch.manual_seed(seed)
+        args = parse_arguments(recipe)
+        VLMViTModel(build_encoder_config(args)).save_pretrained(folder)
+        build_processor(args, 3).save_pretrained(folder)
+    if method == "pixels":
+        figures = accuracy_of_pixels(folder, options)
+    else:
+        figures = run.evaluate_encoder(folder, options.data, "test", num_examples=options.num_labelled)
+    (folder / "figures.json").write_text(json.dumps({**figures, "seconds": seconds}))
+
+
+def accuracy_of_pixels(folder: Path, options: argparse.Namespace) -> dict[str, float]:
+    """kNN and linear accuracy of the images themselves, at 16 x 16 pixels."""
+    from hf_vlm.data.sources import open_stream
+    from hf_vlm.data.stream import ExampleStream
+    from hf_vlm.data.views import EvalTransform
+    from hf_vlm.metrics import knn_accuracy, linear_accuracy
+
+    transform = EvalTransform(16, image_mean=0.5, image_std=0.25)
+    data: list[torch.Tensor] = []
+    for split in ("train", "test"):
+        source = open_stream(options.data, split, num_samples=options.num_labelled)
+        examples = list(ExampleStream(source, transform, shuffle=False, repeat=False))
+        data += [
+            torch.stack([example["pixel_values"].flatten() for example in examples]),
+            torch.tensor([example["label"] for example in examples]),
+        ]
+    return {"knn": knn_accuracy(*data), "linear": linear_accuracy(*data)}
+
+
+def jobs_of(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, int, Path]]:
+    """All runs, one seed after the other, so that a table stands after the first."""
+    for seed in range(options.seeds):
+        for method in (*BASELINES, *options.methods):
+            if method != "pixels" or seed == 0:
+                yield method, seed, folder / f"{method}_{seed}"
+
+
+def start(method: str, seed: int, folder: Path, words: list[str]) -> None:
+    """Runs this file for one run, unless it is finished, and says where its log is if it fails."""
+    if (folder / "figures.json").is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, *words, "--one", method, str(seed), str(folder)]
+    with (folder / "output.txt").open("w") as log:
+        if subprocess.run(command, env=environment, stdout=log, stderr=log, check=False).returncode:
+            raise SystemExit(f"{method}, seed {seed} failed: see {folder / 'output.txt'}")
+
+
+def table(jobs: list[tuple[str, int, Path]]) -> dict[str, dict[str, float]]:
+    """Prints means and spreads, best kNN first, and returns the means."""
+    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for method, _, folder in jobs:
+        figures = json.loads((folder / "figures.json").read_text())
+        for name, scale in {"knn": 100, "linear": 100, "seconds": 1}.items():
+            found[method][name].append(scale * figures[name])
+    print("| method | kNN | linear | seconds |\n|---|---:|---:|---:|")
+    for method, row in sorted(found.items(), key=lambda item: -statistics.mean(item[1]["knn"])):
+        cells = [f"{statistics.mean(v):.1f} ± {statistics.pstdev(v):.1f}" for v in (row["knn"], row["linear"])]
+        print(f"| {method} | {' | '.join(cells)} | {statistics.mean(row['seconds']):.0f} |")
+    names = ("knn", "linear")
+    return {name: {m: round(statistics.mean(row[name]), 1) for m, row in found.items()} for name in names}
+
+
+def main() -> None:
+    """Runs what is missing, prints the table and JSON."""
+    parser = argparse.ArgumentParser(description="Frozen accuracy of each method's encoder.")
+    parser.add_argument("--data", required=True, help="images with class labels and the splits train and test")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--methods", type=lambda text: text.split(","), default=list(METHODS))
+    parser.add_argument("--num_images", type=int, default=100_000, help="seen in pretraining")
+    parser.add_argument("--num_labelled", type=int, default=5_000, help="images of each split for the accuracies")
+    parser.add_argument("--image_size", type=int, default=32)
+    parser.add_argument("--patch_size", type=int, default=4)
+    parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, a core each")
+    parser.add_argument("--output_dir", type=Path)
+    parser.add_argument("--quick", action="store_true", help="hardly trained: no figure to quote")
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.quick:
+        options.seeds, options.num_images, options.num_labelled = 1, 1_000, 500
+    if unknown := set(options.methods) - set(METHODS):
+        parser.error(f"no settings for {', '.join(sorted(unknown))}; there are {', '.join(METHODS)}")
+    if options.one:
+        run_one(options.one[0], int(options.one[1]), Path(options.one[2]), options)
+        return
+    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(options.jobs) as pool:
+        jobs = list(jobs_of(options, options.output_dir or Path(temporary)))
+        list(tqdm(pool.map(lambda job: start(*job, sys.argv[1:]), jobs), total=len(jobs), desc="Runs"))
+        means = table(jobs)
+    print(json.dumps({**means, "seeds": options.seeds, **({"quick": True} if options.quick else {})}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""`hf-vlm convert SOURCE OUTPUT_DIR [--to dinov2]`"""
+
+import argparse
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def run(words: Sequence[str]) -> None:
+    """Converts an encoder of transformers to one of ours, or back, and says what became of its weights."""
+    parser = argparse.ArgumentParser(
+        prog="hf-vlm convert",
+        description="Converts an encoder of transformers (ViT, DeiT, ViT-MAE, DINOv2, DINOv3, SigLIP), alone or in a "
+        "whole model, to one of hf_vlm with the same features; with --to an encoder of hf_vlm to the layout of one of "
+        "these families.",
+    )
+    parser.add_argument("source", help="folder or Hub id of a checkpoint in safetensors")
+    parser.add_argument("output_dir", type=Path, help="folder to write encoder and image processor into")
+    parser.add_argument(
+        "--to", help="vit, deit, vit_mae, dinov2, dinov2_with_registers, dinov3_vit or siglip_vision_model"
+    )
+    arguments = parser.parse_args(words)
+    source, folder = arguments.source, arguments.output_dir
+    if folder.exists() and (not folder.is_dir() or Path(source).resolve() == folder.resolve()):
+        raise ValueError(f"{folder}: name a folder of its own for what is converted")
+
+    import hf_vlm.registry  # noqa: F401  marks the code for being saved beside the weights
+    from hf_vlm.models.convert_vlm_vit import convert_checkpoint
+    from hf_vlm.training.build import quiet_transformers
+    from hf_vlm.training.run import quiet_libraries
+
+    quiet_libraries()
+    with quiet_transformers():
+        conversion = convert_checkpoint(source, folder, to=arguments.to)
+    print("\n".join(f"{name:<8} {text}" for name, text in conversion.rows().items()))
+    print(f"\nThe encoder stands in {folder}. The licence of {source} goes with its weights.")
+    if arguments.to is None:
+        print(f"Next: {_next_command(conversion.model.config, folder)}")
+
+
+def _next_command(config: Any, folder: Path) -> str:
+    """Continued pretraining that keeps the features as good as they are: heads first, then small steps."""
+    from hf_vlm.training.build import architecture
+
+    fields = architecture(config, unlike="small")
+    words = ["hf-vlm", "pretrain", "simclr/vit_small.yaml", "--encoder", str(folder)]
+    words += ["--encoder_config", json.dumps(fields)] if fields else []
+    words += ["--frozen_encoder_steps", "0.1", "--layer_decay", "0.75", "--encoder_lr_multiplier", "0.1"]
+    return shlex.join([*words, "--data", "YOUR_IMAGES"])

@@ -1,0 +1,131 @@
+"""`hf-vlm embed RUN --data SOURCE [--save features.parquet] [--neighbors neighbors.png] [--maps maps.png]`"""
+
+import argparse
+import contextlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from hf_vlm.cli.data import NUM_SCENES
+from hf_vlm.cli.outputs import prepare_file, prepare_picture
+
+
+def run(words: Sequence[str]) -> None:
+    """Writes the features of images, and draws what an encoder finds alike and what it makes of each patch."""
+    arguments = _parse(words)
+
+    from hf_vlm.data.files import display
+    from hf_vlm.data.sources import guess_kind, open_stream
+    from hf_vlm.deploy.embed import draw_feature_maps, draw_stored_neighbors, first_images, images_at
+    from hf_vlm.training.build import load_frozen_encoder
+    from hf_vlm.training.device import place
+    from hf_vlm.training.features import write_features
+    from hf_vlm.training.neighbors import evenly_spaced_in_file
+    from hf_vlm.training.run import quiet_libraries
+
+    quiet_libraries()
+    encoder, processor = load_frozen_encoder(arguments.run)
+    place(encoder)
+    kind = arguments.data_kind or guess_kind(arguments.data)
+    num_examples = NUM_SCENES if kind == "scenes" and arguments.num_examples is None else arguments.num_examples
+    source = open_stream(arguments.data, arguments.split, kind=kind, num_samples=num_examples)
+    queries = arguments.queries
+    if queries and num_examples is not None and max(queries) >= num_examples:
+        raise ValueError(f"--queries {max(queries)}: only the first {num_examples} images are read, from 0 on")
+    with _feature_path(arguments) as path:
+        if path is not None:
+            num_written, num_bad = write_features(
+                path,
+                encoder,
+                processor,
+                source,
+                pooling=arguments.pooling,
+                batch_size=arguments.batch_size,
+                max_bad_share=arguments.max_bad_share,
+                about={"encoder": display(arguments.run), "data": display(arguments.data), "split": arguments.split},
+                num_expected=num_examples,
+            )
+            queries = queries or evenly_spaced_in_file(path, arguments.num_queries)
+            skipped = f"; {num_bad:,} could not be read and were skipped" if num_bad else ""
+            print(f"{num_written:,} images, {encoder.config.hidden_size} features each{skipped}")
+            if arguments.save is not None:
+                print(f"Features:           {path}")
+        if path is not None and arguments.neighbors is not None:
+            picture = draw_stored_neighbors(path, source, queries, num_neighbors=arguments.num_neighbors)
+            picture.save(arguments.neighbors)
+            print(f"Nearest neighbours: {arguments.neighbors}")
+    if arguments.maps is not None:
+        channels = encoder.config.num_channels
+        images = (
+            images_at(source, queries, num_channels=channels)
+            if queries
+            else first_images(source, arguments.num_queries, num_channels=channels)
+        )
+        picture = draw_feature_maps(encoder, images, processor, patch=arguments.patch, foreground=arguments.foreground)
+        picture.save(arguments.maps)
+        print(f"Feature maps:       {arguments.maps}")
+
+
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="hf-vlm embed",
+        description="Writes the features of all images of a source to Parquet, a row an image. Draws images beside "
+        "their nearest neighbours, and maps of their patches: principal components as colours, attention of the class "
+        "token. Writes features.parquet when nothing is named.",
+    )
+    parser.add_argument("run", help="folder of an encoder, or of a model with one, or its name on the Hub")
+    parser.add_argument("--data", required=True, help="images: folder, file, Hub id or scenes")
+    parser.add_argument("--data_kind", "--kind", help="kind of the source, guessed when not given")
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--num_examples", type=int, help="use the first so many images")
+    parser.add_argument("--save", type=Path, help="Parquet file for the features")
+    parser.add_argument("--neighbors", type=Path, help="picture of images and their nearest neighbours")
+    parser.add_argument("--maps", type=Path, help="picture of images and maps of their patches")
+    parser.add_argument("--queries", help="which images to draw, by index from 0, such as 3,17; else evenly spaced")
+    parser.add_argument("--num_queries", type=int, default=6, help="how many images to draw")
+    parser.add_argument("--num_neighbors", type=int, default=8, help="of each of them")
+    parser.add_argument("--foreground", action="store_true", help="leave the background of the components black")
+    parser.add_argument("--patch", help="row,column of a patch: maps of similarity to it, instead of attention")
+    parser.add_argument("--pooling", default="mean", help="features: mean of the patch tokens, or class token")
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--max_bad_share", type=float, default=0.01, help="of images that cannot be read; above, stop")
+    arguments = parser.parse_args(words)
+    _check(arguments)
+    return arguments
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """ValueError for what can be seen to be wrong before any work is done."""
+    if arguments.save is None and arguments.neighbors is None and arguments.maps is None:
+        arguments.save = Path("features.parquet")
+    if arguments.save is not None:
+        prepare_file(arguments.save)
+    for option in ("neighbors", "maps"):
+        if (picture := getattr(arguments, option)) is not None:
+            prepare_picture(picture, like=f"{option}.png", option=f"--{option}")
+    for option in ("num_queries", "num_neighbors", "batch_size"):
+        if getattr(arguments, option) < 1:
+            raise ValueError(f"--{option} {getattr(arguments, option)}: at least 1 is needed")
+    arguments.queries = _numbers("--queries", arguments.queries)
+    arguments.patch = _numbers("--patch", arguments.patch)
+    if arguments.patch is not None and len(arguments.patch) != 2:
+        raise ValueError("--patch: give a row and a column, such as 3,5")
+
+
+def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    words = text.split(",")
+    if not all(word.strip().isdecimal() for word in words):
+        raise ValueError(f"{option} {text}: give numbers from 0, separated by commas, such as 3,17")
+    return tuple(int(word) for word in words)
+
+
+@contextlib.contextmanager
+def _feature_path(arguments: argparse.Namespace) -> Iterator[Path | None]:
+    """Where features go: where they are wanted, for a while beside the picture of neighbours, or nowhere."""
+    if arguments.save is not None or arguments.neighbors is None:
+        yield arguments.save
+        return
+    with tempfile.TemporaryDirectory(dir=arguments.neighbors.parent, prefix=".features_") as folder:
+        yield Path(folder, "features.parquet")

@@ -1,0 +1,180 @@
+"""Masks of self-supervised methods, drawn for whole batches on any device without a wait for it.
+
+Numbers of masked patches are known beforehand, so that all later shapes are.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .vit_layers import patch_grid, unpatchify
+
+
+def random_masking(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor]:
+    """Splits patches by the order of noise (batch, patches) into visible and masked indices (batch, k) each."""
+    num_patches = noise.shape[1]
+    num_visible = max(1, min(num_patches - 1, round(num_patches * (1 - mask_ratio))))
+    order = noise.argsort(dim=1)
+    return order[:, :num_visible], order[:, num_visible:]
+
+
+def mask_of(indices: Tensor, num_patches: int) -> Tensor:
+    """(batch, num_patches) bool, true at indices (batch, k)."""
+    mask = torch.zeros(len(indices), num_patches, dtype=torch.bool, device=indices.device)
+    return mask.scatter_(1, indices, True)
+
+
+def pixels_of(masked: Tensor, images: Tensor, patch_hw: tuple[int, int]) -> Tensor:
+    """A mask of patches (batch, patches) as a mask of the images' pixels (batch, 1, height, width)."""
+    values = masked[:, :, None].expand(-1, -1, patch_hw[0] * patch_hw[1])
+    return unpatchify(values, patch_grid(images, patch_hw), patch_hw)
+
+
+def masking_of_units(noise: Tensor, grid_hw: tuple[int, int], unit_hw: tuple[int, int], mask_ratio: float) -> Tensor:
+    """Masks square units of several patches each, the masked ones those of the highest noise (SimMIM, 2111.09886).
+
+    Args:
+        noise: (batch, units), units row-major; a last row or column of units may be cut off by the grid.
+        grid_hw: Patches of an image, rows and columns.
+        unit_hw: Patches of a unit.
+        mask_ratio: Share of the units that are masked.
+
+    Returns:
+        (batch, patches) bool, row-major.
+    """
+    units_hw = unit_grid(grid_hw, unit_hw)
+    masked = mask_of(random_masking(noise, mask_ratio)[1], units_hw[0] * units_hw[1]).unflatten(1, units_hw)
+    for axis, (unit, size) in enumerate(zip(unit_hw, grid_hw), start=1):
+        masked = masked.repeat_interleave(unit, dim=axis).narrow(axis, 0, size)
+    return masked.flatten(1)
+
+
+def unit_grid(grid_hw: tuple[int, int], unit_hw: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of units that cover a grid of patches."""
+    return math.ceil(grid_hw[0] / unit_hw[0]), math.ceil(grid_hw[1] / unit_hw[1])
+
+
+def block_masking(
+    counts: Tensor, grid_hw: tuple[int, int], *, min_patches: int = 4, min_aspect: float = 0.3, num_blocks: int = 32
+) -> Tensor:
+    """Masks blocks of patches, as many patches of each image as asked for (BEiT's blocks, arXiv 2106.08254).
+
+    Blocks are laid one over the other until the count is reached, the last one in part; should they not reach it, the
+    patches that no block covers are masked at random.
+
+    Args:
+        counts: (batch,) patches to mask of each image.
+        grid_hw: Patches of an image, rows and columns.
+        min_patches: Area of a block at least; at most it is the image's count.
+        min_aspect: Height / width of a block at least; at most it is the inverse. The logarithm is uniform.
+        num_blocks: Blocks drawn for an image at most.
+
+    Returns:
+        (batch, patches) bool, row-major, with exactly `counts` true.
+    """
+    rows, columns = grid_hw
+    size, device = (len(counts), num_blocks, 1, 1), counts.device
+    most = counts.clamp(min=min_patches)[:, None, None, None]
+    area = min_patches + torch.rand(size, device=device) * (most - min_patches)
+    aspect = torch.exp((2 * torch.rand(size, device=device) - 1) * -math.log(min_aspect))
+    height = (area * aspect).sqrt().round().clamp(1, rows)  # (batch, blocks, 1, 1)
+    width = (area / aspect).sqrt().round().clamp(1, columns)
+    top = (torch.rand(size, device=device) * (rows - height + 1)).floor()
+    left = (torch.rand(size, device=device) * (columns - width + 1)).floor()
+    row = torch.arange(rows, device=device)[:, None]
+    column = torch.arange(columns, device=device)
+    inside = (row >= top) & (row < top + height) & (column >= left) & (column < left + width)  # (batch, blocks, h, w)
+    # Which block covers a patch first; of the last block that is needed, random patches.
+    order = torch.arange(num_blocks, device=device)[:, None, None].expand_as(inside)
+    first = torch.where(inside, order, num_blocks).amin(1).flatten(1)  # (batch, patches)
+    return rank_of(first + torch.rand(first.shape, device=device)) < counts[:, None]
+
+
+def context_and_targets(
+    num_images: int,
+    grid_hw: tuple[int, int],
+    *,
+    num_targets: int = 4,
+    target_scale: Sequence[float] = (0.15, 0.2),
+    target_aspect: Sequence[float] = (0.75, 1.5),
+    context_scale: Sequence[float] = (0.85, 1.0),
+) -> tuple[Tensor, Tensor]:
+    """Draws I-JEPA's target blocks, and for each image the block of context around them (arXiv 2301.08243).
+
+    The sizes of the blocks are drawn once, their places for each image. The context is its block less all targets,
+    cut at random to what the image with the least of it has. Where that is next to nothing, as it can be on small
+    grids, patches of no target fill it up to a sixteenth of the grid.
+
+    All of it is drawn on the CPU: the size of the context depends on the places, and a device would have to be waited
+    for.
+
+    Args:
+        grid_hw: Patches of an image, rows and columns.
+        num_targets: Target blocks of an image, which may overlap.
+        target_scale, context_scale: Ranges of a block's area as a share of the grid.
+        target_aspect: Range of a target block's height / width; the context's block is square, where that fits.
+
+    Returns:
+        Indices of the context (images, context) and of the targets (images, num_targets, patches of a block),
+        row-major and ascending, on the CPU.
+
+    Raises:
+        ValueError: if the grid is too small for the targets.
+    """
+    rows, columns = grid_hw
+    num_patches, most = rows * columns, int(target_scale[1] * rows * columns + 1e-6)
+    if most < 1 or num_targets * most >= num_patches:
+        raise ValueError(
+            f"A grid of {rows} x {columns} patches is too small for {num_targets} target blocks of up to "
+            f"{target_scale[1]:g} of it: use larger images, smaller patches or other targets."
+        )
+    shares = torch.rand(3, device="cpu").tolist()
+    target_hw = _block_hw(grid_hw, target_scale, target_aspect, (shares[0], shares[1]), most)
+    context_hw = _block_hw(grid_hw, context_scale, (1.0, 1.0), (shares[2], 0.0), num_patches)
+    targets = _place_blocks((num_images, num_targets), grid_hw, target_hw)  # (images, targets, patches of a block)
+    block = mask_of(_place_blocks((num_images, 1), grid_hw, context_hw).flatten(1), num_patches)
+    taken = mask_of(targets.flatten(1), num_patches)  # (images, patches)
+    counts = (block & ~taken).sum(1).tolist()
+    # At least this many patches lie in no target, wherever the blocks are.
+    spare = num_patches - num_targets * target_hw[0] * target_hw[1]
+    length = max(min(counts), min(spare, max(1, num_patches // 16)))
+    noise = torch.rand(num_images, num_patches, device="cpu")
+    order = (noise + (~block).float() + 2 * taken.float()).argsort(dim=1)  # the context, other patches, the targets
+    return order[:, :length].sort(dim=1).values, targets
+
+
+def _block_hw(
+    grid_hw: tuple[int, int], scale: Sequence[float], aspect: Sequence[float], shares: Sequence[float], most: int
+) -> tuple[int, int]:
+    """Rows and columns of a block of at most `most` patches, at `shares` between the ends of both ranges."""
+    area, ratio = (low + share * (high - low) for (low, high), share in zip((scale, aspect), shares))
+    area *= grid_hw[0] * grid_hw[1]
+    height = min(max(round(math.sqrt(area * ratio)), 1), grid_hw[0], most)
+    width = min(max(round(math.sqrt(area / ratio)), 1), grid_hw[1])
+    return height, min(width, most // height)
+
+
+def _place_blocks(counts: tuple[int, int], grid_hw: tuple[int, int], block_hw: tuple[int, int]) -> Tensor:
+    """Indices of patches (images, blocks, patches of a block) of blocks of one size at random places."""
+    top, left = (torch.randint(n - size + 1, (*counts, 1), device="cpu") for n, size in zip(grid_hw, block_hw))
+    row, column = (torch.arange(size, device="cpu") for size in block_hw)
+    return top * grid_hw[1] + left + (row[:, None] * grid_hw[1] + column).flatten()
+
+
+def rank_of(values: Tensor) -> Tensor:
+    """The place of each of the values (batch, n) in ascending order."""
+    return values.argsort(dim=1).argsort(dim=1)
+
+
+__all__ = [
+    "block_masking",
+    "context_and_targets",
+    "mask_of",
+    "masking_of_units",
+    "pixels_of",
+    "random_masking",
+    "rank_of",
+    "unit_grid",
+]

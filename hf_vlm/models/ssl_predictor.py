@@ -1,0 +1,71 @@
+"""The light transformer that fills in masked patches: MAE's decoder, I-JEPA's predictor."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from .configuration_vlm_vit import VLMViTConfig
+from .modeling_vlm_vit import VLMViTPreTrainedModel
+from .vit_layers import VLMViTLayer, build_norm, sincos_positions
+
+
+class MaskedPredictor(VLMViTPreTrainedModel):
+    """Light transformer that predicts what masked patches hold, pixels or features, from encoded visible ones.
+
+    Args:
+        config: Width, depth and heads.
+        encoder_size: Width of the encoded tokens.
+        output_size: Values predicted a patch.
+        use_cross_attention: Whether masked tokens attend to the visible ones alone (CrossMAE, arXiv 2401.14391).
+    """
+
+    def __init__(
+        self, config: VLMViTConfig, encoder_size: int, output_size: int, *, use_cross_attention: bool = False
+    ):
+        super().__init__(config)
+        self.use_cross_attention = use_cross_attention
+        self.embed = nn.Linear(encoder_size, config.hidden_size)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, config.hidden_size))
+        self.layers = nn.ModuleList([VLMViTLayer(config) for _ in range(config.num_hidden_layers)])
+        self.norm = build_norm(config, config.hidden_size)
+        self.predict = nn.Linear(config.hidden_size, output_size)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self:
+            init.trunc_normal_(module.mask_token, std=self.config.initializer_range)
+
+    def forward(
+        self, encoded: Tensor, visible: Tensor, masked: Tensor, grid_hw: tuple[int, int], **kwargs: Any
+    ) -> Tensor:
+        """Predicts (batch, masked, output_size) at masked indices (batch, masked).
+
+        Args:
+            encoded: (batch, prefix + visible, encoder_size), class and register tokens first.
+            visible: (batch, visible) indices of the encoded patches, row-major.
+            masked: (batch, masked) indices of the patches to predict.
+            grid_hw: Patches of an image, rows and columns.
+        """
+        tokens = self.embed(encoded)  # (batch, prefix + visible, decoder_size)
+        positions = sincos_positions(self.config.hidden_size, grid_hw, tokens.device).to(tokens.dtype)
+        num_prefix, num_masked = tokens.shape[1] - visible.shape[1], masked.shape[1]
+        seen = torch.cat([tokens[:, :num_prefix], tokens[:, num_prefix:] + positions[visible]], dim=1)
+        hidden = self.mask_token + positions[masked]  # (batch, masked, decoder_size)
+        if self.use_cross_attention:
+            for layer in self.layers:
+                hidden = layer(hidden, None, seen, **kwargs)
+        else:
+            # Attention does not depend on the order of tokens, so nothing is put back into the order of the image.
+            everything = torch.cat([seen, hidden], dim=1)
+            for layer in self.layers[:-1]:
+                everything = layer(everything, **kwargs)
+            # Of the last layer only the masked patches are read.
+            hidden = self.layers[-1](everything[:, -num_masked:], None, everything, **kwargs)
+        return self.predict(self.norm(hidden))  # (batch, masked, output_size)
+
+
+__all__ = ["MaskedPredictor"]

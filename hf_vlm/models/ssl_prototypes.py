@@ -1,0 +1,125 @@
+"""What DINO's kind shares: the prototype head, targets that cannot collapse, their cross entropy."""
+
+import math
+from itertools import pairwise
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .ssl_layers import world_size
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum over all ranks, without a gradient."""
+    if world_size() > 1:
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+    return tensor
+
+
+class PrototypeHead(nn.Module):
+    """DINO's head (arXiv 2104.14294): an MLP, L2 normalisation, cosines to learned prototypes.
+
+    Takes (rows, input_size), gives (rows, num_prototypes) in -1..1. The prototypes' lengths do not matter.
+
+    Args:
+        num_layers: Of the MLP, GELU between them.
+    """
+
+    def __init__(
+        self, input_size: int, hidden_size: int, bottleneck_size: int, num_prototypes: int, *, num_layers: int = 3
+    ):
+        super().__init__()
+        sizes = [input_size, *[hidden_size] * (num_layers - 1), bottleneck_size]
+        layers: list[nn.Module] = []
+        for size_in, size_out in pairwise(sizes):
+            layers += [nn.Linear(size_in, size_out), nn.GELU()]
+        self.mlp = nn.Sequential(*layers[:-1])
+        self.prototypes = nn.Linear(bottleneck_size, num_prototypes, bias=False)
+
+    def forward(self, features: Tensor, learns: Tensor | None = None) -> Tensor:
+        """Logits of features; where `learns` () is 0 the prototypes get no gradient, where it is 1 they do."""
+        weight = self.prototypes.weight
+        if learns is not None:  # a gate without a decision that the host would have to make
+            weight = torch.lerp(weight.detach(), weight, learns.to(weight.dtype))
+        embedded = F.normalize(self.mlp(features), dim=-1, eps=1e-6)
+        return F.linear(embedded, F.normalize(weight, dim=-1))
+
+
+@torch.no_grad()
+def sinkhorn(logits: Tensor, temperature: Tensor, num_iterations: int = 3) -> Tensor:
+    """Soft assignments (rows, prototypes) that use all prototypes alike (SwAV, arXiv 2006.09882).
+
+    `logits` are cosines (rows, prototypes) of this rank; the balance is over the rows of all ranks. Rows sum to 1.
+    """
+    rows, prototypes = logits.shape
+    assignments = ((logits.float() - 1) / temperature).exp()  # cosines are at most 1, so nothing overflows
+    count = sum_over_ranks(torch.full((), float(rows), device=logits.device))
+    for _ in range(num_iterations):
+        columns = sum_over_ranks(assignments.sum(0))  # (prototypes,)
+        assignments = assignments * (count / prototypes / columns.clamp(min=1e-30))
+        assignments = assignments / assignments.sum(1, keepdim=True)
+    return assignments
+
+
+class Centering(nn.Module):
+    """DINO's targets: softmax of logits (rows, prototypes) less a running mean of them.
+
+    The mean is over the rows of all ranks, and moves by 1 - momentum a call in training. It is saved.
+    """
+
+    def __init__(self, num_prototypes: int, momentum: float):
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("center", torch.zeros(1, num_prototypes))
+
+    @torch.no_grad()
+    def forward(self, logits: Tensor, temperature: Tensor) -> Tensor:
+        logits = logits.float()
+        targets = ((logits - self.center) / temperature).softmax(dim=-1)
+        if self.training:
+            count = sum_over_ranks(torch.full((), float(len(logits)), device=logits.device))
+            self.center.lerp_(sum_over_ranks(logits.sum(0, keepdim=True)) / count, 1 - self.momentum)
+        return targets
+
+    center: Tensor
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """Cross entropy of soft targets (..., prototypes), each summing to 1, without the logarithm of each probability.
+
+    -sum(t x log softmax(z)) = logsumexp(z) - sum(t x z) with z = logits / temperature. Targets broadcast against
+    logits; returns (...).
+    """
+    scaled = logits.float() / temperature
+    return scaled.logsumexp(-1) - (targets * scaled).sum(-1)
+
+
+def koleo(features: Tensor, everyone: Tensor, offset: int) -> Tensor:
+    """KoLeo (arXiv 1806.03198): minus the mean log distance to the nearest other row; rows spread over the sphere.
+
+    Args:
+        features: (rows, dim) of this rank, L2-normalised, float32.
+        everyone: (world x rows, dim), those of all ranks.
+        offset: Where this rank's rows begin in it.
+
+    Returns:
+        (); finite where two rows are the same.
+    """
+    with torch.no_grad():
+        similarities = features @ everyone.T
+        own = torch.arange(len(features), device=features.device)
+        similarities[own, own + offset] = -2.0
+        nearest = similarities.argmax(dim=1)
+    squared = (features - everyone[nearest]).square().sum(1)
+    return -0.5 * (squared + 1e-8).log().mean()
+
+
+def entropy(probabilities: Tensor) -> Tensor:
+    """Mean entropy of rows (rows, prototypes) as a share of the largest possible one."""
+    return -torch.xlogy(probabilities, probabilities).sum(-1).mean() / math.log(probabilities.shape[-1])
+
+
+__all__ = ["Centering", "PrototypeHead", "cross_entropy", "entropy", "koleo", "sinkhorn", "sum_over_ranks"]

@@ -1,0 +1,43 @@
+"""How settings follow the batch and the amount of data, so that one recipe serves a laptop and a cluster."""
+
+import bisect
+import math
+from itertools import pairwise
+
+__all__ = ["SCALING_RULES", "images_to_see", "scaled_learning_rate", "scaled_momentum"]
+
+# Linear: arXiv 1706.02677, for SGD, and what MAE, DINO, MoCo v3 and I-JEPA use with AdamW. Square root: SimCLR's rule
+# for small batches, DINOv2's, and what holds for Adam (arXiv 2205.10287).
+SCALING_RULES = {"linear": 1.0, "sqrt": 0.5}
+
+# Images of a data set, and how many a whole pretraining has seen with good results: Imagenette, 800 epochs; CIFAR-10,
+# 1,000 (solo-learn); ImageNet, 300 (DINO, MoCo v3); LVD-142M, 625,000 steps of 3,072 (DINOv2).
+KNOWN_RUNS = ((9_469, 7.6e6), (50_000, 5.0e7), (1_281_167, 3.84e8), (142_109_386, 1.92e9))
+
+
+def images_to_see(num_images: int) -> int:
+    """Images that a pretraining on so many different ones sees, between and beyond runs that are known to have served.
+
+    Logarithms are interpolated. Below the smallest set the number of epochs stays the same, above the largest the
+    number of images does.
+    """
+    sizes = [size for size, _ in KNOWN_RUNS]
+    place = bisect.bisect_left(sizes, num_images)
+    if place == 0:
+        size, seen = KNOWN_RUNS[0]
+        return round(num_images * seen / size)
+    if place == len(sizes):
+        return round(KNOWN_RUNS[-1][1])
+    (size, seen), (next_size, next_seen) = list(pairwise(KNOWN_RUNS))[place - 1]
+    share = math.log(num_images / size) / math.log(next_size / size)
+    return round(seen * (next_seen / seen) ** share)
+
+
+def scaled_learning_rate(learning_rate: float, batch_size: int, reference: int, rule: str) -> float:
+    """The rate for a batch, given the rate for a reference batch and one of `SCALING_RULES`."""
+    return learning_rate * float((batch_size / reference) ** SCALING_RULES[rule])
+
+
+def scaled_momentum(momentum: float, batch_size: int, reference: int) -> float:
+    """The momentum of a teacher that moves as far per image as at the reference batch (arXiv 2307.13813)."""
+    return momentum ** (batch_size / reference)

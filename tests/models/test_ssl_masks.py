@@ -1,0 +1,65 @@
+"""Masks hide as many patches as asked for, in the shapes of their papers."""
+
+import pytest
+import torch
+from scipy import ndimage
+
+from hf_vlm.models.ssl_masks import block_masking, mask_of, masking_of_units, random_masking, rank_of
+
+
+def test_random_masking_keeps_the_lowest_noise():
+    noise = torch.tensor([[0.4, 0.1, 0.9, 0.2]])
+    visible, masked = random_masking(noise, 0.5)
+    assert visible.tolist() == [[1, 3]]
+    assert masked.tolist() == [[0, 2]]
+    assert mask_of(masked, 4).tolist() == [[True, False, True, False]]
+
+
+def test_rank_is_the_place_in_ascending_order():
+    assert rank_of(torch.tensor([[5.0, -1.0, 2.0]])).tolist() == [[2, 0, 1]]
+
+
+@pytest.mark.parametrize("grid", [(8, 8), (7, 5)])
+def test_units_are_masked_as_a_whole(grid):
+    torch.manual_seed(0)
+    rows, columns = -(-grid[0] // 2), -(-grid[1] // 2)
+    noise = torch.rand(6, rows * columns)
+    masked = masking_of_units(noise, grid, (2, 2), 0.6).unflatten(1, grid)
+    num_visible = round(rows * columns * 0.4)
+    for values, mask in zip(noise, masked, strict=True):
+        threshold = values.sort().values[num_visible - 1]
+        for row in range(grid[0]):
+            for column in range(grid[1]):
+                assert mask[row, column] == (values[row // 2 * columns + column // 2] > threshold)
+
+
+def test_blocks_mask_exactly_as_many_patches_as_asked_for():
+    torch.manual_seed(0)
+    counts = torch.tensor([0, 1, 5, 40, 97, 140] * 20)
+    masked = block_masking(counts, (14, 10))
+    assert torch.equal(masked.sum(1), counts)
+
+
+def test_blocks_are_blocks():
+    """Masks are few connected pieces, where as many random patches would be scattered, and cover all places alike."""
+    torch.manual_seed(0)
+    counts = torch.full((300,), 60)
+    masked = block_masking(counts, (14, 14))
+    scattered = mask_of(random_masking(torch.rand(300, 196), 60 / 196)[1], 196)
+
+    def edges(masks):
+        images = masks.unflatten(1, (14, 14)).float()
+        return (images.diff(dim=1).abs().sum() + images.diff(dim=2).abs().sum()) / len(masks)
+
+    assert edges(masked) < 0.45 * edges(scattered)
+    pieces = sum(ndimage.label(mask.numpy())[1] for mask in masked.unflatten(1, (14, 14))) / 300
+    assert pieces < 8
+    share = masked.float().mean(0)
+    assert share.min() > 0.01  # corners lie in few of the blocks that fit, as in BEiT
+    assert share.max() < 0.65
+
+
+def test_few_blocks_are_completed_at_random():
+    torch.manual_seed(0)
+    masked = block_masking(torch.full((50,), 100), (12, 12), num_blocks=1)
+    assert torch.equal(masked.sum(1), torch.full((50,), 100))
