@@ -146,32 +146,19 @@ With your own images:
 
 def draw_curves(folder: Path) -> None:
     """The loss of pretraining, and the validation AP50 of both arms over the steps."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
     from hf_vlm.training.callbacks import LogFile, read_log
+    from hf_vlm.training.curves import Panel, draw_panels, series
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    losses = [entry for entry in read_log(folder / "encoder" / LogFile.name) if "loss" in entry]
-    left.plot([entry["step"] for entry in losses], [entry["loss"] for entry in losses], color="tab:blue")
-    left.set(title="Pretraining, no labels", xlabel="step", ylabel="loss")
-    for arm, color in zip(ARMS, ("tab:blue", "tab:orange")):
-        entries = [e for e in read_log(folder / f"detector_{arm}" / LogFile.name) if "eval_ap50" in e]
-        right.plot(
-            [entry["step"] for entry in entries],
-            [entry["eval_ap50"] for entry in entries],
-            marker="o",
-            color=color,
-            label=f"from {arm} encoder" if arm == "pretrained" else "from random initialisation",
-        )
-    right.set(title="Fine-tuning on few labels", xlabel="step", ylabel="validation AP50", ylim=(0, 1))
-    right.legend()
-    for axis in (left, right):
-        axis.grid(alpha=0.3)
-    figure.savefig(folder / "learning_curves.png", dpi=120)
-    plt.close(figure)
+    loss = series(read_log(folder / "encoder" / LogFile.name), "loss")
+    labels = {"pretrained": "from pretrained encoder", "random": "from random initialisation"}
+    ap50 = {labels[arm]: series(read_log(folder / f"detector_{arm}" / LogFile.name), "eval_ap50") for arm in ARMS}
+    draw_panels(
+        folder / "learning_curves.png",
+        [
+            Panel(title="Pretraining, no labels", ylabel="loss", curves={"loss": loss}),
+            Panel(title="Fine-tuning on few labels", ylabel="validation AP50", ylim=(0, 1), curves=ap50),
+        ],
+    )
 
 
 def draw_predictions(folder: Path, num_images: int = 8) -> None:

@@ -211,6 +211,8 @@ def _describe_training(run: dict[str, Any]) -> str | None:
         parts.append(f"on {run['machine']}")
     if _is_figure(run.get("train_loss")):
         parts.append(f"mean training loss {run['train_loss']:.4g}")
+    if _is_figure(rank := (run.get("probe") or {}).get("probe_effective_rank")):
+        parts.append(f"effective rank of the features {rank:.1f}")
     if (run.get("git") or {}).get("commit"):
         parts.append(f"code at commit `{run['git']['commit']}`" + (" with changes" if run["git"].get("dirty") else ""))
     return ", ".join(parts) + "." if parts else None

@@ -1,6 +1,17 @@
 """Metrics as plain functions; each folder here wraps one of them for `evaluate.load("<path of the folder>")`."""
 
 from hf_vlm.metrics.detection import CocoDetectionMetric, coco_detection_metrics
+from hf_vlm.metrics.features import alignment, effective_rank, feature_std, mean_cosine, uniformity
 from hf_vlm.metrics.probe import knn_accuracy, linear_accuracy
 
-__all__ = ["CocoDetectionMetric", "coco_detection_metrics", "knn_accuracy", "linear_accuracy"]
+__all__ = [
+    "CocoDetectionMetric",
+    "alignment",
+    "coco_detection_metrics",
+    "effective_rank",
+    "feature_std",
+    "knn_accuracy",
+    "linear_accuracy",
+    "mean_cosine",
+    "uniformity",
+]

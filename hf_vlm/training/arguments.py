@@ -71,11 +71,23 @@ class VisionTrainingArguments(TrainingArguments):
     weight_decay_end: float | None = field(
         default=None, metadata={"help": "Weight decay at the end, reached along a cosine; constant by default."}
     )
+    probe_steps: int | None = field(
+        default=None,
+        metadata={"help": "Steps between probes of the features; 0: none; not given: ten in a run, fewer if dear."},
+    )
+    probe_data: str | None = field(
+        default=None, metadata={"help": "Images to probe on, labelled or not; those of eval_split when not given."}
+    )
+    num_probe_examples: int = field(default=256, metadata={"help": "Images to probe on."})
+    on_collapse: str = field(
+        default="warn", metadata={"help": "When features collapse in pretraining: warn, stop or ignore."}
+    )
 
     # Streams have no columns to remove and carry their own position; every parameter is used in every step.
     remove_unused_columns: bool = field(default=False, metadata={"help": "Keep all columns of a batch."})
     ignore_data_skip: bool = field(default=True, metadata={"help": "The stream resumes by its state, not by replay."})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "No parameter is ever unused."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "A loss that is not finite is logged so."})
 
     def __post_init__(self) -> None:
         if (self.max_steps > 0) == (self.images_to_see is not None):
@@ -86,6 +98,13 @@ class VisionTrainingArguments(TrainingArguments):
             raise ValueError(f"batch_scaling must be sqrt or linear, but is {self.batch_scaling!r}.")
         if self.views_on not in ("auto", "device", "workers"):
             raise ValueError(f"views_on must be auto, device or workers, but is {self.views_on!r}.")
+        if self.on_collapse not in ("warn", "stop", "ignore"):
+            raise ValueError(f"on_collapse must be warn, stop or ignore, but is {self.on_collapse!r}.")
+        if (self.probe_steps or 0) < 0 or self.num_probe_examples < 2:
+            raise ValueError(
+                "probe_steps must be 0 or more and num_probe_examples 2 or more, but are "
+                f"{self.probe_steps} and {self.num_probe_examples}."
+            )
         num_processes = int(os.environ.get("WORLD_SIZE", "1"))
         if num_processes > 1 and not torch.accelerator.is_available():
             self.use_cpu = True  # else accelerate makes each process a training of its own, silently

@@ -82,8 +82,15 @@ def evaluate_features(
     """kNN and linear accuracy of frozen features: how far the encoder has come without any fine-tuning."""
     train_features, train_labels = extract_features(encoder, train, batch_size=batch_size)
     test_features, test_labels = extract_features(encoder, test, batch_size=batch_size)
+    return classify(train_features, train_labels, test_features, test_labels)
+
+
+def classify(
+    train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor
+) -> dict[str, float]:
+    """kNN and linear accuracy on test features (n, D) with labels (n,), fitted on train features."""
     data = train_features, train_labels, test_features, test_labels
     return {"knn": knn_accuracy(*data, num_neighbors=min(20, len(train_labels))), "linear": linear_accuracy(*data)}
 
 
-__all__ = ["evaluate_detection", "evaluate_features", "extract_features", "predict_detection"]
+__all__ = ["classify", "evaluate_detection", "evaluate_features", "extract_features", "predict_detection"]

@@ -34,14 +34,15 @@ ROWS_PER_GROUP = 4096  # held in memory: 25 MB of 1,536 features
 
 @contextmanager
 def frozen(encoder: VLMViTModel) -> Iterator[VLMViTModel]:
-    """The encoder without dropout and gradients; afterwards in the mode it was in."""
-    was_training = encoder.training
+    """The encoder without dropout and gradients; afterwards all its parts are in the modes they were in."""
+    modes = {part: part.training for part in encoder.modules()}
     encoder.eval()
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # a sharded encoder gathers its weights, which inference mode does not allow
             yield encoder
     finally:
-        encoder.train(was_training)
+        for part, is_training in modes.items():
+            part.training = is_training
 
 
 def encode(encoder: VLMViTModel, pixel_values: Tensor, *, pooling: str = "mean") -> Tensor:

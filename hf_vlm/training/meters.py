@@ -69,6 +69,14 @@ class Speedometer:
         yield
         self._wait_seconds += time.perf_counter() - started
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves what runs inside out of the time."""
+        started = time.perf_counter()
+        yield
+        since, step = self._last_log
+        self._last_log = since + time.perf_counter() - started, step
+
     def count(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         """Counts the FLOPs of forward and backward once; later calls, and those without gradients, do nothing.
 

@@ -33,7 +33,7 @@ class RunRecord:
     ):
         ours = {name: getattr(args, name) for name in VisionTrainingArguments.__annotations__}
         self.recipe = {name: value for name, value in (ours | recipe).items() if not name.endswith("_token")}
-        self.recipe["data"] = _without_keys(args.data)
+        self.recipe |= {name: _without_keys(getattr(args, name)) for name in ("data", "probe_data")}
         self.write_card = write_card
         packages = ("torch", "transformers", "datasets", "accelerate", "hf_vlm")
         self.summary: dict[str, Any] = {
@@ -61,7 +61,9 @@ class RunRecord:
 
 
 def _without_keys(data: Any) -> Any:
-    """A source, or a mapping of sources, whose URLs hold no password and no query."""
+    """A source, or a mapping of sources, whose URLs hold no password and no query; None is no source."""
+    if data is None:
+        return None
     return {display(name): weight for name, weight in data.items()} if isinstance(data, dict) else display(data)
 
 

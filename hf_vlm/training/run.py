@@ -22,9 +22,12 @@ from hf_vlm.models.modeling_detection import VLMViTDetectionConfig, VLMViTForObj
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 from hf_vlm.training.arguments import VisionTrainingArguments, parse_arguments
 from hf_vlm.training.build import build_model, build_processor, load_frozen_encoder
+from hf_vlm.training.collapse import CollapseAlarm
+from hf_vlm.training.curves import draw_probes
 from hf_vlm.training.device import place
 from hf_vlm.training.evaluation import evaluate_detection, evaluate_features
 from hf_vlm.training.features import plain_transform
+from hf_vlm.training.probes import build_probe, last_probe
 from hf_vlm.training.record import RunRecord
 from hf_vlm.training.trainer import VisionTrainer
 
@@ -60,7 +63,12 @@ def pretrain(recipe: dict[str, Any], *, write_card: Callable[[Path], Any] | None
         processing_class=processor,
         on_save=record.write,
     )
+    if args.probe_steps != 0:
+        trainer.add_callback(build_probe(trainer, transform, processor))
+    if args.on_collapse != "ignore":
+        trainer.add_callback(CollapseAlarm(stop=args.on_collapse == "stop"))
     _train(trainer, record)
+    record.summary["probe"] = last_probe(trainer.state.log_history)
     output_dir = Path(args.output_dir)
     trainer.save_model(str(output_dir / OBJECTIVE_FOLDER), _internal_call=True)
     if args.should_save:
@@ -69,6 +77,8 @@ def pretrain(recipe: dict[str, Any], *, write_card: Callable[[Path], Any] | None
         encoder.save_pretrained(output_dir)
         processor.save_pretrained(output_dir)
         record.write(output_dir)
+        if record.summary["probe"]:
+            draw_probes(output_dir)
         if args.push_to_hub:
             trainer.upload(output_dir, "End of training")
     return record.summary

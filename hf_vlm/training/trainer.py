@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers.utils import PushInProgress
 from hf_vlm.data.stream import ExampleStream
 from hf_vlm.training.arguments import VisionTrainingArguments
 from hf_vlm.training.callbacks import AfterStep, LogFile, WeightDecaySchedule
+from hf_vlm.training.collapse import projection_std
 from hf_vlm.training.data_state import last_checkpoint, load_data_state, save_data_state
 from hf_vlm.training.device import suit_cpu
 from hf_vlm.training.meters import Speedometer
@@ -236,16 +238,23 @@ class VisionTrainer(Trainer):
         self._speedometer.count(self.model, inputs)  # here, where inputs are ready and autocast is on
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         parts = {name: value for name, value in outputs.items() if name != "loss" and _is_scalar(value)}
+        if "projections" in outputs:
+            parts["projection_std"] = projection_std(outputs["projections"])
         for name, value in {**parts, **(outputs.get("loss_dict") or {})}.items():
             self._part_sums[name] += value.detach()
         self._num_parts += 1
         return (loss, outputs) if return_outputs else loss
+
+    def aside(self) -> AbstractContextManager[None]:
+        """For what is no training: it does not count in the figures of speed."""
+        return self._speedometer.paused()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds to a training log entry the means of the loss parts and the figures of a [`Speedometer`]."""
         if "loss" in logs:
             logs.update(self._mean_parts())
             logs.update(self._speedometer.figures(self.state.global_step))
+            self._tr_loss.zero_()  # the stock Trainer subtracts the sum from itself, and so would keep a NaN
         super().log(logs, start_time)
 
     def _mean_parts(self) -> dict[str, float]:

@@ -63,6 +63,15 @@ def test_detector_card(detector_run):
     assert yaml.safe_load(block[1]) == yaml.safe_load((detector_run / "recipe.yaml").read_text())
 
 
+def test_the_last_probe_is_told(detector_run):
+    change(detector_run, probe={"probe_effective_rank": 35.16, "step": 1200})
+    assert (
+        "mean training loss 1.25, effective rank of the features 35.2," in write_model_card(detector_run).read_text()
+    )
+    change(detector_run, probe={"probe_effective_rank": None})
+    assert "effective rank" not in write_model_card(detector_run).read_text()
+
+
 def test_number_of_parameters_is_counted(detector_run):
     from hf_vlm.models.modeling_detection import VLMViTForObjectDetection
 

@@ -15,6 +15,7 @@ COMMON = {
     "warmup_steps": 0.25,
     "logging_steps": 1,
     "save_strategy": "no",
+    "num_probe_examples": 16,
     "use_cpu": True,
     "disable_tqdm": True,
     "seed": 1,

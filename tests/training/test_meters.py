@@ -105,6 +105,18 @@ def test_figures_of_steps_with_gradient_accumulation(monkeypatch, clock):
     assert speedometer.figures(4)["mfu"] == pytest.approx(3 * num_flops / 1e6, abs=1e-4)
 
 
+def test_what_is_no_training_does_not_count_in_the_figures(clock):
+    speedometer = Speedometer(arguments())
+    with speedometer.paused():
+        clock(3.0)
+    speedometer.figures(1)
+    clock(1.0)
+    with speedometer.paused():
+        clock(60.0)
+    clock(1.0)
+    assert speedometer.figures(3)["images_per_second"] == 2 * 8 / 2
+
+
 def test_figures_of_a_run_agree_with_torchs_own_count(make_recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(meters, "peak_flops", lambda device, precision: 1e6)
     recipe = make_recipe("mae", max_steps=2, gradient_accumulation_steps=2, attn_implementation="eager")

@@ -10,15 +10,17 @@ import yaml
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from hf_vlm.data.sources import open_stream
 from hf_vlm.data.views import ViewTransform
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_detection import VLMViTForObjectDetection
 from hf_vlm.models.modeling_mae import MAEForPreTraining
 from hf_vlm.models.modeling_simclr import SimCLRForPreTraining
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
+from hf_vlm.training.arguments import parse_arguments
 from hf_vlm.training.callbacks import read_log
 from hf_vlm.training.data_state import last_checkpoint
-from hf_vlm.training.record import fingerprint
+from hf_vlm.training.record import RunRecord, fingerprint
 from hf_vlm.training.run import evaluate_run, finetune, pretrain
 from hf_vlm.training.trainer import VisionTrainer
 
@@ -138,6 +140,9 @@ def test_pretraining_leaves_an_encoder_and_its_objective(make_recipe, tmp_path):
 
 
 def test_saved_recipes_hold_no_token(make_recipe, tmp_path):
+    args = parse_arguments(make_recipe("mae", probe_data="https://me:hf_secret@host/x.parquet?key=hf_secret"))
+    record = RunRecord(args, {}, open_stream("scenes:easy"), None)
+    assert record.recipe["probe_data"] == "https://host/x.parquet"
     pretrain(make_recipe("mae", hub_token="hf_secret", max_steps=1))
     assert not [p for p in (tmp_path / "mae").rglob("*") if p.is_file() and b"hf_secret" in p.read_bytes()]
 
@@ -290,7 +295,5 @@ def test_an_encoder_of_another_patch_size_is_refused_unless_asked_for(make_recip
 
 
 def test_the_fingerprint_tells_data_apart():
-    from hf_vlm.data.sources import open_stream
-
     easy, again, hard = (fingerprint(open_stream(name)) for name in ("scenes:easy", "scenes:easy", "scenes:hard"))
     assert easy == again != hard

@@ -1,0 +1,201 @@
+"""An alarm for pretraining that collapses: signs in the log, what they mean and what to try."""
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+__all__ = ["SIGNS", "CollapseAlarm", "Sign", "projection_std"]
+
+logger = logging.getLogger(__name__)
+
+Entry = dict[str, float]
+
+LEVEL_FROM = 0.25  # share of a run before which figures may be low, since they are of a fresh model
+MARKEDLY_WORSE = 1 / 4  # of what was warned of
+
+
+def _is_figure(value: Any) -> bool:
+    return isinstance(value, float | int) and math.isfinite(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sign:
+    """A figure of the log that collapse brings near 0.
+
+    Features of a fresh encoder may be nearly constant too, and those of images that are all alike stay so in a healthy
+    run. So a figure is compared with the highest that it has been in its run, and with a fixed level only late.
+
+    Args:
+        name: What has happened, in plain words.
+        figure: Name in the log.
+        advice: What to try.
+        distance: From collapse, of the figure's value; by default the value itself.
+        fall: The sign is given below this share of the highest distance so far.
+        level: And late in a run below this distance.
+        matters_from: Highest distance so far that makes a fall worth mentioning.
+        shown: Other figures that help to judge.
+    """
+
+    name: str
+    figure: str
+    advice: str
+    distance: Callable[[float], float] = abs
+    fall: float
+    level: float = 0.0
+    matters_from: float = 0.0
+    shown: tuple[str, ...] = ()
+
+    def find(self, history: list[Entry], *, progress: float) -> tuple[float, str] | None:
+        """The distance from collapse and the values, where the last entry shows this sign; None where not."""
+        entry = history[-1]
+        if not _is_figure(entry.get(self.figure)):
+            return None
+        distance = self.distance(entry[self.figure])
+        values = [past[self.figure] for past in history if _is_figure(past.get(self.figure))]
+        highest = max(values, key=self.distance)
+        has_fallen = distance < self.fall * self.distance(highest) and self.distance(highest) >= self.matters_from
+        if not has_fallen and not (progress >= LEVEL_FROM and distance < self.level):
+            return None
+        shown = [f"{name} {entry[name]:.4g}" for name in (self.figure, *self.shown) if name in entry]
+        return distance, f"{', '.join(shown)} (was {highest:.4g})" if has_fallen else ", ".join(shown)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NotFinite:
+    """A figure that must be a number and is none."""
+
+    name: str
+    figure: str
+    advice: str
+
+    def find(self, history: list[Entry], *, progress: float) -> tuple[float, str] | None:
+        value = history[-1].get(self.figure)
+        return None if value is None or math.isfinite(value) else (0.0, f"{self.figure} {value}")
+
+
+SPREAD = (
+    "Lower the learning rate or lengthen the warm-up; check that the method's repelling part (negatives, variance, "
+    "centring) has its weight, and that batches are large enough for it; make the views differ more."
+)
+DIVERGED = (
+    "Go back to a checkpoint before, lower the learning rate or lengthen the warm-up, set max_grad_norm to 1, and "
+    "prefer bf16 to fp16."
+)
+
+# Where the thresholds come from: runs of 75 to 2500 steps of encoders of 3 to 6 layers on built-in scenes, CIFAR-10,
+# photographs of groceries, blood cells that all look alike, and nuclei, at usual and at too high learning rates; and
+# the same with losses that only pull views together. Each lies between the worst healthy run and the collapsed ones.
+#   feature_std / highest        healthy >= 0.10 (MAE on blood cells; elsewhere >= 0.36), collapsed <= 0.044
+#   effective_rank / highest     healthy >= 0.43 where it had been 10 or more, collapsed <= 0.09; where images use few
+#                                dimensions it falls in healthy runs too
+#   projection_std / highest     healthy >= 0.16, collapsed <= 0.05 (the features of the encoder stay as they were)
+#   loss / highest               healthy >= 0.05, collapsed <= 0.0015
+#   teacher_marginal_entropy     healthy >= 0.64 of the highest, one-hot collapse <= 0.2 (a DINO without centring)
+#   1 - teacher_entropy          healthy >= 0.6 of the highest, uniform collapse <= 0.04 (too high a temperature)
+SIGNS: tuple[Sign | NotFinite, ...] = (
+    NotFinite(name="the loss is not finite", figure="loss", advice=DIVERGED),
+    NotFinite(name="the features are not finite", figure="probe_feature_std", advice=DIVERGED),
+    Sign(
+        name="the features are nearly the same for all images",
+        figure="probe_feature_std",
+        shown=("probe_mean_cosine", "probe_effective_rank"),
+        fall=1 / 20,
+        advice=SPREAD,
+    ),
+    Sign(
+        name="the features use few dimensions",
+        figure="probe_effective_rank",
+        shown=("probe_feature_std",),
+        distance=lambda rank: rank - 1,
+        fall=1 / 5,
+        matters_from=9.0,
+        advice=SPREAD,
+    ),
+    Sign(
+        name="the projections are nearly the same for all images",
+        figure="projection_std",
+        fall=1 / 10,
+        level=0.05,
+        advice=SPREAD,
+    ),
+    Sign(
+        name="the loss has vanished, as if all images were the same",
+        figure="loss",
+        fall=1 / 500,
+        advice=SPREAD,
+    ),
+    Sign(
+        name="the teacher gives nearly all images the same prototype",
+        figure="teacher_marginal_entropy",
+        shown=("teacher_entropy",),
+        fall=1 / 3,
+        level=0.05,
+        advice="Centre the teacher's output more, or raise its temperature; lower the learning rate; let the teacher "
+        "follow more slowly (momentum nearer to 1).",
+    ),
+    Sign(
+        name="the teacher prefers no prototype for any image",
+        figure="teacher_entropy",
+        shown=("teacher_marginal_entropy",),
+        distance=lambda entropy: 1 - entropy,
+        fall=1 / 10,
+        level=5e-4,
+        advice="Lower the teacher's temperature (0.04 is usual), or centre less; lower the learning rate.",
+    ),
+)
+
+
+class CollapseAlarm(TrainerCallback):
+    """Reads every log entry and tells when training collapses: once a sign, and again when it got markedly worse.
+
+    With `stop` it ends training at the first sign: a checkpoint is saved, all earlier ones are kept, and `train()`
+    raises a ValueError.
+    """
+
+    def __init__(self, *, stop: bool = False) -> None:
+        self.stop = stop
+        self._told: dict[str, float] = {}  # distance from collapse of each sign when it was told
+        self._reason: str | None = None
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        for sign in SIGNS:
+            found = sign.find(state.log_history, progress=state.global_step / max(state.max_steps, 1))
+            if found is None or self._reason is not None:
+                continue
+            distance, values = found
+            if distance < MARKEDLY_WORSE * self._told.get(sign.name, math.inf):
+                self._told[sign.name] = distance
+                message = f"Step {state.global_step}: {sign.name}: {values}. {sign.advice}"
+                if self.stop:
+                    self._reason = message
+                elif state.is_world_process_zero:
+                    logger.warning(message)
+        self._stop(args, control)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._stop(args, control)  # of the sign of a probe before the first step, whose wish has been forgotten
+
+    def _stop(self, args: Any, control: TrainerControl) -> None:
+        if self._reason is not None:
+            control.should_save = control.should_training_stop = True
+            args.save_total_limit = None  # the checkpoints before the collapse are what one goes back to
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._reason is not None:
+            raise ValueError(
+                f"Training has stopped, since it collapses. {self._reason} It is saved as "
+                f"{args.output_dir}/checkpoint-{state.global_step}; to go on from there all the same: "
+                "--resume_from_checkpoint last --on_collapse warn"
+            )
+
+
+def projection_std(projections: Tensor) -> Tensor:
+    """`hf_vlm.metrics.feature_std` of projections (..., D) of a batch, on their device, which is not waited for."""
+    directions = F.normalize(projections.detach().float().flatten(0, -2), dim=1)  # (n, D)
+    return directions.std(dim=0, correction=0).mean() * math.sqrt(directions.shape[1])
