@@ -3,6 +3,7 @@
 from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_detection import VLMViTDetectionConfig, VLMViTForObjectDetection
+from hf_vlm.models.modeling_distill import DistillConfig, DistillForPreTraining
 from hf_vlm.models.modeling_ijepa import IJEPAConfig, IJEPAForPreTraining
 from hf_vlm.models.modeling_mae import MAEConfig, MAEForPreTraining
 from hf_vlm.models.modeling_simclr import SimCLRConfig, SimCLRForPreTraining
@@ -14,6 +15,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "MODELS",
+    "DistillConfig",
+    "DistillForPreTraining",
     "IJEPAConfig",
     "IJEPAForPreTraining",
     "MAEConfig",

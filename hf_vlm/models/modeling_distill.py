@@ -98,8 +98,8 @@ class DistillConfig(SSLConfig):
         patch_hw = patch_size_of(self.teacher_config)
         if any(side % patch for side, patch in zip(self.teacher_hw(patch_hw), patch_hw)):
             raise ValueError(
-                f"DistillConfig: teacher_image_size {self.teacher_image_size} is not a multiple of the teacher's patch, "
-                f"{patch_hw[0]} x {patch_hw[1]} pixels."
+                f"DistillConfig: teacher_image_size {self.teacher_image_size} is not a multiple of the teacher's "
+                f"patch, {patch_hw[0]} x {patch_hw[1]} pixels."
             )
 
     def teacher_hw(self, image_hw: tuple[int, int]) -> tuple[int, int]:
@@ -107,7 +107,8 @@ class DistillConfig(SSLConfig):
         size = self.teacher_image_size
         if size is None:
             height, width = (
-                max(1, round(side / patch)) * patch for side, patch in zip(image_hw, patch_size_of(self.teacher_config))
+                max(1, round(side / patch)) * patch
+                for side, patch in zip(image_hw, patch_size_of(self.teacher_config))
             )
         else:
             height, width = (size, size) if isinstance(size, int) else size
@@ -170,8 +171,8 @@ class RunningStandardizer(nn.Module):
 def feature_distance(predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Mean cosine and mean smooth-L1 distance of rows (rows, dim), in float32.
 
-    The loss is 1 - cosine + distance, on standardised targets, as UNIC distils one teacher (arXiv 2408.05088); AM-RADIO
-    (2312.06709) and Theia (2407.20179) weigh the same two.
+    The loss is 1 - cosine + distance, on standardised targets, as UNIC distils each teacher (arXiv 2408.05088);
+    AM-RADIO (2312.06709) and Theia (2407.20179) weigh the same two.
     """
     predictions = predictions.float()
     cosine = F.cosine_similarity(predictions, targets, dim=-1).mean()
@@ -225,8 +226,8 @@ class DistillForPreTraining(VLMViTPreTrainedModel):
             teacher = load_encoder(config.teacher, config.teacher_config, config.teacher_revision, self.dtype)
         except ValueError as error:
             raise ValueError(
-                f"{error} The student's files hold no weights of the teacher: say where it is, by model_config.teacher "
-                "in a recipe or teacher=... of from_pretrained."
+                f"{error} The student's files hold no weights of the teacher: say where it is, by "
+                "model_config.teacher in a recipe or teacher=... of from_pretrained."
             ) from error
         self.teacher = teacher.to(self.device)
         self._keys_to_ignore_on_save = {f"teacher.{name}" for name in teacher.state_dict()}
@@ -273,10 +274,8 @@ class DistillForPreTraining(VLMViTPreTrainedModel):
 def renormalise(images: Tensor, config: DistillConfig) -> Tensor:
     """Images (batch, channels, height, width) normalised for the student, as the teacher wants them."""
     channels = range(images.shape[1])
-    mean, std, teacher_mean, teacher_std = (
-        [values[channel % len(values)] for channel in channels]
-        for values in (config.image_mean, config.image_std, config.teacher_mean, config.teacher_std)
-    )
+    statistics: Any = config.image_mean, config.image_std, config.teacher_mean, config.teacher_std
+    mean, std, teacher_mean, teacher_std = ([v[channel % len(v)] for channel in channels] for v in statistics)
     if (mean, std) == (teacher_mean, teacher_std):
         return images
     planes = [

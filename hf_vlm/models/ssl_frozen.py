@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import os
 from typing import Any
 
 import torch
@@ -170,10 +169,13 @@ def _seeing(model: PreTrainedModel) -> PreTrainedModel:
 
 def _located(source: str, name: str, revision: str | None) -> str:
     """Path of a file of a folder or of a repository of the Hub; ValueError where there is none."""
+    reason = None
     try:
-        return str(cached_file(source, name, revision=None if os.path.isdir(source) else revision))
+        if path := cached_file(source, name, revision=revision):
+            return path
     except OSError as error:
-        raise ValueError(f"The encoder {source!r} is neither a folder with a model nor one on the Hub.") from error
+        reason = error
+    raise ValueError(f"The encoder {source!r} is neither a folder with a model nor one on the Hub.") from reason
 
 
 __all__ = [

@@ -3,8 +3,16 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model, ViTImageProcessorPil, ViTModel
-from transformers.models.vit import ViTConfig
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
+    SwinConfig,
+    ViTConfig,
+    ViTImageProcessorPil,
+    ViTModel,
+)
 
 from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
@@ -75,13 +83,14 @@ def reference_part(predictions, features):
 
 
 def test_loss_and_gradients_equal_a_slow_reference(teachers):
-    """DINOv2 as a teacher: its own normalisation and size, its finer grid brought to the student's, its class token."""
+    """DINOv2 as a teacher: in its own normalisation and size, its map on the student's grid, its class token."""
     model, images = build(teachers["dinov2"], teacher_image_size=56).double(), torch.randn(3, 3, 32, 32).double()
     output = model(images[:, None])
     teacher = Dinov2Model.from_pretrained(teachers["dinov2"]).double().eval()
-    pixels = images * torch.tensor([0.229, 0.224, 0.225])[:, None, None] + torch.tensor([0.485, 0.456, 0.406])[
-        :, None, None
-    ]
+    pixels = (
+        images * torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+        + torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+    )
     pixels = (pixels - torch.tensor([0.4, 0.5, 0.6])[:, None, None]) / torch.tensor([0.2, 0.3, 0.4])[:, None, None]
     pixels = F.interpolate(pixels, (56, 56), mode="bilinear", antialias=True).double()
     with torch.no_grad():
@@ -132,10 +141,9 @@ def test_tokens_of_every_kind_of_teacher_are_found(teachers):
         assert torch.equal(patches[0, :, 1, 2], tokens[0, tokens.shape[1] - rows**2 + rows + 2])
         assert (class_token is not None) == shape[1]
         assert class_token is None or torch.equal(class_token, tokens[:, 0])
+    swin = SwinConfig(image_size=32, embed_dim=24, depths=[1, 1], num_heads=[2, 2])
     with pytest.raises(ValueError, match="'swin' cannot be taught from at 32 x 32 pixels"):
-        from transformers import SwinConfig
-
-        output_shape(SwinConfig(image_size=32, embed_dim=24, depths=[1, 1], num_heads=[2, 2]), (32, 32))
+        output_shape(swin, (32, 32))
 
 
 def test_images_are_normalised_anew():
@@ -237,7 +245,7 @@ def test_teachers_that_cannot_be_used_say_why(teachers, tmp_path, monkeypatch):
 
     plain = tmp_path / "plain"
     Dinov2Model(Dinov2Config(**SMALL)).save_pretrained(plain)
-    with pytest.raises(ValueError, match="no preprocessor_config.json .* teacher_mean"):
+    with pytest.raises(ValueError, match=r"no preprocessor_config\.json .* teacher_mean"):
         build(str(plain))
     assert build(str(plain), teacher_mean=[0.5] * 3, teacher_std=[0.5] * 3).teacher is not None
 
