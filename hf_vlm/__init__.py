@@ -4,6 +4,7 @@ from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_detection import VLMViTDetectionConfig, VLMViTForObjectDetection
 from hf_vlm.models.modeling_dinov2 import DINOv2Config, DINOv2ForPreTraining
+from hf_vlm.models.modeling_distill import DistillConfig, DistillForPreTraining
 from hf_vlm.models.modeling_ijepa import IJEPAConfig, IJEPAForPreTraining
 from hf_vlm.models.modeling_lejepa import LeJEPAConfig, LeJEPAForPreTraining
 from hf_vlm.models.modeling_mae import MAEConfig, MAEForPreTraining
@@ -18,6 +19,8 @@ __all__ = [
     "MODELS",
     "DINOv2Config",
     "DINOv2ForPreTraining",
+    "DistillConfig",
+    "DistillForPreTraining",
     "IJEPAConfig",
     "IJEPAForPreTraining",
     "LeJEPAConfig",

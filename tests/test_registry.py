@@ -6,7 +6,9 @@ import json
 import pytest
 import torch
 
+from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
+from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 from hf_vlm.models.ssl_masks import context_and_targets
 from hf_vlm.registry import MODELS, find_model
 
@@ -30,6 +32,7 @@ FIELDS = {
     "simmim": {"backbone_config": BACKBONE, "mask_unit_size": 16},
     "lejepa": {"backbone_config": BACKBONE, "projection_hidden_size": 32, "num_slices": 16},
     "dinov2": {"backbone_config": BACKBONE, "num_prototypes": 16, "head_hidden_size": 32, "bottleneck_size": 16},
+    "distill": {"backbone_config": BACKBONE},
     "ijepa": {
         "backbone_config": BACKBONE,
         "predictor_config": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
@@ -66,6 +69,15 @@ def checksum(output):
     return first.double().abs().sum().item()
 
 
+def fields_of(name, folder):
+    """The fields of a row; one that is taught by an encoder gets one of its own, saved beside it."""
+    if name != "distill":
+        return FIELDS[name]
+    VLMViTModel(VLMViTConfig(**BACKBONE)).save_pretrained(folder / "teacher")
+    VLMViTImageProcessor().save_pretrained(folder / "teacher")
+    return FIELDS[name] | {"teacher": str(folder / "teacher")}
+
+
 def batch_of(name):
     if name in ("simclr", "dinov2", "lejepa"):
         fixed = {"dinov2": {"masked": torch.rand(6, 16) < 0.3}, "lejepa": {"slices": torch.randn(64, 16)}}
@@ -82,7 +94,7 @@ def test_every_row_loads_where_the_package_is_not_installed(tmp_path, run_proces
     torch.manual_seed(0)
     models, expected = {}, {}
     for entry in MODELS:
-        model = entry.model_class(entry.config_class(**FIELDS[entry.name])).eval()
+        model = entry.model_class(entry.config_class(**fields_of(entry.name, tmp_path))).eval()
         folder, batch = tmp_path / entry.name, batch_of(entry.name)
         model.save_pretrained(folder)
         VLMViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
@@ -100,7 +112,7 @@ def test_an_encoder_is_read_out_of_every_pretraining_model(tmp_path):
     encoder_class = find_model("encoder").model_class
     for entry in MODELS:
         if entry.task == "pretraining":
-            model = entry.model_class(entry.config_class(**FIELDS[entry.name]))
+            model = entry.model_class(entry.config_class(**fields_of(entry.name, tmp_path)))
             model.save_pretrained(tmp_path / entry.name)
             encoder = encoder_class.from_pretrained(tmp_path / entry.name)
             for name, weight in encoder.state_dict().items():

@@ -81,6 +81,9 @@ def build_config(
     """The configuration of a recipe's model; its encoder as the recipe describes it where none is given."""
     encoder = encoder or build_encoder_config(args)
     fields = {"backbone_config": encoder.to_dict(), **args.model_config}
+    if "image_mean" in entry.config_class.__dataclass_fields__:  # of a method that normalises images anew
+        processor = build_processor(args, encoder.num_channels)
+        fields = {"image_mean": list(processor.image_mean), "image_std": list(processor.image_std), **fields}
     declared = entry.config_class.__dataclass_fields__.get("momentum")
     if declared is not None and args.reference_batch_size is not None:
         momentum = fields.get("momentum", declared.default)

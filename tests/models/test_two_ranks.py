@@ -1,5 +1,6 @@
 """Two gloo processes under DDP have the gradients of one process with the joined batch, for every objective."""
 
+import tempfile
 from datetime import timedelta
 
 import torch
@@ -7,13 +8,16 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
+from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
 from hf_vlm.models.modeling_detection import VLMViTDetectionConfig, VLMViTForObjectDetection
 from hf_vlm.models.modeling_dinov2 import DINOv2Config, DINOv2ForPreTraining
+from hf_vlm.models.modeling_distill import DistillConfig, DistillForPreTraining
 from hf_vlm.models.modeling_ijepa import IJEPAConfig, IJEPAForPreTraining
 from hf_vlm.models.modeling_lejepa import LeJEPAConfig, LeJEPAForPreTraining
 from hf_vlm.models.modeling_mae import MAEConfig, MAEForPreTraining
 from hf_vlm.models.modeling_simclr import SimCLRConfig, SimCLRForPreTraining
 from hf_vlm.models.modeling_simmim import SimMIMConfig, SimMIMForPreTraining
+from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 from hf_vlm.models.ssl_layers import SyncedBatchNorm1d, first_views_first
 from hf_vlm.models.ssl_masks import context_and_targets
 
@@ -36,6 +40,14 @@ HEAD = {
 }
 BATCH = 6
 DINOV2 = {"num_prototypes": 16, "head_hidden_size": 32, "bottleneck_size": 16, "frozen_prototypes": 0.0}
+
+
+def build_taught(backbone):
+    """A model whose teacher is an encoder of the same shape, loaded from a folder that is not needed any more."""
+    with tempfile.TemporaryDirectory() as folder:
+        VLMViTModel(VLMViTConfig(**backbone)).save_pretrained(folder)
+        statistics = {"teacher_mean": [0.4, 0.5, 0.6], "teacher_std": [0.2]}
+        return DistillForPreTraining(DistillConfig(backbone_config=backbone, teacher=folder, **statistics)).train()
 
 
 def objectives():
@@ -90,6 +102,7 @@ def objectives():
             IJEPAForPreTraining(IJEPAConfig(backbone_config=BACKBONE, predictor_config=decoder)),
             {"pixel_values": torch.randn(BATCH, 1, 3, 32, 32), **blocks},
         ),
+        "distill": (build_taught(BACKBONE), {"pixel_values": torch.randn(BATCH, 1, 3, 32, 32)}),
         "detection": (
             VLMViTForObjectDetection(VLMViTDetectionConfig(backbone_config=BACKBONE, **HEAD)),
             {"pixel_values": torch.randn(BATCH, 3, 32, 32), "labels": labels},
@@ -106,12 +119,13 @@ def run(model, batch):
 
 def gradients_of_rank(rank, store):
     """Gradients after DDP's averaging, and running statistics, of each objective on this rank's half of the batch."""
+    everything = objectives()  # before there are ranks, of which only the first would save a teacher
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=120)
     )
     try:
         found = {}
-        for name, (model, batch) in objectives().items():
+        for name, (model, batch) in everything.items():
             half = slice(rank * BATCH // 2, (rank + 1) * BATCH // 2)
             wrapped = DistributedDataParallel(model)  # held until the backward pass, whose gradients it averages
             run(wrapped, {key: value[half] for key, value in batch.items()}).loss.backward()
@@ -125,7 +139,9 @@ def gradients_of_rank(rank, store):
 def state_of(model):
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     return gradients | {
-        name: buffer for name, buffer in model.named_buffers() if "running" in name or "center" in name
+        name: buffer
+        for name, buffer in model.named_buffers()
+        if any(kind in name for kind in ("running", "center", "targets"))
     }
 
 

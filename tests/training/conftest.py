@@ -2,6 +2,10 @@ import copy
 
 import pytest
 
+from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
+from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
+from hf_vlm.models.modeling_vlm_vit import VLMViTModel
+
 ENCODER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8}
 COMMON = {
     "encoder_config": ENCODER,
@@ -33,6 +37,7 @@ METHODS = {
         "model_config": {"num_prototypes": 16, "head_hidden_size": 32, "bottleneck_size": 16},
         "views": {"local": {"num_views": 2, "size": 16, "crop_scale": [0.05, 0.3]}},
     },
+    "distill": {},
     "simmim": {"model_config": {"mask_unit_size": 16}},
     "simclr": {"model_config": {"projection_hidden_size": 32, "projection_size": 16}},
     "detection": {
@@ -50,12 +55,20 @@ METHODS = {
 }
 
 
+def save_teacher(folder):
+    VLMViTModel(VLMViTConfig(image_size=32, **ENCODER)).save_pretrained(folder)
+    VLMViTImageProcessor(image_mean=[0.5] * 3, image_std=[0.2] * 3).save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.fixture
 def make_recipe(tmp_path):
     """`make_recipe(method, **changes)`: a recipe of seconds, that writes into the test's folder."""
 
     def make(kind, **changes):
         recipe = {"method": kind, "output_dir": str(tmp_path / kind), **COMMON, **METHODS[kind], **changes}
+        if kind == "distill":
+            recipe["model_config"] = {"teacher": save_teacher(tmp_path / "teacher"), **recipe.get("model_config", {})}
         return copy.deepcopy(recipe)
 
     return make

@@ -17,7 +17,9 @@ from hf_vlm.models.modeling_detection import VLMViTForObjectDetection
 from hf_vlm.models.modeling_mae import MAEForPreTraining
 from hf_vlm.models.modeling_simclr import SimCLRForPreTraining
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
+from hf_vlm.registry import find_model
 from hf_vlm.training.arguments import parse_arguments
+from hf_vlm.training.build import build_config
 from hf_vlm.training.callbacks import read_log
 from hf_vlm.training.data_state import last_checkpoint
 from hf_vlm.training.record import RunRecord, fingerprint
@@ -57,7 +59,7 @@ def losses(folder):
     return {entry["step"]: entry["loss"] for entry in read_log(folder / "log.jsonl") if "loss" in entry}
 
 
-@pytest.mark.parametrize("method", ["simclr", "mae", "simmim", "ijepa", "lejepa", "dinov2", "detection"])
+@pytest.mark.parametrize("method", ["simclr", "mae", "simmim", "ijepa", "lejepa", "dinov2", "distill", "detection"])
 @pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_twice_and_resumed_equals_uninterrupted(make_recipe, tmp_path, kill_at, method, num_workers):
     train = finetune if method == "detection" else pretrain
@@ -269,6 +271,14 @@ def test_losses_fall(make_recipe, tmp_path):
         ("mae", {"encoder_preset": "enormous"}, "There are: nano"),
         ("mae", {"views": {"blurr": 1}}, "blur"),
         ("mae", {"image_size": 30}, "not a multiple"),
+        (
+            "distill",
+            {"model_config": {"teacher": "nowhere/at-all"}},
+            "neither a folder with a model nor one on the Hub",
+        ),
+        ("distill", {"model_config": {"teacher": ""}}, "there is no teacher"),
+        ("ijepa", {"image_size": 16}, "2 x 2 patches is too small"),
+        ("simmim", {"model_config": {"mask_unit_size": 20}}, "mask_unit_size 20 is not a multiple"),
         ("detection", {"augmentation": {"flipp": 1}}, "flip"),
         ("detection", {"eval_split": "tset"}, "tset"),
     ],
@@ -292,6 +302,16 @@ def test_an_encoder_of_another_patch_size_is_refused_unless_asked_for(make_recip
     detector = VLMViTForObjectDetection.from_pretrained(tmp_path / "detection")
     weights = VLMViTModel.from_pretrained(tmp_path / "mae").layers[1].mlp.up_projection.weight
     assert torch.equal(detector.backbone.layers[1].mlp.up_projection.weight, weights)
+
+
+def test_a_teacher_gets_images_as_it_knows_them(make_recipe):
+    """The configuration holds the normalisation of the run: the usual one, or that of the encoder it starts from."""
+    recipe = make_recipe("distill")
+    config = build_config(parse_arguments(recipe), find_model("distill"))
+    assert (config.image_mean, config.teacher_mean) == (list(VLMViTImageProcessor().image_mean), [0.5] * 3)
+    started = recipe | {"encoder": recipe["model_config"]["teacher"]}
+    config = build_config(parse_arguments(started), find_model("distill"))
+    assert (config.image_mean, config.image_std) == (config.teacher_mean, config.teacher_std) == ([0.5] * 3, [0.2] * 3)
 
 
 def test_the_fingerprint_tells_data_apart():

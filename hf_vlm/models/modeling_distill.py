@@ -1,0 +1,296 @@
+"""Distillation: an encoder learns the features of a frozen one, from the Hub or from a run of this package."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers import AutoConfig
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from transformers.utils import ModelOutput, auto_docstring
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_vlm_vit import VLMViTConfig
+from .modeling_vlm_vit import VLMViTModel, VLMViTPreTrainedModel
+from .ssl_frozen import (
+    as_encoder_config,
+    load_encoder,
+    output_shape,
+    patch_features,
+    patch_size_of,
+    read_encoder,
+    read_statistics,
+    resize_map,
+    vision_part,
+)
+from .ssl_layers import SSLConfig, flatten_views, world_size
+from .ssl_prototypes import sum_over_ranks
+from .vit_layers import patch_grid
+
+
+@strict
+class DistillConfig(SSLConfig):
+    r"""Configuration of [`DistillForPreTraining`].
+
+    Args:
+        backbone_config (`VLMViTConfig` or `dict`, *optional*): The encoder that learns.
+        teacher (`str`):
+            The encoder that it learns from: a folder or Hub id of a model of transformers whose last layer has a token
+            a patch or is a map (ViT, DINOv2, DINOv3, CLIP, SigLIP, ConvNeXt, ...), or of an encoder of this package.
+            Code that comes with a model is never run.
+        teacher_revision (`str`, *optional*): Commit of a teacher on the Hub. The one that is found is kept here.
+        teacher_config (`PreTrainedConfig` or `dict`, *optional*): The teacher's configuration; read when not given.
+        teacher_mean, teacher_std (`list`, *optional*):
+            Of the pixels in 0..1 that the teacher was trained with; read from its image processor when not given.
+        teacher_image_size (`int` or `(height, width)`, *optional*):
+            Pixels that the teacher sees, multiples of its patch. When not given, the images' own size, rounded to its
+            patch: more makes the teacher's map finer, and each step dearer.
+        image_mean, image_std (`list`, *optional*):
+            Of the images that `forward` is given; ImageNet's for three channels when not given, else 0.5.
+        class_token_weight (`float`, defaults to 1.0):
+            Weight of the class token's loss beside the patches', where both encoders have a class token.
+    """
+
+    model_type = "vlm_distill"
+    sub_configs = {"backbone_config": VLMViTConfig, "teacher_config": AutoConfig}
+
+    teacher: str = ""
+    teacher_revision: str | None = None
+    teacher_config: Any = None
+    teacher_mean: list[float] | tuple[float, ...] | None = None
+    teacher_std: list[float] | tuple[float, ...] | None = None
+    teacher_image_size: int | list[int] | tuple[int, int] | None = None
+    image_mean: list[float] | tuple[float, ...] | None = None
+    image_std: list[float] | tuple[float, ...] | None = None
+    class_token_weight: float | int = 1.0
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.teacher and self.teacher_config is None:
+            self.teacher_config, commit = read_encoder(self.teacher, self.teacher_revision)
+            self.teacher_revision = commit or self.teacher_revision
+        if self.teacher and (self.teacher_mean is None or self.teacher_std is None):
+            self.teacher_mean, self.teacher_std = read_statistics(self.teacher, self.teacher_revision)
+        if self.teacher_config is not None:
+            self.teacher_config = as_encoder_config(self.teacher_config)
+        super().__post_init__(**kwargs)
+        num_channels = self.backbone_config.num_channels
+        if self.image_mean is None or self.image_std is None:
+            is_color = num_channels == 3
+            self.image_mean = IMAGENET_DEFAULT_MEAN if is_color else [0.5] * num_channels
+            self.image_std = IMAGENET_DEFAULT_STD if is_color else [0.5] * num_channels
+        self._check(num_channels)
+
+    def _check(self, num_channels: int) -> None:
+        if self.teacher_config is None:
+            return  # as transformers' own comparison with the defaults makes it
+        of_teacher = getattr(vision_part(self.teacher_config), "num_channels", 3)
+        if of_teacher != num_channels:
+            raise ValueError(
+                f"DistillConfig: the teacher {self.teacher} sees images of {of_teacher} channels, and the encoder of "
+                f"{num_channels}: set num_channels in encoder_config, or take another teacher."
+            )
+        for name in ("image_mean", "image_std", "teacher_mean", "teacher_std"):
+            if len(getattr(self, name)) not in (1, num_channels):
+                raise ValueError(f"DistillConfig: {name} needs {num_channels} values, one a channel.")
+        patch_hw = patch_size_of(self.teacher_config)
+        if any(side % patch for side, patch in zip(self.teacher_hw(patch_hw), patch_hw)):
+            raise ValueError(
+                f"DistillConfig: teacher_image_size {self.teacher_image_size} is not a multiple of the teacher's "
+                f"patch, {patch_hw[0]} x {patch_hw[1]} pixels."
+            )
+
+    def teacher_hw(self, image_hw: tuple[int, int]) -> tuple[int, int]:
+        """Height and width at which the teacher sees images of `image_hw`."""
+        size = self.teacher_image_size
+        if size is None:
+            height, width = (
+                max(1, round(side / patch)) * patch
+                for side, patch in zip(image_hw, patch_size_of(self.teacher_config))
+            )
+        else:
+            height, width = (size, size) if isinstance(size, int) else size
+        return height, width
+
+
+@auto_docstring
+@dataclass
+class DistillOutput(ModelOutput):
+    r"""
+    loss (`torch.FloatTensor` of shape `()`): Distance of the patches, and of the class token where both have one.
+    patch_cosine (`torch.FloatTensor` of shape `()`): Mean cosine of predicted and true patch features: 1 at best.
+    patch_smooth_l1 (`torch.FloatTensor` of shape `()`): Their mean smooth-L1 distance.
+    class_cosine (`torch.FloatTensor` of shape `()`): The same of class tokens.
+    class_smooth_l1 (`torch.FloatTensor` of shape `()`): The same of class tokens.
+    """
+
+    loss: Tensor | None = None
+    patch_cosine: Tensor | None = None
+    patch_smooth_l1: Tensor | None = None
+    class_cosine: Tensor | None = None
+    class_smooth_l1: Tensor | None = None
+
+
+class RunningStandardizer(nn.Module):
+    """Features (rows, size) with mean 0 and deviation 1 a dimension, by the statistics of all that it has been given.
+
+    A teacher's dimensions differ by orders of magnitude, and have means that are the same for every image: cosines of
+    raw features are near 1 whatever the student says. The statistics are of all batches of a training so far and of
+    all ranks, and are saved.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    num_batches: Tensor
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("variance", torch.ones(size))
+        self.register_buffer("num_batches", torch.zeros(()))
+
+    @torch.no_grad()
+    def forward(self, features: Tensor) -> Tensor:
+        features = features.float()
+        if self.training:
+            self._update(features)
+        return (features - self.mean) * torch.rsqrt(self.variance + 1e-6)
+
+    def _update(self, features: Tensor) -> None:
+        count = len(features) * world_size()
+        mean = sum_over_ranks(features.sum(0)) / count  # (size,)
+        variance = sum_over_ranks((features - mean).square().sum(0)) / count
+        self.num_batches += 1
+        share, moved = 1 / self.num_batches, mean - self.mean  # all batches count alike
+        self.variance.copy_(self.variance + share * (variance - self.variance + (1 - share) * moved.square()))
+        self.mean.copy_(self.mean + share * moved)
+
+
+def feature_distance(predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean cosine and mean smooth-L1 distance of rows (rows, dim), in float32.
+
+    The loss is 1 - cosine + distance, on standardised targets, as UNIC distils each teacher (arXiv 2408.05088);
+    AM-RADIO (2312.06709) and Theia (2407.20179) weigh the same two.
+    """
+    predictions = predictions.float()
+    cosine = F.cosine_similarity(predictions, targets, dim=-1).mean()
+    return cosine, F.smooth_l1_loss(predictions, targets)
+
+
+@auto_docstring
+class DistillForPreTraining(VLMViTPreTrainedModel):
+    """An encoder, and linear layers from its tokens to those of a frozen teacher.
+
+    The teacher's weights are not saved with the student's: they have a source, which the configuration names. It must
+    be there when the model is loaded; `from_pretrained(folder, teacher=...)` says where it has gone.
+    """
+
+    config_class = DistillConfig
+    # Student and teacher see the same crop, in true colours, as a teacher helps most (arXiv 2106.05237).
+    default_views = {"num_views": 1, "crop_scale": [0.2, 1.0], "flip": 0.5}
+
+    def __init__(self, config: DistillConfig):
+        super().__init__(config)
+        if config.teacher_config is None:
+            raise ValueError("DistillConfig: there is no teacher: give a folder or a Hub id as teacher.")
+        encoder = config.backbone_config
+        width, has_class_token = output_shape(config.teacher_config, config.teacher_hw(encoder.image_hw))
+        self.backbone = VLMViTModel(encoder)
+        self.patch_head = nn.Linear(encoder.hidden_size, width)
+        self.patch_targets = RunningStandardizer(width)
+        self.has_class_token = has_class_token and encoder.use_class_token and config.class_token_weight > 0
+        if self.has_class_token:
+            self.class_head = nn.Linear(encoder.hidden_size, width)
+            self.class_targets = RunningStandardizer(width)
+        self.post_init()
+        if self.device.type != "meta":  # there weights are not loaded until the model is made
+            self.load_teacher()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As of all models; the teacher is loaded from its own source.
+
+        Raises:
+            ValueError: if the teacher is not found.
+        """
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).load_teacher()
+        return loaded
+
+    def load_teacher(self) -> None:
+        """Loads the frozen teacher from where the configuration says."""
+        config = self.config
+        try:
+            teacher = load_encoder(config.teacher, config.teacher_config, config.teacher_revision, self.dtype)
+        except ValueError as error:
+            raise ValueError(
+                f"{error} The student's files hold no weights of the teacher: say where it is, by "
+                "model_config.teacher in a recipe or teacher=... of from_pretrained."
+            ) from error
+        self.teacher = teacher.to(self.device)
+        self._keys_to_ignore_on_save = {f"teacher.{name}" for name in teacher.state_dict()}
+
+    def train(self, mode: bool = True) -> "DistillForPreTraining":
+        super().train(mode)
+        if hasattr(self, "teacher"):
+            self.teacher.eval()
+        return self
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(self, pixel_values: Tensor, **kwargs: Any) -> DistillOutput:
+        r"""
+        pixel_values (`torch.FloatTensor` of shape `(batch, views, channels, height, width)` or without views):
+            Images, normalised by `image_mean` and `image_std`; each view counts as an image.
+        """
+        images, encoder = flatten_views(pixel_values), self.config.backbone_config
+        patches, class_token = self._targets(images)  # (batch, dim, rows, columns), (batch, dim)
+        tokens = self.backbone(images).last_hidden_state
+        targets = resize_map(patches, patch_grid(images, encoder.patch_hw)).flatten(2).transpose(1, 2)
+        patch_cosine, patch_distance = feature_distance(
+            self.patch_head(tokens[:, encoder.num_prefix_tokens :]).flatten(0, 1),
+            self.patch_targets(targets.flatten(0, 1)),
+        )
+        loss, of_class = 1 - patch_cosine + patch_distance, {}
+        if self.has_class_token:
+            cosine, distance = feature_distance(self.class_head(tokens[:, 0]), self.class_targets(class_token))
+            loss = loss + self.config.class_token_weight * (1 - cosine + distance)
+            of_class = {"class_cosine": cosine, "class_smooth_l1": distance}
+        return DistillOutput(loss=loss, patch_cosine=patch_cosine, patch_smooth_l1=patch_distance, **of_class)
+
+    @torch.no_grad()
+    def _targets(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The teacher's map of patches (batch, dim, rows, columns) and class token (batch, dim), in float32."""
+        config = self.config
+        images = resize_map(renormalise(images.float(), config), config.teacher_hw((images.shape[2], images.shape[3])))
+        patches, class_token = patch_features(
+            self.teacher, images.to(self.teacher.dtype), patch_size_of(config.teacher_config)
+        )
+        return patches.float(), class_token
+
+
+def renormalise(images: Tensor, config: DistillConfig) -> Tensor:
+    """Images (batch, channels, height, width) normalised for the student, as the teacher wants them."""
+    channels = range(images.shape[1])
+    statistics: Any = config.image_mean, config.image_std, config.teacher_mean, config.teacher_std
+    mean, std, teacher_mean, teacher_std = ([v[channel % len(v)] for channel in channels] for v in statistics)
+    if (mean, std) == (teacher_mean, teacher_std):
+        return images
+    planes = [
+        images[:, channel] * (std[channel] / teacher_std[channel])
+        + (mean[channel] - teacher_mean[channel]) / teacher_std[channel]
+        for channel in channels
+    ]
+    return torch.stack(planes, dim=1)
+
+
+__all__ = [
+    "DistillConfig",
+    "DistillForPreTraining",
+    "DistillOutput",
+    "RunningStandardizer",
+    "feature_distance",
+    "renormalise",
+]

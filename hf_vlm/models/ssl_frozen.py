@@ -1,0 +1,191 @@
+"""Frozen encoders to learn from: found by folder or Hub id, with their normalisation, as maps of patch features."""
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoConfig, AutoModel
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import CONFIG_NAME
+from transformers.utils.hub import cached_file, extract_commit_hash
+
+from .configuration_vlm_vit import VLMViTConfig
+from .modeling_vlm_vit import VLMViTModel
+
+Size = tuple[int, int]
+
+
+def as_encoder_config(config: PreTrainedConfig | dict[str, Any]) -> PreTrainedConfig:
+    """The configuration of an encoder of this package or of transformers, given as it is or as a dictionary."""
+    if isinstance(config, PreTrainedConfig):
+        return config
+    if config.get("model_type") == VLMViTConfig.model_type:  # also where only this code is, and nothing is registered
+        return VLMViTConfig(**config)
+    return AutoConfig.for_model(**config)
+
+
+def read_encoder(source: str, revision: str | None = None) -> tuple[PreTrainedConfig, str | None]:
+    """The configuration of the encoder in a folder or on the Hub, and the commit that it is of, for one on the Hub.
+
+    Raises:
+        ValueError: if nothing is there, or it needs code of its own, which is never run.
+    """
+    path = _located(source, CONFIG_NAME, revision)
+    found = PreTrainedConfig.get_config_dict(source, revision=revision)[0]
+    of_backbone = (found.get("backbone_config") or {}).get("model_type")
+    if VLMViTConfig.model_type in (found.get("model_type"), of_backbone):
+        config: PreTrainedConfig = VLMViTConfig.from_pretrained(source, revision=revision)
+    else:
+        try:
+            config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+        except ValueError as error:  # an unknown type, or code of its own
+            raise ValueError(
+                f"The encoder {source!r} is none that transformers knows by itself: {str(error).splitlines()[0]} Code "
+                "that comes with a model is not run here: take a teacher whose type is part of transformers or of "
+                "this package."
+            ) from error
+    vars(config).pop("auto_map", None)
+    return config, extract_commit_hash(path, None)
+
+
+def read_statistics(source: str, revision: str | None = None) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of an encoder's image processor, of pixels in 0..1; ValueError where it has none."""
+    try:
+        found = BaseImageProcessor.get_image_processor_dict(source, revision=revision)[0]
+    except OSError as error:
+        raise ValueError(
+            f"{source!r} has no preprocessor_config.json that says how its images are normalised: give teacher_mean "
+            "and teacher_std."
+        ) from error
+    if not found.get("do_normalize", True):
+        return [0.0], [1.0]
+    mean, std = (found.get(name, [0.5]) for name in ("image_mean", "image_std"))
+    return (mean, std) if isinstance(mean, list) else ([mean], [std])
+
+
+def vision_part(config: Any) -> Any:
+    """The configuration of what sees images: of CLIP and its like, `vision_config`."""
+    return getattr(config, "vision_config", config)
+
+
+def patch_size_of(config: Any) -> Size:
+    """Rows and columns of pixels of a patch; 1 x 1 for encoders without patches."""
+    size = getattr(vision_part(config), "patch_size", 1)
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
+
+
+def load_encoder(source: str, config: PreTrainedConfig, revision: str | None, dtype: torch.dtype) -> PreTrainedModel:
+    """Loads the weights of an encoder of this configuration, frozen and in evaluation mode.
+
+    Raises:
+        ValueError: if nothing is there, or its weights are not those of the configuration.
+    """
+    loader = VLMViTModel if isinstance(config, VLMViTConfig) else AutoModel
+    _located(source, CONFIG_NAME, revision)
+    try:
+        model, report = loader.from_pretrained(
+            source,
+            config=copy.deepcopy(config),
+            revision=revision,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"The weights of the encoder {source!r} cannot be loaded: {str(error).splitlines()[0]}"
+        ) from error
+    # Poolers are not read; classifiers' checkpoints lack them.
+    if missing := sorted(name for name in report["missing_keys"] if "pooler" not in name.split(".")):
+        raise ValueError(f"The weights of the encoder {source!r} lack {', '.join(missing[:5])}: it would be random.")
+    return _seeing(model).requires_grad_(False).eval()
+
+
+def output_shape(config: PreTrainedConfig, size: Size) -> tuple[int, bool]:
+    """Width of an encoder's features, and whether it has a class token: found without weights and computing nothing.
+
+    Raises:
+        ValueError: if it takes no images of this size, or its outputs are neither patch tokens nor a map.
+    """
+    config = copy.deepcopy(config)
+    try:
+        with torch.device("meta"):
+            model = VLMViTModel(config) if isinstance(config, VLMViTConfig) else AutoModel.from_config(config)
+            images = torch.empty(1, getattr(vision_part(config), "num_channels", 3), *size)
+            patches, class_token = patch_features(_seeing(model).eval(), images, patch_size_of(config))
+    except Exception as error:  # whatever a model makes of images that it was not built for
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"An encoder of type {config.model_type!r} cannot be taught from at {size[0]} x {size[1]} pixels: {reason}"
+        ) from error
+    return patches.shape[1], class_token is not None
+
+
+def patch_features(encoder: PreTrainedModel, images: Tensor, patch_hw: Size) -> tuple[Tensor, Tensor | None]:
+    """Features of an encoder's last layer.
+
+    Args:
+        encoder: One whose tokens are class and register tokens, if any, and then patches row by row; or one whose
+            output is a map, as of a convolutional network.
+        images: (batch, channels, height, width) in its normalisation, sides a multiple of its patch.
+
+    Returns:
+        A map of patches (batch, dim, rows, columns), and the class token (batch, dim) where it has one.
+    """
+    # Learned positions that are not resized unasked.
+    takes_any_size = "interpolate_pos_encoding" in inspect.signature(encoder.forward).parameters
+    options = {"interpolate_pos_encoding": True} if takes_any_size else {}
+    tokens = encoder(pixel_values=images, **options).last_hidden_state
+    if tokens.ndim == 4:
+        return tokens, None
+    rows, columns = (side // patch for side, patch in zip(images.shape[2:], patch_hw))
+    num_prefix = tokens.shape[1] - rows * columns  # (batch, prefix + patches, dim)
+    if tokens.ndim != 3 or num_prefix < 0:
+        raise ValueError(
+            f"its output {tuple(tokens.shape)} is neither a token for each of {rows} x {columns} patches nor a map."
+        )
+    has_class_token = encoder.config.use_class_token if isinstance(encoder, VLMViTModel) else num_prefix > 0
+    patches = tokens[:, num_prefix:].transpose(1, 2).unflatten(2, (rows, columns))  # (batch, dim, rows, columns)
+    return patches, tokens[:, 0] if has_class_token else None
+
+
+def resize_map(maps: Tensor, size: Size) -> Tensor:
+    """Images or maps of features (batch, channels, height, width) at another size, bilinearly and without aliasing."""
+    if tuple(maps.shape[2:]) == size:
+        return maps
+    return F.interpolate(maps, size, mode="bilinear", align_corners=False, antialias=True)
+
+
+def _seeing(model: PreTrainedModel) -> PreTrainedModel:
+    """What sees images: of CLIP and its like a part."""
+    return getattr(model, "vision_model", model)
+
+
+def _located(source: str, name: str, revision: str | None) -> str:
+    """Path of a file of a folder or of a repository of the Hub; ValueError where there is none."""
+    reason = None
+    try:
+        if path := cached_file(source, name, revision=revision):
+            return path
+    except OSError as error:
+        reason = error
+    raise ValueError(f"The encoder {source!r} is neither a folder with a model nor one on the Hub.") from reason
+
+
+__all__ = [
+    "as_encoder_config",
+    "load_encoder",
+    "output_shape",
+    "patch_features",
+    "patch_size_of",
+    "read_encoder",
+    "read_statistics",
+    "resize_map",
+    "vision_part",
+]
