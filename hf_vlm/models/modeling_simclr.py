@@ -12,7 +12,15 @@ from transformers.utils import ModelOutput, auto_docstring
 from transformers.utils.generic import can_return_tuple
 
 from .modeling_vlm_vit import VLMViTModel, VLMViTPreTrainedModel
-from .ssl_layers import ProjectionHead, SSLConfig, check_views, first_views_first, gather_with_gradient, rank
+from .ssl_layers import (
+    ProjectionHead,
+    SSLConfig,
+    check_views,
+    feature_std,
+    first_views_first,
+    gather_with_gradient,
+    rank,
+)
 
 
 @strict
@@ -49,11 +57,13 @@ class SimCLROutput(ModelOutput):
     loss (`torch.FloatTensor` of shape `()`): NT-Xent.
     projections (`torch.FloatTensor` of shape `(2 * batch, projection_size)`): Normalised; first views first.
     accuracy (`torch.FloatTensor` of shape `()`): Share of views whose nearest other view is their own partner.
+    feature_std (`torch.FloatTensor` of shape `()`): Spread of the projections: 1 when even, 0 when alike, a collapse.
     """
 
     loss: Tensor | None = None
     projections: Tensor | None = None
     accuracy: Tensor | None = None
+    feature_std: Tensor | None = None
 
 
 class _ContrastiveCrossEntropy(torch.autograd.Function):
@@ -148,7 +158,9 @@ class SimCLRForPreTraining(VLMViTPreTrainedModel):
         pooled = self.backbone(views, class_token_only=True).pooler_output  # (2 * batch, hidden_size)
         projections = F.normalize(self.projection_head(pooled).float(), dim=-1)  # (2 * batch, projection_size)
         loss, accuracy = nt_xent(projections, self.config.temperature)
-        return SimCLROutput(loss=loss, projections=projections, accuracy=accuracy)
+        return SimCLROutput(
+            loss=loss, projections=projections, accuracy=accuracy, feature_std=feature_std(projections.detach())
+        )
 
 
 __all__ = ["SimCLRConfig", "SimCLRForPreTraining", "SimCLROutput", "nt_xent"]

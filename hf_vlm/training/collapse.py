@@ -6,11 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch.nn.functional as F
-from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-__all__ = ["SIGNS", "CollapseAlarm", "Sign", "projection_std"]
+__all__ = ["SIGNS", "CollapseAlarm", "Sign"]
 
 logger = logging.getLogger(__name__)
 
@@ -91,13 +89,15 @@ DIVERGED = (
 # Where the thresholds come from: runs of 75 to 2500 steps of encoders of 3 to 6 layers on built-in scenes, CIFAR-10,
 # photographs of groceries, blood cells that all look alike, and nuclei, at usual and at too high learning rates; and
 # the same with losses that only pull views together. Each lies between the worst healthy run and the collapsed ones.
-#   feature_std / highest        healthy >= 0.10 (MAE on blood cells; elsewhere >= 0.36), collapsed <= 0.044
-#   effective_rank / highest     healthy >= 0.43 where it had been 10 or more, collapsed <= 0.09; where images use few
-#                                dimensions it falls in healthy runs too
-#   projection_std / highest     healthy >= 0.16, collapsed <= 0.05 (the features of the encoder stay as they were)
-#   loss / highest               healthy >= 0.05, collapsed <= 0.0015
-#   teacher_marginal_entropy     healthy >= 0.64 of the highest, one-hot collapse <= 0.2 (a DINO without centring)
-#   1 - teacher_entropy          healthy >= 0.6 of the highest, uniform collapse <= 0.04 (too high a temperature)
+#   probe_feature_std       healthy >= 0.10 of the highest (MAE on blood cells; elsewhere >= 0.36), collapsed <= 0.044
+#   probe_effective_rank    healthy >= 0.43 of the highest where that is 10 or more, collapsed <= 0.09; where images
+#                           use few dimensions it falls in healthy runs too
+#   feature_std             healthy >= 0.16 of the highest, collapsed <= 0.05 (SimCLR's projections, while the
+#                           encoder's features stayed as they were); of images all alike 0.04 in I-JEPA
+#   loss                    healthy >= 0.05 of the highest, collapsed <= 0.0015; I-JEPA on blood cells came to 0.0032
+#   teacher_marginal_entropy  healthy >= 0.64 of the highest, one-hot collapse <= 0.2 (a DINO without centring)
+#   1 - teacher_entropy     healthy >= 0.068 of the highest (DINOv2, few prototypes), uniform collapse <= 0.008 (a DINO
+#                           with a temperature of 0.3)
 SIGNS: tuple[Sign | NotFinite, ...] = (
     NotFinite(name="the loss is not finite", figure="loss", advice=DIVERGED),
     NotFinite(name="the features are not finite", figure="probe_feature_std", advice=DIVERGED),
@@ -118,16 +118,16 @@ SIGNS: tuple[Sign | NotFinite, ...] = (
         advice=SPREAD,
     ),
     Sign(
-        name="the projections are nearly the same for all images",
-        figure="projection_std",
+        name="what the method compares is nearly the same for all images",
+        figure="feature_std",
         fall=1 / 10,
-        level=0.05,
+        level=0.02,
         advice=SPREAD,
     ),
     Sign(
         name="the loss has vanished, as if all images were the same",
         figure="loss",
-        fall=1 / 500,
+        fall=1 / 200,
         advice=SPREAD,
     ),
     Sign(
@@ -144,7 +144,7 @@ SIGNS: tuple[Sign | NotFinite, ...] = (
         figure="teacher_entropy",
         shown=("teacher_marginal_entropy",),
         distance=lambda entropy: 1 - entropy,
-        fall=1 / 10,
+        fall=1 / 40,
         level=5e-4,
         advice="Lower the teacher's temperature (0.04 is usual), or centre less; lower the learning rate.",
     ),
@@ -193,9 +193,3 @@ class CollapseAlarm(TrainerCallback):
                 f"{args.output_dir}/checkpoint-{state.global_step}; to go on from there all the same: "
                 "--resume_from_checkpoint last --on_collapse warn"
             )
-
-
-def projection_std(projections: Tensor) -> Tensor:
-    """`hf_vlm.metrics.feature_std` of projections (..., D) of a batch, on their device, which is not waited for."""
-    directions = F.normalize(projections.detach().float().flatten(0, -2), dim=1)  # (n, D)
-    return directions.std(dim=0, correction=0).mean() * math.sqrt(directions.shape[1])

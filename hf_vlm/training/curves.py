@@ -17,7 +17,7 @@ Limits = tuple[float | None, float | None]
 PROBE_PANELS: tuple[tuple[str, tuple[str, ...], Limits], ...] = (
     ("Loss", ("loss",), (None, None)),
     ("Effective rank of the features", ("probe_effective_rank",), (0, None)),
-    ("Spread of the features (1: in all directions)", ("probe_feature_std", "projection_std"), (0, 1)),
+    ("Spread of the features (1: in all directions)", ("probe_feature_std", "feature_std"), (0, 1)),
     ("Accuracy on the features", ("probe_knn", "probe_linear"), (0, 1)),
 )
 
@@ -60,7 +60,7 @@ def draw_probes(folder: Path) -> None:
     entries = read_log(folder / LogFile.name)
     panels = []
     for title, figures, ylim in PROBE_PANELS:
-        curves = {figure.removeprefix("probe_"): series(entries, figure) for figure in figures}
+        curves = {figure: series(entries, figure) for figure in figures}
         curves = {name: curve for name, curve in curves.items() if curve[0]}
         if curves:
             panels.append(Panel(title=title, curves=curves, ylim=ylim))

@@ -19,7 +19,6 @@ from transformers.utils import PushInProgress
 from hf_vlm.data.stream import ExampleStream
 from hf_vlm.training.arguments import VisionTrainingArguments
 from hf_vlm.training.callbacks import AfterStep, LogFile, WeightDecaySchedule
-from hf_vlm.training.collapse import projection_std
 from hf_vlm.training.data_state import last_checkpoint, load_data_state, save_data_state
 from hf_vlm.training.device import suit_cpu
 from hf_vlm.training.meters import Speedometer
@@ -238,8 +237,6 @@ class VisionTrainer(Trainer):
         self._speedometer.count(self.model, inputs)  # here, where inputs are ready and autocast is on
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         parts = {name: value for name, value in outputs.items() if name != "loss" and _is_scalar(value)}
-        if "projections" in outputs:
-            parts["projection_std"] = projection_std(outputs["projections"])
         for name, value in {**parts, **(outputs.get("loss_dict") or {})}.items():
             self._part_sums[name] += value.detach()
         self._num_parts += 1

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from hf_vlm.metrics import feature_std
 from hf_vlm.models.modeling_simclr import SimCLRConfig, SimCLRForPreTraining, nt_xent
 
 BACKBONE = {
@@ -101,6 +102,8 @@ def test_overfits_one_batch():
         optimizer.zero_grad()
     assert output.accuracy == 1
     assert output.loss < 0.1
+    spread = feature_std(output.projections) * math.sqrt(16 / 15)  # of a sample: 16 views
+    assert output.feature_std.item() == pytest.approx(spread, rel=1e-4)
 
 
 def test_wrong_views_say_what_is_wrong():

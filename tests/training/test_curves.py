@@ -10,8 +10,8 @@ from hf_vlm.training.curves import Panel, draw_panels, draw_probes, series
 
 ENTRIES = [
     {"step": 0, "probe_effective_rank": 5.0, "probe_feature_std": 0.4},
-    {"step": 2, "loss": 1.5, "projection_std": 0.6},
-    {"step": 4, "loss": float("nan"), "projection_std": 0.5},
+    {"step": 2, "loss": 1.5, "feature_std": 0.6},
+    {"step": 4, "loss": float("nan"), "feature_std": 0.5},
     {"step": 4, "probe_effective_rank": 9.0, "probe_feature_std": 0.5, "probe_knn": 0.3, "probe_linear": 0.6},
 ]
 
@@ -40,11 +40,11 @@ def test_probes_are_drawn_with_the_loss(tmp_path, drawn):
     draw_probes(tmp_path)
     assert [(label, steps) for steps, _, label, _ in drawn] == [
         ("loss", [2, 4]),
-        ("effective_rank", [0, 4]),
-        ("feature_std", [0, 4]),
-        ("projection_std", [2, 4]),
-        ("knn", [4]),
-        ("linear", [4]),
+        ("probe_effective_rank", [0, 4]),
+        ("probe_feature_std", [0, 4]),
+        ("feature_std", [2, 4]),
+        ("probe_knn", [4]),
+        ("probe_linear", [4]),
     ]
     with Image.open(tmp_path / "probes.png") as picture:
         assert picture.size == (1200, 960)
@@ -53,7 +53,7 @@ def test_probes_are_drawn_with_the_loss(tmp_path, drawn):
 def test_figures_that_a_run_has_not_take_no_room(tmp_path, drawn):
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in ENTRIES[:2]))
     draw_probes(tmp_path)
-    assert "knn" not in [label for *_, label, _ in drawn]
+    assert "probe_knn" not in [label for *_, label, _ in drawn]
     with Image.open(tmp_path / "probes.png") as picture:
         assert picture.size == (1200, 960)  # three panels: two rows
 
