@@ -7,6 +7,7 @@ from hf_vlm.models.modeling_dinov2 import DINOv2Config, DINOv2ForPreTraining
 from hf_vlm.models.modeling_ijepa import IJEPAConfig, IJEPAForPreTraining
 from hf_vlm.models.modeling_lejepa import LeJEPAConfig, LeJEPAForPreTraining
 from hf_vlm.models.modeling_mae import MAEConfig, MAEForPreTraining
+from hf_vlm.models.modeling_moco_v3 import MoCoV3Config, MoCoV3ForPreTraining
 from hf_vlm.models.modeling_simclr import SimCLRConfig, SimCLRForPreTraining
 from hf_vlm.models.modeling_simmim import SimMIMConfig, SimMIMForPreTraining
 from hf_vlm.models.modeling_vlm_vit import VLMViTBackbone, VLMViTModel
@@ -24,6 +25,8 @@ __all__ = [
     "LeJEPAForPreTraining",
     "MAEConfig",
     "MAEForPreTraining",
+    "MoCoV3Config",
+    "MoCoV3ForPreTraining",
     "SimCLRConfig",
     "SimCLRForPreTraining",
     "SimMIMConfig",

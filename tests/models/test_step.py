@@ -10,6 +10,7 @@ from hf_vlm.models.modeling_dinov2 import DINOv2Config, DINOv2ForPreTraining
 from hf_vlm.models.modeling_ijepa import IJEPAConfig, IJEPAForPreTraining
 from hf_vlm.models.modeling_lejepa import LeJEPAConfig, LeJEPAForPreTraining
 from hf_vlm.models.modeling_mae import MAEConfig, MAEForPreTraining
+from hf_vlm.models.modeling_moco_v3 import MoCoV3Config, MoCoV3ForPreTraining
 from hf_vlm.models.modeling_simclr import SimCLRConfig, SimCLRForPreTraining
 from hf_vlm.models.modeling_simmim import SimMIMConfig, SimMIMForPreTraining
 from hf_vlm.models.ssl_masks import context_and_targets
@@ -31,6 +32,8 @@ def build(name, num_layers=2):
     }
     if name == "simclr":
         return SimCLRForPreTraining(SimCLRConfig(backbone_config=backbone, projection_hidden_size=32)).train()
+    if name == "moco_v3":
+        return MoCoV3ForPreTraining(MoCoV3Config(backbone_config=backbone, projection_hidden_size=32)).train()
     if name == "dinov2":
         options = {"num_prototypes": 16, "head_hidden_size": 32, "bottleneck_size": 16}
         return DINOv2ForPreTraining(DINOv2Config(backbone_config=backbone, **options)).train()
@@ -46,7 +49,7 @@ def build(name, num_layers=2):
 
 
 def batch_of(name):
-    views = torch.randn(4, 2 if name in ("simclr", "dinov2", "lejepa") else 1, 3, 32, 32)
+    views = torch.randn(4, 2 if name in ("simclr", "moco_v3", "dinov2", "lejepa") else 1, 3, 32, 32)
     local_views = {"local_pixel_values": torch.randn(4, 3, 3, 16, 16)} if name in ("dinov2", "lejepa") else {}
     return {"pixel_values": views, **local_views}
 
@@ -80,7 +83,9 @@ def operators_of_a_step(name, num_layers=2):
     return operators.counts
 
 
-METHODS = pytest.mark.parametrize("name", ["mae", "mae_partial", "simclr", "simmim", "dinov2", "lejepa", "ijepa"])
+METHODS = pytest.mark.parametrize(
+    "name", ["mae", "mae_partial", "simclr", "moco_v3", "simmim", "dinov2", "lejepa", "ijepa"]
+)
 
 
 @METHODS
@@ -91,7 +96,8 @@ def test_a_step_never_waits_for_the_device(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "has_teacher"), [("mae", 0), ("mae_partial", 0), ("simclr", 0), ("simmim", 0), ("ijepa", 1)]
+    ("name", "has_teacher"),
+    [("mae", 0), ("mae_partial", 0), ("simclr", 0), ("simmim", 0), ("ijepa", 1), ("moco_v3", 1)],
 )
 def test_a_layer_asks_for_few_operators(name, has_teacher):
     """Forward and backward: 2 norms, 6 products with their biases, attention, GELU, 2 sums, and no copies between.

@@ -12,6 +12,7 @@ from hf_vlm.models.modeling_dinov2 import DINOv2Config, DINOv2ForPreTraining
 from hf_vlm.models.modeling_ijepa import IJEPAConfig, IJEPAForPreTraining
 from hf_vlm.models.modeling_lejepa import LeJEPAConfig, LeJEPAForPreTraining
 from hf_vlm.models.modeling_mae import MAEConfig, MAEForPreTraining
+from hf_vlm.models.modeling_moco_v3 import MoCoV3Config, MoCoV3ForPreTraining
 from hf_vlm.models.modeling_simclr import SimCLRConfig, SimCLRForPreTraining
 from hf_vlm.models.modeling_simmim import SimMIMConfig, SimMIMForPreTraining
 from hf_vlm.models.ssl_layers import SyncedBatchNorm1d, first_views_first
@@ -50,6 +51,13 @@ def objectives():
         "simclr": (
             SimCLRForPreTraining(SimCLRConfig(backbone_config=BACKBONE, projection_hidden_size=32)),
             {"pixel_values": torch.randn(BATCH, 2, 3, 32, 32)},
+        ),
+        "moco_v3": (
+            # In double: five batch norms of a fresh encoder's outputs, which hardly differ, are noisy in float32.
+            MoCoV3ForPreTraining(
+                MoCoV3Config(backbone_config=BACKBONE, projection_hidden_size=32, projection_size=16)
+            ).double(),
+            {"pixel_values": torch.randn(BATCH, 2, 3, 32, 32).double()},
         ),
         "mae": (
             MAEForPreTraining(MAEConfig(backbone_config=BACKBONE, decoder_config=decoder)),

@@ -34,6 +34,7 @@ METHODS = {
         "views": {"local": {"num_views": 2, "size": 16, "crop_scale": [0.05, 0.3]}},
     },
     "simmim": {"model_config": {"mask_unit_size": 16}},
+    "moco_v3": {"model_config": {"projection_hidden_size": 32, "projection_size": 16}},
     "simclr": {"model_config": {"projection_hidden_size": 32, "projection_size": 16}},
     "detection": {
         "model_config": {
