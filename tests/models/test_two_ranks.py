@@ -10,12 +10,12 @@ from torch.nn.parallel import DistributedDataParallel
 from hf_vlm.models.modeling_detection import VLMViTDetectionConfig, VLMViTForObjectDetection
 from hf_vlm.models.modeling_dinov2 import DINOv2Config, DINOv2ForPreTraining
 from hf_vlm.models.modeling_ijepa import IJEPAConfig, IJEPAForPreTraining
-from hf_vlm.models.modeling_lejepa import LeJEPAConfig, LeJEPAForPreTraining
+from hf_vlm.models.modeling_lejepa import LeJEPAConfig, LeJEPAForPreTraining, draw_slices
 from hf_vlm.models.modeling_mae import MAEConfig, MAEForPreTraining
 from hf_vlm.models.modeling_moco_v3 import MoCoV3Config, MoCoV3ForPreTraining
 from hf_vlm.models.modeling_simclr import SimCLRConfig, SimCLRForPreTraining
 from hf_vlm.models.modeling_simmim import SimMIMConfig, SimMIMForPreTraining
-from hf_vlm.models.ssl_layers import SyncedBatchNorm1d, first_views_first
+from hf_vlm.models.ssl_layers import SyncedBatchNorm1d, first_views_first, gather_with_gradient
 from hf_vlm.models.ssl_masks import context_and_targets
 
 BACKBONE = {
@@ -113,7 +113,10 @@ def run(model, batch):
 
 
 def gradients_of_rank(rank, store):
-    """Gradients after DDP's averaging, and running statistics, of each objective on this rank's half of the batch."""
+    """Gradients after DDP's averaging, and running statistics, of each objective on this rank's half of the batch.
+
+    And LeJEPA's slices of two steps, those of both ranks (12, 4) each.
+    """
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=120)
     )
@@ -124,6 +127,8 @@ def gradients_of_rank(rank, store):
             wrapped = DistributedDataParallel(model)  # held until the backward pass, whose gradients it averages
             run(wrapped, {key: value[half] for key, value in batch.items()}).loss.backward()
             found[name] = state_of(model)
+        torch.manual_seed(rank)  # ranks draw different masks
+        found["slices"] = [gather_with_gradient(draw_slices(6, 4, torch.device("cpu"))) for _ in range(2)]
         dist.barrier()
         return found
     finally:
@@ -144,6 +149,9 @@ def test_two_ranks_have_the_gradients_of_one_process(tmp_path):
     found = gradients_of_rank(0, store)
     other.join(timeout=120)
     assert other.exitcode == 0
+    for slices in found["slices"]:
+        assert torch.equal(*slices.chunk(2))
+    assert not torch.equal(*found["slices"])
     for objective, (model, batch) in objectives().items():
         run(model, batch).loss.backward()
         for name, expected in state_of(model).items():
