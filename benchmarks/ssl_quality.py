@@ -32,6 +32,11 @@ METHODS: dict[str, dict[str, Any]] = {
         "model_config": {"projection_hidden_size": 512, "projection_size": 128, "temperature": 0.2},
         "views": {**COLOR, "crop_scale": [0.2, 1.0]},
     },
+    "moco_v3": {
+        "model_config": {"projection_hidden_size": 512, "projection_size": 128},
+        "views": {**COLOR, "crop_scale": [0.2, 1.0], "views": [{}, {"solarize": 0.2}]},
+        "weight_decay": 0.1,
+    },
     "mae": {
         "model_config": {
             "mask_ratio": 0.75,

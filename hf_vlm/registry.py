@@ -28,6 +28,7 @@ from hf_vlm.models.modeling_distill import DistillConfig, DistillForPreTraining
 from hf_vlm.models.modeling_ijepa import IJEPAConfig, IJEPAForPreTraining
 from hf_vlm.models.modeling_lejepa import LeJEPAConfig, LeJEPAForPreTraining
 from hf_vlm.models.modeling_mae import MAEConfig, MAEForPreTraining
+from hf_vlm.models.modeling_moco_v3 import MoCoV3Config, MoCoV3ForPreTraining
 from hf_vlm.models.modeling_simclr import SimCLRConfig, SimCLRForPreTraining
 from hf_vlm.models.modeling_simmim import SimMIMConfig, SimMIMForPreTraining
 from hf_vlm.models.modeling_vlm_vit import VLMViTBackbone, VLMViTModel
@@ -48,6 +49,7 @@ MODELS = (
     ModelEntry("encoder", "features", VLMViTConfig, VLMViTModel, AutoModel),
     ModelEntry("backbone", "features", VLMViTConfig, VLMViTBackbone, AutoBackbone),
     ModelEntry("simclr", "pretraining", SimCLRConfig, SimCLRForPreTraining, AutoModelForPreTraining),
+    ModelEntry("moco_v3", "pretraining", MoCoV3Config, MoCoV3ForPreTraining, AutoModelForPreTraining),
     ModelEntry("mae", "pretraining", MAEConfig, MAEForPreTraining, AutoModelForPreTraining),
     ModelEntry("simmim", "pretraining", SimMIMConfig, SimMIMForPreTraining, AutoModelForPreTraining),
     ModelEntry("lejepa", "pretraining", LeJEPAConfig, LeJEPAForPreTraining, AutoModelForPreTraining),

@@ -25,6 +25,7 @@ FIELDS = {
     "encoder": BACKBONE,
     "backbone": BACKBONE,
     "simclr": {"backbone_config": BACKBONE, "projection_hidden_size": 32},
+    "moco_v3": {"backbone_config": BACKBONE, "projection_hidden_size": 32, "projection_size": 8},
     "mae": {
         "backbone_config": BACKBONE,
         "decoder_config": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
@@ -79,7 +80,7 @@ def fields_of(name, folder):
 
 
 def batch_of(name):
-    if name in ("simclr", "dinov2", "lejepa"):
+    if name in ("simclr", "moco_v3", "dinov2", "lejepa"):
         fixed = {"dinov2": {"masked": torch.rand(6, 16) < 0.3}, "lejepa": {"slices": torch.randn(64, 16)}}
         return {"pixel_values": torch.randn(3, 2, 3, 32, 32), **fixed.get(name, {})}
     images = {"pixel_values": torch.randn(2, 3, 32, 32)}

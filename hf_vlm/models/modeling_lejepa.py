@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput, auto_docstring
 from transformers.utils.generic import can_return_tuple
 
 from .modeling_vlm_vit import VLMViTModel, VLMViTPreTrainedModel
-from .ssl_layers import ProjectionHead, SSLConfig, check_views, feature_std, first_views_first, rank, world_size
+from .ssl_layers import ProjectionHead, SSLConfig, check_views, first_views_first, rank, world_size
 from .ssl_prototypes import sum_over_ranks
 
 
@@ -56,8 +56,12 @@ class LeJEPAOutput(ModelOutput):
     r"""
     loss (`torch.FloatTensor` of shape `()`): Weighted sum of the two parts.
     invariance (`torch.FloatTensor` of shape `()`): Squared distance of views to the mean of the large ones.
-    sigreg (`torch.FloatTensor` of shape `()`): Distance of the projections' distribution to a Gaussian.
-    feature_std (`torch.FloatTensor` of shape `()`): Spread of the normalised projections: 1 when even, 0 when alike.
+    sigreg (`torch.FloatTensor` of shape `()`):
+        Distance of the projections' distribution to a Gaussian: about 1 for a sample of one, and in proportion to the
+        batch for anything else.
+    feature_std (`torch.FloatTensor` of shape `()`):
+        Mean standard deviation of the projections: 1 as SIGReg wants it, 0 when all are alike. They are not normalised
+        before, which would hide a collapse into the origin.
     """
 
     loss: Tensor | None = None
@@ -184,6 +188,8 @@ class LeJEPAForPreTraining(VLMViTPreTrainedModel):
         """
         config, (batch, num_large) = self.config, check_views(pixel_values).shape[:2]
         crops = [pixel_values] if local_pixel_values is None else [pixel_values, local_pixel_values]
+        if sum(views.shape[1] for views in crops) < 2:
+            raise ValueError("LeJEPA compares views of an image, but there is only one: set num_views to 2 or more.")
         encoded = self.backbone.encode_crops([first_views_first(views) for views in crops], class_tokens_only=True)
         pooled = torch.cat([output.pooler_output for output in encoded])  # (all views * batch, hidden_size)
         projections = self.projection_head(pooled).float().unflatten(0, (-1, batch))  # (all views, batch, size)
@@ -196,7 +202,7 @@ class LeJEPAForPreTraining(VLMViTPreTrainedModel):
             loss=(1 - config.sigreg_weight) * agreement + config.sigreg_weight * distance,
             invariance=agreement,
             sigreg=distance,
-            feature_std=feature_std(F.normalize(projections[:num_large].flatten(0, 1), dim=-1)),
+            feature_std=projections[:num_large].detach().flatten(0, 1).std(0).mean(),
         )
 
 

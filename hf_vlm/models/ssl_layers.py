@@ -72,18 +72,29 @@ class SyncedBatchNorm1d(nn.BatchNorm1d):
             for running, value in (self.running_mean, mean), (self.running_var, variance * count / (count - 1)):
                 running.lerp_(value.to(running.dtype), self.momentum)
         normalised = centred * torch.rsqrt(variance + self.eps)
-        return (normalised * self.weight + self.bias).to(inputs.dtype)
+        if self.affine:
+            normalised = normalised * self.weight + self.bias
+        return normalised.to(inputs.dtype)
 
 
 class ProjectionHead(nn.Sequential):
-    """MLP with batch norm between the layers: (batch, input_size) to (batch, output_size)."""
+    """MLP with batch norm between the layers: (batch, input_size) to (batch, output_size).
 
-    def __init__(self, input_size: int, hidden_size: int, output_size: int, *, num_layers: int = 2):
+    Args:
+        last_norm: Whether batch norm without gain and bias follows the last layer, which then has no bias either.
+    """
+
+    def __init__(
+        self, input_size: int, hidden_size: int, output_size: int, *, num_layers: int = 2, last_norm: bool = False
+    ):
         sizes = [input_size, *[hidden_size] * (num_layers - 1), output_size]
         layers: list[nn.Module] = []
         for size_in, size_out in pairwise(sizes[:-1]):
             layers += [nn.Linear(size_in, size_out, bias=False), SyncedBatchNorm1d(size_out), nn.ReLU(inplace=True)]
-        super().__init__(*layers, nn.Linear(sizes[-2], output_size))
+        layers.append(nn.Linear(sizes[-2], output_size, bias=not last_norm))
+        if last_norm:
+            layers.append(SyncedBatchNorm1d(output_size, affine=False))
+        super().__init__(*layers)
 
 
 def as_vit_config(config: VLMViTConfig | dict[str, Any] | None, **defaults: Any) -> VLMViTConfig:

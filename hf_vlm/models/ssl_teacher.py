@@ -37,13 +37,23 @@ class TeacherMixin:
     def build_teacher(self: Any, *names: str) -> None:
         """Makes copies of the modules of these names."""
         self.teacher = nn.ModuleDict({name: copy.deepcopy(getattr(self, name)) for name in names})
-        self.teacher.requires_grad_(False)
+        self.freeze()
         for module in self.teacher.modules():
             if hasattr(module, "drop_path_rate"):
                 module.drop_path_rate = 0.0
             if hasattr(module, "config"):
                 module.config.attention_dropout = 0.0
         self.register_buffer("progress", torch.zeros(()))
+
+    def freeze(self: Any) -> None:
+        """Keeps gradients from what they never change: the teacher, and what a subclass adds."""
+        self.teacher.requires_grad_(False)
+
+    def train(self: Any, mode: bool = True) -> Any:
+        """As of every module. `from_pretrained` lets all parameters learn, and then calls `eval`, which calls this."""
+        super().train(mode)  # type: ignore[misc]
+        self.freeze()
+        return self
 
     def reset_teacher(self) -> None:
         """Makes the teacher equal to the student: at the start, and once weights were loaded into the student."""

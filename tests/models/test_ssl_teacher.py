@@ -36,6 +36,16 @@ def test_teacher_is_a_moving_average_with_rising_momentum():
     assert torch.equal(model.teacher["head"][0].weight, model.head[0].weight)
 
 
+def test_the_teacher_stays_frozen_where_loading_lets_all_parameters_learn():
+    model = Student()
+    model.requires_grad_(True)
+    model.eval()
+    assert not any(parameter.requires_grad for parameter in model.teacher.parameters())
+    assert all(parameter.requires_grad for parameter in model.head.parameters())
+    assert not model.teacher.training
+    assert model.train().teacher.training
+
+
 def test_teacher_and_progress_are_saved():
     assert {"progress", "teacher.head.0.weight"} <= set(Student().state_dict())
 

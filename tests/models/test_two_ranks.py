@@ -13,12 +13,13 @@ from hf_vlm.models.modeling_detection import VLMViTDetectionConfig, VLMViTForObj
 from hf_vlm.models.modeling_dinov2 import DINOv2Config, DINOv2ForPreTraining
 from hf_vlm.models.modeling_distill import DistillConfig, DistillForPreTraining
 from hf_vlm.models.modeling_ijepa import IJEPAConfig, IJEPAForPreTraining
-from hf_vlm.models.modeling_lejepa import LeJEPAConfig, LeJEPAForPreTraining
+from hf_vlm.models.modeling_lejepa import LeJEPAConfig, LeJEPAForPreTraining, draw_slices
 from hf_vlm.models.modeling_mae import MAEConfig, MAEForPreTraining
+from hf_vlm.models.modeling_moco_v3 import MoCoV3Config, MoCoV3ForPreTraining
 from hf_vlm.models.modeling_simclr import SimCLRConfig, SimCLRForPreTraining
 from hf_vlm.models.modeling_simmim import SimMIMConfig, SimMIMForPreTraining
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
-from hf_vlm.models.ssl_layers import SyncedBatchNorm1d, first_views_first
+from hf_vlm.models.ssl_layers import SyncedBatchNorm1d, first_views_first, gather_with_gradient
 from hf_vlm.models.ssl_masks import context_and_targets
 
 BACKBONE = {
@@ -62,6 +63,13 @@ def objectives():
         "simclr": (
             SimCLRForPreTraining(SimCLRConfig(backbone_config=BACKBONE, projection_hidden_size=32)),
             {"pixel_values": torch.randn(BATCH, 2, 3, 32, 32)},
+        ),
+        "moco_v3": (
+            # In double: five batch norms of a fresh encoder's outputs, which hardly differ, are noisy in float32.
+            MoCoV3ForPreTraining(
+                MoCoV3Config(backbone_config=BACKBONE, projection_hidden_size=32, projection_size=16)
+            ).double(),
+            {"pixel_values": torch.randn(BATCH, 2, 3, 32, 32).double()},
         ),
         "mae": (
             MAEForPreTraining(MAEConfig(backbone_config=BACKBONE, decoder_config=decoder)),
@@ -120,6 +128,10 @@ def run(model, batch):
 def gradients_of_rank(rank, store):
     """Gradients after DDP's averaging, and running statistics, of each objective on this rank's half of the batch."""
     everything = objectives()  # before there are ranks, of which only the first would save a teacher
+    """Gradients after DDP's averaging, and running statistics, of each objective on this rank's half of the batch.
+
+    And LeJEPA's slices of two steps, those of both ranks (12, 4) each.
+    """
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=120)
     )
@@ -130,6 +142,8 @@ def gradients_of_rank(rank, store):
             wrapped = DistributedDataParallel(model)  # held until the backward pass, whose gradients it averages
             run(wrapped, {key: value[half] for key, value in batch.items()}).loss.backward()
             found[name] = state_of(model)
+        torch.manual_seed(rank)  # ranks draw different masks
+        found["slices"] = [gather_with_gradient(draw_slices(6, 4, torch.device("cpu"))) for _ in range(2)]
         dist.barrier()
         return found
     finally:
@@ -152,6 +166,9 @@ def test_two_ranks_have_the_gradients_of_one_process(tmp_path):
     found = gradients_of_rank(0, store)
     other.join(timeout=120)
     assert other.exitcode == 0
+    for slices in found["slices"]:
+        assert torch.equal(*slices.chunk(2))
+    assert not torch.equal(*found["slices"])
     for objective, (model, batch) in objectives().items():
         run(model, batch).loss.backward()
         for name, expected in state_of(model).items():

@@ -39,6 +39,7 @@ METHODS = {
     },
     "distill": {},
     "simmim": {"model_config": {"mask_unit_size": 16}},
+    "moco_v3": {"model_config": {"projection_hidden_size": 32, "projection_size": 16}},
     "simclr": {"model_config": {"projection_hidden_size": 32, "projection_size": 16}},
     "detection": {
         "model_config": {

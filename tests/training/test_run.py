@@ -59,7 +59,9 @@ def losses(folder):
     return {entry["step"]: entry["loss"] for entry in read_log(folder / "log.jsonl") if "loss" in entry}
 
 
-@pytest.mark.parametrize("method", ["simclr", "mae", "simmim", "ijepa", "lejepa", "dinov2", "distill", "detection"])
+@pytest.mark.parametrize(
+    "method", ["simclr", "mae", "simmim", "ijepa", "lejepa", "dinov2", "distill", "moco_v3", "detection"]
+)
 @pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_twice_and_resumed_equals_uninterrupted(make_recipe, tmp_path, kill_at, method, num_workers):
     train = finetune if method == "detection" else pretrain

@@ -1,0 +1,144 @@
+"""MoCo v3: contrastive learning with a momentum encoder, for ViTs (arXiv 2104.02057), written from the paper."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers.utils import ModelOutput, auto_docstring
+from transformers.utils.generic import can_return_tuple
+
+from .modeling_vlm_vit import VLMViTModel, VLMViTPreTrainedModel
+from .ssl_layers import (
+    ProjectionHead,
+    SSLConfig,
+    as_vit_config,
+    check_views,
+    feature_std,
+    first_views_first,
+    gather_with_gradient,
+    rank,
+)
+from .ssl_teacher import TeacherMixin
+
+
+@strict
+class MoCoV3Config(SSLConfig):
+    r"""Configuration of [`MoCoV3ForPreTraining`]; the defaults are the paper's for ViTs.
+
+    Args:
+        backbone_config (`VLMViTConfig` or `dict`, *optional*): The encoder; sin-cos positions when not given.
+        freeze_patch_projection (`bool`, defaults to `True`): Whether the patch projection stays as it was initialised
+            or loaded: the paper's remedy for sudden drops of accuracy in training.
+        projection_hidden_size (`int`, defaults to 4096): Width of the hidden layers of projector and predictor.
+        projection_size (`int`, defaults to 256): Width of what is compared.
+        temperature (`float`, defaults to 0.2): Temperature of the similarities.
+        momentum (`float`, defaults to 0.99): Momentum of the teacher at the start; 1 at the end.
+    """
+
+    model_type = "vlm_moco_v3"
+
+    freeze_patch_projection: bool = True
+    projection_hidden_size: int = 4096
+    projection_size: int = 256
+    temperature: float | int = 0.2
+    momentum: float | int = 0.99
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.temperature <= 0:
+            raise ValueError(f"MoCoV3Config: temperature must be positive, but is {self.temperature}.")
+        self.backbone_config = as_vit_config(self.backbone_config, position_embedding_type="sincos")
+        super().__post_init__(**kwargs)
+
+
+@auto_docstring
+@dataclass
+class MoCoV3Output(ModelOutput):
+    r"""
+    loss (`torch.FloatTensor` of shape `()`): InfoNCE of both views x 2 x temperature.
+    accuracy (`torch.FloatTensor` of shape `()`): Share of views whose nearest key is that of their own image.
+    feature_std (`torch.FloatTensor` of shape `()`):
+        Standard deviation of the normalised encoder outputs x sqrt(dim): 1 when spread evenly, 0 when all alike. The
+        projections would not show a collapse: batch norm gives them a deviation of 1.
+    """
+
+    loss: Tensor | None = None
+    accuracy: Tensor | None = None
+    feature_std: Tensor | None = None
+
+
+def contrastive_loss(queries: Tensor, keys: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """InfoNCE x 2 x temperature of queries (batch, dim) whose positives are the keys (batch, dim) of the same rows.
+
+    The keys of all ranks are compared, in float32: bfloat16 is 0.03 coarse where logits are near 5. The factor keeps
+    gradients alike at any temperature. Returns the mean over the local queries, and the top-1 accuracy.
+    """
+    with torch.autocast(queries.device.type, enabled=False):
+        queries, keys = F.normalize(queries.float(), dim=-1), F.normalize(keys.float(), dim=-1)
+        logits = queries @ gather_with_gradient(keys).T / temperature  # (batch, world * batch)
+        own = torch.arange(len(queries), device=queries.device) + rank() * len(queries)
+        loss = 2 * temperature * F.cross_entropy(logits, own)
+        return loss, (logits.argmax(dim=1) == own).float().mean()
+
+
+@auto_docstring
+class MoCoV3ForPreTraining(TeacherMixin, VLMViTPreTrainedModel):
+    """Queries of a student find the keys that its moving average makes of the other view of the same image."""
+
+    config_class = MoCoV3Config
+    # BYOL's unequal views (arXiv 2006.07733), with the paper's crops for ViTs.
+    default_views = {
+        "crop_scale": [0.08, 1.0],
+        "flip": 0.5,
+        "jitter": [0.4, 0.4, 0.2, 0.1],
+        "jitter_probability": 0.8,
+        "grey": 0.2,
+        "views": [{"blur": 1.0}, {"blur": 0.1, "solarize": 0.2}],
+    }
+
+    def __init__(self, config: MoCoV3Config):
+        super().__init__(config)
+        size, hidden_size = config.projection_size, config.projection_hidden_size
+        self.backbone = VLMViTModel(config.backbone_config)
+        self.projector = ProjectionHead(
+            config.backbone_config.hidden_size, hidden_size, size, num_layers=3, last_norm=True
+        )
+        self.predictor = ProjectionHead(size, hidden_size, size, num_layers=2, last_norm=True)
+        self.post_init()
+        if config.freeze_patch_projection:  # what is frozen keeps its scale: here the official one
+            nn.init.xavier_uniform_(self.backbone.embeddings.patch_projection.weight)
+        self.build_teacher("backbone", "projector")
+
+    def freeze(self) -> None:
+        super().freeze()
+        if self.config.freeze_patch_projection:
+            self.backbone.embeddings.patch_projection.requires_grad_(False)
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(self, pixel_values: Tensor, **kwargs: Any) -> MoCoV3Output:
+        r"""
+        pixel_values (`torch.FloatTensor` of shape `(batch, 2, channels, height, width)`):
+            Two views of each image.
+        """
+        views = first_views_first(check_views(pixel_values, num_views=2))  # (2 * batch, channels, height, width)
+        pooled = self.backbone(views, class_token_only=True).pooler_output  # (2 * batch, hidden_size)
+        with torch.no_grad():
+            pooled_by_teacher = self.teacher["backbone"](views, class_token_only=True).pooler_output
+            # Batch norm sees one view at a time, as unequal views have unequal statistics.
+            keys = [self.teacher["projector"](view) for view in pooled_by_teacher.chunk(2)]  # (batch, dim) each
+        queries = [self.predictor(self.projector(view)) for view in pooled.chunk(2)]
+        temperature = self.config.temperature
+        first, first_accuracy = contrastive_loss(queries[0], keys[1], temperature)
+        second, second_accuracy = contrastive_loss(queries[1], keys[0], temperature)
+        return MoCoV3Output(
+            loss=first + second,
+            accuracy=(first_accuracy + second_accuracy) / 2,
+            feature_std=feature_std(F.normalize(pooled.float(), dim=-1)),
+        )
+
+
+__all__ = ["MoCoV3Config", "MoCoV3ForPreTraining", "MoCoV3Output", "contrastive_loss"]
