@@ -28,6 +28,9 @@ FIELDS = {
     "mae": {
         "backbone_config": BACKBONE,
         "decoder_config": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+        "perceptual_weight": 1.0,  # by its own encoder
+        "adversarial_weight": 0.1,
+        "adversarial_start": 0.0,
     },
     "simmim": {"backbone_config": BACKBONE, "mask_unit_size": 16},
     "dinov2": {"backbone_config": BACKBONE, "num_prototypes": 16, "head_hidden_size": 32, "bottleneck_size": 16},

@@ -115,6 +115,8 @@ class MAEConfig(SSLConfig):
         for name in ("perceptual_weight", "adversarial_weight", "discriminator_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"MAEConfig: {name} must not be negative, but is {getattr(self, name)}.")
+        if min(self.discriminator_size, self.discriminator_layers) < 1:
+            raise ValueError("MAEConfig: discriminator_size and discriminator_layers must be 1 at least.")
         if not 0 <= self.adversarial_start < 1:
             raise ValueError(
                 f"MAEConfig: adversarial_start is a share of training from 0 to below 1, but {self.adversarial_start}."

@@ -27,6 +27,7 @@ class PatchDiscriminator(nn.Module):
 
     def forward(self, images: Tensor, learns: bool = True) -> Tensor:
         """Scores (batch, 1, rows, columns) of images; without `learns` no gradient reaches the weights."""
+        images = images.to(self.judge.weight.dtype)
         for layer in self.layers:
             images = F.leaky_relu(_convolve(layer, images, learns), 0.2)
         return _convolve(self.judge, images, learns)
