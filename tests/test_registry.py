@@ -29,6 +29,9 @@ FIELDS = {
     "mae": {
         "backbone_config": BACKBONE,
         "decoder_config": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+        "perceptual_weight": 1.0,  # by its own encoder
+        "adversarial_weight": 0.1,
+        "adversarial_start": 0.0,
     },
     "simmim": {"backbone_config": BACKBONE, "mask_unit_size": 16},
     "lejepa": {"backbone_config": BACKBONE, "projection_hidden_size": 32, "num_slices": 16},

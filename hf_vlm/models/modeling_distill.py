@@ -8,24 +8,22 @@ import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import AutoConfig
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import ModelOutput, auto_docstring
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_vlm_vit import VLMViTConfig
 from .modeling_vlm_vit import VLMViTModel, VLMViTPreTrainedModel
 from .ssl_frozen import (
-    as_encoder_config,
-    load_encoder,
+    FrozenEncoderMixin,
+    nearest_hw,
     output_shape,
     patch_features,
     patch_size_of,
-    read_encoder,
-    read_statistics,
+    read_frozen,
+    renormalise,
     resize_map,
-    vision_part,
 )
-from .ssl_layers import SSLConfig, flatten_views, world_size
+from .ssl_layers import SSLConfig, as_vit_config, flatten_views, world_size
 from .ssl_prototypes import sum_over_ranks
 from .vit_layers import patch_grid
 
@@ -68,33 +66,11 @@ class DistillConfig(SSLConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.teacher and self.teacher_config is None:
-            self.teacher_config, commit = read_encoder(self.teacher, self.teacher_revision)
-            self.teacher_revision = commit or self.teacher_revision
-        if self.teacher and (self.teacher_mean is None or self.teacher_std is None):
-            self.teacher_mean, self.teacher_std = read_statistics(self.teacher, self.teacher_revision)
-        if self.teacher_config is not None:
-            self.teacher_config = as_encoder_config(self.teacher_config)
+        self.backbone_config = as_vit_config(self.backbone_config)
+        read_frozen(self, "teacher")
         super().__post_init__(**kwargs)
-        num_channels = self.backbone_config.num_channels
-        if self.image_mean is None or self.image_std is None:
-            is_color = num_channels == 3
-            self.image_mean = IMAGENET_DEFAULT_MEAN if is_color else [0.5] * num_channels
-            self.image_std = IMAGENET_DEFAULT_STD if is_color else [0.5] * num_channels
-        self._check(num_channels)
-
-    def _check(self, num_channels: int) -> None:
         if self.teacher_config is None:
             return  # as transformers' own comparison with the defaults makes it
-        of_teacher = getattr(vision_part(self.teacher_config), "num_channels", 3)
-        if of_teacher != num_channels:
-            raise ValueError(
-                f"DistillConfig: the teacher {self.teacher} sees images of {of_teacher} channels, and the encoder of "
-                f"{num_channels}: set num_channels in encoder_config, or take another teacher."
-            )
-        for name in ("image_mean", "image_std", "teacher_mean", "teacher_std"):
-            if len(getattr(self, name)) not in (1, num_channels):
-                raise ValueError(f"DistillConfig: {name} needs {num_channels} values, one a channel.")
         patch_hw = patch_size_of(self.teacher_config)
         if any(side % patch for side, patch in zip(self.teacher_hw(patch_hw), patch_hw)):
             raise ValueError(
@@ -106,12 +82,8 @@ class DistillConfig(SSLConfig):
         """Height and width at which the teacher sees images of `image_hw`."""
         size = self.teacher_image_size
         if size is None:
-            height, width = (
-                max(1, round(side / patch)) * patch
-                for side, patch in zip(image_hw, patch_size_of(self.teacher_config))
-            )
-        else:
-            height, width = (size, size) if isinstance(size, int) else size
+            return nearest_hw(image_hw, patch_size_of(self.teacher_config))
+        height, width = (size, size) if isinstance(size, int) else size
         return height, width
 
 
@@ -180,14 +152,11 @@ def feature_distance(predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tens
 
 
 @auto_docstring
-class DistillForPreTraining(VLMViTPreTrainedModel):
-    """An encoder, and linear layers from its tokens to those of a frozen teacher.
-
-    The teacher's weights are not saved with the student's: they have a source, which the configuration names. It must
-    be there when the model is loaded; `from_pretrained(folder, teacher=...)` says where it has gone.
-    """
+class DistillForPreTraining(FrozenEncoderMixin, VLMViTPreTrainedModel):
+    """An encoder, and linear layers from its tokens to those of a frozen teacher, which is not saved with it."""
 
     config_class = DistillConfig
+    frozen_name = "teacher"
     # Student and teacher see the same crop, in true colours, as a teacher helps most (arXiv 2106.05237).
     default_views = {"num_views": 1, "crop_scale": [0.2, 1.0], "flip": 0.5}
 
@@ -205,38 +174,7 @@ class DistillForPreTraining(VLMViTPreTrainedModel):
             self.class_head = nn.Linear(encoder.hidden_size, width)
             self.class_targets = RunningStandardizer(width)
         self.post_init()
-        if self.device.type != "meta":  # there weights are not loaded until the model is made
-            self.load_teacher()
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As of all models; the teacher is loaded from its own source.
-
-        Raises:
-            ValueError: if the teacher is not found.
-        """
-        loaded = super().from_pretrained(*args, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded).load_teacher()
-        return loaded
-
-    def load_teacher(self) -> None:
-        """Loads the frozen teacher from where the configuration says."""
-        config = self.config
-        try:
-            teacher = load_encoder(config.teacher, config.teacher_config, config.teacher_revision, self.dtype)
-        except ValueError as error:
-            raise ValueError(
-                f"{error} The student's files hold no weights of the teacher: say where it is, by "
-                "model_config.teacher in a recipe or teacher=... of from_pretrained."
-            ) from error
-        self.teacher = teacher.to(self.device)
-        self._keys_to_ignore_on_save = {f"teacher.{name}" for name in teacher.state_dict()}
-
-    def train(self, mode: bool = True) -> "DistillForPreTraining":
-        super().train(mode)
-        if hasattr(self, "teacher"):
-            self.teacher.eval()
-        return self
+        self.load_frozen()
 
     @can_return_tuple
     @auto_docstring
@@ -264,26 +202,13 @@ class DistillForPreTraining(VLMViTPreTrainedModel):
     def _targets(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """The teacher's map of patches (batch, dim, rows, columns) and class token (batch, dim), in float32."""
         config = self.config
-        images = resize_map(renormalise(images.float(), config), config.teacher_hw((images.shape[2], images.shape[3])))
+        images = resize_map(
+            renormalise(images.float(), config, "teacher"), config.teacher_hw((images.shape[2], images.shape[3]))
+        )
         patches, class_token = patch_features(
             self.teacher, images.to(self.teacher.dtype), patch_size_of(config.teacher_config)
         )
         return patches.float(), class_token
-
-
-def renormalise(images: Tensor, config: DistillConfig) -> Tensor:
-    """Images (batch, channels, height, width) normalised for the student, as the teacher wants them."""
-    channels = range(images.shape[1])
-    statistics: Any = config.image_mean, config.image_std, config.teacher_mean, config.teacher_std
-    mean, std, teacher_mean, teacher_std = ([v[channel % len(v)] for channel in channels] for v in statistics)
-    if (mean, std) == (teacher_mean, teacher_std):
-        return images
-    planes = [
-        images[:, channel] * (std[channel] / teacher_std[channel])
-        + (mean[channel] - teacher_mean[channel]) / teacher_std[channel]
-        for channel in channels
-    ]
-    return torch.stack(planes, dim=1)
 
 
 __all__ = [
@@ -292,5 +217,4 @@ __all__ = [
     "DistillOutput",
     "RunningStandardizer",
     "feature_distance",
-    "renormalise",
 ]

@@ -1,19 +1,26 @@
-"""MAE: masked auto-encoding (arXiv 2111.06377), written from the paper."""
+"""MAE: masked auto-encoding (arXiv 2111.06377), written from the paper; and losses of what it paints."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor
+from transformers import AutoConfig
 from transformers.utils import ModelOutput, auto_docstring
 from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from .configuration_vlm_vit import VLMViTConfig
 from .modeling_vlm_vit import VLMViTModel, VLMViTPreTrainedModel
+from .ssl_adversarial import PatchDiscriminator, adversarial_losses
+from .ssl_frozen import FrozenEncoderMixin, nearest_hw, patch_size_of, read_frozen, renormalise, resize_map
 from .ssl_layers import SSLConfig, as_vit_config, flatten_views
 from .ssl_masks import mask_of, pixels_of, random_masking
+from .ssl_perceptual import choose_layers, count_layers, features_of_layers, perceptual_distance
 from .ssl_predictor import MaskedPredictor
+from .ssl_teacher import TeacherMixin
 from .vit_layers import gather_tokens, patch_grid, patchify, unpatchify
 
 DECODER_DEFAULTS = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 16}
@@ -36,16 +43,54 @@ class MAEConfig(SSLConfig):
             arXiv 2401.14391). A layer then costs what is predicted, and predictions do not depend on each other.
         prediction_ratio (`float`, defaults to 1.0):
             Share of the masked patches that are predicted in training, drawn anew each time: less work a step.
+        perceptual_weight (`float`, defaults to 0.0):
+            Weight, beside the pixel loss, of the distance of the painted image to the original in the features of an
+            encoder that does not learn from it (see `perceptual_distance`), as in Perceptual MAE (arXiv 2212.14504).
+        perceptual_encoder (`str`, defaults to `""`):
+            That encoder: a folder or Hub id of a model of transformers that gives hidden states, or of an encoder of
+            this package. When not given, the moving average of the model's own encoder, which needs no other weights.
+        perceptual_encoder_revision, perceptual_encoder_config, perceptual_encoder_mean, perceptual_encoder_std:
+            Its commit, configuration and normalisation; found when not given.
+        perceptual_layers (`list`, *optional*): Its layers that are compared; the ends of four quarters when not given.
+        momentum (`float`, defaults to 0.996): Momentum of the moving average at the start; 1 at the end.
+        image_mean, image_std (`list`, *optional*):
+            Of the images that `forward` is given; ImageNet's for three channels when not given, else 0.5.
+        adversarial_weight (`float`, defaults to 0.0):
+            Weight of the loss by which the decoder learns to be taken for real (see `adversarial_losses`).
+        adversarial_start (`float`, defaults to 0.25): Share of training before both players of that game learn.
+        discriminator_weight (`float`, defaults to 1.0): Weight of the discriminator's own loss. Adam takes no notice
+            of it; the clipping of gradients does.
+        discriminator_size (`int`, defaults to 64): Channels of its first layer.
+        discriminator_layers (`int`, defaults to 3): Layers that halve the resolution.
     """
 
     model_type = "vlm_mae"
-    sub_configs = {"backbone_config": VLMViTConfig, "decoder_config": VLMViTConfig}
+    sub_configs = {
+        "backbone_config": VLMViTConfig,
+        "decoder_config": VLMViTConfig,
+        "perceptual_encoder_config": AutoConfig,
+    }
 
     decoder_config: Any = None
     mask_ratio: float = 0.75
     norm_pix_loss: bool = True
     use_cross_attention: bool = False
     prediction_ratio: float | int = 1.0
+    perceptual_weight: float | int = 0.0
+    perceptual_encoder: str = ""
+    perceptual_encoder_revision: str | None = None
+    perceptual_encoder_config: Any = None
+    perceptual_encoder_mean: list[float] | tuple[float, ...] | None = None
+    perceptual_encoder_std: list[float] | tuple[float, ...] | None = None
+    perceptual_layers: list[int] | tuple[int, ...] | None = None
+    momentum: float | int = 0.996
+    image_mean: list[float] | tuple[float, ...] | None = None
+    image_std: list[float] | tuple[float, ...] | None = None
+    adversarial_weight: float | int = 0.0
+    adversarial_start: float | int = 0.25
+    discriminator_weight: float | int = 1.0
+    discriminator_size: int = 64
+    discriminator_layers: int = 3
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -53,6 +98,8 @@ class MAEConfig(SSLConfig):
         of_encoder = {name: getattr(encoder, name) for name in ("image_size", "patch_size", "num_channels")}
         self.backbone_config = encoder
         self.decoder_config = as_vit_config(self.decoder_config, **DECODER_DEFAULTS, **of_encoder)
+        if self.perceptual_weight:
+            read_frozen(self, "perceptual_encoder")
         super().__post_init__(**kwargs)
         if not 0 < self.mask_ratio < 1:
             raise ValueError(f"MAEConfig: mask_ratio must lie between 0 and 1, but is {self.mask_ratio}.")
@@ -60,22 +107,53 @@ class MAEConfig(SSLConfig):
             raise ValueError(
                 f"MAEConfig: prediction_ratio must lie above 0 and up to 1, but is {self.prediction_ratio}."
             )
+        if self.judges_images and self.prediction_ratio < 1:
+            raise ValueError(
+                "MAEConfig: perceptual and adversarial losses are of whole painted images: they need prediction_ratio "
+                f"1, but it is {self.prediction_ratio}."
+            )
+        for name in ("perceptual_weight", "adversarial_weight", "discriminator_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"MAEConfig: {name} must not be negative, but is {getattr(self, name)}.")
+        if min(self.discriminator_size, self.discriminator_layers) < 1:
+            raise ValueError("MAEConfig: discriminator_size and discriminator_layers must be 1 at least.")
+        if not 0 <= self.adversarial_start < 1:
+            raise ValueError(
+                f"MAEConfig: adversarial_start is a share of training from 0 to below 1, but {self.adversarial_start}."
+            )
+
+    @property
+    def judges_images(self) -> bool:
+        """Whether there is a loss beside that of the pixels."""
+        return self.perceptual_weight > 0 or self.adversarial_weight > 0
 
 
 @auto_docstring
 @dataclass
 class MAEOutput(ModelOutput):
     r"""
-    loss (`torch.FloatTensor` of shape `()`): Mean squared error on the masked patches.
+    loss (`torch.FloatTensor` of shape `()`):
+        Mean squared error on the masked patches, and the weighted other parts where there are any.
     predictions (`torch.FloatTensor` of shape `(batch, predicted, channels * patch_height * patch_width)`):
         Predicted pixels of masked patches, in the order of `masked_indices`.
     masked_indices (`torch.LongTensor` of shape `(batch, predicted)`):
         Row-major indices of the masked patches; in training, of the share of them that `prediction_ratio` leaves.
+    loss_pixel (`torch.FloatTensor` of shape `()`): The mean squared error, where it is not all of the loss.
+    loss_perceptual (`torch.FloatTensor` of shape `()`):
+        Distance of features of the painted image and of the original: 0 when alike, 2 when unrelated.
+    loss_adversarial (`torch.FloatTensor` of shape `()`):
+        Minus the discriminator's score of painted images. Above 1 it is sure that they are painted.
+    loss_discriminator (`torch.FloatTensor` of shape `()`):
+        Its hinge loss on both kinds: 2 when it cannot tell them apart, 0 when it is sure of all.
     """
 
     loss: Tensor | None = None
     predictions: Tensor | None = None
     masked_indices: Tensor | None = None
+    loss_pixel: Tensor | None = None
+    loss_perceptual: Tensor | None = None
+    loss_adversarial: Tensor | None = None
+    loss_discriminator: Tensor | None = None
 
 
 def normalise_patches(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,24 +163,56 @@ def normalise_patches(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (patches - mean) / std, mean, std
 
 
+def paint(images: Tensor, predictions: Tensor, masked: Tensor, patch_hw: tuple[int, int], normalised: bool) -> Tensor:
+    """Paints patches into images; gradients reach the predictions.
+
+    Args:
+        images: (batch, channels, height, width).
+        predictions: (batch, predicted, channels x patch height x patch width).
+        masked: (batch, predicted) indices of the patches, row-major.
+        normalised: Whether predictions are of normalised patches, and get the true patches' means and deviations.
+
+    Returns:
+        (batch, channels, height, width) float32, other patches as they were.
+    """
+    patches, predictions = patchify(images, patch_hw).float(), predictions.float()
+    if normalised:
+        _, mean, std = normalise_patches(gather_tokens(patches, masked))
+        predictions = predictions * std + mean
+    painted = patches.scatter(1, masked[:, :, None].expand_as(predictions), predictions)
+    return unpatchify(painted, patch_grid(images, patch_hw), patch_hw)
+
+
 @auto_docstring
-class MAEForPreTraining(VLMViTPreTrainedModel):
+class MAEForPreTraining(FrozenEncoderMixin, TeacherMixin, VLMViTPreTrainedModel):
     """An encoder that sees a quarter of the patches and a light decoder that paints the others."""
 
     config_class = MAEConfig
+    frozen_name = "perceptual_encoder"
     # The paper's only augmentation: random resized crop and flip.
     default_views = {"num_views": 1, "crop_scale": [0.2, 1.0], "flip": 0.5}
 
     def __init__(self, config: MAEConfig):
         super().__init__(config)
-        self.backbone = VLMViTModel(config.backbone_config)
+        encoder = config.backbone_config
+        self.backbone = VLMViTModel(encoder)
         self.decoder = MaskedPredictor(
             config.decoder_config,
-            config.backbone_config.hidden_size,
+            encoder.hidden_size,
             config.decoder_config.patch_dim,
             use_cross_attention=config.use_cross_attention,
         )
+        if config.adversarial_weight:
+            self.discriminator = PatchDiscriminator(
+                encoder.num_channels, config.discriminator_size, config.discriminator_layers
+            )
         self.post_init()
+        if config.judges_images:  # which is what the progress of training matters to
+            self.build_teacher(*(["backbone"] if config.perceptual_weight and not config.perceptual_encoder else []))
+        if config.perceptual_weight:
+            seeing, size = config.perceptual_encoder_config or encoder, self._size_seen(encoder.image_hw)
+            self.perceptual_layers = choose_layers(config.perceptual_layers, count_layers(seeing, size))
+            self.load_frozen()
 
     @can_return_tuple
     @auto_docstring
@@ -113,22 +223,72 @@ class MAEForPreTraining(VLMViTPreTrainedModel):
         noise (`torch.FloatTensor` of shape `(batch * views, patches)`, *optional*):
             The patches of the lowest values stay visible; uniform random when not given.
         """
-        images, patch_hw = flatten_views(pixel_values), self.config.backbone_config.patch_hw
-        targets = patchify(images, patch_hw)  # (batch, patches, patch_dim)
+        images, config = flatten_views(pixel_values), self.config
+        predictions, masked = self._predict(images, noise)
+        targets = gather_tokens(patchify(images, config.backbone_config.patch_hw), masked).float()
+        if config.norm_pix_loss:
+            targets = normalise_patches(targets)[0]
+        output = MAEOutput(
+            loss=(predictions.float() - targets).square().mean(), predictions=predictions, masked_indices=masked
+        )
+        return self._judge(output, images) if config.judges_images else output
+
+    def _predict(self, images: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Predictions (batch, predicted, patch_dim) and the indices (batch, predicted) of their patches."""
+        grid_hw = patch_grid(images, self.config.backbone_config.patch_hw)
         if noise is None:
-            noise = torch.rand(targets.shape[:2], device=targets.device)
+            noise = torch.rand(len(images), math.prod(grid_hw), device=images.device)
         visible, masked = random_masking(noise, self.config.mask_ratio)
         if self.training:
             masked = masked[:, : max(1, round(masked.shape[1] * self.config.prediction_ratio))]
         encoded = self.backbone(images, visible_indices=visible).last_hidden_state  # (batch, prefix + visible, dim)
-        predictions = self.decoder(
-            encoded, visible, masked, patch_grid(images, patch_hw)
-        )  # (batch, predicted, patch_dim)
-        targets = gather_tokens(targets, masked).float()
-        if self.config.norm_pix_loss:
-            targets = normalise_patches(targets)[0]
-        loss = (predictions.float() - targets).square().mean()
-        return MAEOutput(loss=loss, predictions=predictions, masked_indices=masked)
+        return self.decoder(encoded, visible, masked, grid_hw), masked
+
+    def _judge(self, output: Any, images: Tensor) -> MAEOutput:
+        """Adds to the pixel loss those of the painted images."""
+        config, painted = self.config, self._paint(images, output.predictions, output.masked_indices)
+        output.loss_pixel = output.loss
+        if config.perceptual_weight:
+            with torch.no_grad():
+                truth = self._features(images)
+            output.loss_perceptual = perceptual_distance(self._features(painted), truth)
+            output.loss = output.loss + config.perceptual_weight * output.loss_perceptual
+        if config.adversarial_weight:
+            game = adversarial_losses(self.discriminator, images, painted)
+            output.loss_adversarial, output.loss_discriminator = game
+            has_begun = self.progress >= config.adversarial_start  # decided on the device, which is not waited for
+            of_game = config.adversarial_weight * game[0] + config.discriminator_weight * game[1]
+            output.loss = output.loss + has_begun * of_game
+        return output
+
+    def _paint(self, images: Tensor, predictions: Tensor, masked: Tensor) -> Tensor:
+        return paint(images, predictions, masked, self.config.backbone_config.patch_hw, self.config.norm_pix_loss)
+
+    def _features(self, images: Tensor) -> list[Tensor]:
+        """What the encoder of the perceptual loss makes of images: (batch, positions, dim) of each layer."""
+        encoder = self._seeing_encoder
+        if self.config.perceptual_encoder:
+            images = resize_map(
+                renormalise(images.float(), self.config, self.frozen_name),
+                self._size_seen((images.shape[2], images.shape[3])),
+            ).to(encoder.dtype)
+        return features_of_layers(encoder, images, self.perceptual_layers)
+
+    @property
+    def _seeing_encoder(self) -> Any:
+        return self.perceptual_encoder if self.config.perceptual_encoder else self.teacher["backbone"]
+
+    def _size_seen(self, image_hw: tuple[int, int]) -> tuple[int, int]:
+        """Height and width at which the encoder of the perceptual loss sees images of `image_hw`."""
+        of_encoder = self.config.perceptual_encoder_config
+        return image_hw if of_encoder is None else nearest_hw(image_hw, patch_size_of(of_encoder))
+
+    def load_frozen(self) -> None:
+        """Loads the perceptual encoder from its source, where it has one."""
+        if self.config.perceptual_weight:
+            super().load_frozen()
+            if self.device.type != "meta":
+                maybe_install_capturing_hooks(self._seeing_encoder)  # else the first step that is compiled would
 
     @torch.no_grad()
     def reconstruct(self, pixel_values: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -140,15 +300,9 @@ class MAEForPreTraining(VLMViTPreTrainedModel):
         `prediction_ratio` below 1 leaves some masked patches as they are.
         """
         images, patch_hw = flatten_views(pixel_values), self.config.backbone_config.patch_hw
-        output = self(pixel_values, noise=noise, return_dict=True)
-        patches = patchify(images, patch_hw).float()
-        predictions = output.predictions.float()
-        if self.config.norm_pix_loss:
-            _, mean, std = normalise_patches(gather_tokens(patches, output.masked_indices))
-            predictions = predictions * std + mean
-        painted = patches.scatter(1, output.masked_indices[:, :, None].expand_as(predictions), predictions)
-        masked = mask_of(output.masked_indices, patches.shape[1])
-        return unpatchify(painted, patch_grid(images, patch_hw), patch_hw), pixels_of(masked, images, patch_hw)
+        predictions, masked = self._predict(images, noise)
+        is_masked = mask_of(masked, math.prod(patch_grid(images, patch_hw)))
+        return self._paint(images, predictions, masked), pixels_of(is_masked, images, patch_hw)
 
     @staticmethod
     def hidden_patches(config: MAEConfig, grid_hw: tuple[int, int], num_images: int) -> Tensor:
@@ -157,4 +311,4 @@ class MAEForPreTraining(VLMViTPreTrainedModel):
         return mask_of(random_masking(torch.rand(num_images, num_patches), config.mask_ratio)[1], num_patches)
 
 
-__all__ = ["MAEConfig", "MAEForPreTraining", "MAEOutput"]
+__all__ = ["MAEConfig", "MAEForPreTraining", "MAEOutput", "paint"]

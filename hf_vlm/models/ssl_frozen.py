@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash
@@ -113,18 +115,37 @@ def output_shape(config: PreTrainedConfig, size: Size) -> tuple[int, bool]:
     Raises:
         ValueError: if it takes no images of this size, or its outputs are neither patch tokens nor a map.
     """
+    patches, class_token = try_on_meta(
+        config, size, lambda encoder, images: patch_features(encoder, images, patch_size_of(config))
+    )
+    return patches.shape[1], class_token is not None
+
+
+def try_on_meta(config: PreTrainedConfig, size: Size, use: Callable[[PreTrainedModel, Tensor], Any]) -> Any:
+    """What `use` makes of an encoder and an image of this size, without weights and computing nothing.
+
+    Raises:
+        ValueError: if anything goes wrong.
+    """
     config = copy.deepcopy(config)
     try:
         with torch.device("meta"):
             model = VLMViTModel(config) if isinstance(config, VLMViTConfig) else AutoModel.from_config(config)
             images = torch.empty(1, getattr(vision_part(config), "num_channels", 3), *size)
-            patches, class_token = patch_features(_seeing(model).eval(), images, patch_size_of(config))
+            return use(_seeing(model).eval(), images)
     except Exception as error:  # whatever a model makes of images that it was not built for
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"An encoder of type {config.model_type!r} cannot be taught from at {size[0]} x {size[1]} pixels: {reason}"
         ) from error
-    return patches.shape[1], class_token is not None
+
+
+def encode(encoder: PreTrainedModel, images: Tensor, **options: Any) -> Any:
+    """An encoder's output for images (batch, channels, height, width) of any size that fits its patches."""
+    # Learned positions that are not resized unasked.
+    if "interpolate_pos_encoding" in inspect.signature(encoder.forward).parameters:
+        options["interpolate_pos_encoding"] = True
+    return encoder(pixel_values=images, **options)
 
 
 def patch_features(encoder: PreTrainedModel, images: Tensor, patch_hw: Size) -> tuple[Tensor, Tensor | None]:
@@ -138,10 +159,7 @@ def patch_features(encoder: PreTrainedModel, images: Tensor, patch_hw: Size) -> 
     Returns:
         A map of patches (batch, dim, rows, columns), and the class token (batch, dim) where it has one.
     """
-    # Learned positions that are not resized unasked.
-    takes_any_size = "interpolate_pos_encoding" in inspect.signature(encoder.forward).parameters
-    options = {"interpolate_pos_encoding": True} if takes_any_size else {}
-    tokens = encoder(pixel_values=images, **options).last_hidden_state
+    tokens = encode(encoder, images).last_hidden_state
     if tokens.ndim == 4:
         return tokens, None
     rows, columns = (side // patch for side, patch in zip(images.shape[2:], patch_hw))
@@ -162,6 +180,113 @@ def resize_map(maps: Tensor, size: Size) -> Tensor:
     return F.interpolate(maps, size, mode="bilinear", align_corners=False, antialias=True)
 
 
+def nearest_hw(size: Size, patch_hw: Size) -> Size:
+    """Height and width nearest to `size` that are multiples of a patch."""
+    height, width = (max(1, round(side / patch)) * patch for side, patch in zip(size, patch_hw))
+    return height, width
+
+
+def read_frozen(config: Any, name: str) -> None:
+    """Fills the fields of a method's configuration that describe its frozen encoder, where they are not given.
+
+    They are the source `<name>`, and `<name>_revision`, `<name>_config`, `<name>_mean` and `<name>_std`; of the images
+    that the model itself is given, `image_mean` and `image_std`: ImageNet's for three channels when not given, else
+    0.5. Called once `backbone_config` is there.
+
+    Raises:
+        ValueError: if the encoder is not found, or sees other channels than the model's own.
+    """
+    source, revision, found = (getattr(config, f"{name}{part}") for part in ("", "_revision", "_config"))
+    if source and found is None:
+        found, commit = read_encoder(source, revision)
+        revision = commit or revision
+    if source and None in (getattr(config, f"{name}_mean"), getattr(config, f"{name}_std")):
+        mean, std = read_statistics(source, revision)
+        setattr(config, f"{name}_mean", mean)
+        setattr(config, f"{name}_std", std)
+    num_channels = config.backbone_config.num_channels
+    if config.image_mean is None or config.image_std is None:
+        is_color = num_channels == 3
+        config.image_mean = IMAGENET_DEFAULT_MEAN if is_color else [0.5] * num_channels
+        config.image_std = IMAGENET_DEFAULT_STD if is_color else [0.5] * num_channels
+    if found is None:
+        return  # as transformers' own comparison with the defaults makes it
+    found = as_encoder_config(found)
+    setattr(config, f"{name}_config", found)
+    setattr(config, f"{name}_revision", revision)
+    if (of_encoder := getattr(vision_part(found), "num_channels", 3)) != num_channels:
+        raise ValueError(
+            f"{type(config).__name__}: the {name} {source} sees images of {of_encoder} channels, and the encoder of "
+            f"{num_channels}: set num_channels in encoder_config, or take another {name}."
+        )
+    for field in ("image_mean", "image_std", f"{name}_mean", f"{name}_std"):
+        if len(getattr(config, field)) not in (1, num_channels):
+            raise ValueError(f"{type(config).__name__}: {field} needs {num_channels} values, one a channel.")
+
+
+def renormalise(images: Tensor, config: Any, name: str) -> Tensor:
+    """Images (batch, channels, height, width) normalised for the model, as the frozen encoder of a name wants them."""
+    channels = range(images.shape[1])
+    statistics = (getattr(config, field) for field in ("image_mean", "image_std", f"{name}_mean", f"{name}_std"))
+    mean, std, of_mean, of_std = ([values[channel % len(values)] for channel in channels] for values in statistics)
+    if (mean, std) == (of_mean, of_std):
+        return images
+    planes = [
+        images[:, channel] * (std[channel] / of_std[channel]) + (mean[channel] - of_mean[channel]) / of_std[channel]
+        for channel in channels
+    ]
+    return torch.stack(planes, dim=1)
+
+
+class FrozenEncoderMixin:
+    """A model with an encoder that never learns and is not saved: its weights have a source of their own.
+
+    The configuration names it. It must be there when the model is loaded; `from_pretrained(folder, <name>=...)` says
+    where it has gone. A subclass calls `load_frozen` at the end of `__init__`.
+
+    Attributes:
+        frozen_name: What the encoder is called in the model, and its source in the configuration (see `read_frozen`).
+    """
+
+    frozen_name: str
+    config: Any
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As of all models; the frozen encoder is loaded from its own source.
+
+        Raises:
+            ValueError: if it is not found.
+        """
+        parent: Any = super()
+        loaded = parent.from_pretrained(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).load_frozen()
+        return loaded
+
+    def load_frozen(self: Any) -> None:
+        """Loads the frozen encoder, where the configuration names one, from where it says."""
+        config, name = self.config, self.frozen_name
+        source, found, revision = (getattr(config, f"{name}{part}") for part in ("", "_config", "_revision"))
+        if found is None or self.device.type == "meta":  # there weights are not loaded until the model is made
+            return
+        try:
+            encoder = load_encoder(source, found, revision, self.dtype)
+        except ValueError as error:
+            raise ValueError(
+                f"{error} The model's own files hold no weights of its {name}: say where it is, by "
+                f"model_config.{name} in a recipe or {name}=... of from_pretrained."
+            ) from error
+        setattr(self, name, encoder.to(self.device))
+        self._keys_to_ignore_on_save = {f"{name}.{key}" for key in encoder.state_dict()}
+
+    def train(self: Any, mode: bool = True) -> Any:
+        """As of all modules; the frozen encoder stays in evaluation mode."""
+        super().train(mode)  # type: ignore[misc]
+        if hasattr(self, self.frozen_name):
+            getattr(self, self.frozen_name).eval()
+        return self
+
+
 def _seeing(model: PreTrainedModel) -> PreTrainedModel:
     """What sees images: of CLIP and its like a part."""
     return getattr(model, "vision_model", model)
@@ -179,13 +304,19 @@ def _located(source: str, name: str, revision: str | None) -> str:
 
 
 __all__ = [
+    "FrozenEncoderMixin",
     "as_encoder_config",
+    "encode",
     "load_encoder",
+    "nearest_hw",
     "output_shape",
     "patch_features",
     "patch_size_of",
     "read_encoder",
+    "read_frozen",
     "read_statistics",
+    "renormalise",
     "resize_map",
+    "try_on_meta",
     "vision_part",
 ]

@@ -62,7 +62,7 @@ class TeacherMixin:
     @torch.no_grad()
     def update_teacher(self: Any, momentum: float) -> None:
         """teacher = momentum x teacher + (1 - momentum) x student; buffers, as of batch norm, are copied."""
-        for name, teacher in self.teacher.items():
+        for name, teacher in getattr(self, "teacher", {}).items():
             student = getattr(self, name)
             torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
             for mine, theirs in zip(teacher.buffers(), student.buffers()):
@@ -70,6 +70,8 @@ class TeacherMixin:
 
     def after_step(self: Any, progress: float) -> None:
         """Moves the teacher towards the student, by a momentum that rises to 1 (BYOL, arXiv 2006.07733)."""
+        if not hasattr(self, "progress"):
+            return
         self.progress.fill_(progress)
         self.update_teacher(cosine(self.config.momentum, 1.0, progress))
 

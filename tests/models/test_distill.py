@@ -16,9 +16,9 @@ from transformers import (
 
 from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
-from hf_vlm.models.modeling_distill import DistillConfig, DistillForPreTraining, RunningStandardizer, renormalise
+from hf_vlm.models.modeling_distill import DistillConfig, DistillForPreTraining, RunningStandardizer
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
-from hf_vlm.models.ssl_frozen import output_shape, patch_features, resize_map
+from hf_vlm.models.ssl_frozen import output_shape, patch_features, renormalise, resize_map
 
 BACKBONE = {
     "image_size": 32,
@@ -156,7 +156,7 @@ def test_images_are_normalised_anew():
     )
     pixels = torch.rand(2, 2, 4, 4)
     ours = (pixels - torch.tensor([0.1, 0.2])[:, None, None]) / torch.tensor([0.5, 0.25])[:, None, None]
-    torch.testing.assert_close(renormalise(ours, config), (pixels - 0.3) / 2)
+    torch.testing.assert_close(renormalise(ours, config, "teacher"), (pixels - 0.3) / 2)
 
 
 def test_statistics_are_those_of_all_batches():

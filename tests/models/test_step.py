@@ -24,12 +24,20 @@ DECODER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "repeat_interleave", "is_nonzero", "equal")
 
 
-def build_taught(backbone):
-    """A model whose teacher is an encoder of the same shape, loaded from a folder that is not needed any more."""
+def build_taught(name, backbone):
+    """A model with a frozen encoder of the same shape, loaded from a folder that is not needed any more."""
     with tempfile.TemporaryDirectory() as folder:
         VLMViTModel(VLMViTConfig(**backbone)).save_pretrained(folder)
-        statistics = {"teacher_mean": [0.4, 0.5, 0.6], "teacher_std": [0.2]}
-        return DistillForPreTraining(DistillConfig(backbone_config=backbone, teacher=folder, **statistics)).train()
+        if name == "distill":
+            statistics = {"teacher_mean": [0.4, 0.5, 0.6], "teacher_std": [0.2]}
+            return DistillForPreTraining(DistillConfig(backbone_config=backbone, teacher=folder, **statistics)).train()
+        options = {
+            "perceptual_weight": 1.0,
+            "perceptual_encoder": folder,
+            "perceptual_encoder_mean": [0.4, 0.5, 0.6],
+            "perceptual_encoder_std": [0.2],
+        }
+        return MAEForPreTraining(MAEConfig(backbone_config=backbone, decoder_config=DECODER, **options)).train()
 
 
 def build(name, num_layers=2):
@@ -54,11 +62,14 @@ def build(name, num_layers=2):
         return LeJEPAForPreTraining(LeJEPAConfig(backbone_config=backbone, **options)).train()
     if name == "simmim":
         return SimMIMForPreTraining(SimMIMConfig(backbone_config=backbone, mask_unit_size=16)).train()
-    if name == "distill":
-        return build_taught(backbone)
+    if name in ("distill", "mae_perceptual"):
+        return build_taught(name, backbone)
     if name == "ijepa":
         return IJEPAForPreTraining(IJEPAConfig(backbone_config=backbone, predictor_config=DECODER)).train()
-    options = {"use_cross_attention": True, "prediction_ratio": 0.5} if name == "mae_partial" else {}
+    options = {
+        "mae_partial": {"use_cross_attention": True, "prediction_ratio": 0.5},
+        "mae_losses": {"perceptual_weight": 1.0, "adversarial_weight": 0.1, "discriminator_size": 8},
+    }.get(name, {})
     return MAEForPreTraining(MAEConfig(backbone_config=backbone, decoder_config=DECODER, **options)).train()
 
 
@@ -98,7 +109,11 @@ def operators_of_a_step(name, num_layers=2):
 
 
 METHODS = pytest.mark.parametrize(
-    "name", ["mae", "mae_partial", "simclr", "simmim", "dinov2", "lejepa", "ijepa", "distill", "moco_v3"]
+    "name",
+    [
+        *("mae", "mae_partial", "mae_losses", "mae_perceptual", "simclr", "simmim"),
+        *("dinov2", "lejepa", "ijepa", "distill", "moco_v3"),
+    ],
 )
 
 
@@ -111,8 +126,10 @@ def test_a_step_never_waits_for_the_device(name):
 
 @pytest.mark.parametrize(
     ("name", "has_teacher"),
-    [("mae", 0), ("mae_partial", 0), ("simclr", 0), ("simmim", 0), ("ijepa", 1), ("distill", 1)],
-    [("mae", 0), ("mae_partial", 0), ("simclr", 0), ("simmim", 0), ("ijepa", 1), ("moco_v3", 1)],
+    [
+        *(("mae", 0), ("mae_partial", 0), ("simclr", 0), ("simmim", 0)),
+        *(("ijepa", 1), ("distill", 1), ("moco_v3", 1)),
+    ],
 )
 def test_a_layer_asks_for_few_operators(name, has_teacher):
     """Forward and backward: 2 norms, 6 products with their biases, attention, GELU, 2 sums, and no copies between.
@@ -133,6 +150,21 @@ def test_packed_crops_share_a_layers_products(name, has_teacher):
     counts.subtract(operators_of_a_step(name, 4))
     assert counts["mm"] + counts["addmm"] + counts["bmm"] == 18 + 6 * has_teacher
     assert counts["_scaled_dot_product_flash_attention_for_cpu"] == 2 + has_teacher
+
+
+@pytest.mark.parametrize("name", ["mae_losses", "mae_perceptual"])
+def test_a_perceptual_loss_asks_for_no_gradient_of_weights(name):
+    """18 products of the model's own layer; of the encoder that judges 6 for the original, 6 + 6 for the painted."""
+    assert counts["copy_"] == counts["clone"] == counts["cat"] == 0
+    assert counts["mm"] + counts["addmm"] + counts["bmm"] == 18 + 6 + 12
+
+
+def test_packed_crops_share_a_layers_products():
+    """As many as crops of one size need, 18, and the teacher's 6; attention alone is computed for each size."""
+    counts = operators_of_a_step("dinov2", 5)
+    counts.subtract(operators_of_a_step("dinov2", 4))
+    assert counts["mm"] + counts["addmm"] + counts["bmm"] == 18 + 6
+    assert counts["_scaled_dot_product_flash_attention_for_cpu"] == 2 + 1
     assert counts["cat"] == 1 + 3  # the outputs, and backwards the gradients of queries, keys and values
     assert sum(counts.values()) <= 48 + 12 * has_teacher
 

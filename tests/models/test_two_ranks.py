@@ -83,6 +83,19 @@ def objectives():
             ),
             {"pixel_values": torch.randn(BATCH, 1, 3, 32, 32), "noise": torch.rand(BATCH, 16)},
         ),
+        "mae_losses": (
+            MAEForPreTraining(
+                MAEConfig(
+                    backbone_config=BACKBONE,
+                    decoder_config=decoder,
+                    perceptual_weight=1.0,
+                    adversarial_weight=0.1,
+                    adversarial_start=0.0,
+                    discriminator_size=8,
+                )
+            ),
+            {"pixel_values": torch.randn(BATCH, 1, 3, 32, 32), "noise": torch.rand(BATCH, 16)},
+        ),
         **{
             f"dinov2_{centering}": (
                 DINOv2ForPreTraining(DINOv2Config(backbone_config=BACKBONE, centering=centering, **DINOV2)),

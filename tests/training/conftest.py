@@ -26,6 +26,17 @@ COMMON = {
 }
 METHODS = {
     "mae": {"model_config": {"decoder_config": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}}},
+    "mae_losses": {
+        "method": "mae",
+        "model_config": {
+            "decoder_config": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+            "perceptual_weight": 1.0,
+            "momentum": 0.9,
+            "adversarial_weight": 0.1,
+            "adversarial_start": 0.5,
+            "discriminator_size": 8,
+        },
+    },
     "ijepa": {
         "model_config": {"predictor_config": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}}
     },

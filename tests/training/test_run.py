@@ -60,7 +60,11 @@ def losses(folder):
 
 
 @pytest.mark.parametrize(
-    "method", ["simclr", "mae", "simmim", "ijepa", "lejepa", "dinov2", "distill", "moco_v3", "detection"]
+    "method",
+    [
+        *("simclr", "mae", "mae_losses", "simmim", "ijepa", "lejepa", "dinov2", "distill", "moco_v3"),
+        "detection",
+    ],
 )
 @pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_twice_and_resumed_equals_uninterrupted(make_recipe, tmp_path, kill_at, method, num_workers):
@@ -83,6 +87,15 @@ def test_killed_twice_and_resumed_equals_uninterrupted(make_recipe, tmp_path, ki
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert losses(broken) == losses(whole)
     assert sorted(losses(whole)) == list(range(1, 9))
+
+
+def test_parts_of_a_loss_are_logged(make_recipe, tmp_path):
+    pretrain(make_recipe("mae_losses"))
+    for entry in read_log(tmp_path / "mae_losses" / "log.jsonl")[:8]:
+        expected = entry["loss_pixel"] + entry["loss_perceptual"]
+        if entry["step"] > 4:  # a half of training is done when the fifth step begins
+            expected += 0.1 * entry["loss_adversarial"] + entry["loss_discriminator"]
+        assert entry["loss"] == pytest.approx(expected, rel=1e-3)
 
 
 VIEWS = {"local": {"num_views": 1, "size": 16}, "jitter": [0.4, 0.4, 0.4, 0]}  # no hue: its 8 bits are told apart
