@@ -47,7 +47,8 @@ class TeacherMixin:
 
     def freeze(self: Any) -> None:
         """Keeps gradients from what they never change: the teacher, and what a subclass adds."""
-        self.teacher.requires_grad_(False)
+        if hasattr(self, "teacher"):  # MAE has one for its perceptual loss alone
+            self.teacher.requires_grad_(False)
 
     def train(self: Any, mode: bool = True) -> Any:
         """As of every module. `from_pretrained` lets all parameters learn, and then calls `eval`, which calls this."""
