@@ -1,6 +1,5 @@
 """How far features spread over their space, without labels: what tells a healthy encoder from a collapsed one."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -51,13 +50,7 @@ def feature_std(features: Any, *, chunk_size: int = 4096) -> float:
     Raises:
         ValueError: Where there are fewer than 2 features, or some that are not finite.
     """
-    features = _checked(features)
-    num, width = features.shape
-    total = torch.zeros(width, dtype=torch.float64)
-    squares = torch.zeros(width, dtype=torch.float64)
-    for chunk in _directions(features, chunk_size):
-        total += chunk.sum(0)
-        squares += chunk.square().sum(0)
+    num, width, total, squares = _sums(features, chunk_size)
     variance = (squares / num - (total / num).square()).clamp(min=0)  # (D,); in float64 little cancels
     return float(variance.sqrt().mean() * width**0.5)
 
@@ -72,15 +65,9 @@ def mean_cosine(features: Any, *, chunk_size: int = 4096) -> float:
     Raises:
         ValueError: Where there are fewer than 2 features, or some that are not finite.
     """
-    features = _checked(features)
-    num, width = features.shape
-    total = torch.zeros(width, dtype=torch.float64)
-    own = torch.zeros((), dtype=torch.float64)
-    for chunk in _directions(features, chunk_size):
-        total += chunk.sum(0)
-        own += chunk.square().sum()
+    num, _, total, squares = _sums(features, chunk_size)
     # The square of a sum holds every pair twice, and each feature with itself.
-    return float((total.square().sum() - own) / (num * (num - 1)))
+    return float((total.square().sum() - squares.sum()) / (num * (num - 1)))
 
 
 def alignment(features: Any, others: Any, *, exponent: float = 2.0) -> float:
@@ -129,10 +116,16 @@ def uniformity(features: Any, *, temperature: float = 2.0, chunk_size: int = 102
     return float(((total - num) / (num * (num - 1))).log())
 
 
-def _directions(features: Tensor, chunk_size: int) -> Iterator[Tensor]:
-    """Normalised features (chunk, D) in float64."""
+def _sums(features: Any, chunk_size: int) -> tuple[int, int, Tensor, Tensor]:
+    """n, D, and over normalised features (n, D) the sums of values and of squares (D,), in float64."""
+    features = _checked(features)
+    num, width = features.shape
+    total, squares = (torch.zeros(width, dtype=torch.float64) for _ in range(2))
     for chunk in features.split(chunk_size):
-        yield _normalized(chunk.double())
+        directions = _normalized(chunk.double())
+        total += directions.sum(0)
+        squares += directions.square().sum(0)
+    return num, width, total, squares
 
 
 def _normalized(features: Tensor) -> Tensor:

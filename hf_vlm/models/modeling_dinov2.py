@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import initialization as init
 from transformers.utils import ModelOutput, auto_docstring
 from transformers.utils.generic import can_return_tuple
 
@@ -148,12 +147,6 @@ class DINOv2ForPreTraining(TeacherMixin, VLMViTPreTrainedModel):
             self.patch_targets = Centering(config.num_prototypes, config.center_momentum)
         self.post_init()
         self.build_teacher("backbone", "head", *(["patch_head"] if config.separate_heads else []))
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if module is self:
-            init.trunc_normal_(module.mask_token, std=self.config.initializer_range)
 
     @property
     def trained_encoder(self) -> nn.Module:

@@ -23,8 +23,7 @@ from .ssl_frozen import (
     renormalise,
     resize_map,
 )
-from .ssl_layers import SSLConfig, as_vit_config, flatten_views, world_size
-from .ssl_prototypes import sum_over_ranks
+from .ssl_layers import SSLConfig, as_vit_config, flatten_views, sum_over_ranks, world_size
 from .vit_layers import patch_grid
 
 

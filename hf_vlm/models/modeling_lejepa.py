@@ -13,8 +13,7 @@ from transformers.utils import ModelOutput, auto_docstring
 from transformers.utils.generic import can_return_tuple
 
 from .modeling_vlm_vit import VLMViTModel, VLMViTPreTrainedModel
-from .ssl_layers import ProjectionHead, SSLConfig, check_views, first_views_first, rank, world_size
-from .ssl_prototypes import sum_over_ranks
+from .ssl_layers import ProjectionHead, SSLConfig, check_views, first_views_first, rank, sum_over_ranks, world_size
 
 
 @strict

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import initialization as init
 from transformers.utils import ModelOutput, auto_docstring
 from transformers.utils.generic import can_return_tuple
 
@@ -90,12 +89,6 @@ class SimMIMForPreTraining(VLMViTPreTrainedModel):
         self.mask_token = nn.Parameter(torch.empty(1, 1, encoder.hidden_size))
         self.head = nn.Linear(encoder.hidden_size, encoder.patch_dim)
         self.post_init()
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if module is self:
-            init.trunc_normal_(module.mask_token, std=self.config.initializer_range)
 
     @can_return_tuple
     @auto_docstring

@@ -29,6 +29,9 @@ from .vit_layers import (
     sincos_positions,
 )
 
+# Parameters of the encoder and of the methods that are tokens, or are added to them.
+TOKENS = ("class_token", "register_tokens", "mask_token", "position_embedding")
+
 
 class VLMViTEmbeddings(nn.Module):
     """Patch projection, learned or fixed positions, class and register tokens."""
@@ -115,12 +118,11 @@ class VLMViTPreTrainedModel(PreTrainedModel):
         std = getattr(self.config, "initializer_range", 0.02)
         if isinstance(module, nn.Linear):
             init.trunc_normal_(module.weight, std=std)
-        elif isinstance(module, VLMViTEmbeddings):
-            for name in ("class_token", "register_tokens", "position_embedding"):
-                if hasattr(module, name):
-                    init.trunc_normal_(getattr(module, name), std=std)
         elif isinstance(module, LayerScale):
             init.constant_(module.gain, module.value)
+        for name in TOKENS:
+            if name in module._parameters:
+                init.trunc_normal_(getattr(module, name), std=std)
 
 
 def check_pixel_values(pixel_values: Tensor, config: VLMViTConfig) -> None:

@@ -22,20 +22,24 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum over all ranks, without a gradient."""
+    if world_size() > 1:
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(tensor)
+    return tensor
+
+
 class _SumOverRanks(torch.autograd.Function):
     """Sum of a tensor over all ranks; every rank's result depends on every rank's input, so gradients sum as well."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        total = tensor.clone()
-        dist.all_reduce(total)
-        return total
+        return sum_over_ranks(tensor)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        total = gradient.contiguous().clone()
-        dist.all_reduce(total)
-        return total
+        return sum_over_ranks(gradient)
 
 
 def gather_with_gradient(tensor: Tensor) -> Tensor:
@@ -155,5 +159,6 @@ __all__ = [
     "flatten_views",
     "gather_with_gradient",
     "rank",
+    "sum_over_ranks",
     "world_size",
 ]

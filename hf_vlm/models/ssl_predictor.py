@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import initialization as init
 
 from .configuration_vlm_vit import VLMViTConfig
 from .modeling_vlm_vit import VLMViTPreTrainedModel
@@ -32,12 +31,6 @@ class MaskedPredictor(VLMViTPreTrainedModel):
         self.norm = build_norm(config, config.hidden_size)
         self.predict = nn.Linear(config.hidden_size, output_size)
         self.post_init()
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if module is self:
-            init.trunc_normal_(module.mask_token, std=self.config.initializer_range)
 
     def forward(
         self, encoded: Tensor, visible: Tensor, masked: Tensor, grid_hw: tuple[int, int], **kwargs: Any

@@ -4,19 +4,10 @@ import math
 from itertools import pairwise
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .ssl_layers import world_size
-
-
-def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """The sum over all ranks, without a gradient."""
-    if world_size() > 1:
-        tensor = tensor.clone()
-        dist.all_reduce(tensor)
-    return tensor
+from .ssl_layers import sum_over_ranks
 
 
 class PrototypeHead(nn.Module):
@@ -122,4 +113,4 @@ def entropy(probabilities: Tensor) -> Tensor:
     return -torch.xlogy(probabilities, probabilities).sum(-1).mean() / math.log(probabilities.shape[-1])
 
 
-__all__ = ["Centering", "PrototypeHead", "cross_entropy", "entropy", "koleo", "sinkhorn", "sum_over_ranks"]
+__all__ = ["Centering", "PrototypeHead", "cross_entropy", "entropy", "koleo", "sinkhorn"]

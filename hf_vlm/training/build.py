@@ -124,7 +124,7 @@ def load_encoder(args: VisionTrainingArguments) -> VLMViTModel:
     """
     assert args.encoder is not None
     wanted = build_encoder_config(args)
-    _check_origin(args.encoder)
+    _read_origin(args.encoder)
     found = VLMViTConfig.from_pretrained(args.encoder)
     differences = [
         f"{name}: weights have {_plain(getattr(found, name))}, the recipe says {_plain(getattr(wanted, name))}"
@@ -154,8 +154,7 @@ def load_frozen_encoder(run_dir: str | Path) -> tuple[VLMViTModel, VLMViTImagePr
     Raises:
         ValueError: if there is none, it has to be converted first, or weights are missing.
     """
-    _check_origin(str(run_dir))
-    if not is_ours(config := read_config(str(run_dir))):
+    if not is_ours(config := _read_origin(str(run_dir))):
         raise ValueError(
             f"{run_dir} holds no encoder of hf_vlm, but a model of the type {config.get('model_type')!r}."
         )
@@ -170,18 +169,19 @@ def load_frozen_encoder(run_dir: str | Path) -> tuple[VLMViTModel, VLMViTImagePr
     return encoder.eval(), processor
 
 
-def _check_origin(source: str) -> None:
-    """ValueError where there is no checkpoint, or one that has to be converted first."""
+def _read_origin(source: str) -> dict[str, Any]:
+    """A checkpoint's configuration; ValueError where there is none, or one that has to be converted first."""
     try:
-        model_type = read_config(source).get("model_type")
+        config = read_config(source)
     except ValueError as error:
         raise ValueError(f"encoder: {error}") from error
-    if model_type in {**FAMILIES, **ALIASES}:
+    if (model_type := config.get("model_type")) in {**FAMILIES, **ALIASES}:
         folder = f"runs/{Path(source).name}"
         raise ValueError(
             f"encoder: {source} is a checkpoint of transformers ({model_type}). Convert it, and give what comes out:\n"
             f"  {shlex.join(['hf-vlm', 'convert', source, folder])}\n  --encoder {shlex.quote(folder)}"
         )
+    return config
 
 
 def _report(args: VisionTrainingArguments, encoder: VLMViTModel, report: dict[str, Any]) -> None:

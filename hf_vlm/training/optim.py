@@ -1,7 +1,6 @@
 """Parameter groups (layer-wise learning rates, weight decay only where it belongs) and their schedules."""
 
 import functools
-import math
 import re
 from collections import defaultdict
 from collections.abc import Callable
@@ -10,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-# Not matrices in spirit, though stored with leading axes of one: decaying them only shrinks what they learn.
-NO_DECAY_NAMES = ("class_token", "register_tokens", "mask_token", "position_embedding")
+from hf_vlm.models.modeling_vlm_vit import TOKENS
+from hf_vlm.models.ssl_teacher import cosine
 
 
 def layer_index(name: str, num_layers: int) -> int:
@@ -42,7 +41,8 @@ def parameter_groups(
     groups: dict[tuple[int, bool], list[Tensor]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decays = parameter.ndim > 1 and not name.endswith(NO_DECAY_NAMES)
+            # Tokens are no matrices in spirit, though stored with leading axes of one: decay would only shrink them.
+            decays = parameter.ndim > 1 and not name.endswith(TOKENS)
             groups[layer_index(name, num_layers), decays].append(parameter)
 
     def rate(depth: int) -> float:
@@ -91,7 +91,7 @@ def late_encoder_schedule(scheduler: Any, *, num_frozen_steps: int, num_warmup_s
 
 def weight_decay_at(step: int, num_steps: int, *, start: float, end: float) -> float:
     """Weight decay of a step counted from 0: half a cosine from `start` towards `end` (DINO, arXiv 2104.14294)."""
-    return end + (start - end) * (1 + math.cos(math.pi * step / num_steps)) / 2
+    return cosine(start, end, step / num_steps)
 
 
 __all__ = ["late_encoder_schedule", "layer_index", "parameter_groups", "weight_decay_at"]
