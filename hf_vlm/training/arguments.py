@@ -116,7 +116,8 @@ class VisionTrainingArguments(TrainingArguments):
             )
         if self.images_to_see is not None and self.images_to_see != "auto":
             self._set_steps(self.images_to_see)
-        self._check_frozen_steps()
+        if self.images_to_see != "auto":  # then the steps are not known yet
+            self._check_frozen_steps()
 
     def see_images_of(self, num_images: int | None) -> None:
         """Sets the number of steps by the size of the data, where the recipe leaves it to that.
@@ -140,7 +141,7 @@ class VisionTrainingArguments(TrainingArguments):
         self.max_steps = math.ceil(num_seen / self.total_batch_size)
 
     def _check_frozen_steps(self) -> None:
-        if not 0 <= self.frozen_encoder_steps < max(self.max_steps, 1):
+        if not 0 <= self.frozen_encoder_steps < self.max_steps:
             raise ValueError(
                 f"frozen_encoder_steps must be a share of the steps below 1, or fewer than the run's {self.max_steps} "
                 f"steps, but is {self.frozen_encoder_steps:g}."

@@ -144,6 +144,11 @@ def test_the_length_follows_the_images_and_the_batch():
     args = parse_arguments({"images_to_see": "auto", "frozen_encoder_steps": 0.1, **shape})
     args.see_images_of(50_000)
     assert args.max_steps == 50_000 * 1000 / 32
+    args = parse_arguments({"images_to_see": "auto", "frozen_encoder_steps": 200, **shape})
+    args.see_images_of(50_000)
+    assert args.num_frozen_encoder_steps == 200
+    with pytest.raises(ValueError, match="frozen_encoder_steps"):
+        parse_arguments({"images_to_see": "auto", "frozen_encoder_steps": 200, **shape}).see_images_of(4)
     with pytest.raises(ValueError, match="does not say without being read"):
         parse_arguments({"images_to_see": "auto", "data": "tars", **shape}).see_images_of(None)
     for wrong in ({}, {"max_steps": 5, "images_to_see": 10}, {"images_to_see": "many"}, {"images_to_see": 0}):
