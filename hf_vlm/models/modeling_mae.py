@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import Tensor
 from transformers import AutoConfig
@@ -21,7 +22,7 @@ from .ssl_masks import mask_of, pixels_of, random_masking
 from .ssl_perceptual import choose_layers, count_layers, features_of_layers, perceptual_distance
 from .ssl_predictor import MaskedPredictor
 from .ssl_teacher import TeacherMixin
-from .vit_layers import gather_tokens, patch_grid, patchify, unpatchify
+from .vit_layers import gather_patches, gather_tokens, patch_grid, patchify, unpatchify
 
 DECODER_DEFAULTS = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 16}
 
@@ -156,11 +157,14 @@ class MAEOutput(ModelOutput):
     loss_discriminator: Tensor | None = None
 
 
-def normalise_patches(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Standardises each patch (..., values); returns the result, the means and the standard deviations."""
-    mean = patches.mean(dim=-1, keepdim=True)
-    std = (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
-    return (patches - mean) / std, mean, std
+def normalise_patches(patches: Tensor) -> Tensor:
+    """Standardises each patch (..., values) by its mean and unbiased deviation, eps 1e-6 within the root.
+
+    Layer normalisation, whose variance is the biased one, does it in one pass when its scale and eps make up for that.
+    """
+    size = patches.shape[-1]
+    share = (size - 1) / size  # of the unbiased variance is the biased one
+    return F.layer_norm(patches, (size,), patches.new_full((size,), math.sqrt(share)), eps=share * 1e-6)
 
 
 def paint(images: Tensor, predictions: Tensor, masked: Tensor, patch_hw: tuple[int, int], normalised: bool) -> Tensor:
@@ -177,8 +181,8 @@ def paint(images: Tensor, predictions: Tensor, masked: Tensor, patch_hw: tuple[i
     """
     patches, predictions = patchify(images, patch_hw).float(), predictions.float()
     if normalised:
-        _, mean, std = normalise_patches(gather_tokens(patches, masked))
-        predictions = predictions * std + mean
+        var, mean = torch.var_mean(gather_tokens(patches, masked), dim=-1, keepdim=True)
+        predictions = predictions * (var + 1e-6).sqrt() + mean
     painted = patches.scatter(1, masked[:, :, None].expand_as(predictions), predictions)
     return unpatchify(painted, patch_grid(images, patch_hw), patch_hw)
 
@@ -225,12 +229,11 @@ class MAEForPreTraining(FrozenEncoderMixin, TeacherMixin, VLMViTPreTrainedModel)
         """
         images, config = flatten_views(pixel_values), self.config
         predictions, masked = self._predict(images, noise)
-        targets = gather_tokens(patchify(images, config.backbone_config.patch_hw), masked).float()
+        targets = gather_patches(images, masked, config.backbone_config.patch_hw).float()
         if config.norm_pix_loss:
-            targets = normalise_patches(targets)[0]
-        output = MAEOutput(
-            loss=(predictions.float() - targets).square().mean(), predictions=predictions, masked_indices=masked
-        )
+            targets = normalise_patches(targets)
+        loss = F.mse_loss(predictions.float(), targets)
+        output = MAEOutput(loss=loss, predictions=predictions, masked_indices=masked)
         return self._judge(output, images) if config.judges_images else output
 
     def _predict(self, images: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from .vit_layers import (
     VLMViTAttention,
     VLMViTLayer,
     build_norm,
-    gather_tokens,
+    gather_patches,
     patch_grid,
     patchify,
     rope_positions,
@@ -70,12 +70,12 @@ class VLMViTEmbeddings(nn.Module):
         mask_token: Tensor | None = None,
     ) -> Tensor:
         batch, patch_hw = len(pixel_values), self.config.patch_hw
-        patches = patchify(pixel_values, patch_hw)  # (batch, patches, channels * patch height * patch width)
         positions = self.positions(patch_grid(pixel_values, patch_hw))
-        if visible_indices is not None:  # only what is seen is embedded: masked patches cost nothing
-            patches = gather_tokens(patches, visible_indices)
-            if positions is not None:
-                positions = gather_tokens(positions.expand(batch, -1, -1), visible_indices)
+        if visible_indices is None:
+            patches = patchify(pixel_values, patch_hw)  # (batch, patches, channels * patch height * patch width)
+        else:  # only what is seen is cut out and embedded: masked patches cost nothing
+            patches = gather_patches(pixel_values, visible_indices, patch_hw)
+            positions = None if positions is None else F.embedding(visible_indices, positions[0])
         tokens = self.patch_projection(patches)  # (batch, patches, hidden_size)
         if masked is not None and mask_token is not None:
             tokens = torch.where(masked[:, :, None], mask_token.to(tokens.dtype), tokens)
@@ -169,11 +169,8 @@ class _Encoder(VLMViTPreTrainedModel):
             return tokens, None
         grid_hw = patch_grid(pixel_values, self.config.patch_hw)
         head_dim = self.config.hidden_size // self.config.num_attention_heads
-        angles = rope_positions(head_dim, self.config.rope_theta, grid_hw, tokens.device)[
-            None
-        ]  # (1, patches, head_dim)
-        if visible_indices is not None:
-            angles = gather_tokens(angles.expand(len(tokens), -1, -1), visible_indices)
+        angles = rope_positions(head_dim, self.config.rope_theta, grid_hw, tokens.device)  # (patches, head_dim)
+        angles = angles[None] if visible_indices is None else angles[visible_indices]
         angles = angles[:, None]  # (batch or 1, 1, patches, head_dim)
         return tokens, (angles.cos().to(tokens.dtype), angles.sin().to(tokens.dtype))
 

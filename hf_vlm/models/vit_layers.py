@@ -65,7 +65,28 @@ def unpatchify(patches: Tensor, grid_hw: tuple[int, int], patch_hw: tuple[int, i
 
 def gather_tokens(tokens: Tensor, indices: Tensor) -> Tensor:
     """Picks tokens (batch, tokens, dim) by indices (batch, picked): (batch, picked, dim)."""
-    return tokens.gather(1, indices[:, :, None].expand(-1, -1, tokens.shape[-1]))
+    return _select_rows(tokens.flatten(0, 1), indices, tokens.shape[1])
+
+
+def gather_patches(pixel_values: Tensor, indices: Tensor, patch_hw: tuple[int, int]) -> Tensor:
+    """Cuts out the patches at row-major indices (batch, picked) alone: (batch, picked, values), as `patchify` gives.
+
+    A patch is gathered as its rows of pixels, so that the images are read once and the other patches never.
+    """
+    channels, height = pixel_values.shape[1:3]
+    (ph, pw), (rows, columns) = patch_hw, patch_grid(pixel_values, patch_hw)
+    first = indices // columns * (ph * columns) + indices % columns  # a patch's first row of pixels in its channel
+    row = torch.arange(ph, device=indices.device) * columns
+    channel = torch.arange(channels, device=indices.device) * (rows * ph * columns)
+    lines = (first[:, :, None, None] + channel[:, None] + row).flatten(1)  # (batch, picked * channels * patch height)
+    picked = _select_rows(pixel_values.reshape(-1, pw), lines, channels * height * columns)
+    return picked.reshape(*indices.shape, channels * ph * pw)
+
+
+def _select_rows(rows: Tensor, indices: Tensor, num_rows: int) -> Tensor:
+    """Rows (batch x num_rows, dim) at indices (batch, picked) of each example: several times as fast as `gather`."""
+    starts = torch.arange(len(indices), device=indices.device)[:, None] * num_rows
+    return rows.index_select(0, (indices + starts).flatten()).unflatten(0, indices.shape)
 
 
 def sincos_positions(dim: int, grid_hw: tuple[int, int], device: torch.device | None = None) -> Tensor:
@@ -314,6 +335,7 @@ __all__ = [
     "VLMViTLayer",
     "build_norm",
     "eager_attention_forward",
+    "gather_patches",
     "gather_tokens",
     "patch_grid",
     "patchify",

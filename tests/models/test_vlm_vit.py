@@ -7,7 +7,15 @@ from transformers import ViTConfig, ViTModel
 
 from hf_vlm.models.configuration_vlm_vit import PRESETS, VLMViTConfig
 from hf_vlm.models.modeling_vlm_vit import VLMViTBackbone, VLMViTModel
-from hf_vlm.models.vit_layers import patchify, rope_positions, rotate, sincos_positions, unpatchify
+from hf_vlm.models.vit_layers import (
+    gather_patches,
+    gather_tokens,
+    patchify,
+    rope_positions,
+    rotate,
+    sincos_positions,
+    unpatchify,
+)
 
 TINY = {
     "image_size": 32,
@@ -21,6 +29,13 @@ TINY = {
 def build(**fields):
     torch.manual_seed(0)
     return VLMViTModel(VLMViTConfig(**{**TINY, **fields})).eval()
+
+
+def test_patches_are_gathered_as_from_all_of_them():
+    images, indices = torch.randn(3, 5, 16, 24).transpose(2, 3), torch.rand(3, 12).argsort(1)[:, :7]
+    expected = torch.stack([patchify(images, (8, 4))[i, chosen] for i, chosen in enumerate(indices)])
+    assert torch.equal(gather_patches(images, indices, (8, 4)), expected)
+    assert torch.equal(gather_tokens(patchify(images, (8, 4)), indices), expected)
 
 
 def test_patchify_is_a_convolution_and_is_undone():
