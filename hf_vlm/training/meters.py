@@ -41,7 +41,7 @@ OTHER_CHIPS = re.compile(r"\b(MIG|Laptop|4090 D)\b")  # carry the name of an acc
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
 
 # Operations of these name spaces either have a formula or multiply no matrices.
-KNOWN_NAMESPACES = ("aten", "prim", "c10d", "_c10d_functional", "fsdp")
+KNOWN_NAMESPACES = ("aten", "prim", "c10d", "_c10d_functional", "fsdp", "profiler")
 
 
 class Speedometer:

@@ -71,9 +71,10 @@ def pretrain(recipe: dict[str, Any], *, write_card: Callable[[Path], Any] | None
     record.summary["probe"] = last_probe(trainer.state.log_history)
     output_dir = Path(args.output_dir)
     trainer.save_model(str(output_dir / OBJECTIVE_FOLDER), _internal_call=True)
+    weights = trainer.accelerator.get_state_dict(model.trained_encoder)  # all ranks gather what is sharded
     if args.should_save:
         encoder = VLMViTModel(model.config.backbone_config)
-        encoder.load_state_dict(model.trained_encoder.state_dict())
+        encoder.load_state_dict(weights)
         encoder.save_pretrained(output_dir)
         processor.save_pretrained(output_dir)
         record.write(output_dir)
