@@ -64,7 +64,7 @@ def pretrain(recipe: dict[str, Any], *, write_card: Callable[[Path], Any] | None
         on_save=record.write,
     )
     if args.probe_steps != 0:
-        trainer.add_callback(build_probe(trainer, transform, processor))
+        trainer.add_callback(build_probe(trainer, transform, processor, source))
     if args.on_collapse != "ignore":
         trainer.add_callback(CollapseAlarm(stop=args.on_collapse == "stop"))
     _train(trainer, record)
