@@ -209,6 +209,7 @@ class VisionTrainer(Trainer):
                 weight_decay=self.args.weight_decay,
                 layer_decay=self.args.layer_decay,
                 encoder_lr_multiplier=self.args.encoder_lr_multiplier,
+                patch_projection_lr_multiplier=self.args.patch_projection_lr_multiplier,
             )
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = optimizer_class(groups, **options)
