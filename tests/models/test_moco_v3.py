@@ -117,12 +117,31 @@ def test_nothing_is_computed_that_is_not_read(monkeypatch):
     assert lengths == [((16, 1), True), ((16, 1), False)]
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_weights_are_drawn_as_by_the_official_code(frozen):
+    model = build(freeze_patch_projection=frozen)
+    limits = {
+        "backbone.embeddings.patch_projection": math.sqrt(6 / (3 * 8 * 8 + 32)),
+        "backbone.layers.1.attention.query": math.sqrt(6 / (32 + 32)),  # a matrix of its own, not a third of one
+        "backbone.layers.0.attention.projection": math.sqrt(6 / (32 + 32)),
+        "backbone.layers.1.mlp.up_projection": math.sqrt(6 / (32 + 128)),
+        "projector.0": 1 / math.sqrt(32),
+        "projector.6": 1 / math.sqrt(64),
+        "predictor.0": 1 / math.sqrt(16),
+    }
+    for name, limit in limits.items():
+        layer = model.get_submodule(name)
+        assert layer.weight.abs().max().item() == pytest.approx(limit, rel=0.01), name
+        assert layer.weight.std().item() == pytest.approx(limit / math.sqrt(3), rel=0.05), name
+        assert layer.bias is None or not layer.bias.any(), name
+    assert 0 < model.backbone.embeddings.class_token.abs().max() < 1e-5
+    weights = model.backbone.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in model.teacher["backbone"].state_dict().items())
+
+
 def test_a_frozen_patch_projection_stays_frozen(tmp_path):
     model = build()
     weight = model.backbone.embeddings.patch_projection.weight
-    limit = math.sqrt(6 / (3 * 8 * 8 + 32))  # as the official code draws it, uniformly
-    assert weight.abs().max().item() == pytest.approx(limit, rel=0.01)
-    assert weight.std().item() == pytest.approx(limit / math.sqrt(3), rel=0.05)
     assert torch.equal(model.teacher["backbone"].embeddings.patch_projection.weight, weight)
     train(model, 2)
     model.save_pretrained(tmp_path)
