@@ -51,6 +51,9 @@ class Speedometer:
     products, convolutions and attention of forward and backward, two a multiply-add; element-wise work, the optimiser
     and whatever is computed a second time (activation checkpointing, fused attention's backward) do not count. They
     are counted once, before the first training step, which is never part of a timed interval.
+
+    Attributes:
+        num_flops: Of forward and backward of a batch on this rank; 0 where unknown.
     """
 
     def __init__(self, args: VisionTrainingArguments):
@@ -59,7 +62,7 @@ class Speedometer:
         self._wait_seconds = 0.0
         self._warned_of_waiting = False
         self._has_counted = False
-        self._num_flops = 0  # of one micro-batch; 0 where unknown
+        self.num_flops = 0
         self._peak_flops = 0.0
 
     @contextlib.contextmanager
@@ -104,7 +107,7 @@ class Speedometer:
         if counter.problem:
             logger.warning("mfu is not logged: %s", counter.problem)
             return
-        self._num_flops = counter.get_total_flops()
+        self.num_flops = counter.get_total_flops()
         self._peak_flops = peak_flops(device, precision(self.args, next(model.parameters()).dtype))
 
     def figures(self, step: int) -> dict[str, float]:
@@ -122,8 +125,8 @@ class Speedometer:
             "images_per_second": round(num_images / seconds, 2),
             "data_wait": round(waited / seconds, 4),
         }
-        if self._num_flops:
-            figures["mfu"] = round(num_batches * self._num_flops / seconds / self._peak_flops, 4)
+        if self.num_flops:
+            figures["mfu"] = round(num_batches * self.num_flops / seconds / self._peak_flops, 4)
         self._warn_of_waiting(waited / seconds)
         return figures
 

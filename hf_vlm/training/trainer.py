@@ -243,6 +243,10 @@ class VisionTrainer(Trainer):
         self._num_parts += 1
         return (loss, outputs) if return_outputs else loss
 
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Of a batch, for `total_flos`: as counted. The stock estimate takes pixels for tokens, and knows no views."""
+        return self._speedometer.num_flops
+
     def aside(self) -> AbstractContextManager[None]:
         """For what is no training: it does not count in the figures of speed."""
         return self._speedometer.paused()
