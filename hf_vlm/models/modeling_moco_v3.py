@@ -150,7 +150,7 @@ class MoCoV3ForPreTraining(TeacherMixin, VLMViTPreTrainedModel):
         return MoCoV3Output(
             loss=first + second,
             accuracy=(first_accuracy + second_accuracy) / 2,
-            feature_std=feature_std(F.normalize(pooled.float(), dim=-1)),
+            feature_std=feature_std(pooled),
         )
 
 
