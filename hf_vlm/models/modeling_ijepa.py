@@ -159,7 +159,7 @@ class IJEPAForPreTraining(TeacherMixin, VLMViTPreTrainedModel):
         return IJEPAOutput(
             loss=F.smooth_l1_loss(predictions.float(), targets),
             predictions=predictions,
-            feature_std=feature_std(F.normalize(features.flatten(1), dim=-1)),
+            feature_std=feature_std(features.flatten(1)),
         )
 
     @torch.no_grad()

@@ -108,9 +108,22 @@ class MoCoV3ForPreTraining(TeacherMixin, VLMViTPreTrainedModel):
         )
         self.predictor = ProjectionHead(size, hidden_size, size, num_layers=2, last_norm=True)
         self.post_init()
-        if config.freeze_patch_projection:  # what is frozen keeps its scale: here the official one
-            nn.init.xavier_uniform_(self.backbone.embeddings.patch_projection.weight)
+        self.draw_weights()
         self.build_teacher("backbone", "projector")
+
+    def draw_weights(self) -> None:
+        """The official initialisation: by Xavier in the encoder, torch's own in the heads.
+
+        What is frozen keeps its scale for good, and AdamW's relative steps are as small as a weight is large.
+        """
+        for module in self.backbone.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+        if self.config.backbone_config.use_class_token:
+            nn.init.normal_(self.backbone.embeddings.class_token, std=1e-6)
+        for module in (*self.projector, *self.predictor):
+            if isinstance(module, nn.Linear):
+                module.reset_parameters()
 
     def freeze(self) -> None:
         super().freeze()
@@ -137,7 +150,7 @@ class MoCoV3ForPreTraining(TeacherMixin, VLMViTPreTrainedModel):
         return MoCoV3Output(
             loss=first + second,
             accuracy=(first_accuracy + second_accuracy) / 2,
-            feature_std=feature_std(F.normalize(pooled.float(), dim=-1)),
+            feature_std=feature_std(pooled),
         )
 
 

@@ -159,7 +159,7 @@ class SimCLRForPreTraining(VLMViTPreTrainedModel):
         projections = F.normalize(self.projection_head(pooled).float(), dim=-1)  # (2 * batch, projection_size)
         loss, accuracy = nt_xent(projections, self.config.temperature)
         return SimCLROutput(
-            loss=loss, projections=projections, accuracy=accuracy, feature_std=feature_std(projections.detach())
+            loss=loss, projections=projections, accuracy=accuracy, feature_std=feature_std(projections)
         )
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
@@ -121,11 +122,11 @@ class SSLConfig(PreTrainedConfig):
 
 @torch.no_grad()
 def feature_std(features: Tensor) -> Tensor:
-    """Spread () of L2-normalised features (rows, dim): their mean deviation x sqrt(dim).
+    """Spread () of features (rows, dim): the mean deviation of their directions x sqrt(dim).
 
     It is 1 where they lie evenly in all directions, and 0 where all are alike: a collapse.
     """
-    return features.float().std(dim=0).mean() * features.shape[1] ** 0.5
+    return F.normalize(features.float(), dim=-1).std(dim=0).mean() * features.shape[1] ** 0.5
 
 
 def check_views(pixel_values: Tensor, num_views: int | None = None) -> Tensor:

@@ -263,61 +263,58 @@ class VLMViTLayer(GradientCheckpointingLayer):
         packing: Packing | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        if packing is not None:
-            return self._forward_packed(hidden_states, packing, positions, **kwargs)
-        hidden_states = self._residual(hidden_states, self._attend, positions, context, context_positions, **kwargs)
-        return self._residual(hidden_states, self._feed)
+        inputs = positions, context, context_positions
+        hidden_states = self._residual(hidden_states, self._attend, *inputs, packing=packing, **kwargs)
+        return self._residual(hidden_states, self._feed, packing=packing)
 
     def _attend(
-        self, states: Tensor, positions: Positions, context: Tensor | None, context_positions: Positions, **kwargs: Any
+        self,
+        states: Tensor,
+        positions: Any,
+        context: Tensor | None,
+        context_positions: Positions,
+        packing: Packing | None = None,
+        **kwargs: Any,
     ) -> Tensor:
         normed = None if context is None else self.norm1(context)
-        return self.layer_scale1(self.attention(self.norm1(states), positions, normed, context_positions, **kwargs)[0])
+        states, _ = self.attention(self.norm1(states), positions, normed, context_positions, packing, **kwargs)
+        return self.layer_scale1(states)
 
-    def _feed(self, states: Tensor) -> Tensor:
+    def _feed(self, states: Tensor, packing: Packing | None = None) -> Tensor:
         return self.layer_scale2(self.mlp(self.norm2(states)))
-
-    @property
-    def _drops(self) -> bool:
-        return self.training and self.drop_path_rate > 0
 
     def _keep(self, batch: int, device: torch.device) -> Tensor:
         """The samples (kept,) that stochastic depth keeps."""
         return torch.randperm(batch, device=device)[: max(1, round(batch * (1 - self.drop_path_rate)))]
 
-    def _residual(self, states: Tensor, branch: Callable[..., Tensor], *inputs: Any, **kwargs: Any) -> Tensor:
-        """Adds a branch; in training it is computed only for the samples that stochastic depth keeps (DINOv2)."""
-        if not self._drops:
-            return states + branch(states, *inputs, **kwargs)
-        batch, kept = len(states), self._keep(len(states), states.device)
-        update = branch(states[kept], *(_pick(value, kept, batch) for value in inputs), **kwargs)
-        return states.index_add(0, kept, update.to(states.dtype), alpha=batch / len(kept))
+    def _residual(
+        self,
+        states: Tensor,
+        branch: Callable[..., Tensor],
+        *inputs: Any,
+        packing: Packing | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Adds a branch; in training it is computed only for the samples that stochastic depth keeps (DINOv2).
 
-    def _forward_packed(self, states: Tensor, packing: Packing, positions: Any, **kwargs: Any) -> Tensor:
-        """The same for packed samples; stochastic depth keeps its share of each group."""
-        for branch in self._attend_packed, self._feed_packed:
-            if not self._drops:
-                states = states + branch(states, packing, positions, **kwargs)
-                continue
-            groups = packing.unpack(states)
-            kept = [self._keep(len(group), states.device) for group in groups]
-            few = Packing(tuple((len(index), group.shape[1]) for index, group in zip(kept, groups)))
-            updates = few.unpack(
-                branch(few.pack([g[index] for g, index in zip(groups, kept)]), few, positions, **kwargs)
-            )
-            states = packing.pack(
-                [
-                    group.index_add(0, index, update.to(states.dtype), alpha=len(group) / len(index))
-                    for group, index, update in zip(groups, kept, updates)
-                ]
-            )
-        return states
-
-    def _attend_packed(self, states: Tensor, packing: Packing, positions: Any, **kwargs: Any) -> Tensor:
-        return self.layer_scale1(self.attention(self.norm1(states), positions, packing=packing, **kwargs)[0])
-
-    def _feed_packed(self, states: Tensor, *_: Any, **kwargs: Any) -> Tensor:
-        return self._feed(states)
+        It keeps its share of each packed group.
+        """
+        if not self.training or self.drop_path_rate == 0:
+            return states + branch(states, *inputs, packing=packing, **kwargs)
+        groups = [states] if packing is None else packing.unpack(states)  # (samples, tokens, dim) each
+        kept = [self._keep(len(group), states.device) for group in groups]
+        few = [group[index] for group, index in zip(groups, kept)]
+        if packing is None:
+            inputs = tuple(_pick(value, kept[0], len(states)) for value in inputs)
+            updates = [branch(few[0], *inputs, packing=None, **kwargs)]
+        else:
+            smaller = Packing(tuple((len(group), group.shape[1]) for group in few))
+            updates = smaller.unpack(branch(smaller.pack(few), *inputs, packing=smaller, **kwargs))
+        sums = [
+            group.index_add(0, index, update.to(group.dtype), alpha=len(group) / len(index))
+            for group, index, update in zip(groups, kept, updates)
+        ]
+        return sums[0] if packing is None else packing.pack(sums)
 
 
 def _pick(value: Any, kept: Tensor, batch: int) -> Any:

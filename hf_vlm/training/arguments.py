@@ -58,6 +58,9 @@ class VisionTrainingArguments(TrainingArguments):
     max_bad_share: float = field(default=0.01, metadata={"help": "Share of unreadable images that stops the run."})
     layer_decay: float = field(default=1.0, metadata={"help": "Learning rate of a layer relative to the one above."})
     encoder_lr_multiplier: float = field(default=1.0, metadata={"help": "Learning rate of the encoder's top layer."})
+    patch_projection_lr_multiplier: float = field(
+        default=1.0, metadata={"help": "Learning rate of the patch projection relative to that of its depth."}
+    )
     frozen_encoder_steps: float = field(
         default=0, metadata={"help": "Steps, or a share of them below 1, before the encoder learns and warms up."}
     )

@@ -41,7 +41,7 @@ OTHER_CHIPS = re.compile(r"\b(MIG|Laptop|4090 D)\b")  # carry the name of an acc
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
 
 # Operations of these name spaces either have a formula or multiply no matrices.
-KNOWN_NAMESPACES = ("aten", "prim", "c10d", "_c10d_functional", "fsdp")
+KNOWN_NAMESPACES = ("aten", "prim", "c10d", "_c10d_functional", "fsdp", "profiler")
 
 
 class Speedometer:
@@ -51,6 +51,9 @@ class Speedometer:
     products, convolutions and attention of forward and backward, two a multiply-add; element-wise work, the optimiser
     and whatever is computed a second time (activation checkpointing, fused attention's backward) do not count. They
     are counted once, before the first training step, which is never part of a timed interval.
+
+    Attributes:
+        num_flops: Of forward and backward of a batch on this rank; 0 where unknown.
     """
 
     def __init__(self, args: VisionTrainingArguments):
@@ -59,7 +62,7 @@ class Speedometer:
         self._wait_seconds = 0.0
         self._warned_of_waiting = False
         self._has_counted = False
-        self._num_flops = 0  # of one micro-batch; 0 where unknown
+        self.num_flops = 0
         self._peak_flops = 0.0
 
     @contextlib.contextmanager
@@ -104,7 +107,7 @@ class Speedometer:
         if counter.problem:
             logger.warning("mfu is not logged: %s", counter.problem)
             return
-        self._num_flops = counter.get_total_flops()
+        self.num_flops = counter.get_total_flops()
         self._peak_flops = peak_flops(device, precision(self.args, next(model.parameters()).dtype))
 
     def figures(self, step: int) -> dict[str, float]:
@@ -122,8 +125,8 @@ class Speedometer:
             "images_per_second": round(num_images / seconds, 2),
             "data_wait": round(waited / seconds, 4),
         }
-        if self._num_flops:
-            figures["mfu"] = round(num_batches * self._num_flops / seconds / self._peak_flops, 4)
+        if self.num_flops:
+            figures["mfu"] = round(num_batches * self.num_flops / seconds / self._peak_flops, 4)
         self._warn_of_waiting(waited / seconds)
         return figures
 

@@ -12,6 +12,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from hf_vlm.models.modeling_vlm_vit import TOKENS
 from hf_vlm.models.ssl_teacher import cosine
 
+PATCH_PROJECTION = "backbone.embeddings.patch_projection."
+
 
 def layer_index(name: str, num_layers: int) -> int:
     """Depth of a parameter: 0 embeddings, 1..N encoder layers and the final norm, N + 1 everything on top of it."""
@@ -31,19 +33,22 @@ def parameter_groups(
     weight_decay: float,
     layer_decay: float = 1.0,
     encoder_lr_multiplier: float = 1.0,
+    patch_projection_lr_multiplier: float = 1.0,
 ) -> list[dict[str, Any]]:
     """Groups for the optimiser: one a depth and kind of decay.
 
     The top encoder layer learns at `learning_rate x encoder_lr_multiplier`, each layer below at `layer_decay` times
-    the rate above it (BEiT, arXiv 2106.08254), all else at `learning_rate`. Vectors, gains and tokens do not decay.
-    What has no gradient, as a teacher, is in no group. The schedules read a group's `in_encoder` and `decays`.
+    the rate above it (BEiT, arXiv 2106.08254), all else at `learning_rate`. The patch projection's rate is that of its
+    depth x `patch_projection_lr_multiplier` (DINOv2, arXiv 2304.07193). Vectors, gains and tokens do not decay. What
+    has no gradient, as a teacher, is in no group. The schedules read a group's `in_encoder` and `decays`.
     """
-    groups: dict[tuple[int, bool], list[Tensor]] = defaultdict(list)
+    groups: dict[tuple[int, float, bool], list[Tensor]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             # Tokens are no matrices in spirit, though stored with leading axes of one: decay would only shrink them.
             decays = parameter.ndim > 1 and not name.endswith(TOKENS)
-            groups[layer_index(name, num_layers), decays].append(parameter)
+            multiplier = patch_projection_lr_multiplier if name.startswith(PATCH_PROJECTION) else 1.0
+            groups[layer_index(name, num_layers), multiplier, decays].append(parameter)
 
     def rate(depth: int) -> float:
         if depth > num_layers:
@@ -53,12 +58,12 @@ def parameter_groups(
     return [
         {
             "params": parameters,
-            "lr": rate(depth),
+            "lr": rate(depth) * multiplier,
             "weight_decay": weight_decay if decays else 0.0,
             "in_encoder": depth <= num_layers,
             "decays": decays,
         }
-        for (depth, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
+        for (depth, multiplier, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
 
 

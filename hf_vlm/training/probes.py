@@ -181,8 +181,13 @@ def preserved_randomness(device: torch.device) -> Iterator[None]:
         np.random.set_state(of_numpy)
 
 
-def build_probe(trainer: VisionTrainer, transform: ViewTransform, processor: VLMViTImageProcessor) -> Probe:
-    """The probe of a training, whose views `transform` makes. ValueError where its data cannot be opened."""
+def build_probe(
+    trainer: VisionTrainer,
+    transform: ViewTransform,
+    processor: VLMViTImageProcessor,
+    source: datasets.IterableDataset,
+) -> Probe:
+    """The probe of a training on `source` with views of `transform`. ValueError where its data cannot be opened."""
     args = trainer.args
     views = ViewTransform(
         [transform.views[0], transform.views[-1]],
@@ -191,7 +196,7 @@ def build_probe(trainer: VisionTrainer, transform: ViewTransform, processor: VLM
         num_channels=len(processor.image_mean),
     )
     images = ExampleStream(
-        open_probe_source(args),
+        open_probe_source(args, source),
         ProbeTransform(views, plain_transform(trainer.model.trained_encoder, processor)),
         seed=SEED,
         repeat=False,
@@ -201,17 +206,19 @@ def build_probe(trainer: VisionTrainer, transform: ViewTransform, processor: VLM
     return Probe(trainer, images, num_examples=args.num_probe_examples, every=probe_interval(args))
 
 
-def open_probe_source(args: VisionTrainingArguments) -> datasets.IterableDataset:
-    """The images to look at: `eval_split` of `probe_data`, or else of the data; `train_split` where there is none."""
-    data, kind, num_train = args.data, args.data_kind, args.num_train_examples
-    if args.probe_data:
-        data, kind, num_train = args.probe_data, None, None
+def open_probe_source(args: VisionTrainingArguments, source: datasets.IterableDataset) -> datasets.IterableDataset:
+    """The images to look at: `eval_split` of `probe_data`, or else of the data; `train_split` where there is none.
+
+    `source` is the training's, whose images are not listed a second time.
+    """
+    data, kind = (args.probe_data, None) if args.probe_data else (args.data, args.data_kind)
     try:
         return open_stream(data, args.eval_split, kind=kind, num_samples=args.num_eval_examples)
     except ValueError as error:
-        source = open_stream(data, args.train_split, kind=kind, num_samples=num_train)
+        # One shard of one is all of the source, with a position of its own: iterating moves that of a stream.
+        images = open_stream(data, args.train_split) if args.probe_data else source.shard(num_shards=1, index=0)
         logger.info("Probes look at images of the split %r: %s", args.train_split, error)
-        return source
+        return images
 
 
 def probe_interval(args: VisionTrainingArguments) -> int:

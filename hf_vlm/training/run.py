@@ -64,16 +64,17 @@ def pretrain(recipe: dict[str, Any], *, write_card: Callable[[Path], Any] | None
         on_save=record.write,
     )
     if args.probe_steps != 0:
-        trainer.add_callback(build_probe(trainer, transform, processor))
+        trainer.add_callback(build_probe(trainer, transform, processor, source))
     if args.on_collapse != "ignore":
         trainer.add_callback(CollapseAlarm(stop=args.on_collapse == "stop"))
     _train(trainer, record)
     record.summary["probe"] = last_probe(trainer.state.log_history)
     output_dir = Path(args.output_dir)
     trainer.save_model(str(output_dir / OBJECTIVE_FOLDER), _internal_call=True)
+    weights = trainer.accelerator.get_state_dict(model.trained_encoder)  # all ranks gather what is sharded
     if args.should_save:
         encoder = VLMViTModel(model.config.backbone_config)
-        encoder.load_state_dict(model.trained_encoder.state_dict())
+        encoder.load_state_dict(weights)
         encoder.save_pretrained(output_dir)
         processor.save_pretrained(output_dir)
         record.write(output_dir)

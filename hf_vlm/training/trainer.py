@@ -209,6 +209,7 @@ class VisionTrainer(Trainer):
                 weight_decay=self.args.weight_decay,
                 layer_decay=self.args.layer_decay,
                 encoder_lr_multiplier=self.args.encoder_lr_multiplier,
+                patch_projection_lr_multiplier=self.args.patch_projection_lr_multiplier,
             )
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = optimizer_class(groups, **options)
@@ -241,6 +242,10 @@ class VisionTrainer(Trainer):
             self._part_sums[name] += value.detach()
         self._num_parts += 1
         return (loss, outputs) if return_outputs else loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Of a batch, for `total_flos`: as counted. The stock estimate takes pixels for tokens, and knows no views."""
+        return self._speedometer.num_flops
 
     def aside(self) -> AbstractContextManager[None]:
         """For what is no training: it does not count in the figures of speed."""

@@ -1,5 +1,6 @@
 """FLOPs against counts by hand, figures against a clock of the test's own, and runs that counting must not change."""
 
+import json
 from types import SimpleNamespace
 
 import psutil
@@ -117,9 +118,11 @@ def test_what_is_no_training_does_not_count_in_the_figures(clock):
     assert speedometer.figures(3)["images_per_second"] == 2 * 8 / 2
 
 
-def test_figures_of_a_run_agree_with_torchs_own_count(make_recipe, tmp_path, monkeypatch):
+@pytest.mark.parametrize("views_on", ["workers", "device"])
+def test_figures_of_a_run_agree_with_torchs_own_count(make_recipe, tmp_path, monkeypatch, views_on):
     monkeypatch.setattr(meters, "peak_flops", lambda device, precision: 1e6)
-    recipe = make_recipe("mae", max_steps=2, gradient_accumulation_steps=2, attn_implementation="eager")
+    shape = {"max_steps": 2, "gradient_accumulation_steps": 2, "attn_implementation": "eager"}
+    recipe = make_recipe("mae", views_on=views_on, save_strategy="steps", save_steps=2, **shape)
     pretrain(recipe)
     first, second = (entry for entry in read_log(tmp_path / "mae" / "log.jsonl") if "loss" in entry)
     assert "mfu" not in first
@@ -134,6 +137,8 @@ def test_figures_of_a_run_agree_with_torchs_own_count(make_recipe, tmp_path, mon
         model(torch.randn(4, 1, 3, 32, 32)).loss.backward()
     flops_an_image = second["mfu"] * 1e6 / second["images_per_second"]
     assert flops_an_image == pytest.approx(counter.get_total_flops() / 4, rel=1e-3)
+    state = json.loads((tmp_path / "mae" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["total_flos"] == 4 * counter.get_total_flops()  # two steps of two batches
 
 
 @pytest.mark.parametrize(("method", "bf16"), [("mae", False), ("mae", True), ("detection", False)])

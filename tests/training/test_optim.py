@@ -50,6 +50,21 @@ def test_each_parameter_has_the_rate_of_its_layer(model):
         assert found[id(parameters[name])] == pytest.approx(values), name
 
 
+def test_the_patch_projection_may_learn_at_a_rate_of_its_own(model):
+    shape = {"num_layers": 3, "learning_rate": 1.0, "weight_decay": 0.1, "layer_decay": 0.5}
+    plain = {id(p): group for group in parameter_groups(model, **shape) for p in group["params"]}
+    groups = parameter_groups(model, patch_projection_lr_multiplier=0.2, **shape)
+    found = {id(p): group for group in groups for p in group["params"]}
+    assert len(found) == sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        multiplier = 0.2 if "patch_projection" in name else 1.0
+        group, expected = found[id(parameter)], plain[id(parameter)]
+        assert group["lr"] == pytest.approx(expected["lr"] * multiplier), name
+        assert all(group[key] == expected[key] for key in ("weight_decay", "in_encoder", "decays")), name
+    assert found[id(model.backbone.embeddings.patch_projection.bias)]["lr"] == pytest.approx(0.2 * 0.5**3)
+    assert groups[-1]["lr"] == 1.0  # the one that is logged
+
+
 def test_layer_index():
     assert layer_index("backbone.layers.11.norm1.weight", 12) == 12
     assert layer_index("backbone.embeddings.class_token", 12) == 0

@@ -34,7 +34,7 @@ from hf_vlm.training import probes
 from hf_vlm.training.arguments import parse_arguments
 from hf_vlm.training.callbacks import read_log
 from hf_vlm.training.features import frozen
-from hf_vlm.training.probes import Probe, accuracy, preserved_randomness, probe_interval, spread
+from hf_vlm.training.probes import Probe, accuracy, open_probe_source, preserved_randomness, probe_interval, spread
 from hf_vlm.training.run import pretrain
 from hf_vlm.training.trainer import VisionTrainer
 
@@ -226,6 +226,26 @@ def test_without_an_evaluation_split_the_images_of_training_are_looked_at(make_r
     found = probed(tmp_path / "mae")[2]
     assert 1 < found["probe_effective_rank"] <= 16
     assert "probe_knn" not in found
+
+
+def test_images_of_training_are_not_listed_again(make_recipe, tmp_path, monkeypatch):
+    write_folder(tmp_path / "images", 24, classes=[""])
+    folder, opened = str(tmp_path / "images"), []
+
+    def counted(*args, **kwargs):
+        opened.append(args)
+        return open_stream(*args, **kwargs)
+
+    monkeypatch.setattr(probes, "open_stream", counted)
+    source, expected = open_stream(folder), list(open_stream(folder))
+    images = open_probe_source(parse_arguments(make_recipe("mae", data=folder)), source)
+    assert opened == [(folder, "validation")]  # which is not there
+    training = iter(source)
+    found = [next(training) for _ in range(10)]
+    state = source.state_dict()
+    assert list(images) == expected
+    assert source.state_dict() == state  # the position is the training's own
+    assert found + list(training) == expected
 
 
 def test_other_data_may_be_looked_at(make_recipe, tmp_path):

@@ -1,0 +1,45 @@
+"""What a pretraining leaves is whole where its model was sharded."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hf_vlm.training.callbacks import read_log
+
+PROGRAM = Path(__file__).with_name("sharded_run.py")
+RECIPES = Path(__file__).parents[2] / "recipes" / "accelerate"
+
+
+def launch(recipe, config):
+    """Runs a recipe in two processes; the weights of its encoder, of its objective, and its log."""
+    folder = Path(recipe["output_dir"])
+    folder.mkdir()
+    (folder / "given.json").write_text(json.dumps(recipe))
+    words = ["accelerate.commands.launch", "--config_file", str(RECIPES / config), "--num_processes", "2"]
+    words += ["--mixed_precision", "no", str(PROGRAM), str(folder / "given.json")]
+    done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-4000:]
+    encoder, objective = (load_file(place / "model.safetensors") for place in (folder, folder / "objective"))
+    return encoder, objective, read_log(folder / "log.jsonl")
+
+
+@pytest.mark.slow
+def test_a_sharded_run_leaves_what_one_of_copies_does(make_recipe, tmp_path):
+    """I-JEPA's encoder is a teacher, which moves without gradients."""
+    recipe = make_recipe("ijepa", max_steps=3, warmup_steps=0)
+    sharded, objective, log = launch(recipe | {"output_dir": str(tmp_path / "sharded")}, "fsdp2.yaml")
+    copied, _, expected_log = launch(recipe | {"output_dir": str(tmp_path / "copied")}, "ddp.yaml")
+    assert sharded.keys() == copied.keys()
+    for name, weights in sharded.items():
+        assert torch.equal(weights, objective[f"teacher.backbone.{name}"]), name
+        torch.testing.assert_close(weights, copied[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+    assert not torch.equal(sharded["norm.weight"], torch.ones(32))  # as it began
+    losses, expected = ([e["loss"] for e in entries if "loss" in e] for entries in (log, expected_log))
+    assert len(losses) == 3
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert any("mfu" in entry for entry in log)
