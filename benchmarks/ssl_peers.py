@@ -14,15 +14,14 @@ encoder converted.
 - `stable_pretraining_lejepa`: its LeJEPA model, whose SIGReg takes all views for one sample, and its transforms.
 - `transformers_mae`: ViTMAEForPreTraining by the stock Trainer, views by torchvision.
 
-solo-learn has no row: its package on PyPI (1.0.2) imports lightning-bolts, and neither imports beside lightning 2.
-lightly has no parts for MoCo v3 in which the two views are compared both ways by its predictor.
+lightly has no MoCo v3, and its masked methods stand on transformers of its own. solo-learn has no row: its package on
+PyPI (1.0.2, for torch 1.9) imports lightning-bolts, which does not import beside lightning 2.
 """
 
 import copy
 import importlib.util
 import time
 from collections.abc import Callable
-from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -31,13 +30,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import (
-    Trainer,
-    ViTMAEConfig,
-    ViTMAEForPreTraining,
-    get_cosine_schedule_with_warmup,
-    set_seed,
-)
+from transformers import Trainer, ViTMAEConfig, ViTMAEForPreTraining, get_cosine_schedule_with_warmup, set_seed
 
 from hf_vlm import VLMViTModel
 from hf_vlm.data.decode import decode_image
@@ -52,8 +45,6 @@ from hf_vlm.training.device import place
 from hf_vlm.training.optim import parameter_groups
 from hf_vlm.training.run import open_source, train_stream
 
-Normalise = dict[str, list[float]]
-
 
 class Peer(nn.Module):
     """A peer's method around our encoder, trained in a plain loop.
@@ -65,24 +56,23 @@ class Peer(nn.Module):
 
     Attributes:
         row: The method of ours whose settings it shares.
-        package: What `pip install` has to bring.
+        packages: What it imports, as `pip install` has to bring it.
         transform: An image of Pillow to its views, each (channels, height, width).
     """
 
     row: str
-    package = "lightly"
+    packages: tuple[str, ...] = ("lightly", "torchvision")
     transform: Callable[[Image.Image], list[Tensor]]
 
-    def __init__(self, config: Any, args: VisionTrainingArguments, normalise: Normalise):
+    def __init__(self, config: Any, args: VisionTrainingArguments, normalise: dict[str, Any]):
         super().__init__()
         self.config, self.args = config, args
         self.backbone = place(VLMViTModel(config.backbone_config))
         self.build(config, args.views, normalise)
         self.to(self.backbone.device).train()
 
-    def build(self, config: Any, views: dict[str, Any], normalise: Normalise) -> None:
-        """Makes the peer's parts."""
-        raise NotImplementedError
+    def build(self, config: Any, views: dict[str, Any], normalise: dict[str, Any]) -> None:
+        """Makes the peer's parts and `transform`."""
 
     def forward(self, views: list[Tensor], step: int) -> Tensor:
         """The loss of views (batch, channels, height, width), large ones first."""
@@ -97,12 +87,9 @@ class Peer(nn.Module):
 
     def fit(self, stream: ExampleStream) -> VLMViTModel:
         """Trains on a stream of views and returns the encoder to judge."""
-        args = self.args
+        args, num_layers = self.args, self.config.backbone_config.num_hidden_layers
         groups = parameter_groups(
-            self,
-            num_layers=self.config.backbone_config.num_hidden_layers,
-            learning_rate=args.learning_rate,
-            weight_decay=args.weight_decay,
+            self, num_layers=num_layers, learning_rate=args.learning_rate, weight_decay=args.weight_decay
         )
         optimizer = torch.optim.AdamW(groups, betas=(args.adam_beta1, args.adam_beta2), fused=True)
         schedule = get_cosine_schedule_with_warmup(optimizer, args.get_warmup_steps(args.max_steps), args.max_steps)
@@ -117,7 +104,6 @@ class Peer(nn.Module):
             self.after_step(step)
             if step % args.logging_steps == 0 or step == args.max_steps - 1:
                 print(f"step {step}: loss {loss.item():.4f}", flush=True)
-
         return self.trained_encoder
 
     @property
@@ -128,26 +114,22 @@ class Peer(nn.Module):
 def lightly_colors(views: dict[str, Any], strength: float) -> dict[str, float]:
     """Our colours as arguments of lightly's transforms, which multiply them by a strength."""
     names = ("cj_bright", "cj_contrast", "cj_sat", "cj_hue")
-    jitter = {name: value / strength for name, value in zip(names, views["jitter"])}
-    return {
-        **jitter,
-        "cj_prob": views["jitter_probability"],
-        "cj_strength": strength,
-        "random_gray_scale": views["grey"],
-        "hf_prob": views["flip"],
-    }
+    colors = {name: value / strength for name, value in zip(names, views["jitter"])}
+    colors |= {"cj_strength": strength, "cj_prob": views["jitter_probability"]}
+    return colors | {"random_gray_scale": views["grey"], "hf_prob": views["flip"]}
 
 
 def lightly_crops(views: dict[str, Any], image_size: int, **options: Any) -> Any:
     """lightly's two large views and many small ones."""
     from lightly.transforms import DINOTransform
 
+    local = views["local"]
     return DINOTransform(
         global_crop_size=image_size,
         global_crop_scale=tuple(views["crop_scale"]),
-        local_crop_size=views["local"]["size"],
-        local_crop_scale=tuple(views["local"]["crop_scale"]),
-        n_local_views=views["local"]["num_views"],
+        local_crop_size=local["size"],
+        local_crop_scale=tuple(local["crop_scale"]),
+        n_local_views=local["num_views"],
         gaussian_blur=(views["blur"],) * 3,
         **lightly_colors(views, strength=0.5),  # the second large view takes no other
         **options,
@@ -157,17 +139,13 @@ def lightly_crops(views: dict[str, Any], image_size: int, **options: Any) -> Any
 class LightlySimCLR(Peer):
     row = "simclr"
 
-    def build(self, config: Any, views: dict[str, Any], normalise: Normalise) -> None:
+    def build(self, config: Any, views: dict[str, Any], normalise: dict[str, Any]) -> None:
         from lightly.loss import NTXentLoss
         from lightly.models.modules import SimCLRProjectionHead
         from lightly.transforms import SimCLRTransform
 
-        self.head = SimCLRProjectionHead(
-            config.backbone_config.hidden_size,
-            config.projection_hidden_size,
-            config.projection_size,
-            num_layers=config.num_projection_layers,
-        )
+        sizes = config.projection_hidden_size, config.projection_size, config.num_projection_layers
+        self.head = SimCLRProjectionHead(config.backbone_config.hidden_size, *sizes)
         self.loss = NTXentLoss(temperature=config.temperature)
         self.transform = SimCLRTransform(
             input_size=self.args.image_size,
@@ -185,7 +163,7 @@ class LightlySimCLR(Peer):
 class LightlyLeJEPA(Peer):
     row = "lejepa"
 
-    def build(self, config: Any, views: dict[str, Any], normalise: Normalise) -> None:
+    def build(self, config: Any, views: dict[str, Any], normalise: dict[str, Any]) -> None:
         from lightly.loss import LeJEPALoss
         from lightly.models.modules import LeJEPAProjectionHead
 
@@ -196,30 +174,26 @@ class LightlyLeJEPA(Peer):
         self.transform = lightly_crops(views, self.args.image_size, solarization_prob=0.0, normalize=normalise)
 
     def forward(self, views: list[Tensor], step: int) -> Tensor:
-        large, small = (
-            self.head(self.pooled(torch.cat(group))).unflatten(0, (len(group), -1)) for group in (views[:2], views[2:])
-        )  # (views, batch, projection_size) each
+        large, small = (self.head(self.pooled(torch.cat(group))) for group in (views[:2], views[2:]))
+        large, small = (projected.unflatten(0, (-1, len(views[0]))) for projected in (large, small))
         return self.loss(global_proj=large, local_proj=small)
 
 
 class LightlyDINOv2(Peer):
     row = "dinov2"
 
-    def build(self, config: Any, views: dict[str, Any], normalise: Normalise) -> None:
+    def build(self, config: Any, views: dict[str, Any], normalise: dict[str, Any]) -> None:
         from lightly.loss import DINOLoss, IBOTPatchLoss, KoLeoLoss
         from lightly.models.modules import DINOv2ProjectionHead
 
         size = config.backbone_config.hidden_size
-        new_head = partial(
-            DINOv2ProjectionHead, size, config.head_hidden_size, config.bottleneck_size, config.num_prototypes
-        )
-        self.head = new_head()
+        sizes = size, config.head_hidden_size, config.bottleneck_size, config.num_prototypes
+        self.head, teacher_head = DINOv2ProjectionHead(*sizes), DINOv2ProjectionHead(*sizes)
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, size))
-        self.teacher = nn.ModuleDict({"backbone": copy.deepcopy(self.backbone), "head": new_head()})
+        self.teacher = nn.ModuleDict({"backbone": copy.deepcopy(self.backbone), "head": teacher_head})
         self.teacher.requires_grad_(False)
-        temperature = {"student_temp": config.student_temperature}
-        self.of_views = DINOLoss(config.num_prototypes, **temperature)
-        self.of_patches = IBOTPatchLoss(config.num_prototypes, **temperature)
+        self.of_views = DINOLoss(config.num_prototypes, student_temp=config.student_temperature)
+        self.of_patches = IBOTPatchLoss(config.num_prototypes, student_temp=config.student_temperature)
         self.koleo = KoLeoLoss()
         self.transform = lightly_crops(
             views, self.args.image_size, solarization_prob=views["views"][1]["solarize"], normalize=normalise
@@ -242,12 +216,9 @@ class LightlyDINOv2(Peer):
             patch_targets = self.teacher["head"](tokens[:, 1:][masked])
         tokens = self.backbone(large, masked=masked, mask_token=self.mask_token).last_hidden_state
         logits = torch.cat([self.head(tokens[:, 0]), self.head(self.pooled(torch.cat(views[2:])))])
-        temperature = linear_warmup_schedule(
-            step,
-            warmup_steps=int(config.teacher_temperature_warmup * self.args.max_steps),
-            start_value=config.warmup_teacher_temperature,
-            end_value=config.teacher_temperature,
-        )
+        num_warmup = int(config.teacher_temperature_warmup * self.args.max_steps)
+        bounds = config.warmup_teacher_temperature, config.teacher_temperature
+        temperature = linear_warmup_schedule(step, num_warmup, *bounds)
         dino = self.of_views(targets.chunk(2), logits.chunk(len(views)), teacher_temp=temperature)
         ibot = self.of_patches(patch_targets, self.head(tokens[:, 1:][masked]), mask, teacher_temp=temperature)
         koleo = sum(self.koleo(view) for view in tokens[:, 0].chunk(2))
@@ -268,25 +239,23 @@ class LightlyDINOv2(Peer):
 
 class StablePretrainingLeJEPA(Peer):
     row = "lejepa"
-    package = "stable-pretraining"
+    packages = ("stable-pretraining",)
 
-    def build(self, config: Any, views: dict[str, Any], normalise: Normalise) -> None:
+    def build(self, config: Any, views: dict[str, Any], normalise: dict[str, Any]) -> None:
         from stable_pretraining.backbone import MLP
         from stable_pretraining.methods.lejepa import LeJEPA
 
         hidden = config.projection_hidden_size
         projector = MLP(config.backbone_config.hidden_size, [hidden, hidden, config.projection_size], "batch_norm")
         self.model = LeJEPA(
-            "vit_tiny_patch16_224",  # it builds encoders by name only
-            projector=projector,
-            n_slices=config.num_slices,
-            lamb=config.sigreg_weight,
+            "vit_tiny_patch16_224", projector=projector, n_slices=config.num_slices, lamb=config.sigreg_weight
         )
-        del self.model.backbone
+        del self.model.backbone  # it takes no other than timm's, by name
         self.model.backbone = self.pooled
-        self.transform = self._transform(views, normalise)
+        self.transform = self.make_transform(views, normalise)
 
-    def _transform(self, views: dict[str, Any], normalise: Normalise) -> Callable[[Image.Image], list[Tensor]]:
+    def make_transform(self, views: dict[str, Any], normalise: dict[str, Any]) -> Any:
+        """Its transforms take and give samples, dictionaries of an image."""
         from stable_pretraining.data import transforms
 
         def crop(size: int, scale: list[float]) -> Any:
@@ -311,10 +280,10 @@ class TransformersMAE:
     """Its own encoder and the stock trainer."""
 
     row = "mae"
-    package = "torchvision"
+    packages = ("torchvision",)
 
-    def __init__(self, config: Any, args: VisionTrainingArguments, normalise: Normalise):
-        from torchvision import transforms
+    def __init__(self, config: Any, args: VisionTrainingArguments, normalise: dict[str, Any]):
+        from torchvision import transforms as T
 
         names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
         self.args = args
@@ -328,15 +297,8 @@ class TransformersMAE:
                 **{f"decoder_{name}": getattr(config.decoder_config, name) for name in names},
             )
         )
-        bicubic = transforms.InterpolationMode.BICUBIC
-        view = transforms.Compose(
-            [
-                transforms.RandomResizedCrop(args.image_size, scale=(0.2, 1.0), interpolation=bicubic),
-                transforms.RandomHorizontalFlip(),
-                transforms.ToTensor(),
-                transforms.Normalize(**normalise),
-            ]
-        )
+        crop = T.RandomResizedCrop(args.image_size, scale=(0.2, 1.0), interpolation=T.InterpolationMode.BICUBIC)
+        view = T.Compose([crop, T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(**normalise)])
         self.transform = lambda image: [view(image)]
 
     def fit(self, stream: ExampleStream) -> VLMViTModel:
@@ -356,10 +318,9 @@ PEERS: dict[str, type[Peer] | type[TransformersMAE]] = {
 }
 
 
-def missing_package(name: str) -> str | None:
-    """What has to be installed for a peer, None where it is there."""
-    package = PEERS[name].package
-    return None if importlib.util.find_spec(package.replace("-", "_")) else package
+def missing_packages(name: str) -> str:
+    """What has to be installed for a peer, with spaces between; empty where all is there."""
+    return " ".join(p for p in PEERS[name].packages if importlib.util.find_spec(p.replace("-", "_")) is None)
 
 
 def pretrain(name: str, recipe: dict[str, Any]) -> float:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ssl_peers import PEERS, missing_package
+from ssl_peers import PEERS, missing_packages
 from ssl_peers import pretrain as pretrain_peer
 from tqdm.auto import tqdm
 
@@ -219,13 +219,13 @@ def choose(methods: list[str] | None) -> list[str]:
         )
     chosen = []
     for name in methods or [*METHODS, *PEERS]:
-        package = missing_package(name) if name in PEERS else None
-        if package is None:
+        missing = missing_packages(name) if name in PEERS else ""
+        if not missing:
             chosen.append(name)
         elif methods:
-            raise ValueError(f"{name} needs: pip install {package}")
+            raise ValueError(f"{name} needs: pip install {missing}")
         else:
-            print(f"{name} is left out; for it: pip install {package}", file=sys.stderr)
+            print(f"{name} is left out; for it: pip install {missing}", file=sys.stderr)
     return chosen
 
 
