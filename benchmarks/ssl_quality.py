@@ -9,6 +9,7 @@ run again. The last line of stdout is JSON: means over the seeds, accuracies in 
 """
 
 import argparse
+import copy
 import json
 import os
 import statistics
@@ -56,7 +57,7 @@ METHODS: dict[str, dict[str, Any]] = {
             **COLOR,
             "solarize": 0.0,
             "crop_scale": [0.3, 1.0],
-            "local": {"num_views": 4, "size": 16, "crop_scale": [0.1, 0.4]},
+            "local": {"num_views": 4, "crop_scale": [0.1, 0.4]},
         },
     },
     "dinov2": {
@@ -70,12 +71,11 @@ METHODS: dict[str, dict[str, Any]] = {
             **COLOR,
             "crop_scale": [0.4, 1.0],
             "views": [{}, {"solarize": 0.2}],
-            "local": {"num_views": 4, "size": 16, "crop_scale": [0.1, 0.4]},
+            "local": {"num_views": 4, "crop_scale": [0.1, 0.4]},
         },
         "max_grad_norm": 3.0,
     },
     "simmim": {
-        "model_config": {"mask_unit_size": 8},
         "views": {"crop_scale": [0.67, 1.0]},
     },
     "ijepa": {
@@ -104,10 +104,20 @@ SHARED: dict[str, Any] = {
 BASELINES = ("random_init", "pixels")
 
 
+def own_settings(row: str, image_size: int, patch_size: int) -> dict[str, Any]:
+    """A method's settings, with its sizes in pixels: small views of half the image, masked squares of two patches."""
+    own = copy.deepcopy(METHODS.get(row, {}))
+    if local := own.get("views", {}).get("local"):
+        local["size"] = image_size // 2 // patch_size * patch_size
+    if row == "simmim":
+        own["model_config"] = {"mask_unit_size": 2 * patch_size}
+    return own
+
+
 def recipe_of(method: str, seed: int, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """The recipe of a run: the method's own settings within the shared ones. A peer has those of our row."""
     row = PEERS[method].row if method in PEERS else method
-    own = METHODS.get(row, {})
+    own = own_settings(row, options.image_size, options.patch_size)
     return {
         **SHARED,
         "method": row if row in METHODS else "simclr",
