@@ -9,6 +9,7 @@ run again. The last line of stdout is JSON: means over the seeds, accuracies in 
 """
 
 import argparse
+import copy
 import json
 import os
 import statistics
@@ -22,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ssl_peers import PEERS, missing_packages
+from ssl_peers import pretrain as pretrain_peer
 from tqdm.auto import tqdm
 
 # Method: how it differs from `SHARED`. Sizes of heads and decoders follow the encoder's; rates are those of the
@@ -54,7 +57,7 @@ METHODS: dict[str, dict[str, Any]] = {
             **COLOR,
             "solarize": 0.0,
             "crop_scale": [0.3, 1.0],
-            "local": {"num_views": 4, "size": 16, "crop_scale": [0.1, 0.4]},
+            "local": {"num_views": 4, "crop_scale": [0.1, 0.4]},
         },
     },
     "dinov2": {
@@ -68,12 +71,11 @@ METHODS: dict[str, dict[str, Any]] = {
             **COLOR,
             "crop_scale": [0.4, 1.0],
             "views": [{}, {"solarize": 0.2}],
-            "local": {"num_views": 4, "size": 16, "crop_scale": [0.1, 0.4]},
+            "local": {"num_views": 4, "crop_scale": [0.1, 0.4]},
         },
         "max_grad_norm": 3.0,
     },
     "simmim": {
-        "model_config": {"mask_unit_size": 8},
         "views": {"crop_scale": [0.67, 1.0]},
     },
     "ijepa": {
@@ -102,12 +104,23 @@ SHARED: dict[str, Any] = {
 BASELINES = ("random_init", "pixels")
 
 
+def own_settings(row: str, image_size: int, patch_size: int) -> dict[str, Any]:
+    """A method's settings, with its sizes in pixels: small views of half the image, masked squares of two patches."""
+    own = copy.deepcopy(METHODS.get(row, {}))
+    if local := own.get("views", {}).get("local"):
+        local["size"] = image_size // 2 // patch_size * patch_size
+    if row == "simmim":
+        own["model_config"] = {"mask_unit_size": 2 * patch_size}
+    return own
+
+
 def recipe_of(method: str, seed: int, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """The recipe of a run: the method's own settings within the shared ones."""
-    own = METHODS.get(method, {})
+    """The recipe of a run: the method's own settings within the shared ones. A peer has those of our row."""
+    row = PEERS[method].row if method in PEERS else method
+    own = own_settings(row, options.image_size, options.patch_size)
     return {
         **SHARED,
-        "method": method if method in METHODS else "simclr",
+        "method": row if row in METHODS else "simclr",
         "data": options.data,
         "output_dir": str(folder),
         "image_size": options.image_size,
@@ -135,6 +148,8 @@ def run_one(method: str, seed: int, folder: Path, options: argparse.Namespace) -
     seconds = 0.0
     if method in METHODS:
         seconds = run.pretrain(recipe)["seconds"]
+    elif method in PEERS:
+        seconds = pretrain_peer(method, recipe)
     else:
         torch.manual_seed(seed)
         args = parse_arguments(recipe)
@@ -201,12 +216,35 @@ def table(jobs: list[tuple[str, int, Path]]) -> dict[str, dict[str, float]]:
     return {name: {m: round(statistics.mean(row[name]), 1) for m, row in found.items()} for name in names}
 
 
+def choose(methods: list[str] | None) -> list[str]:
+    """The methods that were asked for, or all of ours and the peers that are installed.
+
+    Raises:
+        ValueError: for a name that is not known, or a peer that was asked for and is not installed.
+    """
+    if unknown := set(methods or []) - {*METHODS, *PEERS}:
+        raise ValueError(
+            f"no settings for {', '.join(sorted(unknown))}; there are {', '.join(METHODS)}, and the peers "
+            f"{', '.join(PEERS)}"
+        )
+    chosen = []
+    for name in methods or [*METHODS, *PEERS]:
+        missing = missing_packages(name) if name in PEERS else ""
+        if not missing:
+            chosen.append(name)
+        elif methods:
+            raise ValueError(f"{name} needs: pip install {missing}")
+        else:
+            print(f"{name} is left out; for it: pip install {missing}", file=sys.stderr)
+    return chosen
+
+
 def main() -> None:
     """Runs what is missing, prints the table and JSON."""
     parser = argparse.ArgumentParser(description="Frozen accuracy of each method's encoder.")
     parser.add_argument("--data", required=True, help="images with class labels and the splits train and test")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--methods", type=lambda text: text.split(","), default=list(METHODS))
+    parser.add_argument("--methods", type=lambda text: text.split(","), help="of ours and of peers, by commas")
     parser.add_argument("--num_images", type=int, default=100_000, help="seen in pretraining")
     parser.add_argument("--num_labelled", type=int, default=5_000, help="images of each split for the accuracies")
     parser.add_argument("--image_size", type=int, default=32)
@@ -219,11 +257,13 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.seeds, options.num_images, options.num_labelled = 1, 1_000, 500
-    if unknown := set(options.methods) - set(METHODS):
-        parser.error(f"no settings for {', '.join(sorted(unknown))}; there are {', '.join(METHODS)}")
     if options.one:
         run_one(options.one[0], int(options.one[1]), Path(options.one[2]), options)
         return
+    try:
+        options.methods = choose(options.methods)
+    except ValueError as error:
+        parser.error(str(error))
     with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(options.jobs) as pool:
         jobs = list(jobs_of(options, options.output_dir or Path(temporary)))
         list(tqdm(pool.map(lambda job: start(*job, sys.argv[1:]), jobs), total=len(jobs), desc="Runs"))
