@@ -220,6 +220,7 @@ class MAEForPreTraining(FrozenEncoderMixin, TeacherMixin, VLMViTPreTrainedModel)
         super()._init_weights(module)
         if isinstance(module, EqualisedConv2d):
             init.normal_(module.weight)
+            init.zeros_(module.bias)
 
     @can_return_tuple
     @auto_docstring

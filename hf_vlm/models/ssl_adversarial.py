@@ -10,31 +10,28 @@ from torch import Tensor, nn
 LEAK = 0.2
 
 
-class EqualisedConv2d(nn.Conv2d):
-    """A convolution whose weights have deviation 1 and are scaled as they are used, not as they are drawn.
+class EqualisedConv2d(nn.Module):
+    """A convolution whose weights have deviation 1 and are scaled as they are used (arXiv 1710.10196), not as drawn.
 
-    A step of Adam then changes them by a thousandth where it would change a twentieth of weights of deviation 0.02: a
-    discriminator learns slowly beside what it judges, with its learning rate and optimiser (equalized learning rate,
-    arXiv 1710.10196). Values keep their size from layer to layer, so that gradients reach it from the first step on.
+    At a learning rate of 0.001 a step of Adam then changes them by a thousandth, where it would change weights of
+    deviation 0.02 by a twentieth: a discriminator keeps the pace of what it judges within one optimiser of one rate.
+    Values keep their size from layer to layer, so that it is not idle at first.
 
     Args:
-        gain: Makes up for what the activation before the next layer takes.
+        in_channels, out_channels, kernel_size, stride: As of every convolution; images are padded by one pixel.
+        gain: Makes up for what the activation that follows takes.
     """
 
-    def __init__(self, *sizes: int, kernel_size: int, stride: int = 1, gain: float = 1.0):
-        super().__init__(*sizes, kernel_size=kernel_size, stride=stride, padding=1)
-        self.scale = gain / math.sqrt(self.weight[0].numel())
-
-    def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, gain: float = 1.0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+        self.stride, self.scale = stride, gain / math.sqrt(in_channels * kernel_size**2)
 
     def forward(self, images: Tensor, learns: bool = True) -> Tensor:
-        weight, bias = self.weight, self.bias
-        if not learns:
-            weight, bias = weight.detach(), None if bias is None else bias.detach()
-        return self._conv_forward(images, self.scale * weight, bias)
+        """Maps of images; without `learns` no gradient reaches the weights."""
+        weight, bias = (value if learns else value.detach() for value in (self.weight, self.bias))
+        return F.conv2d(images, self.scale * weight, bias, self.stride, padding=1)
 
 
 class PatchDiscriminator(nn.Module):
@@ -53,7 +50,7 @@ class PatchDiscriminator(nn.Module):
         sizes = [num_channels, *(width * 2 ** min(layer, 3) for layer in range(num_layers))]
         gain = math.sqrt(2 / (1 + LEAK**2))
         self.layers = nn.ModuleList(
-            [EqualisedConv2d(*pair, kernel_size=4, stride=2, gain=gain) for pair in pairwise(sizes)]
+            EqualisedConv2d(*pair, kernel_size=4, stride=2, gain=gain) for pair in pairwise(sizes)
         )
         self.judge = EqualisedConv2d(sizes[-1], 1, kernel_size=3)
 
