@@ -14,8 +14,8 @@ that nothing of what is hidden reaches the painted image. Judged on the same hid
     psnr      decibels, painted patches alone; the mean square error is what plain MAE minimises
 
 `mean colour` paints the mean of the visible pixels; `no pretraining` is the encoder as drawn. A model of a few hundred
-steps paints low frequencies: small images and small batches are the cheapest way there. The last line of stdout is
-JSON: means over the seeds.
+steps paints low frequencies: small images and small batches are the cheapest way there. With `--output_dir` runs are
+kept, and those that are finished are not run again. The last line of stdout is JSON: means over the seeds.
 """
 
 import argparse
@@ -151,23 +151,29 @@ def run_seed(
     noise = torch.rand(len(originals), num_patches, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(seed)
     found = {"no pretraining": worth(VLMViTModel(judge.config), seed, data, options.num_steps)}
-    columns = {"original": originals}
-    for arm in ARMS:
-        pretrain(recipe(arm, seed, folder / arm, options))
+    columns: dict[str, Tensor] = {}
+    for arm in options.arms:
+        kept = folder / arm / "figures.json"
+        if not kept.is_file():
+            pretrain(recipe(arm, seed, folder / arm, options))
         with quiet_transformers():
             model = MAEForPreTraining.from_pretrained(folder / arm / "objective").eval()
         columns[arm], masks = model.reconstruct(originals, noise=noise)
-        painted = figures_of(columns[arm], originals, masks, judge, std)
-        found[arm] = {**painted, **worth(model.backbone, seed, data, options.num_steps)}
-        logged = [entry for entry in read_log(folder / arm / LogFile.name) if "loss_pixel" in entry][-1:]
-        found[arm] |= {name: entry[name] for entry in logged for name in entry if name.startswith("loss_")}
-        print(f"seed {seed} {arm:<12} " + "  ".join(f"{k} {v:.4f}" for k, v in found[arm].items()), flush=True)
+        if not kept.is_file():
+            figures = figures_of(columns[arm], originals, masks, judge, std)
+            figures |= worth(model.backbone, seed, data, options.num_steps)
+            logged = [entry for entry in read_log(folder / arm / LogFile.name) if "loss_pixel" in entry][-1:]
+            figures |= {name: entry[name] for entry in logged for name in entry if name.startswith("loss_")}
+            kept.write_text(json.dumps(figures))
+        found[arm] = json.loads(kept.read_text())
     visible_mean = (originals * ~masks).sum((2, 3), keepdim=True) / (~masks).sum((2, 3), keepdim=True)
     flat = torch.where(masks, visible_mean, originals)
     found["mean colour"] = figures_of(flat, originals, masks, judge, std)
+    for arm, figures in found.items():
+        print(f"seed {seed} {arm:<14} " + "  ".join(f"{k} {v:.4f}" for k, v in figures.items()), flush=True)
     if options.picture is not None and seed == 0:
         masked = torch.where(masks, -mean / std, originals)
-        columns = {"original": originals, "seen": masked, **{arm: columns[arm] for arm in ARMS}}
+        columns = {"original": originals, "seen": masked, **columns}
         picture({name: images[:8] for name, images in columns.items()}, mean, std).save(options.picture)
     return found
 
@@ -177,6 +183,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="MAE with perceptual and adversarial losses.")
     parser.add_argument("--data", default="scenes:hard", help="labelled images with the splits train and test")
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--arms", type=lambda text: text.split(","), default=list(ARMS))
     parser.add_argument("--num_images", type=int, default=16_000, help="seen in pretraining")
     parser.add_argument("--num_labelled", type=int, default=4_000, help="for kNN and fine-tuning")
     parser.add_argument("--num_judged", type=int, default=1_000, help="test images that are painted and classified")
@@ -185,18 +192,21 @@ def main() -> None:
     parser.add_argument("--patch_size", type=int, default=4)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--picture", type=Path, help="where to draw what the arms of the first seed paint")
-    parser.add_argument("--output_dir", type=Path)
+    parser.add_argument("--output_dir", type=Path, help="where runs are kept")
     parser.add_argument("--quick", action="store_true", help="hardly trained: no figure to quote")
     options = parser.parse_args()
     if options.quick:
         options.seeds, options.num_images, options.num_labelled, options.num_judged = 1, 1_600, 500, 200
         options.num_steps = 5
+    if unknown := set(options.arms) - set(ARMS):
+        parser.error(f"there are no arms {', '.join(sorted(unknown))}; there are {', '.join(ARMS)}")
     torch.set_num_threads(1)
     quiet_libraries()
     costs = step_times(options)
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.output_dir or Path(temporary)
-        pretrain(recipe("simclr", 0, folder / "judge", options))
+        if not (folder / "judge" / "run.json").is_file():
+            pretrain(recipe("simclr", 0, folder / "judge", options))
         with quiet_transformers():
             judge = VLMViTModel.from_pretrained(folder / "judge").eval()
         sizes = {"labelled": ("train", options.num_labelled), "test": ("test", options.num_judged)}
@@ -204,8 +214,9 @@ def main() -> None:
         runs = [run_seed(seed, folder / str(seed), judge, data, options) for seed in range(options.seeds)]
     means: dict[str, Any] = {}
     print("| arm | distance | gradient | PSNR | kNN | fine-tuned | step |\n|---|---:|---:|---:|---:|---:|---:|")
+    names = list(dict.fromkeys(name for figures in runs[0].values() for name in figures))
     for arm in runs[0]:
-        row = {name: [run[arm][name] for run in runs if name in run[arm]] for name in runs[0]["both"]}
+        row = {name: [run[arm][name] for run in runs if name in run[arm]] for name in names}
         means[arm] = {name: round(statistics.mean(values), 4) for name, values in row.items() if values}
         cells = [
             f"{statistics.mean(row[name]):.{digits}f} ± {statistics.pstdev(row[name]):.{digits}f}" if row[name] else ""
