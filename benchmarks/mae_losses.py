@@ -1,17 +1,21 @@
-"""What losses of the painted image do to MAE: sharpness of what it paints, features, and the time of a step.
+"""What losses of the painted image do to MAE: what it paints, what its encoder is worth, and the time of a step.
 
-    python benchmarks/mae_losses.py [--data CIFAR10] [--seeds 1] [--num_images 40000] [--picture out.png] [--quick]
+    python benchmarks/mae_losses.py [--data CIFAR10] [--seeds 1] [--num_images 16000] [--picture out.png] [--quick]
 
 Arms, each trained by `hf-vlm pretrain` on the same number of images: plain MAE; with a perceptual loss by the moving
-average of its own encoder; with an adversarial one; with both. Targets are plain pixels, so that nothing of what is
-hidden reaches the painted image. Judged on the same hidden patches of test images:
+average of its own encoder; with an adversarial one; with both, all as their defaults are. Targets are plain pixels, so
+that nothing of what is hidden reaches the painted image. Judged on the same hidden patches of test images:
 
     knn       accuracy of frozen features, percent
+    tuned     accuracy after a short fine-tuning on the labelled images, percent
     distance  to the original in the features of an encoder that SimCLR trained, which no arm has seen: lower is better
-    gradient  mean gradient within painted patches / that of the original: below 1 is blurred, above 1 too rough
+    gradient  mean gradient within painted patches / that of the original: below 1 is blurred, above 1 too rough; noise
+              and grids have it too, so that it says nothing without the distance and the picture
     psnr      decibels, painted patches alone; the mean square error is what plain MAE minimises
 
-`mean colour` paints the mean of the visible pixels. The last line of stdout is JSON: means over the seeds.
+`mean colour` paints the mean of the visible pixels; `no pretraining` is the encoder as drawn. A model of a few hundred
+steps paints low frequencies: small images and small batches are the cheapest way there. With `--output_dir` runs are
+kept, and those that are finished are not run again. The last line of stdout is JSON: means over the seeds.
 """
 
 import argparse
@@ -24,23 +28,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mae_quality import SIDE, load
+from mae_quality import features, finetune, load
 from PIL import Image
 from ssl_quality import recipe_of
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from hf_vlm import MAEForPreTraining, VLMViTImageProcessor, VLMViTModel
+from hf_vlm import MAEForPreTraining, VLMViTModel
 from hf_vlm.deploy.draw import titled_rows
+from hf_vlm.metrics import knn_accuracy
 from hf_vlm.models.ssl_perceptual import features_of_layers, perceptual_distance
 from hf_vlm.training.arguments import parse_arguments
 from hf_vlm.training.build import build_model, quiet_transformers
 from hf_vlm.training.callbacks import LogFile, read_log
 from hf_vlm.training.device import suit_cpu
-from hf_vlm.training.run import evaluate_encoder, pretrain, quiet_libraries
+from hf_vlm.training.run import pretrain, quiet_libraries
 
 PERCEPTUAL = {"perceptual_weight": 1.0}
-ADVERSARIAL = {"adversarial_weight": 0.1, "adversarial_start": 0.25, "discriminator_size": 32}
+ADVERSARIAL = {"adversarial_weight": 0.1}
 ARMS: dict[str, dict[str, Any]] = {
     "plain": {},
     "perceptual": PERCEPTUAL,
@@ -48,20 +54,21 @@ ARMS: dict[str, dict[str, Any]] = {
     "both": {**PERCEPTUAL, **ADVERSARIAL},
 }
 JUDGE_LAYERS = (2, 3, 4, 6)
-PATCH = 4
+ENLARGED = 96  # pixels of a side in the picture
+JUDGE_BATCH = 128  # contrasts need many images
 
 
 def recipe(arm: str, seed: int, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """The recipe of an arm, or of SimCLR, as the comparison of methods has it."""
-    found = recipe_of("simclr" if arm == "simclr" else "mae", seed, folder, options)
-    if arm != "simclr":
-        found["model_config"] = {**found["model_config"], "norm_pix_loss": False, **ARMS[arm]}
-    return found
+    if arm == "simclr":
+        return recipe_of(arm, seed, folder, argparse.Namespace(**{**vars(options), "batch_size": JUDGE_BATCH}))
+    found = recipe_of("mae", seed, folder, options)
+    return {**found, "model_config": {**found["model_config"], "norm_pix_loss": False, **ARMS[arm]}}
 
 
 def step_times(options: argparse.Namespace, num_rounds: int = 8) -> dict[str, float]:
     """Median CPU time of a step over that of plain MAE, arms taking turns, on noise."""
-    images, steps = torch.randn(options.batch_size, 3, SIDE, SIDE), {}
+    images, steps = torch.randn(options.batch_size, 3, options.image_size, options.image_size), {}
     for arm in ARMS:
         model = build_model(parse_arguments(recipe(arm, 0, Path(), options)), task="pretraining").train()
         suit_cpu(model)
@@ -89,12 +96,13 @@ def step_times(options: argparse.Namespace, num_rounds: int = 8) -> dict[str, fl
     return medians
 
 
-def gradient(images: Tensor, masks: Tensor) -> Tensor:
+def gradient(images: Tensor, masks: Tensor, patch: int) -> Tensor:
     """Mean absolute difference () of neighbours within one masked patch; images (n, 3, side, side)."""
     total, count = torch.zeros(()), torch.zeros(())
     for axis in (2, 3):
-        inside = (torch.arange(SIDE - 1) % PATCH != PATCH - 1).unflatten(0, (-1, 1) if axis == 2 else (1, -1))
-        chosen = masks.narrow(axis, 0, SIDE - 1) & inside
+        length = images.shape[axis] - 1
+        inside = (torch.arange(length) % patch != patch - 1).unflatten(0, (-1, 1) if axis == 2 else (1, -1))
+        chosen = masks.narrow(axis, 0, length) & inside
         total += (images.diff(dim=axis).abs() * chosen).sum()
         count += 3 * chosen.sum()
     return total / count
@@ -102,6 +110,7 @@ def gradient(images: Tensor, masks: Tensor) -> Tensor:
 
 def figures_of(painted: Tensor, originals: Tensor, masks: Tensor, judge: VLMViTModel, std: Tensor) -> dict[str, float]:
     """Figures of painted images, all (n, 3, side, side), normalised with the deviations `std` (3, 1, 1)."""
+    patch = judge.config.patch_size
     errors = ((painted - originals) * std).square() * masks
     psnr = -10 * (errors.sum((1, 2, 3)) / (3 * masks.sum((1, 2, 3)))).log10()
     with torch.inference_mode():
@@ -110,7 +119,7 @@ def figures_of(painted: Tensor, originals: Tensor, masks: Tensor, judge: VLMViTM
         )
     return {
         "distance": distance.item(),
-        "gradient": (gradient(painted, masks) / gradient(originals, masks)).item(),
+        "gradient": (gradient(painted, masks, patch) / gradient(originals, masks, patch)).item(),
         "psnr": psnr.mean().item(),
     }
 
@@ -120,37 +129,52 @@ def picture(columns: dict[str, Tensor], mean: Tensor, std: Tensor) -> Image.Imag
     shown = {}
     for name, images in columns.items():
         pixels = ((images * std + mean).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
-        shown[name] = [Image.fromarray(p).resize((5 * SIDE, 5 * SIDE), Image.Resampling.NEAREST) for p in pixels]
+        shown[name] = [Image.fromarray(p).resize((ENLARGED, ENLARGED), Image.Resampling.NEAREST) for p in pixels]
     return titled_rows([[(name, shown[name][row]) for name in shown] for row in range(len(images))])
 
 
-def run_seed(seed: int, folder: Path, options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Trains the judge and all arms of a seed, draws them, and returns their figures."""
-    pretrain(recipe("simclr", seed, folder / "judge", options))
-    with quiet_transformers():
-        judge = VLMViTModel.from_pretrained(folder / "judge").eval()
-    processor = VLMViTImageProcessor.from_pretrained(folder / "judge")
-    mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
-    originals = (load(options.data, "test", options.num_judged)[0].float() / 255 - mean) / std
-    noise = torch.rand(len(originals), (SIDE // PATCH) ** 2, generator=torch.Generator().manual_seed(0))
-    found, columns = {}, {"original": originals}
-    for arm in ARMS:
-        pretrain(recipe(arm, seed, folder / arm, options))
+def worth(encoder: VLMViTModel, seed: int, data: dict[str, tuple[Tensor, Tensor]], num_steps: int) -> dict[str, float]:
+    """Accuracies in percent of an encoder, which is fine-tuned."""
+    known, asked = ((features(encoder, images), labels) for images, labels in data.values())
+    knn = knn_accuracy(*known, *asked)
+    torch.manual_seed(seed)
+    return {"knn": 100 * knn, "tuned": 100 * finetune(encoder, data, num_steps, "Fine-tuning")}
+
+
+def run_seed(
+    seed: int, folder: Path, judge: VLMViTModel, data: dict[str, tuple[Tensor, Tensor]], options: argparse.Namespace
+) -> dict[str, dict[str, float]]:
+    """Trains all arms of a seed, draws them, and returns their figures."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    originals = (data["test"][0][: options.num_judged].float() / 255 - mean) / std
+    num_patches = (options.image_size // options.patch_size) ** 2
+    noise = torch.rand(len(originals), num_patches, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(seed)
+    found = {"no pretraining": worth(VLMViTModel(judge.config), seed, data, options.num_steps)}
+    columns: dict[str, Tensor] = {}
+    for arm in options.arms:
+        kept = folder / arm / "figures.json"
+        if not kept.is_file():
+            pretrain(recipe(arm, seed, folder / arm, options))
         with quiet_transformers():
             model = MAEForPreTraining.from_pretrained(folder / arm / "objective").eval()
         columns[arm], masks = model.reconstruct(originals, noise=noise)
-        knn = evaluate_encoder(folder / arm, options.data, "test", num_examples=options.num_labelled)["knn"]
-        found[arm] = {"knn": 100 * knn, **figures_of(columns[arm], originals, masks, judge, std)}
-        logged = [entry for entry in read_log(folder / arm / LogFile.name) if "loss_pixel" in entry][-1:]
-        found[arm] |= {name: entry[name] for entry in logged for name in entry if name.startswith("loss_")}
-        print(f"seed {seed} {arm:<12} " + "  ".join(f"{k} {v:.3f}" for k, v in found[arm].items()), flush=True)
+        if not kept.is_file():
+            figures = figures_of(columns[arm], originals, masks, judge, std)
+            figures |= worth(model.backbone, seed, data, options.num_steps)
+            logged = [entry for entry in read_log(folder / arm / LogFile.name) if "loss_pixel" in entry][-1:]
+            figures |= {name: entry[name] for entry in logged for name in entry if name.startswith("loss_")}
+            kept.write_text(json.dumps(figures))
+        found[arm] = json.loads(kept.read_text())
     visible_mean = (originals * ~masks).sum((2, 3), keepdim=True) / (~masks).sum((2, 3), keepdim=True)
     flat = torch.where(masks, visible_mean, originals)
     found["mean colour"] = figures_of(flat, originals, masks, judge, std)
+    for arm, figures in found.items():
+        print(f"seed {seed} {arm:<14} " + "  ".join(f"{k} {v:.4f}" for k, v in figures.items()), flush=True)
     if options.picture is not None and seed == 0:
         masked = torch.where(masks, -mean / std, originals)
-        columns = {"original": originals, "seen": masked, **{arm: columns[arm] for arm in ARMS}}
-        picture({name: images[:10] for name, images in columns.items()}, mean, std).save(options.picture)
+        columns = {"original": originals, "seen": masked, **columns}
+        picture({name: images[:8] for name, images in columns.items()}, mean, std).save(options.picture)
     return found
 
 
@@ -159,31 +183,44 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="MAE with perceptual and adversarial losses.")
     parser.add_argument("--data", default="scenes:hard", help="labelled images with the splits train and test")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--num_images", type=int, default=40_000, help="seen in pretraining")
-    parser.add_argument("--num_labelled", type=int, default=5_000, help="images of each split for kNN")
-    parser.add_argument("--num_judged", type=int, default=2_000, help="test images that are painted")
-    parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--arms", type=lambda text: text.split(","), default=list(ARMS))
+    parser.add_argument("--num_images", type=int, default=16_000, help="seen in pretraining")
+    parser.add_argument("--num_labelled", type=int, default=4_000, help="for kNN and fine-tuning")
+    parser.add_argument("--num_judged", type=int, default=1_000, help="test images that are painted and classified")
+    parser.add_argument("--num_steps", type=int, default=40, help="of fine-tuning")
+    parser.add_argument("--image_size", type=int, default=24)
+    parser.add_argument("--patch_size", type=int, default=4)
+    parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--picture", type=Path, help="where to draw what the arms of the first seed paint")
-    parser.add_argument("--output_dir", type=Path)
+    parser.add_argument("--output_dir", type=Path, help="where runs are kept")
     parser.add_argument("--quick", action="store_true", help="hardly trained: no figure to quote")
     options = parser.parse_args()
-    options.image_size, options.patch_size = SIDE, PATCH
     if options.quick:
-        options.seeds, options.num_images, options.num_labelled, options.num_judged = 1, 3_000, 500, 200
+        options.seeds, options.num_images, options.num_labelled, options.num_judged = 1, 1_600, 500, 200
+        options.num_steps = 5
+    if unknown := set(options.arms) - set(ARMS):
+        parser.error(f"there are no arms {', '.join(sorted(unknown))}; there are {', '.join(ARMS)}")
     torch.set_num_threads(1)
     quiet_libraries()
     costs = step_times(options)
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.output_dir or Path(temporary)
-        runs = [run_seed(seed, folder / str(seed), options) for seed in range(options.seeds)]
+        if not (folder / "judge" / "run.json").is_file():
+            pretrain(recipe("simclr", 0, folder / "judge", options))
+        with quiet_transformers():
+            judge = VLMViTModel.from_pretrained(folder / "judge").eval()
+        sizes = {"labelled": ("train", options.num_labelled), "test": ("test", options.num_judged)}
+        data = {name: load(options.data, *which, options.image_size) for name, which in sizes.items()}
+        runs = [run_seed(seed, folder / str(seed), judge, data, options) for seed in range(options.seeds)]
     means: dict[str, Any] = {}
-    print("| arm | kNN | distance | gradient | PSNR | step |\n|---|---:|---:|---:|---:|---:|")
+    print("| arm | distance | gradient | PSNR | kNN | fine-tuned | step |\n|---|---:|---:|---:|---:|---:|---:|")
+    names = list(dict.fromkeys(name for figures in runs[0].values() for name in figures))
     for arm in runs[0]:
-        row = {name: [run[arm][name] for run in runs if name in run[arm]] for name in runs[0]["plain"]}
+        row = {name: [run[arm][name] for run in runs if name in run[arm]] for name in names}
         means[arm] = {name: round(statistics.mean(values), 4) for name, values in row.items() if values}
         cells = [
             f"{statistics.mean(row[name]):.{digits}f} ± {statistics.pstdev(row[name]):.{digits}f}" if row[name] else ""
-            for name, digits in {"knn": 1, "distance": 3, "gradient": 2, "psnr": 2}.items()
+            for name, digits in {"distance": 4, "gradient": 2, "psnr": 2, "knn": 1, "tuned": 1}.items()
         ]
         print(f"| {arm} | {' | '.join(cells)} | {costs.get(arm, '')} |")
     print(json.dumps({**means, "step": costs, "seeds": options.seeds, **({"quick": True} if options.quick else {})}))

@@ -37,12 +37,12 @@ ARMS: dict[str, dict[str, Any] | None] = {
 }
 
 
-def load(source: str, split: str, num_images: int) -> tuple[Tensor, Tensor]:
+def load(source: str, split: str, num_images: int, side: int = SIDE) -> tuple[Tensor, Tensor]:
     """Images (n, 3, side, side) uint8 and labels (n,)."""
     images, labels = [], []
     stream = open_stream(source, split, num_samples=num_images)
     for example in tqdm(stream, desc=f"Reading {split}", total=num_images, leave=False):
-        images.append(resize(decode_image(example["image"])[0], (SIDE, SIDE)))
+        images.append(resize(decode_image(example["image"])[0], (side, side)))
         labels.append(example["label"])
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
 
@@ -53,9 +53,9 @@ def normalise(images: Tensor) -> Tensor:
 
 def augment(images: Tensor) -> Tensor:
     """Mirrored and moved by up to four pixels, each image by itself."""
-    padded = F.pad(normalise(images), (4, 4, 4, 4), mode="reflect")
-    rows = torch.randint(0, 9, (len(images), 1)) + torch.arange(SIDE)  # (n, side)
-    columns = torch.randint(0, 9, (len(images), 1)) + torch.arange(SIDE)
+    padded, within = F.pad(normalise(images), (4, 4, 4, 4), mode="reflect"), torch.arange(images.shape[-1])
+    rows = torch.randint(0, 9, (len(images), 1)) + within  # (n, side)
+    columns = torch.randint(0, 9, (len(images), 1)) + within
     columns = torch.where(torch.rand(len(images), 1) < 0.5, columns.flip(1), columns)
     n = torch.arange(len(images))[:, None, None]
     return padded.permute(0, 2, 3, 1)[n, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)

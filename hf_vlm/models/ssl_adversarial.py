@@ -1,11 +1,37 @@
 """Adversarial losses: a discriminator that tells painted images from real ones, trained in the same step."""
 
+import math
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+LEAK = 0.2
+
+
+class EqualisedConv2d(nn.Module):
+    """A convolution whose weights have deviation 1 and are scaled as they are used (arXiv 1710.10196), not as drawn.
+
+    At a learning rate of 0.001 a step of Adam then changes them by a thousandth, where it would change weights of
+    deviation 0.02 by a twentieth: a discriminator keeps the pace of what it judges within one optimiser of one rate.
+    Values keep their size from layer to layer, so that it is not idle at first.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride: As of every convolution; images are padded by one pixel.
+        gain: Makes up for what the activation that follows takes.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, gain: float = 1.0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+        self.stride, self.scale = stride, gain / math.sqrt(in_channels * kernel_size**2)
+
+    def forward(self, images: Tensor, learns: bool = True) -> Tensor:
+        """Maps of images; without `learns` no gradient reaches the weights."""
+        weight, bias = (value if learns else value.detach() for value in (self.weight, self.bias))
+        return F.conv2d(images, self.scale * weight, bias, self.stride, padding=1)
 
 
 class PatchDiscriminator(nn.Module):
@@ -22,20 +48,19 @@ class PatchDiscriminator(nn.Module):
     def __init__(self, num_channels: int, width: int, num_layers: int):
         super().__init__()
         sizes = [num_channels, *(width * 2 ** min(layer, 3) for layer in range(num_layers))]
-        self.layers = nn.ModuleList([nn.Conv2d(*pair, kernel_size=4, stride=2, padding=1) for pair in pairwise(sizes)])
-        self.judge = nn.Conv2d(sizes[-1], 1, kernel_size=3, padding=1)
+        gain = math.sqrt(2 / (1 + LEAK**2))
+        self.layers = nn.ModuleList(
+            EqualisedConv2d(*pair, kernel_size=4, stride=2, gain=gain) for pair in pairwise(sizes)
+        )
+        self.judge = EqualisedConv2d(sizes[-1], 1, kernel_size=3)
 
     def forward(self, images: Tensor, learns: bool = True) -> Tensor:
         """Scores (batch, 1, rows, columns) of images; without `learns` no gradient reaches the weights."""
         images = images.to(self.judge.weight.dtype)
         for layer in self.layers:
-            images = F.leaky_relu(_convolve(layer, images, learns), 0.2)
-        return _convolve(self.judge, images, learns)
-
-
-def _convolve(layer: Any, images: Tensor, learns: bool) -> Tensor:
-    weight, bias = (value if learns else value.detach() for value in (layer.weight, layer.bias))
-    return F.conv2d(images, weight, bias, layer.stride, layer.padding)
+            images = F.leaky_relu(layer(images, learns), LEAK)
+        scores: Tensor = self.judge(images, learns)
+        return scores
 
 
 def adversarial_losses(discriminator: nn.Module, real: Tensor, painted: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,4 +81,4 @@ def adversarial_losses(discriminator: nn.Module, real: Tensor, painted: Tensor) 
     return -discriminator(painted, learns=False).float().mean(), of_discriminator
 
 
-__all__ = ["PatchDiscriminator", "adversarial_losses"]
+__all__ = ["EqualisedConv2d", "PatchDiscriminator", "adversarial_losses"]

@@ -178,9 +178,11 @@ def test_layers_are_the_ends_of_quarters_or_those_asked_for(encoders):
 
 
 def naive_discriminator(model, image):
-    """Scores of one image: each convolution as products of windows with the kernel."""
+    """Scores of one image: each convolution as products of windows with the kernel, scaled as He's draws would be."""
     values = image
     for layer, (kernel, stride) in zip([*model.layers, model.judge], [(4, 2)] * len(model.layers) + [(3, 1)]):
+        gain = 1 if layer is model.judge else (2 / (1 + 0.2**2)) ** 0.5
+        weights = layer.weight * gain / (kernel * kernel * len(values)) ** 0.5
         padded = torch.nn.functional.pad(values, (1, 1, 1, 1))
         rows = (padded.shape[1] - kernel) // stride + 1
         values = torch.stack(
@@ -193,7 +195,7 @@ def naive_discriminator(model, image):
                         for c in range(rows)
                     ]
                 ).view(rows, rows)
-                for weight, bias in zip(layer.weight, layer.bias)
+                for weight, bias in zip(weights, layer.bias)
             ]
         )
         if layer is not model.judge:
@@ -213,6 +215,26 @@ def test_adversarial_losses_equal_a_slow_reference():
     ]
     assert of_discriminator.item() == pytest.approx(sum(hinge) / len(hinge))
     assert of_painter.item() == pytest.approx(-scores[1].mean().item())
+
+
+def test_the_discriminator_begins_with_scores_of_size_one_and_learns_slowly(tmp_path):
+    """Whoever builds it: by itself, in a model, and where a checkpoint has none."""
+    build().save_pretrained(tmp_path)
+    game = build(adversarial_weight=0.1, discriminator_size=32)
+    loaded = MAEForPreTraining.from_pretrained(tmp_path, adversarial_weight=0.1, discriminator_size=32)
+    torch.manual_seed(0)
+    images = torch.randn(8, 3, 32, 32)
+    for discriminator in (PatchDiscriminator(3, 32, 3), game.discriminator, loaded.train().discriminator):
+        for layer in (*discriminator.layers, discriminator.judge):
+            assert layer.weight.std().item() == pytest.approx(1, abs=0.05)
+            assert not layer.bias.any()
+        scores = discriminator(images)
+        assert 0.5 < scores.square().mean().sqrt() < 2
+        optimizer = torch.optim.AdamW(discriminator.parameters(), lr=1e-3)
+        scores.mean().backward()
+        before = discriminator.layers[1].weight.detach().clone()
+        optimizer.step()
+        assert (discriminator.layers[1].weight - before).norm() < 2e-3 * before.norm()
 
 
 def test_each_player_learns_from_its_own_loss_alone():
@@ -260,7 +282,7 @@ def test_a_discriminator_learns_to_tell_and_a_painter_to_deceive():
     discriminator = PatchDiscriminator(3, width=8, num_layers=2)
     real = torch.randn(4, 3, 16, 16)
     painted = torch.nn.Parameter(torch.zeros(4, 3, 16, 16))
-    optimizer = torch.optim.AdamW(discriminator.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(discriminator.parameters(), lr=1e-2)  # of weights of deviation 1: slow
     losses = []
     for _ in range(60):
         losses.append(sum(adversarial_losses(discriminator, real, painted)))
