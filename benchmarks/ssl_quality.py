@@ -62,10 +62,11 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "dinov2": {
         "model_config": {
-            "num_prototypes": 1024,
+            "num_prototypes": 256,
             "head_hidden_size": 512,
-            "bottleneck_size": 128,
-            "momentum": 0.99,
+            "bottleneck_size": 32,  # in 128 dimensions features are near no prototype, and the teacher stays uniform
+            "momentum": 0.98,
+            "teacher_temperature": 0.04,
         },
         "views": {
             **COLOR,
