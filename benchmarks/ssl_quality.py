@@ -100,6 +100,7 @@ SHARED: dict[str, Any] = {
     "max_grad_norm": 1.0,
     "logging_steps": 50,
     "save_strategy": "no",
+    "probe_steps": 0,  # peers have none, whose seconds stand beside
     "report_to": "none",
 }
 BASELINES = ("random_init", "pixels")
