@@ -1,6 +1,6 @@
 """Whether continued pretraining keeps the features of an encoder that is good already: kNN before, during and after.
 
-    python benchmarks/continued_pretraining.py [--data CIFAR10] [--num_steps 1000] [--every 200] [--quick]
+    python benchmarks/continued_pretraining.py [--data CIFAR10] [--num_steps 1000] [--every 200] [--patch_size 4]
 
 An encoder is trained on the labels, saved in the layout of transformers' DINOv2, brought back by `hf-vlm convert`'s
 way, and pretrained further without labels on the same images. Arms: `continued` trains the heads first and the encoder
@@ -55,10 +55,12 @@ RECIPE: dict[str, Any] = {  # of SimCLR's recipe, its rate scaled by the square 
 }
 
 
-def start(labelled: Labelled, num_steps: int, folder: Path) -> Path:
+def start(labelled: Labelled, num_steps: int, patch_size: int, folder: Path) -> Path:
     """An encoder trained on labels, class token and patches, written as DINOv2 is and converted back."""
     images, labels = labelled
-    encoder = VLMViTModel(VLMViTConfig.from_preset("nano", image_size=SIDE, patch_size=4, layerscale_value=1.0))
+    encoder = VLMViTModel(
+        VLMViTConfig.from_preset("nano", image_size=SIDE, patch_size=patch_size, layerscale_value=1.0)
+    )
     head = torch.nn.Linear(2 * encoder.config.hidden_size, int(labels.max()) + 1)
     encoder.train()
 
@@ -92,6 +94,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=200, help="steps between two measurements")
     parser.add_argument("--num_label_steps", type=int, default=1000, help="of training on the labels before")
     parser.add_argument("--num_images", type=int, default=10_000, help="labelled images; neighbours are found in them")
+    parser.add_argument("--patch_size", type=int, default=4)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument("--quick", action="store_true", help="hardly trained: no figure to quote")
     arguments = parser.parse_args()
@@ -106,7 +109,7 @@ def main() -> None:
     labelled = load(arguments.data, "train", num_images)
     test = load(arguments.data, "test", num_images // 2)
     with tempfile.TemporaryDirectory() as temporary:
-        encoder = start(labelled, num_label_steps, Path(temporary))
+        encoder = start(labelled, num_label_steps, arguments.patch_size, Path(temporary))
         before = knn(encoder, labelled, test)
         print(f"start      kNN {before:.2f}", flush=True)
         results: dict[str, Any] = {"start": before, "steps": list(range(every, num_steps + 1, every))}
