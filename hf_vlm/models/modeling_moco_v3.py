@@ -108,22 +108,16 @@ class MoCoV3ForPreTraining(TeacherMixin, VLMViTPreTrainedModel):
         )
         self.predictor = ProjectionHead(size, hidden_size, size, num_layers=2, last_norm=True)
         self.post_init()
-        self.draw_weights()
+        self.draw_encoder()
         self.build_teacher("backbone", "projector")
 
-    def draw_weights(self) -> None:
-        """The official initialisation: by Xavier in the encoder, torch's own in the heads.
-
-        What is frozen keeps its scale for good, and AdamW's relative steps are as small as a weight is large.
-        """
+    def draw_encoder(self) -> None:
+        """The official initialisation of the encoder, by Xavier: what is frozen keeps its scale for good."""
         for module in self.backbone.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
         if self.config.backbone_config.use_class_token:
             nn.init.normal_(self.backbone.embeddings.class_token, std=1e-6)
-        for module in (*self.projector, *self.predictor):
-            if isinstance(module, nn.Linear):
-                module.reset_parameters()
 
     def freeze(self) -> None:
         super().freeze()

@@ -31,7 +31,8 @@ class SimCLRConfig(SSLConfig):
         backbone_config (`VLMViTConfig` or `dict`, *optional*): The encoder.
         projection_hidden_size (`int`, defaults to 2048): Width of the projection head's hidden layers.
         projection_size (`int`, defaults to 128): Width of the projections that are compared.
-        num_projection_layers (`int`, defaults to 3): Layers of the projection head (3 as in SimCLR v2).
+        num_projection_layers (`int`, defaults to 3): Layers of the projection head (3 as in SimCLR v2); batch norm
+            follows each, the last one too, as in the official code.
         temperature (`float`, defaults to 0.2): Temperature of the similarities. Between lightly-train's 0.1 and
             lightly's 0.5; solo-learn uses 0.2 on small images.
     """
@@ -144,6 +145,7 @@ class SimCLRForPreTraining(VLMViTPreTrainedModel):
             config.projection_hidden_size,
             config.projection_size,
             num_layers=config.num_projection_layers,
+            last_norm=True,
         )
         self.post_init()
 

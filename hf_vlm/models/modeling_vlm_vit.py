@@ -116,7 +116,9 @@ class VLMViTPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         std = getattr(self.config, "initializer_range", 0.02)
-        if isinstance(module, nn.Linear):
+        if hasattr(module, "draw_weights"):
+            module.draw_weights()  # type: ignore[operator]
+        elif isinstance(module, nn.Linear):
             init.trunc_normal_(module.weight, std=std)
         elif isinstance(module, LayerScale):
             init.constant_(module.gain, module.value)

@@ -82,11 +82,23 @@ class SyncedBatchNorm1d(nn.BatchNorm1d):
         return normalised.to(inputs.dtype)
 
 
+class HeadLinear(nn.Linear):
+    """A linear layer whose weights are as large as its number of inputs asks for, which is torch's own way.
+
+    AdamW's steps are as small, relative to a weight, as it is large: small weights of which batch norm takes the scale
+    learn so fast that the encoder learns less (measured for SimCLR: benchmarks/RESULTS.md).
+    """
+
+    def draw_weights(self) -> None:
+        self.reset_parameters()
+
+
 class ProjectionHead(nn.Sequential):
     """MLP with batch norm between the layers: (batch, input_size) to (batch, output_size).
 
     Args:
-        last_norm: Whether batch norm without gain and bias follows the last layer, which then has no bias either.
+        last_norm: Whether batch norm without gain and bias follows the last layer, which then has no bias either; all
+            layers are then drawn as by torch.
     """
 
     def __init__(
@@ -94,9 +106,10 @@ class ProjectionHead(nn.Sequential):
     ):
         sizes = [input_size, *[hidden_size] * (num_layers - 1), output_size]
         layers: list[nn.Module] = []
+        linear = HeadLinear if last_norm else nn.Linear
         for size_in, size_out in pairwise(sizes[:-1]):
-            layers += [nn.Linear(size_in, size_out, bias=False), SyncedBatchNorm1d(size_out), nn.ReLU(inplace=True)]
-        layers.append(nn.Linear(sizes[-2], output_size, bias=not last_norm))
+            layers += [linear(size_in, size_out, bias=False), SyncedBatchNorm1d(size_out), nn.ReLU(inplace=True)]
+        layers.append(linear(sizes[-2], output_size, bias=not last_norm))
         if last_norm:
             layers.append(SyncedBatchNorm1d(output_size, affine=False))
         super().__init__(*layers)

@@ -90,6 +90,20 @@ def test_partners_of_a_batch_are_the_views_of_one_image():
     torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-5)
 
 
+def test_the_head_is_drawn_by_its_inputs_and_ends_in_batch_norm(tmp_path):
+    torch.manual_seed(0)
+    model = SimCLRForPreTraining(SimCLRConfig(backbone_config=BACKBONE, projection_hidden_size=64))
+    for layer in (layer for layer in model.projection_head if isinstance(layer, torch.nn.Linear)):
+        assert layer.weight.std().item() == pytest.approx((3 * layer.in_features) ** -0.5, rel=0.1)
+    projected = model.train().projection_head(3 + torch.randn(50, 32))  # (50, projection_size)
+    torch.testing.assert_close(projected.mean(0), torch.zeros(128), atol=1e-5, rtol=0)
+    torch.testing.assert_close(projected.std(0, correction=0), torch.ones(128), atol=1e-3, rtol=0)
+    model.save_pretrained(tmp_path)
+    loaded = SimCLRForPreTraining.from_pretrained(tmp_path).projection_head
+    for name, value in model.projection_head.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+
+
 def test_overfits_one_batch():
     torch.manual_seed(0)
     model = SimCLRForPreTraining(SimCLRConfig(backbone_config=BACKBONE, projection_hidden_size=64))
