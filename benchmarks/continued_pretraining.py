@@ -1,10 +1,11 @@
 """Whether continued pretraining keeps the features of an encoder that is good already: kNN before, during and after.
 
-    python benchmarks/continued_pretraining.py [--data CIFAR10] [--num_steps 1000] [--every 200] [--patch_size 4]
+    python benchmarks/continued_pretraining.py [--data CIFAR10] [--start simclr] [--num_steps 1000] [--patch_size 4]
 
-An encoder is trained on the labels, saved in the layout of transformers' DINOv2, brought back by `hf-vlm convert`'s
-way, and pretrained further without labels on the same images. Arms: `continued` trains the heads first and the encoder
-then at a low rate that falls with depth, its weight decay rising; `plain` is the recipe as for a random encoder.
+An encoder is trained by SimCLR or on the labels, saved in the layout of transformers' DINOv2, brought back by `hf-vlm
+convert`'s way, and pretrained further without labels on the same images. Arms: `continued` trains the heads first and
+the encoder then at a low rate that falls with depth, its weight decay rising; `plain` is the recipe as for a random
+encoder.
 Accuracies are kNN's on the mean patch token, in percent. The last line of stdout is JSON.
 """
 
@@ -55,8 +56,8 @@ RECIPE: dict[str, Any] = {  # of SimCLR's recipe, its rate scaled by the square 
 }
 
 
-def start(labelled: Labelled, num_steps: int, patch_size: int, folder: Path) -> Path:
-    """An encoder trained on labels, class token and patches, written as DINOv2 is and converted back."""
+def train_on_labels(labelled: Labelled, num_steps: int, patch_size: int, folder: Path) -> None:
+    """Trains an encoder, class token and patches, to name the images, and saves it."""
     images, labels = labelled
     encoder = VLMViTModel(
         VLMViTConfig.from_preset("nano", image_size=SIDE, patch_size=patch_size, layerscale_value=1.0)
@@ -70,10 +71,22 @@ def start(labelled: Labelled, num_steps: int, patch_size: int, folder: Path) -> 
         return F.cross_entropy(head(torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], dim=1)), labels[chosen])
 
     train([encoder, head], loss, num_steps, 1e-3, "Training on labels")
-    encoder.save_pretrained(folder / "labels")
+    encoder.save_pretrained(folder)
     size = {"height": SIDE, "width": SIDE}
-    VLMViTImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.25] * 3).save_pretrained(folder / "labels")
-    convert_checkpoint(str(folder / "labels"), folder / "dinov2", to="dinov2")
+    VLMViTImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.25] * 3).save_pretrained(folder)
+
+
+def first_encoder(
+    arguments: argparse.Namespace, recipe: dict[str, Any], labelled: Labelled, num_steps: int, folder: Path
+) -> Path:
+    """Trains the encoder to begin with, writes it as DINOv2 is written, and returns where it is converted back to."""
+    first, patch_size = folder / "first", arguments.patch_size
+    if arguments.start == "labels":
+        train_on_labels(labelled, num_steps, patch_size, first)
+    else:
+        own = {"data": arguments.data, "output_dir": str(first), "max_steps": num_steps, "save_strategy": "no"}
+        pretrain(recipe | own | {"encoder_config": {"patch_size": patch_size, "layerscale_value": 1.0}})
+    convert_checkpoint(str(first), folder / "dinov2", to="dinov2")
     convert_checkpoint(str(folder / "dinov2"), folder / "encoder")
     return folder / "encoder"
 
@@ -92,7 +105,10 @@ def main() -> None:
     parser.add_argument("--data", default="scenes:easy", help="labelled images with the splits train and test")
     parser.add_argument("--num_steps", type=int, default=1000, help="of continued pretraining")
     parser.add_argument("--every", type=int, default=200, help="steps between two measurements")
-    parser.add_argument("--num_label_steps", type=int, default=1000, help="of training on the labels before")
+    parser.add_argument(
+        "--start", default="simclr", choices=["simclr", "labels"], help="what trains the first encoder"
+    )
+    parser.add_argument("--num_start_steps", type=int, default=1000, help="of training the first encoder")
     parser.add_argument("--num_images", type=int, default=10_000, help="labelled images; neighbours are found in them")
     parser.add_argument("--patch_size", type=int, default=4)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
@@ -100,16 +116,16 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     quiet_libraries()
-    num_steps, every, num_label_steps = arguments.num_steps, arguments.every, arguments.num_label_steps
+    num_steps, every, num_start_steps = arguments.num_steps, arguments.every, arguments.num_start_steps
     num_images, changes = arguments.num_images, {}
     if arguments.quick:
-        num_steps, every, num_label_steps, num_images = 20, 10, 30, 1_000
+        num_steps, every, num_start_steps, num_images = 20, 10, 30, 1_000
         changes = {"per_device_train_batch_size": 32}
     torch.manual_seed(0)
     labelled = load(arguments.data, "train", num_images)
     test = load(arguments.data, "test", num_images // 2)
     with tempfile.TemporaryDirectory() as temporary:
-        encoder = start(labelled, num_label_steps, arguments.patch_size, Path(temporary))
+        encoder = first_encoder(arguments, RECIPE | changes, labelled, num_start_steps, Path(temporary))
         before = knn(encoder, labelled, test)
         print(f"start      kNN {before:.2f}", flush=True)
         results: dict[str, Any] = {"start": before, "steps": list(range(every, num_steps + 1, every))}
