@@ -7,16 +7,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig
-from transformers import initialization as init
 from transformers.utils import ModelOutput, auto_docstring
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from .configuration_vlm_vit import VLMViTConfig
 from .modeling_vlm_vit import VLMViTModel, VLMViTPreTrainedModel
-from .ssl_adversarial import EqualisedConv2d, PatchDiscriminator, adversarial_losses
+from .ssl_adversarial import PatchDiscriminator, adversarial_losses
 from .ssl_frozen import FrozenEncoderMixin, nearest_hw, patch_size_of, read_frozen, renormalise, resize_map
 from .ssl_layers import SSLConfig, as_vit_config, flatten_views
 from .ssl_masks import mask_of, pixels_of, random_masking
@@ -218,13 +217,6 @@ class MAEForPreTraining(FrozenEncoderMixin, TeacherMixin, VLMViTPreTrainedModel)
             seeing, size = config.perceptual_encoder_config or encoder, self._size_seen(encoder.image_hw)
             self.perceptual_layers = choose_layers(config.perceptual_layers, count_layers(seeing, size))
             self.load_frozen()
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, EqualisedConv2d):
-            init.normal_(module.weight)
-            init.zeros_(module.bias)
 
     @can_return_tuple
     @auto_docstring

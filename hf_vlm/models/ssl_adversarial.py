@@ -6,6 +6,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import initialization as init
 
 LEAK = 0.2
 
@@ -27,6 +28,10 @@ class EqualisedConv2d(nn.Module):
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
         self.bias = nn.Parameter(torch.zeros(out_channels))
         self.stride, self.scale = stride, gain / math.sqrt(in_channels * kernel_size**2)
+
+    def draw_weights(self) -> None:
+        init.normal_(self.weight)
+        init.zeros_(self.bias)
 
     def forward(self, images: Tensor, learns: bool = True) -> Tensor:
         """Maps of images; without `learns` no gradient reaches the weights."""
