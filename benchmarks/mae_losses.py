@@ -3,8 +3,9 @@
     python benchmarks/mae_losses.py [--data CIFAR10] [--seeds 1] [--num_images 16000] [--picture out.png] [--quick]
 
 Arms, each trained by `hf-vlm pretrain` on the same number of images: plain MAE; with a perceptual loss by the moving
-average of its own encoder; with an adversarial one; with both, all as their defaults are. Targets are plain pixels, so
-that nothing of what is hidden reaches the painted image. Judged on the same hidden patches of test images:
+average of its own encoder, or by a frozen encoder that MoCo v3 trained before; with an adversarial one; with both.
+Targets are plain pixels, so that nothing of what is hidden reaches the painted image. Judged on the same hidden
+patches of test images:
 
     knn       accuracy of frozen features, percent
     tuned     accuracy after a short fine-tuning on the labelled images, percent
@@ -50,20 +51,24 @@ ADVERSARIAL = {"adversarial_weight": 0.1}
 ARMS: dict[str, dict[str, Any]] = {
     "plain": {},
     "perceptual": PERCEPTUAL,
+    "frozen": {**PERCEPTUAL, "perceptual_encoder": "frozen"},
     "adversarial": ADVERSARIAL,
     "both": {**PERCEPTUAL, **ADVERSARIAL},
 }
+ENCODERS = {"judge": "simclr", "frozen": "moco_v3"}  # trained before the arms, each by its method
 JUDGE_LAYERS = (2, 3, 4, 6)
 ENLARGED = 96  # pixels of a side in the picture
 JUDGE_BATCH = 128  # contrasts need many images
 
 
 def recipe(arm: str, seed: int, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """The recipe of an arm, or of SimCLR, as the comparison of methods has it."""
-    if arm == "simclr":
+    """The recipe of an arm, or of an encoder that is trained before, as the comparison of methods has it."""
+    if arm in ENCODERS.values():
         return recipe_of(arm, seed, folder, argparse.Namespace(**{**vars(options), "batch_size": JUDGE_BATCH}))
-    found = recipe_of("mae", seed, folder, options)
-    return {**found, "model_config": {**found["model_config"], "norm_pix_loss": False, **ARMS[arm]}}
+    found, own = recipe_of("mae", seed, folder, options), dict(ARMS[arm])
+    if name := own.get("perceptual_encoder"):
+        own["perceptual_encoder"] = str(options.output_dir / name)
+    return {**found, "model_config": {**found["model_config"], "norm_pix_loss": False, **own}}
 
 
 def step_times(options: argparse.Namespace, num_rounds: int = 8) -> dict[str, float]:
@@ -202,11 +207,12 @@ def main() -> None:
         parser.error(f"there are no arms {', '.join(sorted(unknown))}; there are {', '.join(ARMS)}")
     torch.set_num_threads(1)
     quiet_libraries()
-    costs = step_times(options)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = options.output_dir or Path(temporary)
-        if not (folder / "judge" / "run.json").is_file():
-            pretrain(recipe("simclr", 0, folder / "judge", options))
+        folder = options.output_dir = options.output_dir or Path(temporary)
+        for name, method in ENCODERS.items():
+            if not (folder / name / "run.json").is_file():
+                pretrain(recipe(method, 0, folder / name, options))
+        costs = step_times(options)
         with quiet_transformers():
             judge = VLMViTModel.from_pretrained(folder / "judge").eval()
         sizes = {"labelled": ("train", options.num_labelled), "test": ("test", options.num_judged)}

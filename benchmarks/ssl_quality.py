@@ -3,9 +3,10 @@
     python benchmarks/ssl_quality.py --data CIFAR10 [--seeds 3] [--num_images 100000] [--methods simclr,mae] [--jobs 2]
 
 Every method trains the same encoder by `hf-vlm pretrain` from its own settings below, each batch and each number of
-images the same; methods with more views do more work an image, so the seconds stand beside. Beside them: the same
-encoder untrained, and the pixels themselves. With `--output_dir` runs are kept, and those that are finished are not
-run again. The last line of stdout is JSON: means over the seeds, accuracies in percent.
+images the same; methods with more views do more work an image, so the seconds stand beside. Distillation learns from a
+SimCLR encoder of a run of its own, whose seconds are not counted. Beside them: the same encoder untrained, and the
+pixels themselves. With `--output_dir` runs are kept, and those that are finished are not run again. The last line of
+stdout is JSON: means over the seeds, accuracies in percent.
 """
 
 import argparse
@@ -88,6 +89,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "weight_decay": 0.04,
         "weight_decay_end": 0.4,
     },
+    "distill": {"views": {**COLOR, "crop_scale": [0.2, 1.0]}},
 }
 SHARED: dict[str, Any] = {
     "encoder_preset": "nano",
@@ -148,6 +150,9 @@ def run_one(method: str, seed: int, folder: Path, options: argparse.Namespace) -
     torch.set_num_threads(1)
     recipe = check_recipe(recipe_of(method, seed, folder, options), "ssl_quality.py")
     seconds = 0.0
+    if method == "distill":
+        run.pretrain(check_recipe(recipe_of("simclr", seed, folder / "teacher", options), "ssl_quality.py"))
+        recipe["model_config"] = {**recipe.get("model_config", {}), "teacher": str(folder / "teacher")}
     if method in METHODS:
         seconds = run.pretrain(recipe)["seconds"]
     elif method in PEERS:
