@@ -25,10 +25,12 @@ class EqualisedConv2d(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, gain: float = 1.0):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
-        self.bias = nn.Parameter(torch.zeros(out_channels))
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kernel_size, kernel_size))
+        self.bias = nn.Parameter(torch.empty(out_channels))
         self.stride, self.scale = stride, gain / math.sqrt(in_channels * kernel_size**2)
+        self.draw_weights()
 
+    @torch.no_grad()
     def draw_weights(self) -> None:
         init.normal_(self.weight)
         init.zeros_(self.bias)

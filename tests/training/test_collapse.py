@@ -27,23 +27,17 @@ LONGER = {
 
 @pytest.fixture
 def pull_together(monkeypatch):
-    """`pull_together(what)` leaves SimCLR nothing but the distance of the views' projections or patch tokens."""
+    """Leaves SimCLR nothing but the distance of the views' patch tokens."""
     stock = SimCLRForPreTraining.forward
 
-    def patch(what):
-        def forward(self, pixel_values, **kwargs):
-            output = stock(self, pixel_values, **kwargs)
-            if what == "projections":
-                vectors = output.projections
-            else:
-                vectors = self.backbone(pixel_values.transpose(0, 1).flatten(0, 1)).last_hidden_state
-            first, second = vectors.chunk(2)
-            output.loss = (first - second).square().mean()
-            return output
+    def forward(self, pixel_values, **kwargs):
+        output = stock(self, pixel_values, **kwargs)
+        tokens = self.backbone(pixel_values.transpose(0, 1).flatten(0, 1)).last_hidden_state
+        first, second = tokens.chunk(2)
+        output.loss = (first - second).square().mean()
+        return output
 
-        monkeypatch.setattr(SimCLRForPreTraining, "forward", forward)
-
-    return patch
+    monkeypatch.setattr(SimCLRForPreTraining, "forward", forward)
 
 
 def alarms(caplog):
@@ -63,13 +57,11 @@ def test_projections_that_collapse_raise_the_alarm_once_a_sign(make_recipe, capl
 
 def test_a_loss_that_vanishes_raises_the_alarm(make_recipe, pull_together, caplog):
     """Which is the sign where batch norm, at the end of the head, keeps even a collapse's projections apart."""
-    pull_together("projections")
     pretrain(make_recipe("simclr", **LONGER | {"probe_steps": 0}))
     assert any("the loss has vanished" in message for message in alarms(caplog))
 
 
 def test_features_that_collapse_raise_the_alarm_by_the_probes(make_recipe, pull_together, caplog):
-    pull_together("patches")
     pretrain(make_recipe("simclr", **LONGER))
     message = next(message for message in alarms(caplog) if "the features are nearly the same" in message)
     assert "probe_feature_std 0.0" in message
@@ -89,7 +81,6 @@ def test_healthy_runs_raise_none(make_recipe, caplog, method, encoder):
 
 
 def test_stop_saves_a_checkpoint_and_keeps_the_earlier_ones(make_recipe, tmp_path, pull_together, caplog):
-    pull_together("projections")
     recipe = make_recipe("simclr", **LONGER, save_strategy="steps", save_steps=5, save_total_limit=1)
     with pytest.raises(ValueError, match="Training has stopped, since it collapses") as stopped:
         pretrain(recipe | {"on_collapse": "stop"})
