@@ -97,8 +97,7 @@ class ProjectionHead(nn.Sequential):
     """MLP with batch norm between the layers: (batch, input_size) to (batch, output_size).
 
     Args:
-        last_norm: Whether batch norm without gain and bias follows the last layer, which then has no bias either; all
-            layers are then drawn as by torch.
+        last_norm: Whether batch norm without gain and bias follows the last layer, which then has no bias either.
     """
 
     def __init__(
@@ -106,10 +105,9 @@ class ProjectionHead(nn.Sequential):
     ):
         sizes = [input_size, *[hidden_size] * (num_layers - 1), output_size]
         layers: list[nn.Module] = []
-        linear = HeadLinear if last_norm else nn.Linear
         for size_in, size_out in pairwise(sizes[:-1]):
-            layers += [linear(size_in, size_out, bias=False), SyncedBatchNorm1d(size_out), nn.ReLU(inplace=True)]
-        layers.append(linear(sizes[-2], output_size, bias=not last_norm))
+            layers += [HeadLinear(size_in, size_out, bias=False), SyncedBatchNorm1d(size_out), nn.ReLU(inplace=True)]
+        layers.append(HeadLinear(sizes[-2], output_size, bias=not last_norm))
         if last_norm:
             layers.append(SyncedBatchNorm1d(output_size, affine=False))
         super().__init__(*layers)
