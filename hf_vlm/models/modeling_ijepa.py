@@ -1,5 +1,6 @@
 """I-JEPA: features of image blocks predicted from the rest of the image (arXiv 2301.08243), from the paper."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,7 +122,16 @@ class IJEPAForPreTraining(TeacherMixin, VLMViTPreTrainedModel):
         self.backbone = VLMViTModel(config.backbone_config)
         self.predictor = MaskedPredictor(config.predictor_config, size, size)
         self.post_init()
+        self.shrink_layers()
         self.build_teacher("backbone")
+
+    @torch.no_grad()
+    def shrink_layers(self) -> None:
+        """The official initialisation: the deeper a layer, the less it adds at first."""
+        for layers in (self.backbone.layers, self.predictor.layers):
+            for depth, layer in enumerate(layers, start=1):
+                for name in ("attention.projection.weight", "mlp.down_projection.weight"):
+                    layer.get_parameter(name).div_(math.sqrt(2 * depth))
 
     @property
     def trained_encoder(self) -> nn.Module:

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from .configuration_vlm_vit import VLMViTConfig
 from .modeling_vlm_vit import VLMViTPreTrainedModel
@@ -31,6 +32,12 @@ class MaskedPredictor(VLMViTPreTrainedModel):
         self.norm = build_norm(config, config.hidden_size)
         self.predict = nn.Linear(config.hidden_size, output_size)
         self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, nn.Linear):  # as MAE's official code; 0.02 is too little for narrow ones
+            init.xavier_uniform_(module.weight)
 
     def forward(
         self, encoded: Tensor, visible: Tensor, masked: Tensor, grid_hw: tuple[int, int], **kwargs: Any

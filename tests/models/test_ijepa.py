@@ -164,6 +164,20 @@ def test_learns_and_saves_its_state(tmp_path):
     assert loaded(images, **masks).loss.item() == pytest.approx(model(images, **masks).loss.item(), rel=1e-6)
 
 
+def test_layers_are_drawn_as_by_the_official_code():
+    """Deeper layers add less at first; the predictor's weights have the size that its width asks for."""
+    model = build(backbone={"hidden_size": 64})
+    for part, expected in {"backbone": 0.02, "predictor": math.sqrt(2 / (16 + 64))}.items():
+        for depth, layer in enumerate(model.get_submodule(part).layers, start=1):
+            found = layer.mlp.down_projection.weight.std().item()
+            assert found == pytest.approx(expected / math.sqrt(2 * depth), rel=0.1), (part, depth)
+    assert model.predictor.layers[0].mlp.up_projection.weight.std().item() == pytest.approx(
+        math.sqrt(2 / (16 + 64)), rel=0.1
+    )
+    weights = model.backbone.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in model.teacher["backbone"].state_dict().items())
+
+
 def test_a_collapse_shows_in_the_spread_of_the_targets():
     """In noise there is nothing to predict: with a quick teacher both learn to say the same of all images."""
     model, images = build(), torch.randn(8, 3, 32, 32)
@@ -174,7 +188,7 @@ def test_a_collapse_shows_in_the_spread_of_the_targets():
         outputs[-1].loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        model.update_teacher(0.9)
+        model.update_teacher(0.5)
     assert outputs[0].feature_std > 0.15
     assert outputs[-1].feature_std < 0.05
     assert outputs[-1].loss < 0.02  # which looks like a success

@@ -159,6 +159,18 @@ def test_overfits_one_batch(use_cross_attention):
     assert losses[-1] < 0.1 * losses[0]
 
 
+def test_the_decoder_is_drawn_as_by_the_official_code():
+    model = build()
+    limits = {"embed": 6 / (32 + 32), "layers.1.mlp.down_projection": 6 / (128 + 32), "predict": 6 / (32 + 192)}
+    for name, square in limits.items():
+        layer = model.decoder.get_submodule(name)
+        assert layer.weight.abs().max().item() == pytest.approx(square**0.5, rel=0.01), name
+        assert layer.weight.std().item() == pytest.approx((square / 3) ** 0.5, rel=0.05), name
+        assert not layer.bias.any(), name
+    assert model.decoder.mask_token.std().item() == pytest.approx(0.02, rel=0.5)
+    assert model.backbone.layers[0].mlp.up_projection.weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
 def test_round_trip_keeps_decoder_and_options(tmp_path):
     model = build(mask_ratio=0.5, norm_pix_loss=False, use_cross_attention=True, prediction_ratio=0.5).eval()
     model.save_pretrained(tmp_path)
