@@ -3,7 +3,7 @@
     python benchmarks/mae_losses.py [--data CIFAR10] [--seeds 1] [--num_images 16000] [--picture out.png] [--quick]
 
 Arms, each trained by `hf-vlm pretrain` on the same number of images: plain MAE; with a perceptual loss by the moving
-average of its own encoder, or by a frozen one that SimCLR trained before; with an adversarial one; with the latter two.
+average of its own encoder, or by a frozen encoder of SimCLR; with an adversarial one; with the latter two.
 Targets are plain pixels, so that nothing of what is hidden reaches the painted image. Judged on the same hidden
 patches of test images:
 

@@ -47,6 +47,7 @@ class MAEConfig(SSLConfig):
         perceptual_weight (`float`, defaults to 0.0):
             Weight, beside the pixel loss, of the distance of the painted image to the original in the features of an
             encoder that does not learn from it (see `perceptual_distance`), as in Perceptual MAE (arXiv 2212.14504).
+            Distances are small: a frozen encoder that knows such images has shown a gain at 30, and none at 1.
         perceptual_encoder (`str`, defaults to `""`):
             That encoder: a folder or Hub id of a model of transformers that gives hidden states, or of an encoder of
             this package. When not given, the moving average of the model's own encoder, which needs no other weights.
