@@ -152,7 +152,7 @@ def run_one(method: str, seed: int, folder: Path, options: argparse.Namespace) -
     seconds = 0.0
     if method == "distill":
         run.pretrain(check_recipe(recipe_of("simclr", seed, folder / "teacher", options), "ssl_quality.py"))
-        recipe["model_config"] = {**recipe.get("model_config", {}), "teacher": str(folder / "teacher")}
+        recipe["model_config"] = {"teacher": str(folder / "teacher")}
     if method in METHODS:
         seconds = run.pretrain(recipe)["seconds"]
     elif method in PEERS:

@@ -63,6 +63,7 @@ class StablePretraining(Peer):
     """A method as one of its models, whose teachers follow their students."""
 
     packages = ("stable-pretraining",)
+    model: nn.Module
     teachers: Sequence[Any] = ()
 
     def make_views(self, *views: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
@@ -71,6 +72,9 @@ class StablePretraining(Peer):
 
         draw = MultiViewTransform(list(views))
         self.transform = lambda image: [view["image"] for view in draw({"image": image})["views"]]
+
+    def forward(self, views: list[Tensor], step: int) -> Tensor:
+        return self.model(*views).loss
 
     def after_step(self, step: int) -> None:
         for teacher in self.teachers:
@@ -136,9 +140,6 @@ class StablePretrainingMoCoV3(StablePretraining):
         size, solarize = self.args.image_size, views["views"][1]["solarize"]
         self.make_views(view_of(size, views, normalise), view_of(size, views, normalise, solarize))
 
-    def forward(self, views: list[Tensor], step: int) -> Tensor:
-        return self.model(*views).loss
-
 
 class StablePretrainingSimMIM(StablePretraining):
     row = "simmim"
@@ -153,9 +154,6 @@ class StablePretrainingSimMIM(StablePretraining):
             image_size=self.args.image_size,
         )
         self.make_views(view_of(self.args.image_size, views, normalise))
-
-    def forward(self, views: list[Tensor], step: int) -> Tensor:
-        return self.model(*views).loss
 
 
 class StablePretrainingIJEPA(StablePretraining):
@@ -172,9 +170,6 @@ class StablePretrainingIJEPA(StablePretraining):
         )
         self.teachers = (self.model.encoder,)
         self.make_views(view_of(self.args.image_size, views, normalise))
-
-    def forward(self, views: list[Tensor], step: int) -> Tensor:
-        return self.model(*views).loss
 
     @property
     def trained_encoder(self) -> VLMViTModel:
