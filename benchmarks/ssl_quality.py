@@ -37,7 +37,12 @@ METHODS: dict[str, dict[str, Any]] = {
         "views": {**COLOR, "crop_scale": [0.2, 1.0]},
     },
     "moco_v3": {
-        "model_config": {"projection_hidden_size": 512, "projection_size": 128},
+        "model_config": {
+            "projection_hidden_size": 512,
+            "projection_size": 128,
+            "predictor_norm": False,
+            "freeze_patch_projection": False,
+        },
         "views": {**COLOR, "crop_scale": [0.2, 1.0], "views": [{}, {"solarize": 0.2}]},
         "weight_decay": 0.1,
     },

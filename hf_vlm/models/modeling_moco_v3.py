@@ -31,9 +31,13 @@ class MoCoV3Config(SSLConfig):
     Args:
         backbone_config (`VLMViTConfig` or `dict`, *optional*): The encoder; sin-cos positions when not given.
         freeze_patch_projection (`bool`, defaults to `True`): Whether the patch projection stays as it was initialised
-            or loaded: the paper's remedy for sudden drops of accuracy in training.
+            or loaded: the paper's remedy for sudden drops of accuracy in training. The encoder is then drawn as in the
+            official code, by Xavier, and otherwise as that of every method.
         projection_hidden_size (`int`, defaults to 4096): Width of the hidden layers of projector and predictor.
         projection_size (`int`, defaults to 256): Width of what is compared.
+        predictor_norm (`bool`, defaults to `True`): Whether batch norm ends the predictor, as in the official code for
+            ViTs; there is none in its code for ResNets. Short runs of small batches learn better neighbours without
+            (measured: benchmarks/RESULTS.md).
         temperature (`float`, defaults to 0.2): Temperature of the similarities.
         momentum (`float`, defaults to 0.99): Momentum of the teacher at the start; 1 at the end.
     """
@@ -43,6 +47,7 @@ class MoCoV3Config(SSLConfig):
     freeze_patch_projection: bool = True
     projection_hidden_size: int = 4096
     projection_size: int = 256
+    predictor_norm: bool = True
     temperature: float | int = 0.2
     momentum: float | int = 0.99
     initializer_range: float = 0.02
@@ -106,9 +111,10 @@ class MoCoV3ForPreTraining(TeacherMixin, VLMViTPreTrainedModel):
         self.projector = ProjectionHead(
             config.backbone_config.hidden_size, hidden_size, size, num_layers=3, last_norm=True
         )
-        self.predictor = ProjectionHead(size, hidden_size, size, num_layers=2, last_norm=True)
+        self.predictor = ProjectionHead(size, hidden_size, size, num_layers=2, last_norm=config.predictor_norm)
         self.post_init()
-        self.draw_encoder()
+        if config.freeze_patch_projection:
+            self.draw_encoder()
         self.build_teacher("backbone", "projector")
 
     def draw_encoder(self) -> None:

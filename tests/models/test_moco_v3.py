@@ -66,12 +66,15 @@ def reference_head(head, inputs):
             inputs = inputs if layer.weight is None else inputs * layer.weight + layer.bias
         else:
             inputs = inputs.clamp(min=0) if isinstance(layer, torch.nn.ReLU) else inputs @ layer.weight.T
+            inputs = inputs if getattr(layer, "bias", None) is None else inputs + layer.bias
     return inputs
 
 
-def test_loss_and_gradients_equal_a_slow_reference():
+@pytest.mark.parametrize("predictor_norm", [True, False])
+def test_loss_and_gradients_equal_a_slow_reference(predictor_norm):
     """Each view in a pass of its own, all tokens computed, the teacher unlike the student."""
-    model, pixel_values = build().double(), views().double()
+    model, pixel_values = build(predictor_norm=predictor_norm).double(), views().double()
+    assert isinstance(model.predictor[-1], torch.nn.BatchNorm1d) == predictor_norm
     with torch.no_grad():
         for parameter in model.teacher.parameters():
             parameter.mul_(1.1)
@@ -118,9 +121,8 @@ def test_nothing_is_computed_that_is_not_read(monkeypatch):
     assert lengths == [((16, 1), True), ((16, 1), False)]
 
 
-@pytest.mark.parametrize("frozen", [True, False])
-def test_weights_are_drawn_as_by_the_official_code(frozen):
-    model = build(freeze_patch_projection=frozen)
+def test_weights_are_drawn_as_by_the_official_code():
+    model = build()
     limits = {
         "backbone.embeddings.patch_projection": math.sqrt(6 / (3 * 8 * 8 + 32)),
         "backbone.layers.1.attention.query": math.sqrt(6 / (32 + 32)),  # a matrix of its own, not a third of one
@@ -138,6 +140,14 @@ def test_weights_are_drawn_as_by_the_official_code(frozen):
     assert 0 < model.backbone.embeddings.class_token.abs().max() < 1e-5
     weights = model.backbone.state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in model.teacher["backbone"].state_dict().items())
+
+
+def test_an_encoder_that_learns_from_its_pixels_on_is_drawn_as_everywhere():
+    model = build(freeze_patch_projection=False)
+    alone = VLMViTModel(model.config.backbone_config)
+    for name in ("embeddings.patch_projection", "layers.1.attention.query", "layers.0.mlp.down_projection"):
+        spread = alone.get_submodule(name).weight.std().item()
+        assert model.backbone.get_submodule(name).weight.std().item() == pytest.approx(spread, rel=0.05), name
 
 
 def test_a_frozen_patch_projection_stays_frozen(tmp_path):
