@@ -40,7 +40,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "model_config": {
             "projection_hidden_size": 512,
             "projection_size": 128,
-            "predictor_norm": False,
+            "predictor_norm": False,  # this and the next as the peer has them; official ones: RESULTS.md
             "freeze_patch_projection": False,
         },
         "views": {**COLOR, "crop_scale": [0.2, 1.0], "views": [{}, {"solarize": 0.2}]},

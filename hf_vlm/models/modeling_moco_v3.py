@@ -36,8 +36,7 @@ class MoCoV3Config(SSLConfig):
         projection_hidden_size (`int`, defaults to 4096): Width of the hidden layers of projector and predictor.
         projection_size (`int`, defaults to 256): Width of what is compared.
         predictor_norm (`bool`, defaults to `True`): Whether batch norm ends the predictor, as in the official code for
-            ViTs; there is none in its code for ResNets. Short runs of small batches learn better neighbours without
-            (measured: benchmarks/RESULTS.md).
+            ViTs; there is none in its code for ResNets.
         temperature (`float`, defaults to 0.2): Temperature of the similarities.
         momentum (`float`, defaults to 0.99): Momentum of the teacher at the start; 1 at the end.
     """
