@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from hf_vlm.cli.outputs import prepare_file
+
 
 def run(words: Sequence[str]) -> None:
     """Prints the figures of a detector or an encoder as a table."""
@@ -15,13 +17,16 @@ def run(words: Sequence[str]) -> None:
     parser.add_argument("--data", required=True, help="labelled images: folder, file, Hub id or scenes")
     parser.add_argument("--data_kind", help="kind of the source, guessed when not given")
     parser.add_argument("--split", default="test")
-    parser.add_argument("--num_examples", type=int, help="evaluate on the first so many images")
+    parser.add_argument("--num_examples", type=int, help="the first so many images of a split")
+    parser.add_argument("--max_bad_share", type=float, default=0.01, help="unreadable images that are passed over")
     parser.add_argument("--save", type=Path, help="a JSON file for the figures")
     arguments = parser.parse_args(words)
 
     from hf_vlm.training.record import as_json
     from hf_vlm.training.run import evaluate_run, quiet_libraries
 
+    if arguments.save is not None:
+        prepare_file(arguments.save)
     quiet_libraries()
     metrics = evaluate_run(
         arguments.run,
@@ -29,6 +34,7 @@ def run(words: Sequence[str]) -> None:
         arguments.split,
         kind=arguments.data_kind,
         num_examples=arguments.num_examples,
+        max_bad_share=arguments.max_bad_share,
     )
     width = max(map(len, metrics))
     print("\n".join(f"{name:<{width}}  {value:.4f}" for name, value in metrics.items()))

@@ -21,7 +21,7 @@ from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_detection import VLMViTDetectionConfig, VLMViTForObjectDetection
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 from hf_vlm.training.arguments import VisionTrainingArguments, parse_arguments
-from hf_vlm.training.build import build_model, build_processor, load_frozen_encoder
+from hf_vlm.training.build import build_model, build_processor, load_frozen_encoder, quiet_transformers
 from hf_vlm.training.collapse import CollapseAlarm
 from hf_vlm.training.curves import draw_probes
 from hf_vlm.training.device import place
@@ -120,24 +120,37 @@ def finetune(recipe: dict[str, Any], *, write_card: Callable[[Path], Any] | None
         on_save=record.write,
     )
     _train(trainer, record)
+    trainer.save_model(
+        args.output_dir, _internal_call=True
+    )  # before the last evaluation, which held-out data can stop
     figures = _last_figures(trainer)
     record.summary["metrics"] = {n.removeprefix("eval_"): v for n, v in figures.items() if n.startswith("eval_")}
-    trainer.save_model(args.output_dir, _internal_call=True)
+    if args.should_save:
+        record.write(Path(args.output_dir))
     if args.push_to_hub:
         trainer.push_to_hub()
     return record.summary
 
 
 def evaluate_run(
-    run_dir: str | Path, data: str, split: str, *, kind: str | None = None, num_examples: int | None = None
+    run_dir: str | Path,
+    data: str,
+    split: str,
+    *,
+    kind: str | None = None,
+    num_examples: int | None = None,
+    max_bad_share: float = 0.01,
 ) -> dict[str, float]:
     """COCO's figures, also a class, of a detector's folder on a split of a source; for an encoder `evaluate_encoder`.
 
     Raises:
-        ValueError: if the folder holds no detector or the classes of the data are not the detector's.
+        ValueError: if the folder holds no detector, the classes of the data are not the detector's, or more than
+            `max_bad_share` of the images cannot be read.
     """
     if _holds_encoder(run_dir):
-        return evaluate_encoder(run_dir, data, split, kind=kind, num_examples=num_examples)
+        return evaluate_encoder(
+            run_dir, data, split, kind=kind, num_examples=num_examples, max_bad_share=max_bad_share
+        )
     model, processor = load_detector(run_dir)
     source = open_stream(data, split, kind=kind, num_samples=num_examples)
     names = [model.config.id2label[index] for index in range(model.config.num_labels)]
@@ -145,17 +158,24 @@ def evaluate_run(
     if found != names:
         raise ValueError(f"{data} has the classes {found}, but the detector {run_dir} knows {names}.")
     transform = detection_transform(processor, train=False, num_classes=len(names))
-    stream = ExampleStream(source, transform, shuffle=False, repeat=False)
+    stream = ExampleStream(source, transform, shuffle=False, repeat=False, max_bad_share=max_bad_share)
     return evaluate_detection(model, stream, processor, class_names=names, per_class=True)
 
 
 def evaluate_encoder(
-    run_dir: str | Path, data: str, split: str, *, kind: str | None = None, num_examples: int | None = None
+    run_dir: str | Path,
+    data: str,
+    split: str,
+    *,
+    kind: str | None = None,
+    num_examples: int | None = None,
+    max_bad_share: float = 0.01,
 ) -> dict[str, float]:
     """kNN and linear accuracy on a split of the frozen features of an encoder's folder, fitted on the train split.
 
     Raises:
-        ValueError: if the folder holds no encoder or the data has no class labels.
+        ValueError: if the folder holds no encoder, the data has no class labels, or more than `max_bad_share` of the
+            images cannot be read.
     """
     encoder, processor = load_frozen_encoder(run_dir)
     transform = plain_transform(encoder, processor)
@@ -164,7 +184,7 @@ def evaluate_encoder(
         source = open_stream(data, name, kind=kind, num_samples=num_examples)
         if "label" not in source.features:
             raise ValueError(f"{data} has no class labels in split {name!r}: kNN and linear accuracy need them.")
-        streams.append(ExampleStream(source, transform, shuffle=False, repeat=False))
+        streams.append(ExampleStream(source, transform, shuffle=False, repeat=False, max_bad_share=max_bad_share))
     return evaluate_features(place(encoder), *streams)
 
 
@@ -176,12 +196,15 @@ def _holds_encoder(run_dir: str | Path) -> bool:
 
 
 def load_detector(run_dir: str | Path) -> tuple[VLMViTForObjectDetection, VLMViTImageProcessor]:
-    """The detector and its image processor from a folder or the Hub; ValueError where there is none."""
+    """The detector and its image processor from a folder or the Hub; ValueError where there is none, or half of one."""
     try:
-        model = VLMViTForObjectDetection.from_pretrained(run_dir)
+        with quiet_transformers():
+            model, report = VLMViTForObjectDetection.from_pretrained(run_dir, output_loading_info=True)
         processor = VLMViTImageProcessor.from_pretrained(run_dir)
     except OSError as error:
         raise ValueError(f"{run_dir} holds no detector: {str(error).splitlines()[0]}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"{run_dir} lacks {len(missing)} of the detector's weights, such as {missing[0]}.")
     return place(model).eval(), processor
 
 
@@ -247,7 +270,13 @@ def _eval_stream(
         )
     transform = detection_transform(processor, train=False, num_classes=len(names))
     return ExampleStream(
-        source, transform, shuffle=False, repeat=False, rank=args.process_index, world_size=args.world_size
+        source,
+        transform,
+        shuffle=False,
+        repeat=False,
+        rank=args.process_index,
+        world_size=args.world_size,
+        max_bad_share=args.max_bad_share,
     )
 
 

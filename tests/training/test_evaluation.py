@@ -1,8 +1,12 @@
 """Evaluators against plain loops over the same images."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from hf_vlm.data.scenes import render_scene, scene_settings
 from hf_vlm.data.sources import open_stream
@@ -98,3 +102,30 @@ def test_classes_of_the_data_must_be_those_of_the_detector(tmp_path, detector, p
         evaluate_run(tmp_path, "scenes:easy", "test", num_examples=2)
     with pytest.raises(ValueError, match="holds no model"):
         evaluate_run(tmp_path / "nothing", "scenes:easy", "test")
+
+
+def test_a_detector_without_some_weights_is_refused(tmp_path, detector, processor):
+    detector.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if not name.startswith("class_head")}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"lacks {len(weights) - len(kept)} of the detector's weights"):
+        evaluate_run(tmp_path, "scenes:easy", "test", num_examples=2)
+
+
+def test_as_many_unreadable_images_as_asked_for_are_passed_over(tmp_path, processor):
+    VLMViTModel(VLMViTConfig(**ENCODER)).save_pretrained(tmp_path / "encoder")
+    processor.save_pretrained(tmp_path / "encoder")
+    for split, name in itertools.product(("train", "test"), "ab"):
+        folder = tmp_path / "images" / split / name
+        folder.mkdir(parents=True)
+        for index in range(4):
+            Image.new("RGB", (32, 32), (60 * index, 0, 255 * (name == "a"))).save(folder / f"{index}.png")
+        (folder / "broken.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="2 of 10 images could not be decoded"):
+        evaluate_run(tmp_path / "encoder", str(tmp_path / "images"), "test")
+    assert set(evaluate_run(tmp_path / "encoder", str(tmp_path / "images"), "test", max_bad_share=0.2)) == {
+        "knn",
+        "linear",
+    }

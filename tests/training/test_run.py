@@ -187,6 +187,29 @@ def test_evaluation_enters_the_log_and_the_last_one_the_record(make_recipe, tmp_
     assert summary["metrics"]["ap50"] == entries[-1]["eval_ap50"]
 
 
+def test_held_out_images_that_stop_the_evaluation_leave_the_detector(make_recipe, tmp_path, monkeypatch):
+    def evaluate(*args, **kwargs):
+        raise ValueError("2 of 10 images could not be decoded")
+
+    monkeypatch.setattr("hf_vlm.training.run.evaluate_detection", evaluate)
+    with pytest.raises(ValueError, match="2 of 10"):
+        finetune(make_recipe("detection", max_steps=1))
+    VLMViTForObjectDetection.from_pretrained(tmp_path / "detection")
+    assert json.loads((tmp_path / "detection" / "run.json").read_text())["num_steps"] == 1
+
+
+def test_held_out_images_may_be_as_bad_as_the_recipe_says(make_recipe, monkeypatch):
+    shares = []
+
+    def evaluate(model, stream, *args, **kwargs):
+        shares.append(stream.max_bad_share)
+        return {}
+
+    monkeypatch.setattr("hf_vlm.training.run.evaluate_detection", evaluate)
+    finetune(make_recipe("detection", max_steps=1, max_bad_share=0.25))
+    assert shares == [0.25]
+
+
 def test_logged_loss_is_the_mean_under_gradient_accumulation(make_recipe, tmp_path, monkeypatch):
     seen = []
     original = MAEForPreTraining.forward
