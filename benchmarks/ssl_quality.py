@@ -107,6 +107,7 @@ SHARED: dict[str, Any] = {
     "max_grad_norm": 1.0,
     "logging_steps": 50,
     "save_strategy": "no",
+    "overwrite_output_dir": True,  # what an interrupted run left
     "probe_steps": 0,  # peers have none, whose seconds stand beside
     "report_to": "none",
 }

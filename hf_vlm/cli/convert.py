@@ -25,6 +25,8 @@ def run(words: Sequence[str]) -> None:
     source, folder = arguments.source, arguments.output_dir
     if folder.exists() and (not folder.is_dir() or Path(source).resolve() == folder.resolve()):
         raise ValueError(f"{folder}: name a folder of its own for what is converted")
+    if (folder / "config.json").exists():
+        raise ValueError(f"{folder} holds a model already (config.json): name another folder, or delete it")
 
     import hf_vlm.registry  # noqa: F401  marks the code for being saved beside the weights
     from hf_vlm.models.convert_vlm_vit import convert_checkpoint

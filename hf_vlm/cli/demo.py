@@ -45,7 +45,8 @@ def run_demo(folder: Path, *, seed: int = 0, overrides: dict[str, Any] | None = 
 
     quiet_libraries()
     images, encoder = folder / "unlabelled.parquet", folder / "encoder"
-    options = [f"--{key}={value}" for key, value in {"seed": seed, **(overrides or {})}.items()]
+    keys = {"seed": seed, "overwrite_output_dir": "true", **(overrides or {})}
+    options = [f"--{key}={value}" for key, value in keys.items()]
 
     print(f"\n[1/3] Pretraining on {NUM_UNLABELLED:,} unlabelled images: no label is read", flush=True)
     draw_unlabelled(images, num_images=NUM_UNLABELLED)

@@ -68,15 +68,15 @@ class VLMViTConfig(BackboneConfigMixin, PreTrainedConfig):
 
     Args:
         image_size (`int` or `(height, width)`, defaults to 224):
-            Size in pixels at which learned positions are stored. Other sizes are accepted by the model: they need
-            only be multiples of the patch size.
+            Size in pixels for which positions are: those of images of other sizes, which need only be multiples of
+            the patch size, are interpolated between them.
         patch_size (`int` or `(height, width)`, defaults to 16): Size of a patch in pixels.
         num_channels (`int`, defaults to 3): Channels of the images: any number.
         intermediate_size (`int`, defaults to 0): Width of the MLP; 0 stands for 4 x `hidden_size`.
         use_gated_mlp (`bool`, defaults to `False`): SwiGLU-style MLP (with `hidden_act="silu"`).
         norm_type (`str`, defaults to `"layernorm"`): `"layernorm"` or `"rmsnorm"`.
         position_embedding_type (`str`, defaults to `"learned"`):
-            `"learned"` (interpolated for other sizes), `"sincos"` (fixed, as in MAE) or `"rope"` (as in DINOv3).
+            `"learned"`, `"sincos"` (fixed, as in MAE) or `"rope"` (as in DINOv3).
         rope_theta (`float`, defaults to 100.0): Base period of the rotary positions.
         use_class_token (`bool`, defaults to `True`): Whether a class token leads the sequence. Without it the pooled
             output is the mean of the patch tokens.

@@ -54,7 +54,8 @@ class VLMViTEmbeddings(nn.Module):
         if config.position_embedding_type == "rope":
             return None
         if config.position_embedding_type == "sincos":
-            return sincos_positions(config.hidden_size, grid_hw, device)[None].to(self.patch_projection.weight.dtype)
+            positions = sincos_positions(config.hidden_size, grid_hw, device, spread_hw=config.grid_hw)
+            return positions[None].to(self.patch_projection.weight.dtype)
         if grid_hw == config.grid_hw:
             return self.position_embedding
         rows, columns = config.grid_hw

@@ -89,9 +89,23 @@ def _select_rows(rows: Tensor, indices: Tensor, num_rows: int) -> Tensor:
     return rows.index_select(0, (indices + starts).flatten()).unflatten(0, indices.shape)
 
 
-def sincos_positions(dim: int, grid_hw: tuple[int, int], device: torch.device | None = None) -> Tensor:
-    """Fixed 2-D sin-cos positions (patches, dim) of MAE (arXiv 2111.06377): half the width a row, half a column."""
-    rows, columns = (torch.arange(n, dtype=torch.float32, device=device) for n in grid_hw)
+def sincos_positions(
+    dim: int,
+    grid_hw: tuple[int, int],
+    device: torch.device | None = None,
+    *,
+    spread_hw: tuple[int, int] | None = None,
+) -> Tensor:
+    """Fixed 2-D sin-cos positions (patches, dim) of MAE (arXiv 2111.06377): half the width a row, half a column.
+
+    Args:
+        spread_hw: Rows and columns of the grid over which the patches are spread: centres of patches stay where they
+            are in the image, as when a table of that size is interpolated. By default `grid_hw`, steps of 1.
+    """
+    rows, columns = (
+        (torch.arange(n, dtype=torch.float32, device=device) + 0.5) * (spread / n) - 0.5
+        for n, spread in zip(grid_hw, spread_hw or grid_hw)
+    )
     omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float32, device=device) / (dim // 4))  # (dim / 4,)
     y, x = (coordinate[:, None] * omega for coordinate in (rows, columns))  # (rows, dim / 4), (columns, dim / 4)
     along_x = torch.cat([x.sin(), x.cos()], dim=-1)[None].expand(len(rows), -1, -1)

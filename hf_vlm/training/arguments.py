@@ -29,6 +29,9 @@ class VisionTrainingArguments(TrainingArguments):
     """
 
     output_dir: str = field(default="runs/run", metadata={"help": "Folder of the run."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Begin anew in a folder that holds a run; its checkpoints are deleted."}
+    )
     method: str = field(default="", metadata={"help": "Row of the registry: simclr, mae, detection, ..."})
     encoder_preset: str = field(default="small", metadata={"help": "Named size of the encoder."})
     encoder_config: dict[str, Any] = field(default_factory=dict, metadata={"help": "VLMViTConfig fields to override."})

@@ -1,7 +1,8 @@
-"""The position in the data within a checkpoint, and which checkpoints of a run are whole."""
+"""The position in the data within a checkpoint, which checkpoints of a run are whole, and whose they are."""
 
 import json
 import logging
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from hf_vlm.data.splits import listing
 from hf_vlm.data.stream import ExampleStream
 from hf_vlm.training.arguments import VisionTrainingArguments
 
-__all__ = ["last_checkpoint", "load_data_state", "save_data_state"]
+__all__ = ["check_run_folder", "last_checkpoint", "load_data_state", "save_data_state"]
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,27 @@ def load_data_state(checkpoint: Path, stream: ExampleStream, args: VisionTrainin
     )
     stream.start_at_epoch(epoch)
     return None
+
+
+def check_run_folder(args: VisionTrainingArguments) -> None:
+    """Makes sure that a new run begins in a folder of its own, where only its own checkpoints are found later.
+
+    Raises:
+        ValueError: if `output_dir` holds a run or a model that is neither resumed nor to be overwritten.
+    """
+    folder = Path(args.output_dir)
+    checkpoints = sorted(folder.glob("checkpoint-*"))
+    found = [*checkpoints[:1], *(path for path in (folder / "run.json", folder / "config.json") if path.exists())]
+    if args.resume_from_checkpoint or not found:
+        return
+    if not args.overwrite_output_dir:
+        raise ValueError(
+            f"{folder} holds a run already ({found[0].name}). Name another folder with --output_dir, go on with that "
+            "run with --resume_from_checkpoint last, or lose it with --overwrite_output_dir true."
+        )
+    if args.should_save:
+        for path in checkpoints:  # else they would be resumed from, as later ones than the new run's
+            shutil.rmtree(path)
 
 
 def last_checkpoint(folder: str | Path) -> str:

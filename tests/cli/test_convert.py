@@ -59,6 +59,9 @@ def test_there_and_back_as_a_user_types_it(dinov2, tmp_path, capsys):
     assert not (tmp_path / "ours" / "convert_vlm_vit.py").exists()
     torch.testing.assert_close(features_of(ours), features_of(dinov2), atol=2e-5, rtol=1e-4)
 
+    assert main(["convert", dinov2, ours]) == 2
+    assert f"{ours} holds a model already" in capsys.readouterr().err
+
     assert main(["convert", ours, back, "--to", "dinov2"]) == 0
     assert "filled   embeddings.mask_token = 0" in capsys.readouterr().out
     assert torch.equal(features_of(back), features_of(dinov2))

@@ -89,6 +89,25 @@ def test_killed_twice_and_resumed_equals_uninterrupted(make_recipe, tmp_path, ki
     assert sorted(losses(whole)) == list(range(1, 9))
 
 
+def test_a_new_run_takes_no_folder_of_another(make_recipe, tmp_path, kill_at):
+    recipe = make_recipe("mae", save_strategy="steps", save_steps=2)
+    kill_at(5)
+    with pytest.raises(KilledError):
+        pretrain(recipe)
+    log = (tmp_path / "mae" / "log.jsonl").read_text()
+    with pytest.raises(ValueError, match=r"holds a run already \(checkpoint-2\).*resume_from_checkpoint last"):
+        pretrain(recipe)
+    assert (tmp_path / "mae" / "log.jsonl").read_text() == log
+    kill_at(3)
+    with pytest.raises(KilledError):
+        pretrain(recipe | {"overwrite_output_dir": True})
+    assert last_checkpoint(tmp_path / "mae").endswith("checkpoint-2")  # not the first run's fourth
+    kill_at(None)
+    pretrain(recipe | {"resume_from_checkpoint": "last"})
+    with pytest.raises(ValueError, match=r"holds a run already"):
+        pretrain(recipe | {"save_strategy": "no"})
+
+
 def test_parts_of_a_loss_are_logged(make_recipe, tmp_path):
     pretrain(make_recipe("mae_losses"))
     entries = [entry for entry in read_log(tmp_path / "mae_losses" / "log.jsonl") if "loss" in entry]
