@@ -112,6 +112,14 @@ SHARED: dict[str, Any] = {
     "report_to": "none",
 }
 BASELINES = ("random_init", "pixels")
+ACCURACIES = {  # of the mean patch token, of the class token, and of both side by side
+    "knn": "kNN, mean",
+    "linear": "linear, mean",
+    "knn_class": "kNN, class",
+    "linear_class": "linear, class",
+    "knn_both": "kNN, both",
+    "linear_both": "linear, both",
+}
 
 
 def own_settings(row: str, image_size: int, patch_size: int) -> dict[str, Any]:
@@ -219,14 +227,16 @@ def table(jobs: list[tuple[str, int, Path]]) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for method, _, folder in jobs:
         figures = json.loads((folder / "figures.json").read_text())
-        for name, scale in {"knn": 100, "linear": 100, "seconds": 1}.items():
-            found[method][name].append(scale * figures[name])
-    print("| method | kNN | linear | seconds |\n|---|---:|---:|---:|")
+        for name, value in figures.items():
+            found[method][name].append(value if name == "seconds" else 100 * value)
+    print("| method | " + " | ".join(ACCURACIES.values()) + " | seconds |\n|---" + "|---:" * 7 + "|")
     for method, row in sorted(found.items(), key=lambda item: -statistics.mean(item[1]["knn"])):
-        cells = [f"{statistics.mean(v):.1f} ± {statistics.pstdev(v):.1f}" for v in (row["knn"], row["linear"])]
+        cells = [f"{statistics.mean(v):.1f} ± {statistics.pstdev(v):.1f}" if (v := row[n]) else "" for n in ACCURACIES]
         print(f"| {method} | {' | '.join(cells)} | {statistics.mean(row['seconds']):.0f} |")
-    names = ("knn", "linear")
-    return {name: {m: round(statistics.mean(row[name]), 1) for m, row in found.items()} for name in names}
+    return {
+        name: {method: round(statistics.mean(row[name]), 1) for method, row in found.items() if row[name]}
+        for name in ACCURACIES
+    }
 
 
 def choose(methods: list[str] | None) -> list[str]:

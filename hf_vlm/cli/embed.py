@@ -86,7 +86,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--num_neighbors", type=int, default=8, help="of each of them")
     parser.add_argument("--foreground", action="store_true", help="leave the background of the components black")
     parser.add_argument("--patch", help="row,column of a patch: maps of similarity to it, instead of attention")
-    parser.add_argument("--pooling", default="mean", help="features: mean of the patch tokens, or class token")
+    parser.add_argument("--pooling", default="mean", help="features: mean of the patch tokens, class token, or both")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--max_bad_share", type=float, default=0.01, help="of images that cannot be read; above, stop")
     arguments = parser.parse_args(words)

@@ -30,6 +30,10 @@ METRIC_NAMES = {
     "ar_100": "AR, 100 detections",
     "knn": "accuracy of nearest neighbours on its features",
     "linear": "accuracy of a linear classifier on its features",
+    "knn_class": "accuracy of nearest neighbours on its class token",
+    "linear_class": "accuracy of a linear classifier on its class token",
+    "knn_both": "accuracy of nearest neighbours on its class token and features",
+    "linear_both": "accuracy of a linear classifier on its class token and features",
 }
 
 

@@ -67,11 +67,13 @@ def evaluate_detection(
     return coco_detection_metrics(predictions, references, class_names=class_names, per_class=per_class)
 
 
-def extract_features(encoder: VLMViTModel, stream: ExampleStream, *, batch_size: int = 64) -> tuple[Tensor, Tensor]:
-    """Pooled features (images, hidden_size), see `encode`, and labels (images,) of a labelled stream."""
+def extract_features(
+    encoder: VLMViTModel, stream: ExampleStream, *, pooling: str = "mean", batch_size: int = 64
+) -> tuple[Tensor, Tensor]:
+    """Pooled features (images, features), see `encode`, and labels (images,) of a labelled stream."""
     features, labels = [], []
     for batch in tqdm(DataLoader(stream, batch_size=batch_size), desc="Features", leave=False):
-        features.append(encode(encoder, batch["pixel_values"]))
+        features.append(encode(encoder, batch["pixel_values"], pooling=pooling))
         labels.append(batch["label"])
     return torch.cat(features), torch.cat(labels)
 
@@ -79,10 +81,22 @@ def extract_features(encoder: VLMViTModel, stream: ExampleStream, *, batch_size:
 def evaluate_features(
     encoder: VLMViTModel, train: ExampleStream, test: ExampleStream, *, batch_size: int = 64
 ) -> dict[str, float]:
-    """kNN and linear accuracy of frozen features: how far the encoder has come without any fine-tuning."""
-    train_features, train_labels = extract_features(encoder, train, batch_size=batch_size)
-    test_features, test_labels = extract_features(encoder, test, batch_size=batch_size)
-    return classify(train_features, train_labels, test_features, test_labels)
+    """kNN and linear accuracy of frozen features: how far the encoder has come without any fine-tuning.
+
+    `knn` and `linear` are of the mean patch token. Where there is a class token, `knn_class` and `linear_class` are of
+    it, and `knn_both` and `linear_both` of the two side by side.
+    """
+    pooling, width = "both" if encoder.config.use_class_token else "mean", encoder.config.hidden_size
+    train_features, train_labels = extract_features(encoder, train, pooling=pooling, batch_size=batch_size)
+    test_features, test_labels = extract_features(encoder, test, pooling=pooling, batch_size=batch_size)
+    parts = {"": slice(-width, None)}
+    if pooling == "both":
+        parts |= {"_class": slice(width), "_both": slice(None)}
+    figures: dict[str, float] = {}
+    for suffix, part in parts.items():
+        accuracies = classify(train_features[:, part], train_labels, test_features[:, part], test_labels)
+        figures |= {name + suffix: value for name, value in accuracies.items()}
+    return figures
 
 
 def classify(

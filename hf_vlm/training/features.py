@@ -26,7 +26,7 @@ from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 
 __all__ = ["METADATA_KEY", "POOLINGS", "encode", "frozen", "plain_transform", "write_features"]
 
-POOLINGS = ("mean", "class")
+POOLINGS = ("mean", "class", "both")
 METADATA_KEY = b"hf_vlm"  # of the Parquet file: which encoder made the features, and of what
 FIXED = ("resample", "do_rescale", "rescale_factor", "do_normalize")  # settings that EvalTransform has no others of
 ROWS_PER_GROUP = 4096  # held in memory: 25 MB of 1,536 features
@@ -50,22 +50,24 @@ def encode(encoder: VLMViTModel, pixel_values: Tensor, *, pooling: str = "mean")
 
     Args:
         encoder: On any device.
-        pooling: "mean" of the patch tokens, which serves methods with and without a trained class token alike, or the
-            "class" token.
+        pooling: "mean" of the patch tokens, which every encoder has; the "class" token, which is what methods of whole
+            images train (SimCLR, MoCo v3, LeJEPA, DINOv2); or "both", the class token before the mean, as DINOv2's
+            linear classifiers take them: (batch, 2 x hidden_size).
 
     Raises:
         ValueError: There is no such pooling, or the encoder has no class token.
     """
     if pooling not in POOLINGS:
         raise ValueError(f"There is no pooling {pooling!r}. There are: {', '.join(POOLINGS)}.")
-    if pooling == "class" and not encoder.config.use_class_token:
+    if pooling != "mean" and not encoder.config.use_class_token:
         raise ValueError("The encoder has no class token to take features from: use the pooling 'mean'.")
     with frozen(encoder):
         output = encoder(pixel_values=pixel_values.to(encoder.device), class_token_only=pooling == "class")
         tokens = output.last_hidden_state  # (batch, prefix + patches or 1, hidden_size)
-        if pooling == "class":
-            return tokens[:, 0].float().cpu()
-        return tokens[:, encoder.config.num_prefix_tokens :].mean(dim=1).float().cpu()
+        parts = [tokens[:, 0]] if pooling != "mean" else []
+        if pooling != "class":
+            parts.append(tokens[:, encoder.config.num_prefix_tokens :].mean(dim=1))
+        return torch.cat(parts, dim=1).float().cpu()
 
 
 def plain_transform(encoder: VLMViTModel, processor: VLMViTImageProcessor) -> Transform:

@@ -12,7 +12,7 @@ from hf_vlm.data.scenes import render_scene, scene_settings
 from hf_vlm.data.sources import open_stream
 from hf_vlm.data.stream import ExampleStream
 from hf_vlm.data.views import EvalTransform
-from hf_vlm.metrics import coco_detection_metrics, knn_accuracy
+from hf_vlm.metrics import coco_detection_metrics, knn_accuracy, linear_accuracy
 from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_detection import VLMViTDetectionConfig, VLMViTForObjectDetection
@@ -21,6 +21,7 @@ from hf_vlm.training.evaluation import evaluate_detection, evaluate_features, pr
 from hf_vlm.training.run import detection_transform, evaluate_run
 
 NAMES = list("01234")
+FIGURES = {name + part for name in ("knn", "linear") for part in ("", "_class", "_both")}
 ENCODER = {"image_size": 48, "patch_size": 16, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
@@ -68,31 +69,39 @@ def test_figures_are_those_of_the_predictions(detector, processor):
     assert figures == pytest.approx(expected, nan_ok=True)
 
 
-def test_frozen_features_are_means_of_patch_tokens():
+@pytest.mark.parametrize("use_class_token", [True, False])
+def test_frozen_features_are_judged_by_what_the_encoder_has(use_class_token):
     torch.manual_seed(0)
-    encoder = VLMViTModel(VLMViTConfig(**ENCODER))
+    encoder = VLMViTModel(VLMViTConfig(**ENCODER, use_class_token=use_class_token))
     transform = EvalTransform(48, image_mean=0.5, image_std=0.5)
 
     def stream(split, n):
         return ExampleStream(open_stream("scenes:easy", split, num_samples=n), transform, shuffle=False, repeat=False)
 
-    figures = evaluate_features(encoder, stream("train", 40), stream("test", 20), batch_size=16)
+    figures = evaluate_features(encoder, stream("train", 60), stream("test", 40), batch_size=16)
     features, labels = {}, {}
     with torch.no_grad():
-        for split, n in (("train", 40), ("test", 20)):
+        for split, n in (("train", 60), ("test", 40)):
             examples = list(stream(split, n))
             images = torch.stack([example["pixel_values"] for example in examples])
-            features[split] = encoder.eval()(images).last_hidden_state[:, 1:].mean(1)
+            tokens = encoder.eval()(images).last_hidden_state
+            features[split] = {"": tokens[:, int(use_class_token) :].mean(1)}
+            if use_class_token:
+                features[split] |= {"_class": tokens[:, 0]}
+                features[split] |= {"_both": torch.cat([tokens[:, 0], features[split][""]], dim=1)}
             labels[split] = torch.tensor([example["label"] for example in examples])
-    expected = knn_accuracy(features["train"], labels["train"], features["test"], labels["test"])
-    assert figures["knn"] == pytest.approx(expected)
-    assert 0 <= figures["linear"] <= 1
+    assert len(figures) == 2 * len(features["test"])
+    for suffix, test_features in features["test"].items():
+        data = features["train"][suffix], labels["train"], test_features, labels["test"]
+        assert figures["knn" + suffix] == pytest.approx(knn_accuracy(*data))
+        assert figures["linear" + suffix] == pytest.approx(linear_accuracy(*data), abs=0.026)  # one image
+    assert len(set(figures.values())) > 2 or not use_class_token
 
 
 def test_an_encoder_is_evaluated_from_its_folder(tmp_path, processor):
     VLMViTModel(VLMViTConfig(**ENCODER)).save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    assert set(evaluate_run(tmp_path, "scenes:easy", "test", num_examples=20)) == {"knn", "linear"}
+    assert set(evaluate_run(tmp_path, "scenes:easy", "test", num_examples=20)) == FIGURES
 
 
 def test_classes_of_the_data_must_be_those_of_the_detector(tmp_path, detector, processor):
@@ -125,7 +134,5 @@ def test_as_many_unreadable_images_as_asked_for_are_passed_over(tmp_path, proces
         (folder / "broken.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match="2 of 10 images could not be decoded"):
         evaluate_run(tmp_path / "encoder", str(tmp_path / "images"), "test")
-    assert set(evaluate_run(tmp_path / "encoder", str(tmp_path / "images"), "test", max_bad_share=0.2)) == {
-        "knn",
-        "linear",
-    }
+    figures = evaluate_run(tmp_path / "encoder", str(tmp_path / "images"), "test", max_bad_share=0.2)
+    assert set(figures) == FIGURES

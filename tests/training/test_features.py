@@ -75,6 +75,8 @@ def test_pooled_features_are_those_of_a_direct_forward():
     encoder.train()
     torch.testing.assert_close(encode(encoder, images), tokens[:, 4:].mean(1))
     torch.testing.assert_close(encode(encoder, images, pooling="class"), tokens[:, 0])
+    both = torch.cat([tokens[:, 0], tokens[:, 4:].mean(1)], dim=1)
+    torch.testing.assert_close(encode(encoder, images, pooling="both"), both)
     assert encoder.training
     with pytest.raises(ValueError, match="no pooling 'max'"):
         encode(encoder, images, pooling="max")
