@@ -1,5 +1,6 @@
 """DINOv2: self-distillation of images and of masked patches (arXiv 2304.07193), written from the paper."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,15 @@ from transformers.utils import ModelOutput, auto_docstring
 from transformers.utils.generic import can_return_tuple
 
 from .modeling_vlm_vit import VLMViTModel, VLMViTPreTrainedModel
-from .ssl_layers import SSLConfig, check_views, feature_std, first_views_first, gather_with_gradient, rank
+from .ssl_layers import (
+    SSLConfig,
+    check_local_views,
+    check_views,
+    feature_std,
+    first_views_first,
+    gather_with_gradient,
+    rank,
+)
 from .ssl_masks import block_masking
 from .ssl_prototypes import Centering, PrototypeHead, cross_entropy, entropy, koleo, sinkhorn
 from .ssl_teacher import TeacherMixin, warm_up
@@ -65,9 +74,14 @@ class DINOv2Config(SSLConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.centering not in ("sinkhorn", "centering"):
             raise ValueError(f"DINOv2Config: centering is {self.centering!r}, but must be sinkhorn or centering.")
-        low, high = self.mask_ratio_range
-        if not 0 <= low <= high < 1:
-            raise ValueError(f"DINOv2Config: mask_ratio_range must rise within 0 to 1, but is {[low, high]}.")
+        ratios = list(self.mask_ratio_range)
+        if len(ratios) != 2 or not 0 <= ratios[0] <= ratios[1] < 1:
+            raise ValueError(f"DINOv2Config: mask_ratio_range must be two rising numbers in 0 to 1, but is {ratios}.")
+        self.check_range(
+            0, 1, "mask_probability", "center_momentum", "frozen_prototypes", "teacher_temperature_warmup"
+        )
+        self.check_range(0.001, math.inf, "student_temperature", "teacher_temperature", "warmup_teacher_temperature")
+        self.check_range(0, math.inf, "ibot_weight", "koleo_weight")
         super().__post_init__(**kwargs)
 
 
@@ -171,7 +185,7 @@ class DINOv2ForPreTraining(TeacherMixin, VLMViTPreTrainedModel):
         """
         config, batch = self.config, len(pixel_values)
         views = first_views_first(check_views(pixel_values, num_views=2))  # (2 * batch, channels, height, width)
-        crops = [views] if local_pixel_values is None else [views, first_views_first(local_pixel_values)]
+        crops = [views, *map(first_views_first, check_local_views(local_pixel_values, batch))]
         masked, num_masked = self._masks(views, masked)
         # Masked patches in the order of the images; their number is known, so nothing waits for the device.
         chosen = masked.flatten().int().argsort(descending=True, stable=True)[:num_masked]

@@ -156,6 +156,8 @@ class IJEPAForPreTraining(TeacherMixin, VLMViTPreTrainedModel):
         """
         images = flatten_views(pixel_values)
         grid_hw = patch_grid(images, self.config.backbone_config.patch_hw)
+        if (context_indices is None) != (target_indices is None):
+            raise ValueError("context_indices and target_indices belong together: give both or none.")
         if context_indices is None or target_indices is None:
             context_indices, target_indices = self._blocks(len(images), grid_hw, images.device)
         features = self._targets(images)  # (images, patches, dim)

@@ -1,5 +1,6 @@
 """LeJEPA: views agree, and features are held to an isotropic Gaussian (arXiv 2511.08544), written from the paper."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,16 @@ from transformers.utils import ModelOutput, auto_docstring
 from transformers.utils.generic import can_return_tuple
 
 from .modeling_vlm_vit import VLMViTModel, VLMViTPreTrainedModel
-from .ssl_layers import ProjectionHead, SSLConfig, check_views, first_views_first, rank, sum_over_ranks, world_size
+from .ssl_layers import (
+    ProjectionHead,
+    SSLConfig,
+    check_local_views,
+    check_views,
+    first_views_first,
+    rank,
+    sum_over_ranks,
+    world_size,
+)
 
 
 @strict
@@ -42,10 +52,8 @@ class LeJEPAConfig(SSLConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if not 0 <= self.sigreg_weight <= 1:
-            raise ValueError(f"LeJEPAConfig: sigreg_weight must lie in 0 to 1, but is {self.sigreg_weight}.")
-        if self.num_knots < 2:
-            raise ValueError(f"LeJEPAConfig: num_knots must be at least 2, but is {self.num_knots}.")
+        self.check_range(0, 1, "sigreg_weight")
+        self.check_range(2, math.inf, "num_knots")
         super().__post_init__(**kwargs)
 
 
@@ -186,7 +194,7 @@ class LeJEPAForPreTraining(VLMViTPreTrainedModel):
             Unit directions of SIGReg; drawn when not given.
         """
         config, (batch, num_large) = self.config, check_views(pixel_values).shape[:2]
-        crops = [pixel_values] if local_pixel_values is None else [pixel_values, local_pixel_values]
+        crops = [pixel_values, *check_local_views(local_pixel_values, batch)]
         if sum(views.shape[1] for views in crops) < 2:
             raise ValueError("LeJEPA compares views of an image, but there is only one: set num_views to 2 or more.")
         encoded = self.backbone.encode_crops([first_views_first(views) for views in crops], class_tokens_only=True)

@@ -51,6 +51,12 @@ def read_encoder(source: str, revision: str | None = None) -> tuple[PreTrainedCo
                 "that comes with a model is not run here: take a teacher whose type is part of transformers or of "
                 "this package."
             ) from error
+    if config.model_type == "vit_mae":
+        raise ValueError(
+            f"The encoder {source!r} ({config.model_type}) hides patches at random each time it is asked, and "
+            f"orders the others anew. Convert it, and give what comes out: hf-vlm convert {source} "
+            f"runs/{source.rstrip('/').rpartition('/')[2]}"
+        )
     vars(config).pop("auto_map", None)
     return config, extract_commit_hash(path, None)
 

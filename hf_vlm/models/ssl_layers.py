@@ -1,5 +1,6 @@
 """What self-supervised methods share: collectives with gradients, the projection head, the composite configuration."""
 
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -43,17 +44,27 @@ class _SumOverRanks(torch.autograd.Function):
         return sum_over_ranks(gradient)
 
 
+class _GatherFromRanks(torch.autograd.Function):
+    """Tensors (n, ...) of all ranks, joined (world x n, ...); torch's own gather with a gradient is deprecated."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        joined = tensor.new_empty(world_size(), *tensor.shape)
+        dist.all_gather(list(joined), tensor.contiguous())
+        return joined.flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return sum_over_ranks(gradient).chunk(world_size())[rank()]
+
+
 def gather_with_gradient(tensor: Tensor) -> Tensor:
     """Joins tensors (n, ...) of all ranks in rank order: (world x n, ...).
 
     The backward pass sums the gradients of all ranks. DDP averages them, so a loss that is a mean over the local rows
     gives the gradient of the joined batch without further scaling.
     """
-    if world_size() == 1:
-        return tensor
-    # A sum of tensors that are zero but at their own rank: torch's gather with a gradient is deprecated.
-    placed = tensor.new_zeros(world_size(), *tensor.shape)
-    return _SumOverRanks.apply(placed.index_put((torch.tensor(rank()),), tensor)).flatten(0, 1)
+    return tensor if world_size() == 1 else _GatherFromRanks.apply(tensor)
 
 
 class SyncedBatchNorm1d(nn.BatchNorm1d):
@@ -128,7 +139,16 @@ class SSLConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.backbone_config = as_vit_config(self.backbone_config)
+        if hasattr(self, "momentum"):
+            self.check_range(0, 1, "momentum")
         super().__post_init__(**kwargs)
+
+    def check_range(self, low: float, high: float, *names: str) -> None:
+        """ValueError for a field of these names that does not lie in `low` to `high`, both included."""
+        for name in names:
+            if not low <= (value := getattr(self, name)) <= high:
+                allowed = f"at least {low:g}" if high == math.inf else f"in {low:g} to {high:g}"
+                raise ValueError(f"{type(self).__name__}: {name} must be {allowed}, but is {value}.")
 
 
 @torch.no_grad()
@@ -150,6 +170,18 @@ def check_views(pixel_values: Tensor, num_views: int | None = None) -> Tensor:
     return pixel_values
 
 
+def check_local_views(local_pixel_values: Tensor | None, batch: int) -> list[Tensor]:
+    """Small views of a batch of so many images, checked, as a list: empty where there are none."""
+    if local_pixel_values is None:
+        return []
+    if local_pixel_values.ndim != 5 or len(local_pixel_values) != batch:
+        raise ValueError(
+            f"local_pixel_values must be ({batch} images as pixel_values, views, channels, height, width), but are "
+            f"{tuple(local_pixel_values.shape)}."
+        )
+    return [local_pixel_values]
+
+
 def flatten_views(pixel_values: Tensor) -> Tensor:
     """Images (images, ...) of a batch with views (batch, views, channels, height, width) or without."""
     return first_views_first(pixel_values) if pixel_values.ndim == 5 else pixel_values
@@ -165,6 +197,7 @@ __all__ = [
     "SSLConfig",
     "SyncedBatchNorm1d",
     "as_vit_config",
+    "check_local_views",
     "check_views",
     "feature_std",
     "first_views_first",

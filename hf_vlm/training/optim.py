@@ -39,14 +39,16 @@ def parameter_groups(
 
     The top encoder layer learns at `learning_rate x encoder_lr_multiplier`, each layer below at `layer_decay` times
     the rate above it (BEiT, arXiv 2106.08254), all else at `learning_rate`. The patch projection's rate is that of its
-    depth x `patch_projection_lr_multiplier` (DINOv2, arXiv 2304.07193). Vectors, gains and tokens do not decay. What
-    has no gradient, as a teacher, is in no group. The schedules read a group's `in_encoder` and `decays`.
+    depth x `patch_projection_lr_multiplier` (DINOv2, arXiv 2304.07193). Vectors, gains and tokens do not decay, nor a
+    discriminator. What has no gradient, as a teacher, is in no group. The schedules read a group's `in_encoder` and
+    `decays`.
     """
     groups: dict[tuple[int, float, bool], list[Tensor]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             # Tokens are no matrices in spirit, though stored with leading axes of one: decay would only shrink them.
-            decays = parameter.ndim > 1 and not name.endswith(TOKENS)
+            # MAE's discriminator is as deviations of 1 have it, and would shrink while it waits without a gradient.
+            decays = parameter.ndim > 1 and not name.endswith(TOKENS) and not name.startswith("discriminator.")
             multiplier = patch_projection_lr_multiplier if name.startswith(PATCH_PROJECTION) else 1.0
             groups[layer_index(name, num_layers), multiplier, decays].append(parameter)
 

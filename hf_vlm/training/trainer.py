@@ -107,6 +107,12 @@ class VisionTrainer(Trainer):
         inputs = super()._prepare_inputs(inputs)
         return inputs if self.render is None else self.render(inputs)
 
+    def _prepare_input(self, data: Any) -> Any:
+        """The stock method, which would wait for all that the device still computes before it copies pinned memory."""
+        if isinstance(data, Tensor) and not self.is_deepspeed_enabled:
+            return data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
+
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The stock method, timed: what it takes is time in which nothing is trained."""
         with self._speedometer.waiting():

@@ -232,5 +232,9 @@ def test_the_teachers_encoder_is_what_users_get():
     assert model.trained_encoder is model.teacher["backbone"]
     with pytest.raises(ValueError, match="centering"):
         DINOv2Config(centering="mean")
-    with pytest.raises(ValueError, match="mask_ratio_range"):
-        DINOv2Config(mask_ratio_range=[0.5, 0.1])
+    for name, value in (
+        *(("mask_ratio_range", ratios) for ratios in ([0.5, 0.1], [0.1, 0.2, 0.3])),
+        *(("mask_probability", 50), ("student_temperature", 0.0), ("momentum", 1.5), ("ibot_weight", -1.0)),
+    ):
+        with pytest.raises(ValueError, match=f"DINOv2Config: {name} must be"):
+            DINOv2Config(**{name: value})

@@ -11,6 +11,7 @@ from transformers import (
     SwinConfig,
     ViTConfig,
     ViTImageProcessorPil,
+    ViTMAEConfig,
     ViTModel,
 )
 
@@ -255,6 +256,12 @@ def test_teachers_that_cannot_be_used_say_why(teachers, tmp_path, monkeypatch):
     config = Dinov2Config(**{**SMALL, "hidden_size": 24})
     with pytest.raises(ValueError, match="cannot be loaded"):
         build(str(plain), teacher_config=config, teacher_mean=[0.5], teacher_std=[0.5])
+
+
+def test_an_encoder_that_hides_patches_at_random_is_refused(tmp_path):
+    ViTMAEConfig().save_pretrained(tmp_path / "vit_mae")
+    with pytest.raises(ValueError, match=r"hides patches at random.*hf-vlm convert"):
+        build(str(tmp_path / "vit_mae"))
 
 
 def test_code_of_a_teacher_is_never_run(tmp_path):

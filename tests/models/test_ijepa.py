@@ -130,6 +130,11 @@ def test_contexts_fill_their_block_where_no_target_lies():
         assert set(context[0].tolist()) == set(range(196)) - set(targets.flatten().tolist())
 
 
+def test_half_of_the_blocks_is_no_plan():
+    with pytest.raises(ValueError, match="belong together"):
+        build()(torch.randn(2, 3, 32, 32), target_indices=torch.zeros(2, 4, 4, dtype=torch.long))
+
+
 def test_impossible_blocks_say_so():
     with pytest.raises(ValueError, match="2 x 2 patches is too small for 4 target blocks"):
         context_and_targets(1, (2, 2))

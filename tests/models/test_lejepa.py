@@ -171,3 +171,6 @@ def test_wrong_settings_say_what_is_wrong():
         LeJEPAConfig(num_knots=1)
     with pytest.raises(ValueError, match="only one"):
         build()(torch.randn(4, 1, 3, 16, 16))
+    for local in (torch.randn(2, 2, 3, 8, 8), torch.randn(4, 3, 8, 8)):  # fewer images, no axis of views
+        with pytest.raises(ValueError, match=r"local_pixel_values must be \(4 images"):
+            build()(torch.randn(4, 2, 3, 16, 16), local)

@@ -100,6 +100,18 @@ def test_rates_of_a_pretraining_method(kind):
         assert group["weight_decay"] == (0.1 if group["decays"] else 0.0), name
 
 
+def test_a_discriminator_that_waits_does_not_shrink():
+    head = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = MAEConfig(
+        backbone_config=ENCODER, decoder_config=head, adversarial_weight=0.1, discriminator_size=8, norm_pix_loss=False
+    )
+    model = MAEForPreTraining(config)
+    groups = parameter_groups(model, num_layers=3, learning_rate=1.0, weight_decay=0.1)
+    decay = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
+    assert {decay[id(parameter)] for parameter in model.discriminator.parameters()} == {0.0}
+    assert decay[id(model.backbone.embeddings.patch_projection.weight)] == 0.1
+
+
 def test_a_teacher_without_gradients_is_in_no_group(model):
     model.teacher = copy.deepcopy(model.backbone).requires_grad_(False)
     found = {
