@@ -1,11 +1,8 @@
 """`hf-vlm convert SOURCE OUTPUT_DIR [--to dinov2]`"""
 
 import argparse
-import json
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 
 def run(words: Sequence[str]) -> None:
@@ -30,7 +27,7 @@ def run(words: Sequence[str]) -> None:
 
     import hf_vlm.registry  # noqa: F401  marks the code for being saved beside the weights
     from hf_vlm.models.convert_vlm_vit import convert_checkpoint
-    from hf_vlm.training.build import quiet_transformers
+    from hf_vlm.training.build import next_command, quiet_transformers
     from hf_vlm.training.run import quiet_libraries
 
     quiet_libraries()
@@ -39,15 +36,7 @@ def run(words: Sequence[str]) -> None:
     print("\n".join(f"{name:<8} {text}" for name, text in conversion.rows().items()))
     print(f"\nThe encoder stands in {folder}. The licence of {source} goes with its weights.")
     if arguments.to is None:
-        print(f"Next: {_next_command(conversion.model.config, folder)}")
-
-
-def _next_command(config: Any, folder: Path) -> str:
-    """Continued pretraining that keeps the features as good as they are: heads first, then small steps."""
-    from hf_vlm.training.build import architecture
-
-    fields = architecture(config, unlike="small")
-    words = ["hf-vlm", "pretrain", "simclr/vit_small.yaml", "--encoder", str(folder)]
-    words += ["--encoder_config", json.dumps(fields)] if fields else []
-    words += ["--frozen_encoder_steps", "0.1", "--layer_decay", "0.75", "--encoder_lr_multiplier", "0.1"]
-    return shlex.join([*words, "--data", "YOUR_IMAGES"])
+        # Continued pretraining that keeps the features as good as they are: heads first, then small steps.
+        words = ["--frozen_encoder_steps", "0.1", "--layer_decay", "0.75", "--encoder_lr_multiplier", "0.1"]
+        words = ["--data", "YOUR_IMAGES", "--encoder", str(folder), *words]
+        print(f"Next: {next_command(conversion.model.config, 'simclr/vit_small.yaml', words)}")

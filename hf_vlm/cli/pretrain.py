@@ -18,7 +18,9 @@ def run(words: Sequence[str]) -> None:
     from accelerate import PartialState
 
     from hf_vlm.deploy.model_card import write_model_card
+    from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
     from hf_vlm.training.arguments import load_recipe
+    from hf_vlm.training.build import detection_command
     from hf_vlm.training.run import pretrain, quiet_libraries
 
     quiet_libraries()
@@ -27,4 +29,4 @@ def run(words: Sequence[str]) -> None:
     folder = recipe["output_dir"]
     say = PartialState().print  # once, not by every rank
     say(f"\nThe encoder stands in {folder}: {summary['num_images_seen']:,} images in {summary['seconds']:,.0f} s.")
-    say(f"Next: hf-vlm finetune detection/vit_small.yaml --encoder {folder} --data YOUR_LABELLED_IMAGES")
+    say(f"Next: {detection_command(VLMViTConfig.from_pretrained(folder), folder, 'YOUR_LABELLED_IMAGES')}")

@@ -54,6 +54,7 @@ def write_model_card(run_dir: str | Path, *, repo_id: str | None = None, license
         ValueError: Where the folder holds no `config.json`, or a file of it cannot be read.
     """
     from hf_vlm.training.arguments import shipped_folder
+    from hf_vlm.training.build import detection_command
 
     run_dir = Path(run_dir)
     config = _read_config(run_dir)
@@ -65,6 +66,8 @@ def write_model_card(run_dir: str | Path, *, repo_id: str | None = None, license
         "model_name": (repo_id or run_dir.resolve().name).split("/")[-1],
         "license": license,
     }
+    encoder = getattr(config, "backbone_config", config)
+    values["detection_command"] = detection_command(encoder, values["model_path"], "./my-coco-folder")
     values["card_data"] = _metadata(values, run, is_detector=is_detector).to_yaml()
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(shipped_folder("model_cards")),

@@ -1,7 +1,9 @@
 """Builds what a recipe names: encoder, method, image processor; loads encoder weights and says what became of them."""
 
 import contextlib
+import json
 import logging
+import math
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,7 +19,7 @@ from hf_vlm.models.convert_vlm_vit import is_ours, read_config
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 from hf_vlm.registry import ModelEntry, find_model
-from hf_vlm.training.arguments import VisionTrainingArguments
+from hf_vlm.training.arguments import VisionTrainingArguments, load_recipe
 from hf_vlm.training.scaling import scaled_momentum
 
 logger = logging.getLogger(__name__)
@@ -39,6 +41,8 @@ ARCHITECTURE = (
     "use_qk_norm",
     "qkv_bias",
 )
+
+DETECTION_RECIPES = {"nano": "detection/vit_nano_cpu.yaml", "small": "detection/vit_small.yaml"}  # by preset
 
 
 def build_encoder_config(args: VisionTrainingArguments) -> VLMViTConfig:
@@ -115,6 +119,29 @@ def architecture(config: VLMViTConfig, *, unlike: str) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value != _plain(getattr(preset, name))}
 
 
+def fitting_encoder_config(config: VLMViTConfig, *, preset: str, given: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's `encoder_config`, `given` beside `preset`, changed such that its encoder is built as `config` is."""
+    kept = {name: value for name, value in given.items() if name not in ARCHITECTURE}
+    return kept | architecture(config, unlike=preset)
+
+
+def next_command(config: VLMViTConfig, recipe: str, words: Sequence[str]) -> str:
+    """A command to type that gives an encoder to a shipped recipe, which is told how it is built where they differ."""
+    values = load_recipe(recipe)
+    preset, given = values["encoder_preset"], values.get("encoder_config", {})
+    if architecture(config, unlike=preset) != architecture(VLMViTConfig.from_preset(preset, **given), unlike=preset):
+        words = [*words, "--encoder_config", json.dumps(fitting_encoder_config(config, preset=preset, given=given))]
+    command = "finetune" if values["method"] == "detection" else "pretrain"
+    return shlex.join(["hf-vlm", command, recipe, *words])
+
+
+def detection_command(config: VLMViTConfig, encoder: str, data: str) -> str:
+    """The command that makes a detector of an encoder, by the recipe for encoders of about its width."""
+    width = {preset: VLMViTConfig.from_preset(preset).hidden_size for preset in DETECTION_RECIPES}
+    nearest = min(width, key=lambda preset: abs(math.log(config.hidden_size / width[preset])))
+    return next_command(config, DETECTION_RECIPES[nearest], ["--data", data, "--encoder", encoder])
+
+
 def load_encoder(args: VisionTrainingArguments) -> VLMViTModel:
     """Loads `args.encoder` (a run's folder, any checkpoint of ours, a Hub id) loudly.
 
@@ -132,10 +159,12 @@ def load_encoder(args: VisionTrainingArguments) -> VLMViTModel:
         if _plain(getattr(found, name)) != _plain(getattr(wanted, name))
     ]
     if differences and not args.resize_encoder:
+        fitting = fitting_encoder_config(found, preset=args.encoder_preset, given=args.encoder_config)
         raise ValueError(
             f"encoder: {args.encoder} does not fit the recipe.\n  "
             + "\n  ".join(differences)
-            + "\nSet encoder_preset and encoder_config as the weights have them, or resize_encoder to take what fits."
+            + f"\nBuild it as they are, with --encoder_config {shlex.quote(json.dumps(fitting))}\nor take what fits, "
+            "with --resize_encoder true."
         )
     with quiet_transformers():
         encoder, report = VLMViTModel.from_pretrained(
@@ -239,12 +268,13 @@ def build_processor(args: VisionTrainingArguments, num_channels: int) -> VLMViTI
 
 
 __all__ = [
-    "architecture",
     "build_config",
     "build_encoder_config",
     "build_model",
     "build_processor",
+    "detection_command",
     "load_encoder",
     "load_frozen_encoder",
+    "next_command",
     "quiet_transformers",
 ]

@@ -50,7 +50,8 @@ def test_there_and_back_as_a_user_types_it(dinov2, tmp_path, capsys):
         "dropped  classifier, mask_token",
         "images   32 x 48: the checkpoint's",
         f"The licence of {dinov2} goes with its weights",
-        f"hf-vlm pretrain simclr/vit_small.yaml --encoder {ours} --encoder_config",
+        f"hf-vlm pretrain simclr/vit_small.yaml --data YOUR_IMAGES --encoder {ours} --frozen_encoder_steps 0.1",
+        "--encoder_config '{",
     ):
         assert row in printed
     assert isinstance(AutoModel.from_pretrained(ours), VLMViTModel)

@@ -1,6 +1,7 @@
 """Commands as a user types them."""
 
 import json
+import shlex
 import subprocess
 import sys
 
@@ -41,8 +42,13 @@ def test_the_whole_way(tmp_path, capsys):
         )
         == 0
     )
-    assert f"--encoder {encoder}" in capsys.readouterr().out
-    words = ["finetune", "detection/vit_small.yaml", *SHORT, *HEAD, "--output_dir", detector, "--encoder", encoder]
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Next: hf-vlm finetune"))
+    words = shlex.split(line.removeprefix("Next: hf-vlm ").replace("YOUR_LABELLED_IMAGES", "scenes:easy"))
+    assert words[:2] == ["finetune", "detection/vit_nano_cpu.yaml"]
+    words += [*SHORT[len(ENCODER) :], *HEAD, "--output_dir", detector]
+    option = words.index("--encoder_config")
+    assert main([*words[:option], *words[option + 2 :]]) == 2  # what the command was told in it, the refusal says
+    assert shlex.join(words[option : option + 2]) in capsys.readouterr().err
     assert main([*words, "--num_train_examples", "8", "--num_eval_examples", "4"]) == 0
     assert "AP50" in capsys.readouterr().out
 
