@@ -19,6 +19,8 @@ COMMANDS = {
     "push": "publish a run on the Hub:                  hf-vlm push RUN my-org/my-detector",
     "demo": "all of it on built-in images, offline:     hf-vlm demo",
 }
+RESUMABLE = ("pretrain", "finetune")
+RESUME = " What is saved stays; once there is a checkpoint, --resume_from_checkpoint last goes on from it."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,9 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"hf-vlm {words[0]}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(
-            f"\nhf-vlm {words[0]}: stopped. Checkpoints stay; --resume_from_checkpoint last goes on.", file=sys.stderr
-        )
+        print(f"\nhf-vlm {words[0]}: stopped.{RESUME if words[0] in RESUMABLE else ''}", file=sys.stderr)
         return 130
     leave_process_group()
     return 0
