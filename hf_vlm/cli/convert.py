@@ -28,11 +28,13 @@ def run(words: Sequence[str]) -> None:
     import hf_vlm.registry  # noqa: F401  marks the code for being saved beside the weights
     from hf_vlm.models.convert_vlm_vit import convert_checkpoint
     from hf_vlm.training.build import next_command, quiet_transformers
+    from hf_vlm.training.record import write_origins
     from hf_vlm.training.run import quiet_libraries
 
     quiet_libraries()
     with quiet_transformers():
         conversion = convert_checkpoint(source, folder, to=arguments.to)
+    write_origins(folder, source)
     print("\n".join(f"{name:<8} {text}" for name, text in conversion.rows().items()))
     print(f"\nThe encoder stands in {folder}. The licence of {source} goes with its weights.")
     if arguments.to is None:

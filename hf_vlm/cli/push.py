@@ -14,7 +14,7 @@ def run(words: Sequence[str]) -> None:
     parser.add_argument("--private", action="store_true", help="make a private repository")
     parser.add_argument("--revision", help="branch to push to")
     parser.add_argument("--message", default="Upload model", help="commit message")
-    parser.add_argument("--license", default="apache-2.0", help="of the weights, for the card (default: apache-2.0)")
+    parser.add_argument("--license", help="of the weights, for the card (default: apache-2.0 for weights of your own)")
     arguments = parser.parse_args(words)
 
     from hf_vlm.deploy.push import push

@@ -37,7 +37,7 @@ METRIC_NAMES = {
 }
 
 
-def write_model_card(run_dir: str | Path, *, repo_id: str | None = None, license: str = "apache-2.0") -> Path:
+def write_model_card(run_dir: str | Path, *, repo_id: str | None = None, license: str | None = None) -> Path:
     """Write `README.md` into a run folder from its `config.json`, `recipe.yaml`, `run.json` and weights.
 
     What a file does not hold leaves its sentence or section out.
@@ -45,7 +45,8 @@ def write_model_card(run_dir: str | Path, *, repo_id: str | None = None, license
     Args:
         repo_id: Where the model can be loaded from once pushed; by default the recipe's `hub_model_id`, or else the
             folder, as for a model that stays local.
-        license: Identifier of the weights' licence, as https://huggingface.co/docs/hub/repositories-licenses lists it.
+        license: Identifier of the weights' licence, as https://huggingface.co/docs/hub/repositories-licenses lists it;
+            apache-2.0 by default, or none where weights of others went into these: their terms decide.
 
     Returns:
         The path of the card.
@@ -64,7 +65,7 @@ def write_model_card(run_dir: str | Path, *, repo_id: str | None = None, license
     values = _values(run_dir, config, recipe, run) | {
         "model_path": repo_id or f"./{run_dir.resolve().name}",
         "model_name": (repo_id or run_dir.resolve().name).split("/")[-1],
-        "license": license,
+        "license": license or (None if run.get("origins") else "apache-2.0"),
     }
     encoder = getattr(config, "backbone_config", config)
     values["detection_command"] = detection_command(encoder, values["model_path"], "./my-coco-folder")
@@ -116,6 +117,7 @@ def _values(run_dir: Path, config: "PreTrainedConfig", recipe: dict[str, Any], r
         "method": _method_name(run.get("method")),
         "auto_class": _auto_class(getattr(config, "auto_map", None) or {}),
         "encoder": _describe_encoder(run["encoder"]) if run.get("encoder") else None,
+        "origins": _describe_models(run.get("origins") or []),
         "from_scratch": "encoder" in run and not run["encoder"],
         "metrics": _metric_rows(run.get("metrics") or {}),
         "data": _describe_data(source) if source else None,
@@ -140,7 +142,7 @@ def _values(run_dir: Path, config: "PreTrainedConfig", recipe: dict[str, Any], r
 def _metadata(values: Mapping[str, Any], run: dict[str, Any], *, is_detector: bool) -> ModelCardData:
     task = "object-detection" if is_detector else "image-feature-extraction"
     source = _source(run.get("data") or {})
-    encoder = run.get("encoder")
+    models = [name for name in run.get("origins") or [run.get("encoder")] if name and _is_hub_id(name)]
     results = [
         EvalResult(
             task_type=task,
@@ -161,7 +163,7 @@ def _metadata(values: Mapping[str, Any], run: dict[str, Any], *, is_detector: bo
         license=values["license"],
         tags=["hf_vlm", "vision-transformer", "self-supervised-learning"],
         datasets=[source] if source and _is_hub_id(source) else None,
-        base_model=encoder if encoder and _is_hub_id(encoder) else None,
+        base_model=models if len(models) > 1 else next(iter(models), None),
         eval_results=results or None,
     )
 
@@ -204,6 +206,10 @@ def _describe_encoder(encoder: str) -> str:
     if _is_hub_id(encoder):
         return f"the pretrained encoder [{encoder}](https://huggingface.co/{encoder})"
     return f"the publisher's own pretrained encoder (`{Path(encoder).name}`)"
+
+
+def _describe_models(names: list[str]) -> str:
+    return " and ".join(f"[{n}](https://huggingface.co/{n})" if _is_hub_id(n) else f"`{n}`" for n in names)
 
 
 def _describe_training(run: dict[str, Any]) -> str | None:

@@ -32,7 +32,7 @@ def push(
     private: bool = False,
     revision: str | None = None,
     commit_message: str = "Upload a model trained with hf_vlm",
-    license: str = "apache-2.0",
+    license: str | None = None,
 ) -> str:
     """Upload a finished run as a model repository that loads without hf_vlm installed.
 
@@ -44,17 +44,23 @@ def push(
         repo_id: `name` or `owner/name`; created where it does not exist.
         private: Create the repository private.
         revision: Branch to push to, created where it does not exist; the main branch by default.
-        license: Identifier of the weights' licence, for the card.
+        license: Identifier of the weights' licence, for the card; apache-2.0 by default, but to be named where weights
+            of others went into the model.
 
     Returns:
         The address of the model's page.
 
     Raises:
-        ValueError: Where the folder is not a finished run or would publish a token, and where the Hub cannot be
-            reached, does not accept the token, the name or the card.
+        ValueError: Where the folder is not a finished run, would publish a token or needs a licence, and where the Hub
+            cannot be reached, does not accept the token, the name or the card.
     """
     run_dir = Path(run_dir)
     files = files_to_push(run_dir)
+    if license is None and (origins := _json(run_dir / "run.json").get("origins")) and writes_card(run_dir):
+        raise ValueError(
+            f"Weights of {' and '.join(origins)} went into {run_dir}: say with --license under which licence their "
+            "terms let you publish it."
+        )
     with _explained(repo_id):
         if get_token() is None:
             raise ValueError("There is no Hugging Face token: run `hf auth login`, or set HF_TOKEN.")
@@ -64,8 +70,7 @@ def push(
             raise ValueError(f"{url.repo_id} exists and is public: make it private in its settings, or push without.")
         if revision is not None:
             api.create_branch(url.repo_id, branch=revision, exist_ok=True)
-        card = run_dir / "README.md"
-        if not card.is_file() or CARD_MARKER in card.read_text(encoding="utf-8"):
+        if writes_card(run_dir):
             write_model_card(run_dir, repo_id=url.repo_id, license=license)
         api.upload_folder(
             repo_id=url.repo_id,
@@ -76,6 +81,12 @@ def push(
             commit_message=commit_message,
         )
     return f"{url}/tree/{revision}" if revision else str(url)
+
+
+def writes_card(run_dir: Path) -> bool:
+    """Whether the card is ours to write: there is none, or one that nobody has claimed by deleting our line."""
+    card = run_dir / "README.md"
+    return not card.is_file() or CARD_MARKER in card.read_text(encoding="utf-8")
 
 
 def files_to_push(run_dir: str | Path) -> list[str]:

@@ -32,15 +32,15 @@ class RunRecord:
         write_card: Callable[[Path], Any] | None,
     ):
         ours = {name: getattr(args, name) for name in VisionTrainingArguments.__annotations__}
-        self.recipe = {name: value for name, value in (ours | recipe).items() if not name.endswith("_token")}
-        self.recipe |= {name: _without_keys(getattr(args, name)) for name in ("data", "probe_data")}
+        self.recipe = {name: publishable(v) for name, v in (ours | recipe).items() if not name.endswith("_token")}
         self.write_card = write_card
         packages = ("torch", "transformers", "datasets", "accelerate", "hf_vlm")
         self.summary: dict[str, Any] = {
             "method": args.method,
-            "encoder": args.encoder,
+            "encoder": publishable(args.encoder),
+            "origins": self._origins(args),
             "data": {
-                "source": _without_keys(args.data),
+                "source": publishable(args.data),
                 "split": args.train_split,
                 "fingerprint": fingerprint(source),
                 "num_examples": args.num_train_examples,
@@ -52,6 +52,12 @@ class RunRecord:
             "metrics": {},
         }
 
+    @staticmethod
+    def _origins(args: VisionTrainingArguments) -> list[str]:
+        """Models of others that this run's weights start from or were taught by."""
+        sources = [args.encoder, *(args.model_config.get(name) for name in ("teacher", "perceptual_encoder"))]
+        return sorted({origin for source in sources for origin in origins_of(source)})
+
     def write(self, folder: Path) -> None:
         """Writes recipe, record and card into a folder that holds a saved model."""
         (folder / RECIPE_FILE).write_text(yaml.safe_dump(self.recipe, sort_keys=False))
@@ -60,11 +66,40 @@ class RunRecord:
             self.write_card(folder)
 
 
-def _without_keys(data: Any) -> Any:
-    """A source, or a mapping of sources, whose URLs hold no password and no query; None is no source."""
-    if data is None:
-        return None
-    return {display(name): weight for name, weight in data.items()} if isinstance(data, dict) else display(data)
+def publishable(value: Any) -> Any:
+    """A value of a recipe as it may be told to all who get the model.
+
+    URLs lose password and query; a path from the root on is told from the working folder on, or else by its last part:
+    the folders above it are nobody's business.
+    """
+    if isinstance(value, dict):
+        return {publishable(name): publishable(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [publishable(item) for item in value]
+    if isinstance(value, Path) or (isinstance(value, str) and Path(value).is_absolute()):
+        path = Path(value)
+        return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path.name)
+    return display(value) if isinstance(value, str) else value
+
+
+def origins_of(source: str | None) -> list[str]:
+    """Models of others whose weights went into one: names on the Hub, or of folders that do not say whence they are.
+
+    Args:
+        source: Hub id, the folder of a run or of what `hf-vlm convert` wrote, or another model's folder; or none.
+    """
+    if not source:
+        return []
+    folder = Path(source)
+    if not folder.is_dir():
+        return [source]
+    record = folder / RUN_FILE
+    return list(json.loads(record.read_text()).get("origins", [])) if record.is_file() else [folder.resolve().name]
+
+
+def write_origins(folder: Path, source: str) -> None:
+    """Writes into the folder of a converted model whence its weights are."""
+    (folder / RUN_FILE).write_text(as_json({"origins": origins_of(source)}) + "\n")
 
 
 def as_json(values: Any) -> str:
@@ -100,4 +135,4 @@ def git_state() -> dict[str, Any]:
         return {}
 
 
-__all__ = ["RunRecord", "as_json", "fingerprint", "git_state"]
+__all__ = ["RunRecord", "as_json", "fingerprint", "git_state", "origins_of", "publishable", "write_origins"]

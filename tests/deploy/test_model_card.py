@@ -9,6 +9,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from hf_vlm.deploy.model_card import CARD_MARKER, write_model_card
+from hf_vlm.deploy.push import push
 
 
 def change(run, **values):
@@ -190,6 +191,18 @@ def test_folders_of_the_publisher_are_not_told(detector_run, tmp_path):
     assert "started from the publisher's own pretrained encoder (`pretrain`)" in text
     assert "private" not in text
     assert ModelCard(text).data.base_model is None
+
+
+def test_weights_of_others_are_named_and_their_terms_decide(encoder_run):
+    change(encoder_run, encoder="runs/dinov2", origins=["org/dinov2", "siglip"])
+    text = write_model_card(encoder_run).read_text()
+    assert "Weights of [org/dinov2](https://huggingface.co/org/dinov2) and `siglip` went into them" in text
+    assert "No weights of others" not in text
+    assert "apache-2.0" not in text
+    assert ModelCard(text).data.base_model == "org/dinov2"
+    assert "published under cc-by-nc-4.0" in write_model_card(encoder_run, license="cc-by-nc-4.0").read_text()
+    with pytest.raises(ValueError, match=r"Weights of org/dinov2 and siglip went into .*--license"):
+        push(encoder_run, "me/my-encoder")
 
 
 def test_not_a_model(tmp_path):

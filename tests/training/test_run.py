@@ -22,7 +22,7 @@ from hf_vlm.training.arguments import parse_arguments
 from hf_vlm.training.build import build_config
 from hf_vlm.training.callbacks import read_log
 from hf_vlm.training.data_state import last_checkpoint
-from hf_vlm.training.record import RunRecord, fingerprint
+from hf_vlm.training.record import RunRecord, fingerprint, write_origins
 from hf_vlm.training.run import evaluate_run, finetune, pretrain
 from hf_vlm.training.trainer import VisionTrainer
 
@@ -183,6 +183,42 @@ def test_saved_recipes_hold_no_token(make_recipe, tmp_path):
     assert record.recipe["probe_data"] == "https://host/x.parquet"
     pretrain(make_recipe("mae", hub_token="hf_secret", max_steps=1))
     assert not [p for p in (tmp_path / "mae").rglob("*") if p.is_file() and b"hf_secret" in p.read_bytes()]
+
+
+def test_records_tell_no_folders_from_the_root_on(make_recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = {"scenes:easy": 0.5, "https://me:secret@host/x.parquet?key=secret": 0.5}
+    told = {
+        "data": (source, {"scenes:easy": 0.5, "https://host/x.parquet": 0.5}),
+        "probe_data": ("/home/client/scans", "scans"),
+        "output_dir": (str(tmp_path / "runs" / "mae"), "runs/mae"),
+        "encoder": ("runs/mae", "runs/mae"),
+        "views": ({"crop_scale": [0.2, 1.0]}, {"crop_scale": [0.2, 1.0]}),
+    }
+    args = parse_arguments(make_recipe("mae", **{name: given for name, (given, _) in told.items()}))
+    record = RunRecord(args, {}, open_stream("scenes:easy"), None)
+    assert {name: record.recipe[name] for name in told} == {name: expected for name, (_, expected) in told.items()}
+    assert record.summary["data"]["source"] == told["data"][1]
+
+
+def test_records_name_the_models_of_others_whose_weights_went_in(tmp_path, make_recipe):
+    for name in ("converted", "downloaded", "own"):
+        (tmp_path / name).mkdir()
+    write_origins(tmp_path / "converted", "org/dinov2")
+    (tmp_path / "own" / "run.json").write_text("{}")
+    origins = {"org/encoder": ["org/encoder"], "converted": ["org/dinov2"], "downloaded": ["downloaded"], "own": []}
+    for name, expected in origins.items():
+        source = name if "/" in name else str(tmp_path / name)
+        args = parse_arguments(make_recipe("mae", encoder=source))
+        record = RunRecord(args, {}, open_stream("scenes:easy"), None)
+        assert record.summary["origins"] == expected
+        (tmp_path / "next").mkdir(exist_ok=True)
+        record.write(tmp_path / "next")  # what is made of that model has the same origins, and its own teacher's
+        args = parse_arguments(
+            make_recipe("detection", encoder=str(tmp_path / "next"), model_config={"teacher": "org/teacher"})
+        )
+        record = RunRecord(args, {}, open_stream("scenes:easy"), None)
+        assert record.summary["origins"] == [*expected, "org/teacher"]
 
 
 def test_finetuning_from_an_encoder_and_evaluating_the_folder(make_recipe, tmp_path):
