@@ -53,7 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         if os.environ.get("HF_VLM_TRACEBACK"):
             raise
-        print(f"hf-vlm {words[0]}: {error}", file=sys.stderr)
+        from hf_vlm.data.files import without_secrets
+
+        print(f"hf-vlm {words[0]}: {without_secrets(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\nhf-vlm {words[0]}: stopped.{RESUME if words[0] in RESUMABLE else ''}", file=sys.stderr)

@@ -4,11 +4,16 @@ import os
 from pathlib import Path
 
 
-def prepare_picture(path: Path, *, like: str, option: str = "--save") -> None:
-    """Make the folder of a picture; ValueError where Pillow cannot write such a file, with a name to copy."""
+def is_picture(path: Path) -> bool:
+    """Whether Pillow can write such a file, by its ending."""
     from PIL import Image
 
-    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+    return Image.registered_extensions().get(path.suffix.lower()) in Image.SAVE
+
+
+def prepare_picture(path: Path, *, like: str, option: str = "--save") -> None:
+    """Make the folder of a picture; ValueError where Pillow cannot write such a file, with a name to copy."""
+    if not is_picture(path):
         raise ValueError(f"{option} {path}: name a picture, as {like}")
     prepare_file(path)
 

@@ -2,8 +2,15 @@
 
 import argparse
 import json
+import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from hf_vlm.cli.outputs import is_picture, prepare_file, prepare_picture
+
+BATCH_SIZE = 8
 
 
 def run(words: Sequence[str]) -> None:
@@ -17,18 +24,65 @@ def run(words: Sequence[str]) -> None:
     parser.add_argument("--save", type=Path, help="picture to write; a folder where there are several images")
     arguments = parser.parse_args(words)
 
-    from hf_vlm.deploy.predict import Predictor
+    from tqdm.auto import tqdm
+
+    from hf_vlm.data.files import display
+    from hf_vlm.deploy.predict import Predictor, image_paths
     from hf_vlm.training.run import quiet_libraries
 
     quiet_libraries()
-    predictions = Predictor.from_pretrained(arguments.run).predict(arguments.images, arguments.threshold)
-    for prediction in predictions:
-        print(json.dumps(prediction.to_dict()))
-    if arguments.save is None:
-        return
-    as_folder = len(predictions) > 1 or not arguments.save.suffix
-    for prediction in predictions:
-        assert prediction.path is not None  # they were given as paths
-        path = arguments.save / f"{Path(prediction.path).stem}.png" if as_folder else arguments.save
-        path.parent.mkdir(parents=True, exist_ok=True)
-        prediction.draw().save(path)
+    paths = [path for given in arguments.images for path in image_paths(given)]
+    pictures = _pictures(paths, arguments.save) if arguments.save is not None else [None] * len(paths)
+    predictor = Predictor.from_pretrained(arguments.run)
+    unreadable: list[str] = []
+    for first in tqdm(range(0, len(paths), BATCH_SIZE), desc="Predicting", leave=False, disable=None):
+        batch = slice(first, first + BATCH_SIZE)
+        found = _predict(predictor, paths[batch], arguments.threshold, unreadable)
+        for prediction, picture in zip(found, pictures[batch], strict=True):
+            if prediction is None:
+                continue
+            print(json.dumps(prediction.to_dict()), flush=True)
+            if picture is not None:
+                prepare_file(picture)
+                prediction.draw().save(picture)
+    if unreadable:
+        named = ", ".join(display(path) for path in unreadable[:5])
+        raise ValueError(f"{len(unreadable)} of {len(paths)} images could not be read, among them {named}.")
+
+
+def _predict(predictor: Any, paths: Sequence[str], threshold: float, unreadable: list[str]) -> list[Any]:
+    """A prediction for each image; None for one that cannot be read, whose path is put down. A single one must be."""
+    try:
+        return list(predictor.predict(paths, threshold))
+    except ValueError:
+        if len(paths) == 1 and not unreadable:
+            raise
+    found = []
+    for path in paths:
+        try:
+            found += predictor.predict(path, threshold)
+        except ValueError:
+            unreadable.append(path)
+            found.append(None)
+    return found
+
+
+def _pictures(paths: Sequence[str], save: Path) -> list[Path]:
+    """Where to draw each image: in `save` itself, or in that folder as the images lie below what all have in common.
+
+    Raises:
+        ValueError: Where Pillow writes no such file, or one is named for several images.
+    """
+    if len(paths) == 1 and save.suffix:
+        prepare_picture(save, like="out.png")
+        return [save]
+    if is_picture(save):
+        raise ValueError(f"--save {save}: name a folder, for there are {len(paths)} images")
+    absolute = [os.path.abspath(path) for path in paths]
+    common = os.path.commonpath([os.path.dirname(path) for path in absolute])
+    relative = [Path(os.path.relpath(path, common)) for path in absolute]
+    alike = Counter(path.with_suffix("") for path in relative)  # a.jpg and a.png make two pictures
+    return [
+        save / (path.with_name(path.name + ".png") if alike[path.with_suffix("")] > 1 else path.with_suffix(".png"))
+        for path in relative
+    ]

@@ -67,6 +67,29 @@ def test_the_whole_way(tmp_path, capsys):
     assert len(prediction["detections"]) > 0
     with Image.open(out) as drawn:
         assert drawn.size[0] >= 80
+    check_many_images(detector, tmp_path / "many", capsys)
+
+
+def check_many_images(detector, folder, capsys):
+    for name in ("a/1.png", "a/1.jpg", "b/1.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 30), "red").save(folder / name)
+    drawn = folder.with_name("drawn")
+    words = ["predict", detector, str(folder)]
+    assert main([*words, "--save", str(drawn / "all.png")]) == 2
+    assert "name a folder, for there are 3 images" in capsys.readouterr().err
+    assert main([*words, "--save", str(drawn)]) == 0
+    pictures = sorted(str(path.relative_to(drawn)) for path in drawn.rglob("*.png"))
+    assert pictures == ["a/1.jpg.png", "a/1.png.png", "b/1.png"]
+    capsys.readouterr()
+    (folder / "broken.png").write_bytes(b"no image")
+    assert main(words) == 2
+    printed = capsys.readouterr()
+    assert [json.loads(line)["path"][-7:] for line in printed.out.splitlines()] == ["a/1.jpg", "a/1.png", "b/1.png"]
+    assert "1 of 4 images could not be read" in printed.err
+    assert "broken.png" in printed.err
+    assert main(["predict", detector, str(folder / "b" / "1.png"), "--save", str(drawn / "out.xyz")]) == 2
+    assert "name a picture" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -77,7 +100,8 @@ def test_the_whole_way(tmp_path, capsys):
         (["pretrain", "mae/vit_small.yaml", "--lerning_rate", "1"], "Did you mean 'learning_rate'"),
         (["pretrain", "mae/vit_small.yaml", "--data", "no/such/folder", "--use_cpu", "true"], "no/such/folder"),
         (["evaluate", "no/such/run", "--data", "scenes"], "no/such/run"),
-        (["predict", "no/such/run", "x.jpg"], "no/such/run"),
+        (["predict", "no/such/run", "x.jpg"], "no images at 'x.jpg'"),
+        (["predict", "no/such/run", __file__], "no/such/run"),
         (["push", "no/such/run", "me/model"], "no/such/run"),
     ],
 )
