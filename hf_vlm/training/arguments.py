@@ -218,6 +218,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     for key, value in parse_overrides(overrides):
         name, _, sub_key = key.partition(".")
         if sub_key:
+            if not isinstance(recipe.get(name) or {}, dict):
+                raise ValueError(f"--{key}: {name} is no mapping in {path}, but {recipe[name]!r}.")
             recipe[name] = {**(recipe.get(name) or {}), sub_key: value}
         else:
             if name in RUN_LENGTHS:  # one replaces the other
@@ -290,7 +292,18 @@ def check_recipe(recipe: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _checked(key: str, value: Any, hint: Any, where: str) -> Any:
-    """Checks plain types only: what TrainingArguments declares as richer, it checks itself."""
+    """Checks plain types and ours: what TrainingArguments declares as richer, it checks itself."""
+    if key == "data" and isinstance(value, int | float):  # a folder named by a year
+        return str(value)
+    if typing.get_origin(hint) is dict and key in VisionTrainingArguments.__annotations__:
+        if not isinstance(value, dict):
+            raise ValueError(f"{key} in {where} must be a mapping, but is {value!r}.")
+        return value
+    if key == "image_size":
+        sides = [value] if isinstance(value, int) else value
+        if not isinstance(sides, list | tuple) or len(sides) not in (1, 2) or not all(map(_is_size, sides)):
+            raise ValueError(f"image_size in {where} must be a number of pixels or [height, width], but is {value!r}.")
+        return value if len(sides) == 2 else sides[0]
     options = set(typing.get_args(hint)) - {type(None)} or {hint}
     plain = options & {int, float, bool, str}
     if value is None or plain != options:
@@ -301,6 +314,10 @@ def _checked(key: str, value: Any, hint: Any, where: str) -> Any:
         return value
     names = " or ".join(sorted(option.__name__ for option in plain))
     raise ValueError(f"{key} in {where} must be {names}, but is {value!r}.")
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def parse_arguments(recipe: dict[str, Any]) -> VisionTrainingArguments:

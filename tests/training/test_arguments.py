@@ -44,6 +44,16 @@ def test_numbers_and_overrides(tmp_path):
         ("max_steps: true", [], "must be int"),
         ("max_steps: 1\nlearning_rate: [1]", [], "must be float"),
         ("- a\n- b", [], "must be a mapping"),
+        ("max_steps: 1", ["--views", "0"], "views in .* must be a mapping, but is 0"),
+        ("max_steps: 1", ["--learning_rate.x", "1"], "learning_rate .*must be float"),
+        ("learning_rate: 0.1", ["--learning_rate.x", "1"], "--learning_rate.x: learning_rate is no mapping"),
+        (
+            "max_steps: 1",
+            ["--image_size", "224x224"],
+            r"must be a number of pixels or \[height, width\], but is '224x",
+        ),
+        ("max_steps: 1", ["--image_size", "[1, 2, 3]"], "must be a number of pixels"),
+        ("max_steps: 1", ["--image_size", "0"], "must be a number of pixels"),
         ("a: [", [], "not valid YAML"),
         ("max_steps: 1", ["--data"], "--data needs a value"),
         ("max_steps: 1", ["data", "x"], "Expected --key value"),
@@ -55,6 +65,11 @@ def test_numbers_and_overrides(tmp_path):
 def test_wrong_recipes_say_what_is_wrong(tmp_path, text, overrides, words):
     with pytest.raises(ValueError, match=words):
         load_recipe(write(tmp_path, text), overrides)
+
+
+def test_a_folder_named_by_a_year_and_a_size_in_a_list(tmp_path):
+    recipe = load_recipe(write(tmp_path, "max_steps: 1"), ["--data", "2024", "--image_size", "[64]"])
+    assert (recipe["data"], recipe["image_size"]) == ("2024", 64)
 
 
 def test_values_that_are_no_yaml_are_text(tmp_path):
