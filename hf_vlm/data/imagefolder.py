@@ -51,13 +51,15 @@ def open_imagefolder(folder: Path, split: str, *, num_samples: int | None = None
     if metadata:
         everything = {str(path) for path in find_images(folder)}
         return metadata_stream(metadata, everything, chosen, folder, num_samples=num_samples)
+    names = _class_names([path.relative_to(roots.get(name, folder)) for name in images for path in images[name]])
     paths = chosen[:num_samples]
+    if names and num_samples is not None:  # sorted by class: the first would be all of one
+        paths = [chosen[index * len(chosen) // len(paths)] for index in range(len(paths))]
     features = datasets.Features({"image": image_feature(), "image_id": datasets.Value("int64")})
     columns = {
         "image": [{"bytes": None, "path": str(path)} for path in paths],
         "image_id": list(range(len(paths))),
     }
-    names = _class_names([path.relative_to(roots.get(name, folder)) for name in images for path in images[name]])
     if names:
         features["label"] = datasets.ClassLabel(names=names)
         columns["label"] = features["label"].str2int([path.parent.name for path in paths])

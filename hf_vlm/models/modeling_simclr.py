@@ -126,7 +126,7 @@ class SimCLRForPreTraining(VLMViTPreTrainedModel):
     """An encoder with a projection head; partners are pulled together, all other images of the batch pushed apart."""
 
     config_class = SimCLRConfig
-    # Views as in SimCLR, appendix A; strength 0.5 of its colour distortion as its CIFAR setting.
+    # Views as in SimCLR, appendix A, at its strength 0.5 for CIFAR; crops from 0.2 on as in MoCo v3, not 0.08.
     default_views = {
         "num_views": 2,
         "crop_scale": [0.2, 1.0],

@@ -44,8 +44,12 @@ class VisionTrainingArguments(TrainingArguments):
     data_kind: str | None = field(default=None, metadata={"help": "Kind of the source; guessed when not given."})
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     eval_split: str = field(default="validation", metadata={"help": "Split to evaluate on."})
-    num_train_examples: int | None = field(default=None, metadata={"help": "Use only the first so many images."})
-    num_eval_examples: int | None = field(default=None, metadata={"help": "Evaluate on the first so many images."})
+    num_train_examples: int | None = field(
+        default=None, metadata={"help": "Use only so many images: the first, of class folders some of each."}
+    )
+    num_eval_examples: int | None = field(
+        default=None, metadata={"help": "Evaluate on so many images, chosen likewise."}
+    )
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, flash_attention_2, eager, ..."})
     image_size: Any = field(default=224, metadata={"help": "Pixels that enter the model: size or [height, width]."})
     views: dict[str, Any] = field(default_factory=dict, metadata={"help": "Changes to the method's default views."})

@@ -439,6 +439,16 @@ def test_imagefolder_without_classes(tmp_path, names):
     assert set(stream.features) == {"image", "image_id"}
 
 
+def test_so_many_images_of_class_folders_are_of_all_classes(tmp_path):
+    for name, count in (("ant", 6), ("bee", 3), ("wasp", 3)):
+        (tmp_path / name).mkdir()
+        for index in range(count):
+            Image.new("RGB", (4, 4)).save(tmp_path / name / f"{index}.png")
+    labels = [example["label"] for example in open_stream(tmp_path, num_samples=4)]
+    assert labels == [0, 0, 1, 2]
+    assert len(list(open_stream(tmp_path, num_samples=100))) == 12
+
+
 def test_imagefolder_mistakes_are_named(tmp_path, caplog):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty holds no Parquet files, .* no images; it is empty"):
