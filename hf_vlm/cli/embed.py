@@ -19,7 +19,7 @@ def run(words: Sequence[str]) -> None:
     from hf_vlm.deploy.embed import draw_feature_maps, draw_stored_neighbors, first_images, images_at
     from hf_vlm.training.build import load_frozen_encoder
     from hf_vlm.training.device import place
-    from hf_vlm.training.features import write_features
+    from hf_vlm.training.features import feature_size, write_features
     from hf_vlm.training.neighbors import evenly_spaced_in_file
     from hf_vlm.training.run import quiet_libraries
 
@@ -31,7 +31,7 @@ def run(words: Sequence[str]) -> None:
     source = open_stream(arguments.data, arguments.split, kind=kind, num_samples=num_examples)
     queries = arguments.queries
     if queries and num_examples is not None and max(queries) >= num_examples:
-        raise ValueError(f"--queries {max(queries)}: only the first {num_examples} images are read, from 0 on")
+        raise ValueError(f"--queries {max(queries)}: only {num_examples} images are read, numbered from 0 on")
     with _feature_path(arguments) as path:
         if path is not None:
             num_written, num_bad = write_features(
@@ -47,7 +47,7 @@ def run(words: Sequence[str]) -> None:
             )
             queries = queries or evenly_spaced_in_file(path, arguments.num_queries)
             skipped = f"; {num_bad:,} could not be read and were skipped" if num_bad else ""
-            print(f"{num_written:,} images, {encoder.config.hidden_size} features each{skipped}")
+            print(f"{num_written:,} images, {feature_size(encoder, arguments.pooling)} features each{skipped}")
             if arguments.save is not None:
                 print(f"Features:           {path}")
         if path is not None and arguments.neighbors is not None:
@@ -77,7 +77,9 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="images: folder, file, Hub id or scenes")
     parser.add_argument("--data_kind", "--kind", help="kind of the source, guessed when not given")
     parser.add_argument("--split", default="train")
-    parser.add_argument("--num_examples", type=int, help="use the first so many images")
+    parser.add_argument(
+        "--num_examples", type=int, help="use the first so many images, of class folders evenly spread ones"
+    )
     parser.add_argument("--save", type=Path, help="Parquet file for the features")
     parser.add_argument("--neighbors", type=Path, help="picture of images and their nearest neighbours")
     parser.add_argument("--maps", type=Path, help="picture of images and maps of their patches")

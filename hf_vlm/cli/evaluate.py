@@ -18,7 +18,7 @@ def run(words: Sequence[str]) -> None:
     parser.add_argument("--data_kind", help="kind of the source, guessed when not given")
     parser.add_argument("--split", default="test")
     parser.add_argument(
-        "--num_examples", type=int, help="the first so many images of a split, of class folders some of each"
+        "--num_examples", type=int, help="the first so many images of a split, of class folders evenly spread ones"
     )
     parser.add_argument("--max_bad_share", type=float, default=0.01, help="unreadable images that are passed over")
     parser.add_argument("--save", type=Path, help="a JSON file for the figures")

@@ -30,11 +30,13 @@ def run(words: Sequence[str]) -> None:
     from hf_vlm.deploy.predict import Predictor, image_paths
     from hf_vlm.training.run import quiet_libraries
 
+    if not 0 <= arguments.threshold <= 1:
+        raise ValueError(f"--threshold {arguments.threshold}: scores are from 0 to 1")
     quiet_libraries()
     paths = [path for given in arguments.images for path in image_paths(given)]
     pictures = _pictures(paths, arguments.save) if arguments.save is not None else [None] * len(paths)
     predictor = Predictor.from_pretrained(arguments.run)
-    unreadable: list[str] = []
+    unreadable: dict[str, ValueError] = {}
     for first in tqdm(range(0, len(paths), BATCH_SIZE), desc="Predicting", leave=False, disable=None):
         batch = slice(first, first + BATCH_SIZE)
         found = _predict(predictor, paths[batch], arguments.threshold, unreadable)
@@ -46,12 +48,12 @@ def run(words: Sequence[str]) -> None:
                 prepare_file(picture)
                 prediction.draw().save(picture)
     if unreadable:
-        named = ", ".join(display(path) for path in unreadable[:5])
-        raise ValueError(f"{len(unreadable)} of {len(paths)} images could not be read, among them {named}.")
+        named = "".join(f"\n  {display(path)}: {error}" for path, error in list(unreadable.items())[:5])
+        raise ValueError(f"{len(unreadable)} of {len(paths)} images could not be read, among them{named}")
 
 
-def _predict(predictor: Any, paths: Sequence[str], threshold: float, unreadable: list[str]) -> list[Any]:
-    """A prediction for each image; None for one that cannot be read, whose path is put down. A single one must be."""
+def _predict(predictor: Any, paths: Sequence[str], threshold: float, unreadable: dict[str, ValueError]) -> list[Any]:
+    """A prediction for each image; None for one that cannot be read, which is put down. A single one must be."""
     try:
         return list(predictor.predict(paths, threshold))
     except ValueError:
@@ -61,8 +63,8 @@ def _predict(predictor: Any, paths: Sequence[str], threshold: float, unreadable:
     for path in paths:
         try:
             found += predictor.predict(path, threshold)
-        except ValueError:
-            unreadable.append(path)
+        except ValueError as error:
+            unreadable[path] = error
             found.append(None)
     return found
 
@@ -71,7 +73,7 @@ def _pictures(paths: Sequence[str], save: Path) -> list[Path]:
     """Where to draw each image: in `save` itself, or in that folder as the images lie below what all have in common.
 
     Raises:
-        ValueError: Where Pillow writes no such file, or one is named for several images.
+        ValueError: Where Pillow writes no such file, one is named for several images, or an image would be lost.
     """
     if len(paths) == 1 and save.suffix:
         prepare_picture(save, like="out.png")
@@ -82,7 +84,10 @@ def _pictures(paths: Sequence[str], save: Path) -> list[Path]:
     common = os.path.commonpath([os.path.dirname(path) for path in absolute])
     relative = [Path(os.path.relpath(path, common)) for path in absolute]
     alike = Counter(path.with_suffix("") for path in relative)  # a.jpg and a.png make two pictures
-    return [
+    pictures = [
         save / (path.with_name(path.name + ".png") if alike[path.with_suffix("")] > 1 else path.with_suffix(".png"))
         for path in relative
     ]
+    if lost := {os.path.abspath(path) for path in pictures} & set(absolute):
+        raise ValueError(f"--save {save}: {sorted(lost)[0]} is one of the images; name another folder")
+    return pictures

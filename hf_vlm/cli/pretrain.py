@@ -27,6 +27,7 @@ def run(words: Sequence[str]) -> None:
     recipe = load_recipe(arguments.recipe, overrides)
     summary = pretrain(recipe, write_card=write_model_card)
     folder = recipe["output_dir"]
-    say = PartialState().print  # once, not by every rank
-    say(f"\nThe encoder stands in {folder}: {summary['num_images_seen']:,} images in {summary['seconds']:,.0f} s.")
-    say(f"Next: {detection_command(VLMViTConfig.from_pretrained(folder), folder, 'YOUR_LABELLED_IMAGES')}")
+    if not PartialState().is_main_process:  # the others are done while it still writes
+        return
+    print(f"\nThe encoder stands in {folder}: {summary['num_images_seen']:,} images in {summary['seconds']:,.0f} s.")
+    print(f"Next: {detection_command(VLMViTConfig.from_pretrained(folder), folder, 'YOUR_LABELLED_IMAGES')}")

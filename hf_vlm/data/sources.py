@@ -64,7 +64,7 @@ def open_stream(
             weights mixes them (see `mix_streams`).
         split: Of the source; `val` and `valid` are `validation`.
         kind: One of `KINDS`; None tells it from the source.
-        num_samples: Only so many examples: the first, but of a folder with a folder a class some of each.
+        num_samples: Only so many examples: the first, but of class folders ones that are evenly spread.
         name: Of the configuration of a dataset on the Hub.
         revision: Of a dataset on the Hub.
 

@@ -25,7 +25,7 @@ from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 from hf_vlm.training.build import load_frozen_encoder
 from hf_vlm.training.feature_maps import feature_maps
-from hf_vlm.training.features import encode
+from hf_vlm.training.features import encode, feature_size
 from hf_vlm.training.neighbors import evenly_spaced, find_neighbors, search_file
 
 __all__ = [
@@ -49,7 +49,7 @@ def embed_images(
     pooling: str = "mean",
     batch_size: int = 32,
 ) -> Tensor:
-    """Features (images, hidden_size) float32 of images; see `encode`.
+    """Features (images, features) float32 of images; see `encode`.
 
     Raises:
         ValueError: An image cannot be read, a path matches none, or the encoder has no such pooling.
@@ -58,7 +58,7 @@ def embed_images(
     features = []
     while batch := list(itertools.islice(everything, batch_size)):
         features.append(encode(encoder, _pixel_values(encoder, batch, processor), pooling=pooling))
-    return torch.cat(features) if features else torch.empty(0, encoder.config.hidden_size)
+    return torch.cat(features) if features else torch.empty(0, feature_size(encoder, pooling))
 
 
 def draw_neighbors(

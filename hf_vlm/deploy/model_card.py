@@ -11,6 +11,8 @@ import jinja2
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
+from hf_vlm.data.origins import is_hub_id, recorded_origins
+
 if TYPE_CHECKING:
     from transformers.configuration_utils import PreTrainedConfig
 
@@ -65,7 +67,7 @@ def write_model_card(run_dir: str | Path, *, repo_id: str | None = None, license
     values = _values(run_dir, config, recipe, run) | {
         "model_path": repo_id or f"./{run_dir.resolve().name}",
         "model_name": (repo_id or run_dir.resolve().name).split("/")[-1],
-        "license": license or (None if run.get("origins") else "apache-2.0"),
+        "license": license or (None if recorded_origins(run) else "apache-2.0"),
     }
     encoder = getattr(config, "backbone_config", config)
     values["detection_command"] = detection_command(encoder, values["model_path"], "./my-coco-folder")
@@ -110,6 +112,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _values(run_dir: Path, config: "PreTrainedConfig", recipe: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
     """Every variable of the templates; None, or empty, where it is unknown."""
     encoder = getattr(config, "backbone_config", config)
+    size = _read(run_dir / "preprocessor_config.json").get("size") or encoder.image_size
     data = run.get("data") or {}
     source = _source(data)
     return {
@@ -117,7 +120,7 @@ def _values(run_dir: Path, config: "PreTrainedConfig", recipe: dict[str, Any], r
         "method": _method_name(run.get("method")),
         "auto_class": _auto_class(getattr(config, "auto_map", None) or {}),
         "encoder": _describe_encoder(run["encoder"]) if run.get("encoder") else None,
-        "origins": _describe_models(run.get("origins") or []),
+        "origins": _describe_models(recorded_origins(run)),
         "from_scratch": "encoder" in run and not run["encoder"],
         "metrics": _metric_rows(run.get("metrics") or {}),
         "data": _describe_data(source) if source else None,
@@ -128,7 +131,7 @@ def _values(run_dir: Path, config: "PreTrainedConfig", recipe: dict[str, Any], r
         "training": _describe_training(run),
         "recipe": yaml.safe_dump(recipe, sort_keys=True).strip() if recipe else None,
         "versions": sorted((run.get("versions") or {}).items()),
-        "image_size": _size(encoder.image_size),
+        "image_size": _size(size),
         "patch_size": _size(encoder.patch_size),
         "num_parameters": _num_parameters(run_dir),
         "marker": CARD_MARKER,
@@ -142,11 +145,11 @@ def _values(run_dir: Path, config: "PreTrainedConfig", recipe: dict[str, Any], r
 def _metadata(values: Mapping[str, Any], run: dict[str, Any], *, is_detector: bool) -> ModelCardData:
     task = "object-detection" if is_detector else "image-feature-extraction"
     source = _source(run.get("data") or {})
-    models = [name for name in run.get("origins") or [run.get("encoder")] if name and _is_hub_id(name)]
+    models = [name for name in recorded_origins(run) if is_hub_id(name)]
     results = [
         EvalResult(
             task_type=task,
-            dataset_type=source if source and _is_hub_id(source) else "unknown",
+            dataset_type=source if source and is_hub_id(source) else "unknown",
             dataset_name=Path(source).name if source else "unknown",
             dataset_split=values["eval_split"],
             metric_type=key,
@@ -162,7 +165,7 @@ def _metadata(values: Mapping[str, Any], run: dict[str, Any], *, is_detector: bo
         pipeline_tag=task,
         license=values["license"],
         tags=["hf_vlm", "vision-transformer", "self-supervised-learning"],
-        datasets=[source] if source and _is_hub_id(source) else None,
+        datasets=[source] if source and is_hub_id(source) else None,
         base_model=models if len(models) > 1 else next(iter(models), None),
         eval_results=results or None,
     )
@@ -181,10 +184,6 @@ def _method_name(method: str | None) -> str | None:
     return names[method].removesuffix("ForPreTraining") if method in names else None
 
 
-def _is_hub_id(name: str) -> bool:
-    return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None and not Path(name).exists()
-
-
 def _source(data: Mapping[str, Any]) -> str | None:
     """The name of what a run read; of a mixture the names of its parts."""
     source = data.get("source")
@@ -197,19 +196,19 @@ def _describe_data(source: str) -> str:
             f"the built-in scenes of hf_vlm (`{source}`), composed from the handwritten digits and photographs that "
             "scikit-learn ships"
         )
-    if _is_hub_id(source):
+    if is_hub_id(source):
         return f"the data set [{source}](https://huggingface.co/datasets/{source})"
     return f"a data set of the publisher (`{Path(source).name}`)"  # the folders above it are nobody's business
 
 
 def _describe_encoder(encoder: str) -> str:
-    if _is_hub_id(encoder):
+    if is_hub_id(encoder):
         return f"the pretrained encoder [{encoder}](https://huggingface.co/{encoder})"
     return f"the publisher's own pretrained encoder (`{Path(encoder).name}`)"
 
 
 def _describe_models(names: list[str]) -> str:
-    return " and ".join(f"[{n}](https://huggingface.co/{n})" if _is_hub_id(n) else f"`{n}`" for n in names)
+    return " and ".join(f"[{n}](https://huggingface.co/{n})" if is_hub_id(n) else f"`{n}`" for n in names)
 
 
 def _describe_training(run: dict[str, Any]) -> str | None:
@@ -250,7 +249,7 @@ def _is_figure(value: Any) -> bool:
 
 
 def _size(size: Any) -> str:
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = (size, size) if isinstance(size, int) else size.values() if isinstance(size, dict) else size
     return f"{height} x {width}"
 
 

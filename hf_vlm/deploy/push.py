@@ -11,6 +11,7 @@ import httpx2
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RevisionNotFoundError
 
+from hf_vlm.data.origins import recorded_origins
 from hf_vlm.deploy.model_card import CARD_MARKER, write_model_card
 
 __all__ = ["files_to_push", "push"]
@@ -56,7 +57,7 @@ def push(
     """
     run_dir = Path(run_dir)
     files = files_to_push(run_dir)
-    if license is None and (origins := _json(run_dir / "run.json").get("origins")) and writes_card(run_dir):
+    if license is None and (origins := recorded_origins(_json(run_dir / "run.json"))) and writes_card(run_dir):
         raise ValueError(
             f"Weights of {' and '.join(origins)} went into {run_dir}: say with --license under which licence their "
             "terms let you publish it."

@@ -45,7 +45,7 @@ class VisionTrainingArguments(TrainingArguments):
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     eval_split: str = field(default="validation", metadata={"help": "Split to evaluate on."})
     num_train_examples: int | None = field(
-        default=None, metadata={"help": "Use only so many images: the first, of class folders some of each."}
+        default=None, metadata={"help": "Use only so many images: the first, of class folders evenly spread ones."}
     )
     num_eval_examples: int | None = field(
         default=None, metadata={"help": "Evaluate on so many images, chosen likewise."}
@@ -127,7 +127,7 @@ class VisionTrainingArguments(TrainingArguments):
         if self.images_to_see is not None and self.images_to_see != "auto":
             self._set_steps(self.images_to_see)
         if self.images_to_see != "auto":  # then the steps are not known yet
-            self._check_frozen_steps()
+            self._settle_steps()
 
     def see_images_of(self, num_images: int | None) -> None:
         """Sets the number of steps by the size of the data, where the recipe leaves it to that.
@@ -143,14 +143,18 @@ class VisionTrainingArguments(TrainingArguments):
                 "Give images_to_see as a number, or max_steps."
             )
         self._set_steps(scaling.images_to_see(num_images))
-        self._check_frozen_steps()
+        self._settle_steps()
 
     def _set_steps(self, num_seen: Any) -> None:
         if isinstance(num_seen, bool) or not isinstance(num_seen, int | float) or num_seen < 1:
             raise ValueError(f"images_to_see must be auto or a positive number, but is {num_seen!r}.")
         self.max_steps = math.ceil(num_seen / self.total_batch_size)
 
-    def _check_frozen_steps(self) -> None:
+    def _settle_steps(self) -> None:
+        """Makes numbers of steps of shares of the run, as those that a checkpoint keeps, and checks what is frozen."""
+        for name in ("logging_steps", "eval_steps", "save_steps"):
+            if (steps := getattr(self, name)) is not None and 0 < steps < 1:
+                setattr(self, name, math.ceil(self.max_steps * steps))
         if not 0 <= self.frozen_encoder_steps < self.max_steps:
             raise ValueError(
                 f"frozen_encoder_steps must be a share of the steps below 1, or fewer than the run's {self.max_steps} "

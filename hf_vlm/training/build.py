@@ -13,11 +13,13 @@ import numpy as np
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from hf_vlm.data.settings import as_size
 from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
 from hf_vlm.models.convert_families import ALIASES, FAMILIES
 from hf_vlm.models.convert_vlm_vit import is_ours, read_config
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
+from hf_vlm.models.ssl_frozen import nearest_hw
 from hf_vlm.registry import ModelEntry, find_model
 from hf_vlm.training.arguments import VisionTrainingArguments, load_recipe
 from hf_vlm.training.scaling import scaled_momentum
@@ -42,6 +44,7 @@ ARCHITECTURE = (
     "qkv_bias",
 )
 
+REGULARISATION = ("drop_path_rate", "attention_dropout")  # what a recipe's encoder_config says of training alone
 DETECTION_RECIPES = {"nano": "detection/vit_nano_cpu.yaml", "small": "detection/vit_small.yaml"}  # by preset
 
 
@@ -131,6 +134,9 @@ def next_command(config: VLMViTConfig, recipe: str, words: Sequence[str]) -> str
     preset, given = values["encoder_preset"], values.get("encoder_config", {})
     if architecture(config, unlike=preset) != architecture(VLMViTConfig.from_preset(preset, **given), unlike=preset):
         words = [*words, "--encoder_config", json.dumps(fitting_encoder_config(config, preset=preset, given=given))]
+    height, width = size = nearest_hw(as_size("image_size", values["image_size"]), config.patch_hw)
+    if size != as_size("image_size", values["image_size"]):  # not of whole patches
+        words = [*words, "--image_size", str(height) if height == width else f"[{height}, {width}]"]
     command = "finetune" if values["method"] == "detection" else "pretrain"
     return shlex.join(["hf-vlm", command, recipe, *words])
 
@@ -166,10 +172,15 @@ def load_encoder(args: VisionTrainingArguments) -> VLMViTModel:
             + f"\nBuild it as they are, with --encoder_config {shlex.quote(json.dumps(fitting))}\nor take what fits, "
             "with --resize_encoder true."
         )
+    if wanted.patch_hw == found.patch_hw:  # positions are of the grid that they were trained for
+        wanted.image_size = found.image_size
+    config = wanted if differences else found
+    for name in REGULARISATION:
+        setattr(config, name, getattr(wanted, name))
     with quiet_transformers():
         encoder, report = VLMViTModel.from_pretrained(
             args.encoder,
-            config=wanted if differences else None,
+            config=config,
             ignore_mismatched_sizes=bool(differences),
             output_loading_info=True,
         )

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_vlm.training.data_state import clear_run_folder
 from hf_vlm.training.optim import weight_decay_at
 
 
@@ -52,6 +53,8 @@ class LogFile(TrainerCallback):
             return
         path = Path(args.output_dir) / self.name
         path.parent.mkdir(parents=True, exist_ok=True)
+        if state.global_step == 0:
+            clear_run_folder(path.parent)
         kept = [entry for entry in read_log(path) if entry["step"] <= state.global_step] if state.global_step else []
         rewritten = path.with_suffix(".tmp")
         rewritten.write_text("".join(json.dumps(entry) + "\n" for entry in kept))  # a resumed run repeats no step

@@ -15,7 +15,7 @@ from hf_vlm.data.splits import listing
 from hf_vlm.data.stream import ExampleStream
 from hf_vlm.training.arguments import VisionTrainingArguments
 
-__all__ = ["check_run_folder", "last_checkpoint", "load_data_state", "save_data_state"]
+__all__ = ["check_run_folder", "clear_run_folder", "last_checkpoint", "load_data_state", "save_data_state"]
 
 logger = logging.getLogger(__name__)
 
@@ -62,29 +62,37 @@ def load_data_state(checkpoint: Path, stream: ExampleStream, args: VisionTrainin
 
 
 def check_run_folder(args: VisionTrainingArguments) -> None:
-    """Makes sure that a new run begins in a folder of its own, where only its own checkpoints are found later.
+    """Makes sure that a run that begins anew has a folder where only its own checkpoints are found later.
 
     Raises:
-        ValueError: if `output_dir` holds a run or a model that is neither resumed nor to be overwritten.
+        ValueError: if `output_dir` holds a run or a model that is not to be overwritten.
     """
     folder = Path(args.output_dir)
-    checkpoints = sorted(folder.glob("checkpoint-*"))
-    found = [*checkpoints[:1], *(path for path in (folder / "run.json", folder / "config.json") if path.exists())]
-    if args.resume_from_checkpoint or not found:
-        return
-    if not args.overwrite_output_dir:
+    if not args.overwrite_output_dir and (found := [*_checkpoints(folder), *_signs_of_a_run(folder)]):
         raise ValueError(
             f"{folder} holds a run already ({found[0].name}). Name another folder with --output_dir, go on with that "
             "run with --resume_from_checkpoint last, or lose it with --overwrite_output_dir true."
         )
-    if args.should_save:
-        for path in checkpoints:  # else they would be resumed from, as later ones than the new run's
-            shutil.rmtree(path)
+
+
+def clear_run_folder(folder: Path) -> None:
+    """Deletes what would pass for the work of a run that begins anew: an earlier one's checkpoints and record."""
+    for path in _checkpoints(folder):
+        shutil.rmtree(path)
+    (folder / "run.json").unlink(missing_ok=True)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(folder.glob("checkpoint-*"))
+
+
+def _signs_of_a_run(folder: Path) -> list[Path]:
+    return [path for path in (folder / "run.json", folder / "config.json") if path.exists()]
 
 
 def last_checkpoint(folder: str | Path) -> str:
     """The newest complete checkpoint of a run; ValueError where there is none."""
-    complete = [path for path in Path(folder).glob("checkpoint-*") if _is_complete(path)]
+    complete = [path for path in _checkpoints(Path(folder)) if _is_complete(path)]
     if not complete:
         raise ValueError(f"{folder} holds no complete checkpoint to resume from.")
     return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2])))

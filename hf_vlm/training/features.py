@@ -24,7 +24,7 @@ from hf_vlm.data.views import EvalTransform
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 
-__all__ = ["METADATA_KEY", "POOLINGS", "encode", "frozen", "plain_transform", "write_features"]
+__all__ = ["METADATA_KEY", "POOLINGS", "encode", "feature_size", "frozen", "plain_transform", "write_features"]
 
 POOLINGS = ("mean", "class", "both")
 METADATA_KEY = b"hf_vlm"  # of the Parquet file: which encoder made the features, and of what
@@ -46,13 +46,13 @@ def frozen(encoder: VLMViTModel) -> Iterator[VLMViTModel]:
 
 
 def encode(encoder: VLMViTModel, pixel_values: Tensor, *, pooling: str = "mean") -> Tensor:
-    """Features (batch, hidden_size) float32, on the CPU, of images (batch, channels, height, width).
+    """Features (batch, features) float32, on the CPU, of images (batch, channels, height, width).
 
     Args:
         encoder: On any device.
         pooling: "mean" of the patch tokens, which every encoder has; the "class" token, which is what methods of whole
             images train (SimCLR, MoCo v3, LeJEPA, DINOv2); or "both", the class token before the mean, as DINOv2's
-            linear classifiers take them: (batch, 2 x hidden_size).
+            linear classifiers take them: `feature_size` of it are the features.
 
     Raises:
         ValueError: There is no such pooling, or the encoder has no class token.
@@ -68,6 +68,11 @@ def encode(encoder: VLMViTModel, pixel_values: Tensor, *, pooling: str = "mean")
         if pooling != "class":
             parts.append(tokens[:, encoder.config.num_prefix_tokens :].mean(dim=1))
         return torch.cat(parts, dim=1).float().cpu()
+
+
+def feature_size(encoder: VLMViTModel, pooling: str) -> int:
+    """Number of features of an image with this pooling."""
+    return encoder.config.hidden_size * (2 if pooling == "both" else 1)
 
 
 def plain_transform(encoder: VLMViTModel, processor: VLMViTImageProcessor) -> Transform:
@@ -209,7 +214,7 @@ def _schema(
     )
     if "label" in source:
         features["label"] = source["label"]
-    features["features"] = datasets.List(datasets.Value("float32"), length=encoder.config.hidden_size)
+    features["features"] = datasets.List(datasets.Value("float32"), length=feature_size(encoder, about["pooling"]))
     known = {
         "encoder": display(encoder.name_or_path),
         "encoder_fingerprint": _fingerprint(encoder),

@@ -14,11 +14,12 @@ from typing import Any
 import datasets
 import yaml
 
-from hf_vlm.data.files import display
+from hf_vlm.data.origins import RUN_FILE, origins_of, publishable
 from hf_vlm.data.sources import class_names
 from hf_vlm.training.arguments import VisionTrainingArguments
 
-RECIPE_FILE, RUN_FILE = "recipe.yaml", "run.json"
+RECIPE_FILE = "recipe.yaml"
+HOW_IT_BEGAN = ("overwrite_output_dir", "resume_from_checkpoint")  # of a recipe, and nothing to repeat
 
 
 class RunRecord:
@@ -32,7 +33,8 @@ class RunRecord:
         write_card: Callable[[Path], Any] | None,
     ):
         ours = {name: getattr(args, name) for name in VisionTrainingArguments.__annotations__}
-        self.recipe = {name: publishable(v) for name, v in (ours | recipe).items() if not name.endswith("_token")}
+        kept = {name: value for name, value in (ours | recipe).items() if name not in HOW_IT_BEGAN}
+        self.recipe = {name: publishable(value) for name, value in kept.items() if not name.endswith("_token")}
         self.write_card = write_card
         packages = ("torch", "transformers", "datasets", "accelerate", "hf_vlm")
         self.summary: dict[str, Any] = {
@@ -51,6 +53,11 @@ class RunRecord:
             "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {args.n_gpu} GPUs, {args.world_size} ranks",
             "metrics": {},
         }
+        if args.push_to_hub and not args.hub_private_repo and self.summary["origins"]:
+            raise ValueError(
+                f"push_to_hub would publish weights that come from {' and '.join(self.summary['origins'])} without a "
+                "licence. Set hub_private_repo, or publish it when it is done: hf-vlm push --license ..."
+            )
 
     @staticmethod
     def _origins(args: VisionTrainingArguments) -> list[str]:
@@ -64,42 +71,6 @@ class RunRecord:
         (folder / RUN_FILE).write_text(as_json(self.summary) + "\n")
         if self.write_card is not None:
             self.write_card(folder)
-
-
-def publishable(value: Any) -> Any:
-    """A value of a recipe as it may be told to all who get the model.
-
-    URLs lose password and query; a path from the root on is told from the working folder on, or else by its last part:
-    the folders above it are nobody's business.
-    """
-    if isinstance(value, dict):
-        return {publishable(name): publishable(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [publishable(item) for item in value]
-    if isinstance(value, Path) or (isinstance(value, str) and Path(value).is_absolute()):
-        path = Path(value)
-        return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path.name)
-    return display(value) if isinstance(value, str) else value
-
-
-def origins_of(source: str | None) -> list[str]:
-    """Models of others whose weights went into one: names on the Hub, or of folders that do not say whence they are.
-
-    Args:
-        source: Hub id, the folder of a run or of what `hf-vlm convert` wrote, or another model's folder; or none.
-    """
-    if not source:
-        return []
-    folder = Path(source)
-    if not folder.is_dir():
-        return [source]
-    record = folder / RUN_FILE
-    return list(json.loads(record.read_text()).get("origins", [])) if record.is_file() else [folder.resolve().name]
-
-
-def write_origins(folder: Path, source: str) -> None:
-    """Writes into the folder of a converted model whence its weights are."""
-    (folder / RUN_FILE).write_text(as_json({"origins": origins_of(source)}) + "\n")
 
 
 def as_json(values: Any) -> str:
@@ -135,4 +106,4 @@ def git_state() -> dict[str, Any]:
         return {}
 
 
-__all__ = ["RunRecord", "as_json", "fingerprint", "git_state", "origins_of", "publishable", "write_origins"]
+__all__ = ["RunRecord", "as_json", "fingerprint", "git_state"]

@@ -24,7 +24,6 @@ from hf_vlm.training.arguments import VisionTrainingArguments, parse_arguments
 from hf_vlm.training.build import build_model, build_processor, load_frozen_encoder, quiet_transformers
 from hf_vlm.training.collapse import CollapseAlarm
 from hf_vlm.training.curves import draw_probes
-from hf_vlm.training.data_state import check_run_folder
 from hf_vlm.training.device import place
 from hf_vlm.training.evaluation import evaluate_detection, evaluate_features
 from hf_vlm.training.features import plain_transform
@@ -47,7 +46,6 @@ def pretrain(recipe: dict[str, Any], *, write_card: Callable[[Path], Any] | None
         ValueError: for a recipe, an encoder or data that cannot be used, with what to do about it.
     """
     args = parse_arguments(recipe)
-    check_run_folder(args)
     set_seed(args.seed)
     source = open_source(args, args.train_split, args.num_train_examples)
     args.see_images_of(count_examples(source))
@@ -97,7 +95,6 @@ def finetune(recipe: dict[str, Any], *, write_card: Callable[[Path], Any] | None
         ValueError: for a recipe, an encoder or data that cannot be used, with what to do about it.
     """
     args = parse_arguments(recipe)
-    check_run_folder(args)
     set_seed(args.seed)
     source = open_source(args, args.train_split, args.num_train_examples)
     args.see_images_of(count_examples(source))

@@ -19,7 +19,7 @@ from transformers.utils import PushInProgress
 from hf_vlm.data.stream import ExampleStream
 from hf_vlm.training.arguments import VisionTrainingArguments
 from hf_vlm.training.callbacks import AfterStep, LogFile, WeightDecaySchedule
-from hf_vlm.training.data_state import last_checkpoint, load_data_state, save_data_state
+from hf_vlm.training.data_state import check_run_folder, last_checkpoint, load_data_state, save_data_state
 from hf_vlm.training.device import suit_cpu
 from hf_vlm.training.meters import Speedometer
 from hf_vlm.training.optim import late_encoder_schedule, parameter_groups
@@ -122,10 +122,13 @@ class VisionTrainer(Trainer):
         """Trains; `resume_from_checkpoint` is a checkpoint folder, or True for the last one of the run.
 
         Raises:
-            ValueError: if the checkpoint does not hold this rank's position in the data (see `load_data_state`).
+            ValueError: if the checkpoint does not hold this rank's position in the data (`load_data_state`), or the
+                run's folder holds another run.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+        if not resume_from_checkpoint:
+            check_run_folder(self.args)
         if resume_from_checkpoint and isinstance(self.train_dataset, ExampleStream):
             self._data_state = load_data_state(Path(resume_from_checkpoint), self.train_dataset, self.args)
         if self.args.world_size > 1:  # ranks see different images, and so should draw different masks

@@ -97,7 +97,7 @@ def test_skipped_images_are_counted_and_features_are_written_by_default(run, tmp
         (["--data", "scenes", "--split", "trian"], "trian"),
         (["--data", "scenes", "--pooling", "max"], "no pooling 'max'"),
         (["--data", "scenes", "--queries", "3,x"], "--queries 3,x: give numbers"),
-        (["--data", "scenes", "--queries", "4", "--num_examples", "4"], "only the first 4 images"),
+        (["--data", "scenes", "--queries", "4", "--num_examples", "4"], "only 4 images are read"),
         (["--data", "images", "--neighbors", "n.png", "--queries", "0,2"], "no image 2 among the 2"),
         (["--data", "images", "--maps", "m.png", "--queries", "0,2"], "no image 2; the data ends before"),
         (["--data", "images", "--maps", "m.png", "--patch", "1"], "--patch: give a row and a column"),

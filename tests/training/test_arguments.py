@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 import yaml
@@ -70,6 +72,13 @@ def test_wrong_recipes_say_what_is_wrong(tmp_path, text, overrides, words):
 def test_a_folder_named_by_a_year_and_a_size_in_a_list(tmp_path):
     recipe = load_recipe(write(tmp_path, "max_steps: 1"), ["--data", "2024", "--image_size", "[64]"])
     assert (recipe["data"], recipe["image_size"]) == ("2024", 64)
+
+
+def test_shares_of_a_run_become_steps(tmp_path):
+    text = "images_to_see: auto\nsave_steps: 0.05\neval_steps: 0.1\nper_device_train_batch_size: 4\nuse_cpu: true"
+    args = parse_arguments(load_recipe(write(tmp_path, text)))
+    args.see_images_of(1000)
+    assert (args.save_steps, args.eval_steps) == (math.ceil(args.max_steps / 20), math.ceil(args.max_steps / 10))
 
 
 def test_values_that_are_no_yaml_are_text(tmp_path):

@@ -1,19 +1,24 @@
 """Continued pretraining: heads first, then the encoder at a low rate; weight decay that grows."""
 
 import math
+import shlex
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_simclr import SimCLRForPreTraining
-from hf_vlm.training.arguments import parse_arguments
+from hf_vlm.models.modeling_vlm_vit import VLMViTModel
+from hf_vlm.training.arguments import load_recipe, parse_arguments
+from hf_vlm.training.build import build_encoder_config, detection_command, load_encoder
 from hf_vlm.training.callbacks import read_log
 from hf_vlm.training.run import pretrain
 from hf_vlm.training.trainer import VisionTrainer
 
+ENCODER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8}
 CONTINUED = {
     "frozen_encoder_steps": 3,
     "layer_decay": 0.5,
@@ -75,6 +80,30 @@ def test_images_are_normalised_as_the_encoder_was_trained(make_recipe, tmp_path,
     mean, std = (torch.tensor(values)[:, None, None] for values in (default.image_mean, default.image_std))
     plain, continued = batches[0], batches[-1]  # the same views
     torch.testing.assert_close(continued, (plain * std + mean - 0.1) / 0.7, atol=1e-5, rtol=1e-5)
+
+
+def test_an_encoder_keeps_its_positions_and_takes_the_recipes_regularisation(make_recipe, tmp_path):
+    sincos = ENCODER | {"position_embedding_type": "sincos"}
+    pretrain(make_recipe("mae", encoder_config=sincos | {"drop_path_rate": 0.3}, max_steps=1))
+    trained = VLMViTModel.from_pretrained(tmp_path / "mae")
+    for changes in ({}, {"num_register_tokens": 2}):  # one that fits, and one that does not all fit
+        recipe = make_recipe("simclr", encoder=str(tmp_path / "mae"), image_size=64, resize_encoder=True)
+        args = parse_arguments(recipe | {"encoder_config": sincos | {"attention_dropout": 0.1} | changes})
+        encoder = load_encoder(args)
+        assert (encoder.config.drop_path_rate, encoder.config.attention_dropout) == (0.0, 0.1)
+        assert encoder.layers[-1].drop_path_rate == 0.0
+        assert torch.equal(encoder.embeddings.positions((8, 8)), trained.embeddings.positions((8, 8)))
+
+
+@pytest.mark.parametrize(("patch_size", "expected"), [(16, None), (14, "518"), (24, "504")])
+def test_a_recipe_is_told_the_nearest_size_of_whole_patches(patch_size, expected):
+    config = VLMViTConfig.from_preset("small", patch_size=patch_size, image_size=patch_size * 16)
+    words = shlex.split(detection_command(config, "runs/dinov2", "images"))
+    assert words[:3] == ["hf-vlm", "finetune", "detection/vit_small.yaml"]
+    args = parse_arguments(load_recipe(words[2], [*words[3:], "--use_cpu", "true"]))
+    assert build_encoder_config(args).patch_hw == (patch_size, patch_size)
+    assert ("--image_size" in words) == (expected is not None)
+    assert expected in (None, str(args.image_hw[0]))
 
 
 def test_rates_and_weight_decay_of_every_step(make_recipe, tmp_path, monkeypatch):

@@ -104,6 +104,16 @@ def test_rows_are_the_images_that_can_be_read_with_names_and_labels(folder, proc
         write_features(tmp_path / "other.parquet", encoder, processor, open_stream(folder))
 
 
+def test_both_kinds_of_features_are_written(processor, tmp_path):
+    encoder, source = make_encoder(), open_stream("scenes:easy", num_samples=2)
+    write_features(tmp_path / "both.parquet", encoder, processor, source, pooling="both")
+    found = np.array(datasets.load_dataset("parquet", data_files=str(tmp_path / "both.parquet"))["train"]["features"])
+    for pooling, part in (("class", found[:, :32]), ("mean", found[:, 32:])):
+        write_features(tmp_path / f"{pooling}.parquet", encoder, processor, source, pooling=pooling)
+        expected = pq.read_table(tmp_path / f"{pooling}.parquet")["features"].to_pylist()
+        np.testing.assert_allclose(part, expected, atol=1e-5)
+
+
 def test_the_file_says_which_encoder_made_it(processor, tmp_path):
     source, path = open_stream("scenes:easy", num_samples=2), tmp_path / "features.parquet"
     known = []

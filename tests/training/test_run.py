@@ -10,6 +10,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from hf_vlm.data.origins import publishable, write_origins
 from hf_vlm.data.sources import open_stream
 from hf_vlm.data.views import ViewTransform
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
@@ -22,7 +23,7 @@ from hf_vlm.training.arguments import parse_arguments
 from hf_vlm.training.build import build_config
 from hf_vlm.training.callbacks import read_log
 from hf_vlm.training.data_state import last_checkpoint
-from hf_vlm.training.record import RunRecord, fingerprint, write_origins
+from hf_vlm.training.record import RunRecord, fingerprint
 from hf_vlm.training.run import evaluate_run, finetune, pretrain
 from hf_vlm.training.trainer import VisionTrainer
 
@@ -191,14 +192,17 @@ def test_records_tell_no_folders_from_the_root_on(make_recipe, tmp_path, monkeyp
     told = {
         "data": (source, {"scenes:easy": 0.5, "https://host/x.parquet": 0.5}),
         "probe_data": ("/home/client/scans", "scans"),
-        "output_dir": (str(tmp_path / "runs" / "mae"), "runs/mae"),
-        "encoder": ("runs/mae", "runs/mae"),
+        "output_dir": (str(tmp_path / "runs" / "mae"), "./runs/mae"),
+        "encoder": ("runs/mae", "./runs/mae"),
+        "hub_model_id": ("me/mae", "me/mae"),
         "views": ({"crop_scale": [0.2, 1.0]}, {"crop_scale": [0.2, 1.0]}),
     }
-    args = parse_arguments(make_recipe("mae", **{name: given for name, (given, _) in told.items()}))
-    record = RunRecord(args, {}, open_stream("scenes:easy"), None)
+    (tmp_path / "runs" / "mae").mkdir(parents=True)  # a name as on the Hub, but of a folder
+    given = {name: value for name, (value, _) in told.items()}
+    record = RunRecord(parse_arguments(make_recipe("mae", **given)), given, open_stream("scenes:easy"), None)
     assert {name: record.recipe[name] for name in told} == {name: expected for name, (_, expected) in told.items()}
     assert record.summary["data"]["source"] == told["data"][1]
+    assert publishable({"/a/images": 0.7, "/b/images": 0.3}) == {"images": 0.7, "images (2)": 0.3}
 
 
 def test_records_name_the_models_of_others_whose_weights_went_in(tmp_path, make_recipe):
