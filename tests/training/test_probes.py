@@ -267,7 +267,7 @@ def test_what_cannot_be_probed_does_not_end_training(make_recipe, tmp_path, monk
     assert summary["num_steps"] == 2
     assert summary["probe"] == {}
     monkeypatch.setattr(probes, "spread", lambda *args: 1 / 0)
-    assert pretrain(make_recipe("mae", max_steps=2))["num_steps"] == 2
+    assert pretrain(make_recipe("mae", max_steps=2, overwrite_output_dir=True))["num_steps"] == 2
     assert "Step 2 is not probed: division by zero" in caplog.text
 
 
