@@ -68,7 +68,7 @@ def check_run_folder(args: VisionTrainingArguments) -> None:
         ValueError: if `output_dir` holds a run or a model that is not to be overwritten.
     """
     folder = Path(args.output_dir)
-    if not args.overwrite_output_dir and (found := [*_checkpoints(folder), *_signs_of_a_run(folder)]):
+    if not args.overwrite_output_dir and (found := [*_complete_checkpoints(folder), *_signs_of_a_run(folder)]):
         raise ValueError(
             f"{folder} holds a run already ({found[0].name}). Name another folder with --output_dir, go on with that "
             "run with --resume_from_checkpoint last, or lose it with --overwrite_output_dir true."
@@ -86,13 +86,17 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("checkpoint-*"))
 
 
+def _complete_checkpoints(folder: Path) -> list[Path]:
+    return [path for path in _checkpoints(folder) if _is_complete(path)]
+
+
 def _signs_of_a_run(folder: Path) -> list[Path]:
     return [path for path in (folder / "run.json", folder / "config.json") if path.exists()]
 
 
 def last_checkpoint(folder: str | Path) -> str:
     """The newest complete checkpoint of a run; ValueError where there is none."""
-    complete = [path for path in _checkpoints(Path(folder)) if _is_complete(path)]
+    complete = _complete_checkpoints(Path(folder))
     if not complete:
         raise ValueError(f"{folder} holds no complete checkpoint to resume from.")
     return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2])))
