@@ -52,7 +52,7 @@ def encode(encoder: VLMViTModel, pixel_values: Tensor, *, pooling: str = "mean")
         encoder: On any device.
         pooling: "mean" of the patch tokens, which every encoder has; the "class" token, which is what methods of whole
             images train (SimCLR, MoCo v3, LeJEPA, DINOv2); or "both", the class token before the mean, as DINOv2's
-            linear classifiers take them: `feature_size` of it are the features.
+            linear classifiers take them: twice as many features.
 
     Raises:
         ValueError: There is no such pooling, or the encoder has no class token.
