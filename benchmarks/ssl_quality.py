@@ -179,7 +179,7 @@ def run_one(method: str, seed: int, folder: Path, options: argparse.Namespace) -
     if method == "pixels":
         figures = accuracy_of_pixels(folder, options)
     else:
-        figures = run.evaluate_encoder(folder, options.data, "test", num_examples=options.num_labelled)
+        figures = run.evaluate_run(folder, options.data, "test", num_examples=options.num_labelled)
     (folder / "figures.json").write_text(json.dumps({**figures, "seconds": seconds}))
 
 

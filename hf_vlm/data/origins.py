@@ -21,9 +21,11 @@ def publishable(value: Any) -> Any:
     if isinstance(value, dict):
         told: dict[Any, Any] = {}
         for name, item in value.items():
-            key, number = publishable(name), 1
+            key = plain = publishable(name)
+            number = 1
             while key in told:  # other folders may have the same last part
-                key, number = f"{publishable(name)} ({number + 1})", number + 1
+                number += 1
+                key = f"{plain} ({number})"
             told[key] = publishable(item)
         return told
     if isinstance(value, list | tuple):

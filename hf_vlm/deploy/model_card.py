@@ -69,8 +69,9 @@ def write_model_card(run_dir: str | Path, *, repo_id: str | None = None, license
         "model_name": (repo_id or run_dir.resolve().name).split("/")[-1],
         "license": license or (None if recorded_origins(run) else "apache-2.0"),
     }
-    encoder = getattr(config, "backbone_config", config)
-    values["detection_command"] = detection_command(encoder, values["model_path"], "./my-coco-folder")
+    if not is_detector:
+        encoder = getattr(config, "backbone_config", config)
+        values["detection_command"] = detection_command(encoder, values["model_path"], "./my-coco-folder")
     values["card_data"] = _metadata(values, run, is_detector=is_detector).to_yaml()
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(shipped_folder("model_cards")),
@@ -112,7 +113,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _values(run_dir: Path, config: "PreTrainedConfig", recipe: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
     """Every variable of the templates; None, or empty, where it is unknown."""
     encoder = getattr(config, "backbone_config", config)
-    size = _read(run_dir / "preprocessor_config.json").get("size") or encoder.image_size
+    size = _read(run_dir / "preprocessor_config.json").get("size")
     data = run.get("data") or {}
     source = _source(data)
     return {
@@ -131,7 +132,7 @@ def _values(run_dir: Path, config: "PreTrainedConfig", recipe: dict[str, Any], r
         "training": _describe_training(run),
         "recipe": yaml.safe_dump(recipe, sort_keys=True).strip() if recipe else None,
         "versions": sorted((run.get("versions") or {}).items()),
-        "image_size": _size(size),
+        "image_size": _size((size["height"], size["width"]) if size else encoder.image_size),
         "patch_size": _size(encoder.patch_size),
         "num_parameters": _num_parameters(run_dir),
         "marker": CARD_MARKER,
@@ -249,7 +250,7 @@ def _is_figure(value: Any) -> bool:
 
 
 def _size(size: Any) -> str:
-    height, width = (size, size) if isinstance(size, int) else size.values() if isinstance(size, dict) else size
+    height, width = (size, size) if isinstance(size, int) else size
     return f"{height} x {width}"
 
 

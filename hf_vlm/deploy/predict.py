@@ -98,6 +98,7 @@ class Predictor:
         from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
         import hf_vlm.registry  # noqa: F401  the Auto classes have to know the package's classes
+        from hf_vlm.training.build import refuse_missing
         from hf_vlm.training.device import place
 
         name = str(path_or_repo)
@@ -106,8 +107,7 @@ class Predictor:
             processor = AutoImageProcessor.from_pretrained(name)
         except (OSError, ValueError) as error:
             raise ValueError(f"{name} cannot be loaded as a detector: {_first_line(error)}") from error
-        if missing := sorted(report["missing_keys"]):
-            raise ValueError(f"{name} lacks {len(missing)} of the model's weights, such as {missing[0]}.")
+        refuse_missing(name, report, "model")
         return cls(place(model, device), processor)
 
     def predict(

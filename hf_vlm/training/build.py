@@ -134,9 +134,9 @@ def next_command(config: VLMViTConfig, recipe: str, words: Sequence[str]) -> str
     preset, given = values["encoder_preset"], values.get("encoder_config", {})
     if architecture(config, unlike=preset) != architecture(VLMViTConfig.from_preset(preset, **given), unlike=preset):
         words = [*words, "--encoder_config", json.dumps(fitting_encoder_config(config, preset=preset, given=given))]
-    height, width = size = nearest_hw(as_size("image_size", values["image_size"]), config.patch_hw)
-    if size != as_size("image_size", values["image_size"]):  # not of whole patches
-        words = [*words, "--image_size", str(height) if height == width else f"[{height}, {width}]"]
+    size = as_size("image_size", values["image_size"])
+    if (whole := nearest_hw(size, config.patch_hw)) != size:
+        words = [*words, "--image_size", json.dumps(_plain(whole))]
     command = "finetune" if values["method"] == "detection" else "pretrain"
     return shlex.join(["hf-vlm", command, recipe, *words])
 
@@ -204,9 +204,14 @@ def load_frozen_encoder(run_dir: str | Path) -> tuple[VLMViTModel, VLMViTImagePr
         processor = VLMViTImageProcessor.from_pretrained(run_dir)
     except OSError as error:
         raise ValueError(f"{run_dir} holds no encoder: {str(error).splitlines()[0]}") from error
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"{run_dir} lacks {len(missing)} of the encoder's weights, such as {missing[0]}.")
+    refuse_missing(run_dir, report, "encoder")
     return encoder.eval(), processor
+
+
+def refuse_missing(source: str | Path, report: dict[str, Any], what: str) -> None:
+    """ValueError where transformers' report of a loaded model names weights that the checkpoint lacks."""
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"{source} lacks {len(missing)} of the {what}'s weights, such as {missing[0]}.")
 
 
 def _read_origin(source: str) -> dict[str, Any]:
@@ -288,4 +293,5 @@ __all__ = [
     "load_frozen_encoder",
     "next_command",
     "quiet_transformers",
+    "refuse_missing",
 ]

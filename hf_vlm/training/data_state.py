@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import CONFIG_NAME
 
+from hf_vlm.data.origins import RUN_FILE
 from hf_vlm.data.splits import listing
 from hf_vlm.data.stream import ExampleStream
 from hf_vlm.training.arguments import VisionTrainingArguments
@@ -68,7 +70,8 @@ def check_run_folder(args: VisionTrainingArguments) -> None:
         ValueError: if `output_dir` holds a run or a model that is not to be overwritten.
     """
     folder = Path(args.output_dir)
-    if not args.overwrite_output_dir and (found := [*_complete_checkpoints(folder), *_signs_of_a_run(folder)]):
+    found = [*_complete_checkpoints(folder), *filter(Path.exists, (folder / RUN_FILE, folder / CONFIG_NAME))]
+    if found and not args.overwrite_output_dir:
         raise ValueError(
             f"{folder} holds a run already ({found[0].name}). Name another folder with --output_dir, go on with that "
             "run with --resume_from_checkpoint last, or lose it with --overwrite_output_dir true."
@@ -79,7 +82,7 @@ def clear_run_folder(folder: Path) -> None:
     """Deletes what would pass for the work of a run that begins anew: an earlier one's checkpoints and record."""
     for path in _checkpoints(folder):
         shutil.rmtree(path)
-    (folder / "run.json").unlink(missing_ok=True)
+    (folder / RUN_FILE).unlink(missing_ok=True)
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -88,10 +91,6 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 def _complete_checkpoints(folder: Path) -> list[Path]:
     return [path for path in _checkpoints(folder) if _is_complete(path)]
-
-
-def _signs_of_a_run(folder: Path) -> list[Path]:
-    return [path for path in (folder / "run.json", folder / "config.json") if path.exists()]
 
 
 def last_checkpoint(folder: str | Path) -> str:

@@ -33,8 +33,11 @@ class RunRecord:
         write_card: Callable[[Path], Any] | None,
     ):
         ours = {name: getattr(args, name) for name in VisionTrainingArguments.__annotations__}
-        kept = {name: value for name, value in (ours | recipe).items() if name not in HOW_IT_BEGAN}
-        self.recipe = {name: publishable(value) for name, value in kept.items() if not name.endswith("_token")}
+        self.recipe = {
+            name: publishable(value)
+            for name, value in (ours | recipe).items()
+            if name not in HOW_IT_BEGAN and not name.endswith("_token")
+        }
         self.write_card = write_card
         packages = ("torch", "transformers", "datasets", "accelerate", "hf_vlm")
         self.summary: dict[str, Any] = {

@@ -21,7 +21,7 @@ from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_detection import VLMViTDetectionConfig, VLMViTForObjectDetection
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 from hf_vlm.training.arguments import VisionTrainingArguments, parse_arguments
-from hf_vlm.training.build import build_model, build_processor, load_frozen_encoder, quiet_transformers
+from hf_vlm.training.build import build_model, build_processor, load_frozen_encoder, quiet_transformers, refuse_missing
 from hf_vlm.training.collapse import CollapseAlarm
 from hf_vlm.training.curves import draw_probes
 from hf_vlm.training.device import place
@@ -120,9 +120,7 @@ def finetune(recipe: dict[str, Any], *, write_card: Callable[[Path], Any] | None
         on_save=record.write,
     )
     _train(trainer, record)
-    trainer.save_model(
-        args.output_dir, _internal_call=True
-    )  # before the last evaluation, which held-out data can stop
+    trainer.save_model(args.output_dir, _internal_call=True)  # now: held-out images can stop the last evaluation
     figures = _last_figures(trainer)
     record.summary["metrics"] = {n.removeprefix("eval_"): v for n, v in figures.items() if n.startswith("eval_")}
     if args.should_save:
@@ -141,51 +139,35 @@ def evaluate_run(
     num_examples: int | None = None,
     max_bad_share: float = 0.01,
 ) -> dict[str, float]:
-    """COCO's figures, also a class, of a detector's folder on a split of a source; for an encoder `evaluate_encoder`.
+    """What a model's folder is worth on a split of a source.
+
+    Of a detector COCO's figures, also a class; of an encoder kNN and linear accuracy of its frozen features, fitted on
+    the train split.
 
     Raises:
-        ValueError: if the folder holds no detector, the classes of the data are not the detector's, or more than
-            `max_bad_share` of the images cannot be read.
+        ValueError: if the folder holds neither, the classes of the data are not the detector's, there are no class
+            labels for an encoder, or more than `max_bad_share` of the images cannot be read.
     """
+    open_split = functools.partial(open_stream, data, kind=kind, num_samples=num_examples)
+    plain_stream = functools.partial(ExampleStream, shuffle=False, repeat=False, max_bad_share=max_bad_share)
     if _holds_encoder(run_dir):
-        return evaluate_encoder(
-            run_dir, data, split, kind=kind, num_examples=num_examples, max_bad_share=max_bad_share
-        )
+        encoder, processor = load_frozen_encoder(run_dir)
+        transform = plain_transform(encoder, processor)
+        streams = []
+        for name in ("train", split):
+            source = open_split(name)
+            if "label" not in source.features:
+                raise ValueError(f"{data} has no class labels in split {name!r}: kNN and linear accuracy need them.")
+            streams.append(plain_stream(source, transform))
+        return evaluate_features(place(encoder), *streams)
     model, processor = load_detector(run_dir)
-    source = open_stream(data, split, kind=kind, num_samples=num_examples)
+    source = open_split(split)
     names = [model.config.id2label[index] for index in range(model.config.num_labels)]
     found = class_names(source)
     if found != names:
         raise ValueError(f"{data} has the classes {found}, but the detector {run_dir} knows {names}.")
-    transform = detection_transform(processor, train=False, num_classes=len(names))
-    stream = ExampleStream(source, transform, shuffle=False, repeat=False, max_bad_share=max_bad_share)
+    stream = plain_stream(source, detection_transform(processor, train=False, num_classes=len(names)))
     return evaluate_detection(model, stream, processor, class_names=names, per_class=True)
-
-
-def evaluate_encoder(
-    run_dir: str | Path,
-    data: str,
-    split: str,
-    *,
-    kind: str | None = None,
-    num_examples: int | None = None,
-    max_bad_share: float = 0.01,
-) -> dict[str, float]:
-    """kNN and linear accuracy on a split of the frozen features of an encoder's folder, fitted on the train split.
-
-    Raises:
-        ValueError: if the folder holds no encoder, the data has no class labels, or more than `max_bad_share` of the
-            images cannot be read.
-    """
-    encoder, processor = load_frozen_encoder(run_dir)
-    transform = plain_transform(encoder, processor)
-    streams = []
-    for name in ("train", split):
-        source = open_stream(data, name, kind=kind, num_samples=num_examples)
-        if "label" not in source.features:
-            raise ValueError(f"{data} has no class labels in split {name!r}: kNN and linear accuracy need them.")
-        streams.append(ExampleStream(source, transform, shuffle=False, repeat=False, max_bad_share=max_bad_share))
-    return evaluate_features(place(encoder), *streams)
 
 
 def _holds_encoder(run_dir: str | Path) -> bool:
@@ -203,8 +185,7 @@ def load_detector(run_dir: str | Path) -> tuple[VLMViTForObjectDetection, VLMViT
         processor = VLMViTImageProcessor.from_pretrained(run_dir)
     except OSError as error:
         raise ValueError(f"{run_dir} holds no detector: {str(error).splitlines()[0]}") from error
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"{run_dir} lacks {len(missing)} of the detector's weights, such as {missing[0]}.")
+    refuse_missing(run_dir, report, "detector")
     return place(model).eval(), processor
 
 
@@ -309,7 +290,6 @@ def quiet_libraries() -> None:
 __all__ = [
     "OBJECTIVE_FOLDER",
     "detection_transform",
-    "evaluate_encoder",
     "evaluate_run",
     "finetune",
     "load_detector",

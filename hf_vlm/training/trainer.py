@@ -129,7 +129,7 @@ class VisionTrainer(Trainer):
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
         if not resume_from_checkpoint:
             check_run_folder(self.args)
-        if resume_from_checkpoint and isinstance(self.train_dataset, ExampleStream):
+        elif isinstance(self.train_dataset, ExampleStream):
             self._data_state = load_data_state(Path(resume_from_checkpoint), self.train_dataset, self.args)
         if self.args.world_size > 1:  # ranks see different images, and so should draw different masks
             set_seed(self.args.seed + self.args.process_index)
