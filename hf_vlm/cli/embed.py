@@ -5,6 +5,7 @@ import contextlib
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from hf_vlm.cli.data import NUM_SCENES
 from hf_vlm.cli.outputs import prepare_file, prepare_picture
@@ -14,12 +15,10 @@ def run(words: Sequence[str]) -> None:
     """Writes the features of images, and draws what an encoder finds alike and what it makes of each patch."""
     arguments = _parse(words)
 
-    from hf_vlm.data.files import display
     from hf_vlm.data.sources import guess_kind, open_stream
     from hf_vlm.deploy.embed import draw_feature_maps, draw_stored_neighbors, first_images, images_at
     from hf_vlm.training.build import load_frozen_encoder
     from hf_vlm.training.device import place
-    from hf_vlm.training.features import feature_size, write_features
     from hf_vlm.training.neighbors import evenly_spaced_in_file
     from hf_vlm.training.run import quiet_libraries
 
@@ -27,43 +26,51 @@ def run(words: Sequence[str]) -> None:
     encoder, processor = load_frozen_encoder(arguments.run)
     place(encoder)
     kind = arguments.data_kind or guess_kind(arguments.data)
-    num_examples = NUM_SCENES if kind == "scenes" and arguments.num_examples is None else arguments.num_examples
+    if kind == "scenes" and arguments.num_examples is None:
+        arguments.num_examples = NUM_SCENES
+    num_examples = arguments.num_examples
     source = open_stream(arguments.data, arguments.split, kind=kind, num_samples=num_examples)
     queries = arguments.queries
     if queries and num_examples is not None and max(queries) >= num_examples:
         raise ValueError(f"--queries {max(queries)}: only {num_examples} images are read, numbered from 0 on")
     with _feature_path(arguments) as path:
         if path is not None:
-            num_written, num_bad = write_features(
-                path,
-                encoder,
-                processor,
-                source,
-                pooling=arguments.pooling,
-                batch_size=arguments.batch_size,
-                max_bad_share=arguments.max_bad_share,
-                about={"encoder": display(arguments.run), "data": display(arguments.data), "split": arguments.split},
-                num_expected=num_examples,
-            )
+            _write_features(path, encoder, processor, source, arguments)
             queries = queries or evenly_spaced_in_file(path, arguments.num_queries)
-            skipped = f"; {num_bad:,} could not be read and were skipped" if num_bad else ""
-            print(f"{num_written:,} images, {feature_size(encoder, arguments.pooling)} features each{skipped}")
-            if arguments.save is not None:
-                print(f"Features:           {path}")
         if path is not None and arguments.neighbors is not None:
             picture = draw_stored_neighbors(path, source, queries, num_neighbors=arguments.num_neighbors)
             picture.save(arguments.neighbors)
             print(f"Nearest neighbours: {arguments.neighbors}")
     if arguments.maps is not None:
-        channels = encoder.config.num_channels
-        images = (
-            images_at(source, queries, num_channels=channels)
-            if queries
-            else first_images(source, arguments.num_queries, num_channels=channels)
-        )
+        num_channels = encoder.config.num_channels
+        if queries:
+            images = images_at(source, queries, num_channels=num_channels)
+        else:
+            images = first_images(source, arguments.num_queries, num_channels=num_channels)
         picture = draw_feature_maps(encoder, images, processor, patch=arguments.patch, foreground=arguments.foreground)
         picture.save(arguments.maps)
         print(f"Feature maps:       {arguments.maps}")
+
+
+def _write_features(path: Path, encoder: Any, processor: Any, source: Any, arguments: argparse.Namespace) -> None:
+    from hf_vlm.data.files import display
+    from hf_vlm.training.features import feature_size, write_features
+
+    num_written, num_bad = write_features(
+        path,
+        encoder,
+        processor,
+        source,
+        pooling=arguments.pooling,
+        batch_size=arguments.batch_size,
+        max_bad_share=arguments.max_bad_share,
+        about={"encoder": display(arguments.run), "data": display(arguments.data), "split": arguments.split},
+        num_expected=arguments.num_examples,
+    )
+    skipped = f"; {num_bad:,} could not be read and were skipped" if num_bad else ""
+    print(f"{num_written:,} images, {feature_size(encoder, arguments.pooling)} features each{skipped}")
+    if arguments.save is not None:
+        print(f"Features:           {path}")
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
