@@ -36,6 +36,10 @@ class LeJEPAConfig(SSLConfig):
         projection_size (`int`, defaults to 64): Width of the projections; 16 does for small encoders and data.
         sigreg_weight (`float`, defaults to 0.05): Weight of SIGReg, the rest being that of the invariance; 0.02 for
             small data.
+        join_views (`bool`, defaults to `False`):
+            Whether SIGReg takes all views of a batch for one sample, as stable-pretraining's LeJEPA, and not each view
+            for one, as the paper's. A weight is as many times stronger then as there are views, and the sample larger,
+            which helps small batches.
         num_slices (`int`, defaults to 1024): Random directions in which the distribution is tested, new each time.
         num_knots (`int`, defaults to 17): Points of the characteristic function, from 0 to `max_knot`.
         max_knot (`float`, defaults to 3.0): The last of them.
@@ -46,6 +50,7 @@ class LeJEPAConfig(SSLConfig):
     projection_hidden_size: int = 2048
     projection_size: int = 64
     sigreg_weight: float | int = 0.05
+    join_views: bool = False
     num_slices: int = 1024
     num_knots: int = 17
     max_knot: float | int = 3.0
@@ -90,7 +95,7 @@ def _waves(samples: Tensor, num_knots: int, spacing: float) -> Iterator[tuple[in
 
 
 class _EppsPulley(torch.autograd.Function):
-    """The Epps-Pulley statistic of samples (views, rows, slices) of all ranks, with its gradient written out.
+    """The Epps-Pulley statistic of samples (count, rows, slices) of all ranks, with its gradient written out.
 
     Kept for the gradient are the samples and a mean a knot; autograd would keep each sample's waves at each knot.
     """
@@ -105,7 +110,7 @@ class _EppsPulley(torch.autograd.Function):
         weights = weights * target
         sums = [torch.stack([cos.sum(1), sin.sum(1)]) for _, cos, sin in _waves(samples, num_knots, spacing)]
         count = samples.shape[1] * world_size()
-        means = sum_over_ranks(torch.stack(sums, dim=-1)) / count  # (2, views, slices, knots)
+        means = sum_over_ranks(torch.stack(sums, dim=-1)) / count  # (2, samples, slices, knots)
         errors = torch.stack([means[0] - target, means[1]])
         ctx.save_for_backward(samples, errors * weights * knots)
         ctx.shape = num_knots, spacing
@@ -118,7 +123,7 @@ class _EppsPulley(torch.autograd.Function):
         samples, slopes = ctx.saved_tensors
         total = torch.zeros_like(samples)
         for knot, cos, sin in _waves(samples, *ctx.shape):
-            of_cos, of_sin = slopes[..., knot][:, :, None]  # (views, 1, slices) each
+            of_cos, of_sin = slopes[..., knot][:, :, None]  # (samples, 1, slices) each
             total += of_sin * cos - of_cos * sin
         return total * (2 * ctx.scale * gradient), None, None
 
@@ -127,10 +132,10 @@ def sigreg(projections: Tensor, slices: Tensor, num_knots: int = 17, max_knot: f
     """How far projections are from a standard normal distribution, seen from random directions: SIGReg.
 
     N x integral of |ECF(t) - exp(-t^2 / 2)|^2 exp(-t^2 / 2) dt over -max_knot to max_knot, ECF being the empirical
-    characteristic function of the N rows of all ranks along a direction; the mean over directions and views.
+    characteristic function of the N rows of all ranks along a direction; the mean over directions and samples.
 
     Args:
-        projections: (views, rows, dim) of this rank, float32. Each view is a sample of its own.
+        projections: (samples, rows, dim) of this rank, float32, a sample being what is tested by itself.
         slices: (dim, slices) unit directions, the same on all ranks.
 
     Returns:
@@ -202,8 +207,9 @@ class LeJEPAForPreTraining(VLMViTPreTrainedModel):
         projections = self.projection_head(pooled).float().unflatten(0, (-1, batch))  # (all views, batch, size)
         if slices is None:
             slices = draw_slices(config.projection_size, config.num_slices, pixel_values.device)
+        samples = projections.flatten(0, 1)[None] if config.join_views else projections
         with torch.autocast(projections.device.type, enabled=False):
-            distance = sigreg(projections, slices, config.num_knots, config.max_knot)
+            distance = sigreg(samples, slices, config.num_knots, config.max_knot)
             agreement = invariance(projections, num_large)
         return LeJEPAOutput(
             loss=(1 - config.sigreg_weight) * agreement + config.sigreg_weight * distance,

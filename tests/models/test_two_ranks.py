@@ -108,13 +108,20 @@ def objectives():
             )
             for centering in ("sinkhorn", "centering")
         },
-        "lejepa": (
-            LeJEPAForPreTraining(LeJEPAConfig(backbone_config=BACKBONE, projection_hidden_size=32, num_slices=32)),
-            {
-                "pixel_values": torch.randn(BATCH, 2, 3, 32, 32),
-                "local_pixel_values": torch.randn(BATCH, 2, 3, 16, 16),
-            },
-        ),
+        **{
+            f"lejepa, join_views {join_views}": (
+                LeJEPAForPreTraining(
+                    LeJEPAConfig(
+                        backbone_config=BACKBONE, projection_hidden_size=32, num_slices=32, join_views=join_views
+                    )
+                ),
+                {
+                    "pixel_values": torch.randn(BATCH, 2, 3, 32, 32),
+                    "local_pixel_values": torch.randn(BATCH, 2, 3, 16, 16),
+                },
+            )
+            for join_views in (False, True)
+        },
         "simmim": (
             SimMIMForPreTraining(SimMIMConfig(backbone_config=BACKBONE, mask_unit_size=16)),
             {"pixel_values": torch.randn(BATCH, 1, 3, 24, 40), "noise": torch.rand(BATCH, 6)},
