@@ -58,6 +58,7 @@ METHODS: dict[str, dict[str, Any]] = {
             "projection_size": 32,
             "num_slices": 256,
             "sigreg_weight": 0.02,
+            "join_views": True,  # as stable-pretraining has them; the paper's, each view by itself: RESULTS.md
         },
         "views": {
             **COLOR,
