@@ -98,7 +98,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "distill": {"views": {**COLOR, "crop_scale": [0.2, 1.0]}},
 }
 SHARED: dict[str, Any] = {
-    "encoder_preset": "nano",
     "encoder_config": {"position_embedding_type": "sincos"},
     "learning_rate": 1e-3,
     "weight_decay": 0.05,
@@ -142,7 +141,9 @@ def recipe_of(method: str, seed: int, folder: Path, options: argparse.Namespace)
         "method": row if row in METHODS else "simclr",
         "data": options.data,
         "output_dir": str(folder),
+        "encoder_preset": options.encoder_preset,
         "image_size": options.image_size,
+        "dataloader_num_workers": options.num_workers,
         "per_device_train_batch_size": options.batch_size,
         "max_steps": max(1, options.num_images // options.batch_size),
         "seed": seed,
@@ -271,6 +272,8 @@ def main() -> None:
     parser.add_argument("--methods", type=lambda text: text.split(","), help="of ours and of peers, by commas")
     parser.add_argument("--num_images", type=int, default=100_000, help="seen in pretraining")
     parser.add_argument("--num_labelled", type=int, default=5_000, help="images of each split for the accuracies")
+    parser.add_argument("--encoder_preset", default="nano", help="size of the encoder; tiny or small on a GPU")
+    parser.add_argument("--num_workers", type=int, default=0, help="processes that read images for ours, for a GPU")
     parser.add_argument("--image_size", type=int, default=32)
     parser.add_argument("--patch_size", type=int, default=4)
     parser.add_argument("--batch_size", type=int, default=128)
