@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hf_vlm.cli.outputs import prepare_file, prepare_picture
 
-NUM_SCENES = 1000  # the built-in images have no end
+NUM_SCENES = 1000
 
 
 def run(words: Sequence[str]) -> None:
@@ -38,7 +38,7 @@ def run(words: Sequence[str]) -> None:
         prepare_file(arguments.json)
     kind = guess_kind(arguments.data) if arguments.data_kind is None else arguments.data_kind
     stream = open_stream(arguments.data, arguments.split, kind=kind)
-    num_examples = NUM_SCENES if kind == "scenes" and arguments.num_examples is None else arguments.num_examples
+    num_examples = images_to_read(kind, arguments.num_examples)
     reservoir = Reservoir(24)
     with tqdm(desc="Looking", total=num_examples, unit=" images", disable=None) as bar:
 
@@ -74,3 +74,8 @@ def _training_commands(source: str, data_kind: str | None, split: str, has_boxes
     if has_boxes:
         commands.append(f"hf-vlm finetune detection/vit_small.yaml {data} --encoder runs/pretrain")
     return commands
+
+
+def images_to_read(kind: str, num_examples: int | None) -> int | None:
+    """How many images a command reads where `num_examples` are asked for: None for all, but scenes have no end."""
+    return NUM_SCENES if kind == "scenes" and num_examples is None else num_examples

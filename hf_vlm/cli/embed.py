@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_vlm.cli.data import NUM_SCENES
+from hf_vlm.cli.data import images_to_read
 from hf_vlm.cli.outputs import prepare_file, prepare_picture
 
 
@@ -26,16 +26,14 @@ def run(words: Sequence[str]) -> None:
     encoder, processor = load_frozen_encoder(arguments.run)
     place(encoder)
     kind = arguments.data_kind or guess_kind(arguments.data)
-    if kind == "scenes" and arguments.num_examples is None:
-        arguments.num_examples = NUM_SCENES
-    num_examples = arguments.num_examples
+    num_examples = images_to_read(kind, arguments.num_examples)
     source = open_stream(arguments.data, arguments.split, kind=kind, num_samples=num_examples)
     queries = arguments.queries
     if queries and num_examples is not None and max(queries) >= num_examples:
         raise ValueError(f"--queries {max(queries)}: only {num_examples} images are read, numbered from 0 on")
     with _feature_path(arguments) as path:
         if path is not None:
-            _write_features(path, encoder, processor, source, arguments)
+            _write_features(path, encoder, processor, source, arguments, num_expected=num_examples)
             queries = queries or evenly_spaced_in_file(path, arguments.num_queries)
         if path is not None and arguments.neighbors is not None:
             picture = draw_stored_neighbors(path, source, queries, num_neighbors=arguments.num_neighbors)
@@ -52,7 +50,10 @@ def run(words: Sequence[str]) -> None:
         print(f"Feature maps:       {arguments.maps}")
 
 
-def _write_features(path: Path, encoder: Any, processor: Any, source: Any, arguments: argparse.Namespace) -> None:
+def _write_features(
+    path: Path, encoder: Any, processor: Any, source: Any, arguments: argparse.Namespace, *, num_expected: int | None
+) -> None:
+    """Writes the features, says how many there are and, of a file that stays, where."""
     from hf_vlm.data.files import display
     from hf_vlm.training.features import feature_size, write_features
 
@@ -65,7 +66,7 @@ def _write_features(path: Path, encoder: Any, processor: Any, source: Any, argum
         batch_size=arguments.batch_size,
         max_bad_share=arguments.max_bad_share,
         about={"encoder": display(arguments.run), "data": display(arguments.data), "split": arguments.split},
-        num_expected=arguments.num_examples,
+        num_expected=num_expected,
     )
     skipped = f"; {num_bad:,} could not be read and were skipped" if num_bad else ""
     print(f"{num_written:,} images, {feature_size(encoder, arguments.pooling)} features each{skipped}")

@@ -95,7 +95,7 @@ def _waves(samples: Tensor, num_knots: int, spacing: float) -> Iterator[tuple[in
 
 
 class _EppsPulley(torch.autograd.Function):
-    """The Epps-Pulley statistic of samples (count, rows, slices) of all ranks, with its gradient written out.
+    """The Epps-Pulley statistic of `samples` (samples, rows, slices) of all ranks, with its gradient written out.
 
     Kept for the gradient are the samples and a mean a knot; autograd would keep each sample's waves at each knot.
     """
