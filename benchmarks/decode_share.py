@@ -14,10 +14,10 @@ from typing import Any
 import cv2
 import numpy as np
 
-from hf_vlm.data.decode import decode_image
+from hf_vlm.data.io.decode import decode_image
 from hf_vlm.data.sources import open_stream, unlabelled
 from hf_vlm.data.stream import ExampleStream, Transform
-from hf_vlm.data.views import ViewTransform
+from hf_vlm.data.transforms.views import ViewTransform
 from hf_vlm.models.modeling_simclr import SimCLRForPreTraining
 
 

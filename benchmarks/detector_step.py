@@ -23,12 +23,12 @@ from tqdm.auto import tqdm
 from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher
 from transformers.loss.loss_for_object_detection import HungarianMatcher
 
+from hf_vlm.features.device import place
 from hf_vlm.models import loss_detection
 from hf_vlm.models.loss_detection import DetectionTargets, match, matching_cost
 from hf_vlm.models.modeling_detection import VLMViTDetectionConfig, VLMViTForObjectDetection
 from hf_vlm.training.arguments import load_recipe, parse_arguments
 from hf_vlm.training.build import build_model
-from hf_vlm.training.device import place
 
 BATCH_SIZE, NUM_BOXES, NUM_CLASSES = 16, 20, 80
 ROWS: dict[str, tuple[str, Any]] = {

@@ -17,7 +17,7 @@ import psutil
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from hf_vlm.data.collate import collate_detection, stack
+from hf_vlm.data.transforms.collate import collate_detection, stack
 
 BATCH_SIZE, NUM_BOXES = 16, 20
 EXAMPLE = {

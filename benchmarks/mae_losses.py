@@ -37,14 +37,14 @@ from tqdm.auto import tqdm
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from hf_vlm import MAEForPreTraining, VLMViTModel
-from hf_vlm.deploy.draw import titled_rows
+from hf_vlm.features.device import suit_cpu
 from hf_vlm.metrics import knn_accuracy
 from hf_vlm.models.ssl_perceptual import features_of_layers, perceptual_distance
 from hf_vlm.training.arguments import parse_arguments
 from hf_vlm.training.build import build_model, quiet_transformers
 from hf_vlm.training.callbacks import LogFile, read_log
-from hf_vlm.training.device import suit_cpu
 from hf_vlm.training.run import pretrain, quiet_libraries
+from hf_vlm.viz.draw import titled_rows
 
 FROZEN = {"perceptual_weight": 30.0, "perceptual_encoder": "frozen"}
 ADVERSARIAL = {"adversarial_weight": 0.1}

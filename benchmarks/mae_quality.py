@@ -21,11 +21,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_vlm import MAEConfig, MAEForPreTraining, VLMViTConfig, VLMViTModel
-from hf_vlm.data.decode import decode_image
-from hf_vlm.data.image_ops import resize
+from hf_vlm.data.io.decode import decode_image
 from hf_vlm.data.sources import open_stream
+from hf_vlm.data.transforms.image_ops import resize
+from hf_vlm.features.device import suit_cpu
 from hf_vlm.metrics import knn_accuracy
-from hf_vlm.training.device import suit_cpu
 
 SIDE = 32
 BATCH_SIZE = 128

@@ -39,11 +39,11 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments, ViTMAEConfig, ViTMAEForPreTraining
 from transformers.utils import logging as transformers_logging
 
+from hf_vlm.features.device import allow_fast_matmul
 from hf_vlm.models.configuration_vlm_vit import PRESETS
 from hf_vlm.training import run
 from hf_vlm.training.arguments import load_recipe
 from hf_vlm.training.callbacks import read_log
-from hf_vlm.training.device import allow_fast_matmul
 from hf_vlm.training.trainer import VisionTrainer
 
 SIZE = 224

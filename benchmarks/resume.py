@@ -27,8 +27,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 
-from hf_vlm.data.decode import decode_image
-from hf_vlm.data.indexed import indexed_stream
+from hf_vlm.data.io.decode import decode_image
+from hf_vlm.data.io.indexed import indexed_stream
 from hf_vlm.data.schema import image_feature
 from hf_vlm.data.sources import open_stream
 from hf_vlm.data.stream import ExampleStream

@@ -189,7 +189,7 @@ def accuracy_of_pixels(folder: Path, options: argparse.Namespace) -> dict[str, f
     """kNN and linear accuracy of the images themselves, at 16 x 16 pixels."""
     from hf_vlm.data.sources import open_stream
     from hf_vlm.data.stream import ExampleStream
-    from hf_vlm.data.views import EvalTransform
+    from hf_vlm.data.transforms.views import EvalTransform
     from hf_vlm.metrics import knn_accuracy, linear_accuracy
 
     transform = EvalTransform(16, image_mean=0.5, image_std=0.25)

@@ -35,10 +35,10 @@ from tqdm.auto import tqdm
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from hf_vlm import MAEConfig, MAEForPreTraining, SimCLRConfig, SimCLRForPreTraining, VLMViTConfig
+from hf_vlm.features.device import suit_cpu
 from hf_vlm.models.configuration_vlm_vit import PRESETS
 from hf_vlm.models.modeling_simclr import nt_xent
 from hf_vlm.models.ssl_layers import ProjectionHead
-from hf_vlm.training.device import suit_cpu
 from hf_vlm.training.meters import FlopCounter, peak_flops
 
 SIZE, PATCH = 224, 16

@@ -31,11 +31,11 @@ from sklearn.datasets import load_sample_images
 from torchdata.stateful_dataloader import StatefulDataLoader
 from tqdm.auto import tqdm
 
-from hf_vlm.data.collate import stack
-from hf_vlm.data.decode import decode_image
-from hf_vlm.data.image_ops import resize
+from hf_vlm.data.io.decode import decode_image
 from hf_vlm.data.sources import open_stream
 from hf_vlm.data.stream import ExampleStream
+from hf_vlm.data.transforms.collate import stack
+from hf_vlm.data.transforms.image_ops import resize
 
 SIZE = (224, 224)
 BATCH_SIZE = 64

@@ -28,8 +28,8 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_vlm.data.device_views import DeviceViews
-from hf_vlm.data.views import ViewTransform, draw_view, render_view
+from hf_vlm.data.transforms.device_views import DeviceViews
+from hf_vlm.data.transforms.views import ViewTransform, draw_view, render_view
 from hf_vlm.models.modeling_mae import MAEForPreTraining
 from hf_vlm.models.modeling_simclr import SimCLRForPreTraining
 

@@ -29,7 +29,7 @@ import numpy as np
 from PIL import Image
 from transformers import set_seed
 
-from hf_vlm.data.decode import decode_image
+from hf_vlm.data.io.decode import decode_image
 from hf_vlm.data.sources import unlabelled
 from hf_vlm.registry import find_model
 from hf_vlm.training.arguments import parse_arguments

@@ -11,8 +11,8 @@ from transformers import get_cosine_schedule_with_warmup
 
 from hf_vlm import VLMViTModel
 from hf_vlm.data.stream import ExampleStream
+from hf_vlm.features.device import place
 from hf_vlm.training.arguments import VisionTrainingArguments
-from hf_vlm.training.device import place
 from hf_vlm.training.optim import parameter_groups
 
 

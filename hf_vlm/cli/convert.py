@@ -26,9 +26,9 @@ def run(words: Sequence[str]) -> None:
         raise ValueError(f"{folder} holds a model already (config.json): name another folder, or delete it")
 
     import hf_vlm.registry  # noqa: F401  marks the code for being saved beside the weights
-    from hf_vlm.data.origins import write_origins
     from hf_vlm.models.convert_vlm_vit import convert_checkpoint
     from hf_vlm.training.build import next_command, quiet_transformers
+    from hf_vlm.training.provenance import write_origins
     from hf_vlm.training.run import quiet_libraries
 
     quiet_libraries()

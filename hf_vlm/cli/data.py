@@ -28,10 +28,10 @@ def run(words: Sequence[str]) -> None:
 
     from tqdm.auto import tqdm
 
-    from hf_vlm.data.files import display
-    from hf_vlm.data.inspect import format_report, inspect_stream
+    from hf_vlm.data.inspection.inspect import format_report, inspect_stream
+    from hf_vlm.data.io.files import display
     from hf_vlm.data.sources import guess_kind, open_stream
-    from hf_vlm.deploy.contact_sheet import Reservoir, example_sheet
+    from hf_vlm.viz.contact_sheet import Reservoir, example_sheet
 
     prepare_picture(arguments.save, like="contact_sheet.png")
     if arguments.json is not None:

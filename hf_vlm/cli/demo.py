@@ -93,7 +93,7 @@ def draw_unlabelled(path: Path, *, num_images: int) -> None:
     from datasets import Dataset
     from tqdm.auto import tqdm
 
-    from hf_vlm.data.scenes import scenes_stream
+    from hf_vlm.data.scenes.render import scenes_stream
     from hf_vlm.data.sources import unlabelled
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -148,7 +148,7 @@ With your own images:
 def draw_curves(folder: Path) -> None:
     """The loss of pretraining, and the validation AP50 of both arms over the steps."""
     from hf_vlm.training.callbacks import LogFile, read_log
-    from hf_vlm.training.curves import Panel, draw_panels, series
+    from hf_vlm.viz.curves import Panel, draw_panels, series
 
     loss = series(read_log(folder / "encoder" / LogFile.name), "loss")
     labels = {"pretrained": "from pretrained encoder", "random": "from random initialisation"}
@@ -167,9 +167,9 @@ def draw_predictions(folder: Path, num_images: int = 8) -> None:
     import numpy as np
     from PIL import Image
 
-    from hf_vlm.data.scenes import render_scene, scene_settings
-    from hf_vlm.deploy.draw import contact_sheet, draw_detections, side_by_side
+    from hf_vlm.data.scenes.render import render_scene, scene_settings
     from hf_vlm.deploy.predict import Predictor
+    from hf_vlm.viz.draw import contact_sheet, draw_detections, side_by_side
 
     predictor = Predictor.from_pretrained(folder / "detector_pretrained")
     pictures = []

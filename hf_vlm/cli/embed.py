@@ -17,9 +17,9 @@ def run(words: Sequence[str]) -> None:
 
     from hf_vlm.data.sources import guess_kind, open_stream
     from hf_vlm.deploy.embed import draw_feature_maps, draw_stored_neighbors, first_images, images_at
+    from hf_vlm.features.device import place
+    from hf_vlm.features.neighbors import evenly_spaced_in_file
     from hf_vlm.training.build import load_frozen_encoder
-    from hf_vlm.training.device import place
-    from hf_vlm.training.neighbors import evenly_spaced_in_file
     from hf_vlm.training.run import quiet_libraries
 
     quiet_libraries()
@@ -54,8 +54,8 @@ def _write_features(
     path: Path, encoder: Any, processor: Any, source: Any, arguments: argparse.Namespace, *, num_expected: int | None
 ) -> None:
     """Writes the features, says how many there are and, of a file that stays, where."""
-    from hf_vlm.data.files import display
-    from hf_vlm.training.features import feature_size, write_features
+    from hf_vlm.data.io.files import display
+    from hf_vlm.features.extraction import feature_size, write_features
 
     num_written, num_bad = write_features(
         path,

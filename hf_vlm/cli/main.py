@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         if os.environ.get("HF_VLM_TRACEBACK"):
             raise
-        from hf_vlm.data.files import without_secrets
+        from hf_vlm.data.io.files import without_secrets
 
         print(f"hf-vlm {words[0]}: {without_secrets(str(error))}", file=sys.stderr)
         return 2

@@ -22,10 +22,11 @@ def run(words: Sequence[str]) -> None:
     from hf_vlm.training.arguments import load_recipe
     from hf_vlm.training.build import detection_command
     from hf_vlm.training.run import pretrain, quiet_libraries
+    from hf_vlm.viz.curves import draw_probes
 
     quiet_libraries()
     recipe = load_recipe(arguments.recipe, overrides)
-    summary = pretrain(recipe, write_card=write_model_card)
+    summary = pretrain(recipe, write_card=write_model_card, plot=draw_probes)
     folder = recipe["output_dir"]
     if not PartialState().is_main_process:  # the others are done while it still writes
         return

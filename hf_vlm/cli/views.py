@@ -23,10 +23,10 @@ def run(words: Sequence[str]) -> None:
     if arguments.num_images < 1:
         raise ValueError(f"--num_images {arguments.num_images}: at least one image is needed")
 
-    from hf_vlm.deploy.view_sheet import view_sheet
     from hf_vlm.training.arguments import load_recipe
     from hf_vlm.training.preview import draw_first_views
     from hf_vlm.training.run import quiet_libraries
+    from hf_vlm.viz.view_sheet import view_sheet
 
     quiet_libraries()
     recipe = load_recipe(arguments.recipe, overrides)

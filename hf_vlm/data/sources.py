@@ -12,19 +12,19 @@ import aiohttp
 import datasets
 from upath import UPath
 
-from hf_vlm.data.coco import find_coco_files, open_coco
-from hf_vlm.data.columns import Categories, ColumnMap, RowReader, find_columns, object_fields, read_categories
-from hf_vlm.data.files import can_list, display, find_paths, is_remote, reason, without_secrets
-from hf_vlm.data.imagefolder import IMAGE_EXTENSIONS, open_imagefolder
-from hf_vlm.data.indexed import count_examples, declare_count
-from hf_vlm.data.mixture import mix_streams
-from hf_vlm.data.parquet import open_parquet
-from hf_vlm.data.scenes import scenes_stream
+from hf_vlm.data.formats.coco import find_coco_files, open_coco
+from hf_vlm.data.formats.columns import Categories, ColumnMap, RowReader, find_columns, object_fields, read_categories
+from hf_vlm.data.formats.imagefolder import IMAGE_EXTENSIONS, open_imagefolder
+from hf_vlm.data.formats.mixture import mix_streams
+from hf_vlm.data.formats.parquet import open_parquet
+from hf_vlm.data.formats.splits import canonical_split, choose_split, describe_folder, nearest
+from hf_vlm.data.formats.voc import looks_like_voc, open_voc
+from hf_vlm.data.formats.webdataset import open_webdataset
+from hf_vlm.data.formats.yolo import looks_like_yolo, open_yolo
+from hf_vlm.data.io.files import can_list, display, find_paths, is_remote, reason, without_secrets
+from hf_vlm.data.io.indexed import count_examples, declare_count
+from hf_vlm.data.scenes.render import scenes_stream
 from hf_vlm.data.schema import class_names, has_boxes, unlabelled
-from hf_vlm.data.splits import canonical_split, choose_split, describe_folder, nearest
-from hf_vlm.data.voc import looks_like_voc, open_voc
-from hf_vlm.data.webdataset import open_webdataset
-from hf_vlm.data.yolo import looks_like_yolo, open_yolo
 
 __all__ = ["KINDS", "class_names", "count_examples", "guess_kind", "has_boxes", "open_stream", "unlabelled"]
 

@@ -28,8 +28,8 @@ import numpy as np
 import torch
 from datasets.distributed import split_dataset_by_node
 
-from hf_vlm.data.decode import BadImageError
-from hf_vlm.data.files import display
+from hf_vlm.data.io.decode import BadImageError
+from hf_vlm.data.io.files import display
 
 __all__ = ["ExampleStream", "Transform"]
 

@@ -16,17 +16,17 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_vlm.data.decode import decode_image
+from hf_vlm.data.io.decode import decode_image
 from hf_vlm.data.stream import ExampleStream
-from hf_vlm.deploy.map_sheet import map_sheet
-from hf_vlm.deploy.neighbor_sheet import SIDE, neighbor_sheet
 from hf_vlm.deploy.predict import ImageLike, expand_images, load_image
+from hf_vlm.features.extraction import encode, feature_size
+from hf_vlm.features.maps import feature_maps
+from hf_vlm.features.neighbors import evenly_spaced, find_neighbors, search_file
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 from hf_vlm.training.build import load_frozen_encoder
-from hf_vlm.training.feature_maps import feature_maps
-from hf_vlm.training.features import encode, feature_size
-from hf_vlm.training.neighbors import evenly_spaced, find_neighbors, search_file
+from hf_vlm.viz.map_sheet import map_sheet
+from hf_vlm.viz.neighbor_sheet import SIDE, neighbor_sheet
 
 __all__ = [
     "draw_feature_maps",

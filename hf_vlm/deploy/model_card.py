@@ -11,7 +11,7 @@ import jinja2
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from hf_vlm.data.origins import is_hub_id, recorded_origins
+from hf_vlm.training.provenance import is_hub_id, recorded_origins
 
 if TYPE_CHECKING:
     from transformers.configuration_utils import PreTrainedConfig

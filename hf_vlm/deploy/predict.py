@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from hf_vlm.deploy.draw import draw_detections
+from hf_vlm.viz.draw import draw_detections
 
 if TYPE_CHECKING:
     import torch
@@ -98,8 +98,8 @@ class Predictor:
         from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
         import hf_vlm.registry  # noqa: F401  the Auto classes have to know the package's classes
+        from hf_vlm.features.device import place
         from hf_vlm.training.build import refuse_missing
-        from hf_vlm.training.device import place
 
         name = str(path_or_repo)
         try:
@@ -169,7 +169,7 @@ def image_paths(path: str | os.PathLike[str]) -> list[str]:
     Raises:
         ValueError: Where there are none.
     """
-    from hf_vlm.data.imagefolder import IMAGE_EXTENSIONS, find_images
+    from hf_vlm.data.formats.imagefolder import IMAGE_EXTENSIONS, find_images
 
     text = os.fspath(path)
     if "://" in text or os.path.isfile(text):
@@ -226,6 +226,6 @@ def load_image(image: ImageLike, *, num_channels: int) -> NDArray[Any]:
         mode = "L" if num_channels == 1 else "RGB"
         array = np.array(ImageOps.exif_transpose(image).convert(mode))
         return array.reshape(*array.shape[:2], -1)
-    from hf_vlm.data.decode import decode_image
+    from hf_vlm.data.io.decode import decode_image
 
     return decode_image(os.fspath(image), num_channels=num_channels)[0]

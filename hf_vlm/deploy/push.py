@@ -11,8 +11,8 @@ import httpx2
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RevisionNotFoundError
 
-from hf_vlm.data.origins import recorded_origins
 from hf_vlm.deploy.model_card import CARD_MARKER, write_model_card
+from hf_vlm.training.provenance import recorded_origins
 
 __all__ = ["files_to_push", "push"]
 

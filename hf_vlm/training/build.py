@@ -13,7 +13,7 @@ import numpy as np
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from hf_vlm.data.settings import as_size
+from hf_vlm.data.transforms.options import as_size
 from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
 from hf_vlm.models.convert_families import ALIASES, FAMILIES
 from hf_vlm.models.convert_vlm_vit import is_ours, read_config

@@ -12,10 +12,10 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import CONFIG_NAME
 
-from hf_vlm.data.origins import RUN_FILE
-from hf_vlm.data.splits import listing
+from hf_vlm.data.formats.splits import listing
 from hf_vlm.data.stream import ExampleStream
 from hf_vlm.training.arguments import VisionTrainingArguments
+from hf_vlm.training.provenance import RUN_FILE
 
 __all__ = ["check_run_folder", "clear_run_folder", "last_checkpoint", "load_data_state", "save_data_state"]
 

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from hf_vlm.data.collate import collate_detection
 from hf_vlm.data.stream import ExampleStream
+from hf_vlm.data.transforms.collate import collate_detection
+from hf_vlm.features.extraction import encode
 from hf_vlm.metrics import coco_detection_metrics, knn_accuracy, linear_accuracy
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
-from hf_vlm.training.features import encode
 
 MAX_DETECTIONS = 100  # COCO counts no more; kept boxes bound the memory
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from hf_vlm.data.sources import unlabelled
-from hf_vlm.data.views import ViewTransform, crop_box
+from hf_vlm.data.transforms.views import ViewTransform, crop_box
 from hf_vlm.registry import find_model
 from hf_vlm.training.arguments import parse_arguments
 from hf_vlm.training.build import build_config, build_processor

@@ -22,12 +22,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from hf_vlm.data.sources import open_stream
 from hf_vlm.data.stream import ExampleStream, Transform
-from hf_vlm.data.views import ViewTransform
+from hf_vlm.data.transforms.views import ViewTransform
+from hf_vlm.features.extraction import encode, plain_transform
 from hf_vlm.metrics import alignment, effective_rank, feature_std, mean_cosine, uniformity
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.training.arguments import VisionTrainingArguments
 from hf_vlm.training.evaluation import classify
-from hf_vlm.training.features import encode, plain_transform
 from hf_vlm.training.trainer import VisionTrainer
 
 __all__ = ["Probe", "build_probe", "last_probe"]

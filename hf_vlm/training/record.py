@@ -14,9 +14,9 @@ from typing import Any
 import datasets
 import yaml
 
-from hf_vlm.data.origins import RUN_FILE, origins_of, publishable
 from hf_vlm.data.sources import class_names
 from hf_vlm.training.arguments import VisionTrainingArguments
+from hf_vlm.training.provenance import RUN_FILE, origins_of, publishable
 
 RECIPE_FILE = "recipe.yaml"
 HOW_IT_BEGAN = ("overwrite_output_dir", "resume_from_checkpoint")  # of a recipe, and nothing to repeat

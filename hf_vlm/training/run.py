@@ -11,22 +11,21 @@ import datasets
 import transformers
 from transformers import PreTrainedConfig, set_seed
 
-from hf_vlm.data.collate import collate_detection, collate_views
-from hf_vlm.data.detection import DetectionTransform
-from hf_vlm.data.device_views import DeviceViews
 from hf_vlm.data.sources import class_names, count_examples, has_boxes, open_stream, unlabelled
 from hf_vlm.data.stream import ExampleStream
-from hf_vlm.data.views import ViewTransform
+from hf_vlm.data.transforms.collate import collate_detection, collate_views
+from hf_vlm.data.transforms.detection import DetectionTransform
+from hf_vlm.data.transforms.device_views import DeviceViews
+from hf_vlm.data.transforms.views import ViewTransform
+from hf_vlm.features.device import place
+from hf_vlm.features.extraction import plain_transform
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_detection import VLMViTDetectionConfig, VLMViTForObjectDetection
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
+from hf_vlm.training.alarms import CollapseAlarm
 from hf_vlm.training.arguments import VisionTrainingArguments, parse_arguments
 from hf_vlm.training.build import build_model, build_processor, load_frozen_encoder, quiet_transformers, refuse_missing
-from hf_vlm.training.collapse import CollapseAlarm
-from hf_vlm.training.curves import draw_probes
-from hf_vlm.training.device import place
 from hf_vlm.training.evaluation import evaluate_detection, evaluate_features
-from hf_vlm.training.features import plain_transform
 from hf_vlm.training.probes import build_probe, last_probe
 from hf_vlm.training.record import RunRecord
 from hf_vlm.training.trainer import VisionTrainer
@@ -36,7 +35,12 @@ logger = logging.getLogger(__name__)
 OBJECTIVE_FOLDER = "objective"  # the whole pretraining model, beside the encoder that people use
 
 
-def pretrain(recipe: dict[str, Any], *, write_card: Callable[[Path], Any] | None = None) -> dict[str, Any]:
+def pretrain(
+    recipe: dict[str, Any],
+    *,
+    write_card: Callable[[Path], Any] | None = None,
+    plot: Callable[[Path], Any] | None = None,
+) -> dict[str, Any]:
     """Pretrains an encoder by a recipe.
 
     Leaves in `output_dir` the encoder with its image processor, the recipe, `run.json` and `log.jsonl`; the whole
@@ -78,8 +82,8 @@ def pretrain(recipe: dict[str, Any], *, write_card: Callable[[Path], Any] | None
         encoder.save_pretrained(output_dir)
         processor.save_pretrained(output_dir)
         record.write(output_dir)
-        if record.summary["probe"]:
-            draw_probes(output_dir)
+        if plot is not None:
+            plot(output_dir)
         if args.push_to_hub:
             trainer.upload(output_dir, "End of training")
     return record.summary

@@ -17,10 +17,10 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
 from hf_vlm.data.stream import ExampleStream
+from hf_vlm.features.device import suit_cpu
 from hf_vlm.training.arguments import VisionTrainingArguments
 from hf_vlm.training.callbacks import AfterStep, LogFile, WeightDecaySchedule
 from hf_vlm.training.data_state import check_run_folder, last_checkpoint, load_data_state, save_data_state
-from hf_vlm.training.device import suit_cpu
 from hf_vlm.training.meters import Speedometer
 from hf_vlm.training.optim import late_encoder_schedule, parameter_groups
 

@@ -5,9 +5,9 @@ import pytest
 from PIL import Image
 
 from hf_vlm.cli.main import main
-from hf_vlm.deploy.view_sheet import view_sheet
 from hf_vlm.training.arguments import load_recipe
 from hf_vlm.training.preview import draw_first_views
+from hf_vlm.viz.view_sheet import view_sheet
 
 SMALL = ["--image_size", "32", "--encoder_preset", "nano"]
 

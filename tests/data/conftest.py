@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hf_vlm.data import files
+from hf_vlm.data.io import files
 
 
 def png(value):

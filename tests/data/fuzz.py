@@ -22,7 +22,7 @@ import numpy as np
 from datasets import Dataset, IterableDataset, disable_progress_bars
 from PIL import Image
 
-from hf_vlm.data.decode import decode_image
+from hf_vlm.data.io.decode import decode_image
 from hf_vlm.data.sources import open_stream
 from hf_vlm.data.stream import ExampleStream
 

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from hf_vlm.data.decode import decode_image
-from hf_vlm.data.scenes import scenes_stream
+from hf_vlm.data.io.decode import decode_image
+from hf_vlm.data.scenes.render import scenes_stream
 from hf_vlm.data.schema import image_feature, objects_feature
 from hf_vlm.data.sources import class_names, guess_kind, has_boxes, open_stream, unlabelled
 

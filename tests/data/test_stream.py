@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from hf_vlm.data.decode import BadImageError, decode_image
+from hf_vlm.data.io.decode import BadImageError, decode_image
 from hf_vlm.data.stream import ExampleStream
 
 SHARDS = [[0, 1, 2, 3, 4], [5], [6, 7, 8, 9], [10, 11, 12, 13, 14, 15, 16], [17, 18], [19, 20, 21, 22]]  # uneven

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_vlm.data.decode import decode_image
+from hf_vlm.data.io.decode import decode_image
 from hf_vlm.data.sources import open_stream
 from hf_vlm.deploy.embed import (
     draw_feature_maps,
@@ -19,14 +19,14 @@ from hf_vlm.deploy.embed import (
     first_images,
     images_at,
 )
-from hf_vlm.deploy.map_sheet import map_sheet
-from hf_vlm.deploy.neighbor_sheet import neighbor_sheet
+from hf_vlm.features.extraction import encode, write_features
+from hf_vlm.features.maps import feature_maps
+from hf_vlm.features.neighbors import find_neighbors
 from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
-from hf_vlm.training.feature_maps import feature_maps
-from hf_vlm.training.features import encode, write_features
-from hf_vlm.training.neighbors import find_neighbors
+from hf_vlm.viz.map_sheet import map_sheet
+from hf_vlm.viz.neighbor_sheet import neighbor_sheet
 
 NUM_IMAGES = 7
 

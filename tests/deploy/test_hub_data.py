@@ -20,7 +20,7 @@ for private in (False, True):
 """
 READ = """
 import json
-from hf_vlm.data.decode import decode_image
+from hf_vlm.data.io.decode import decode_image
 from hf_vlm.data.sources import count_examples, open_stream
 
 def value(example):

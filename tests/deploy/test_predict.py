@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_vlm.deploy.draw import class_color
 from hf_vlm.deploy.predict import Prediction, Predictor, image_paths
+from hf_vlm.viz.draw import class_color
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from hf_vlm.data.scenes import render_scene, scene_settings
+from hf_vlm.data.scenes.render import render_scene, scene_settings
 from hf_vlm.data.sources import open_stream
 from hf_vlm.data.stream import ExampleStream
-from hf_vlm.data.views import EvalTransform
+from hf_vlm.data.transforms.views import EvalTransform
 from hf_vlm.metrics import coco_detection_metrics, knn_accuracy, linear_accuracy
 from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor

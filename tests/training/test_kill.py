@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 
-from hf_vlm.data.scenes import scenes_stream
+from hf_vlm.data.scenes.render import scenes_stream
 from hf_vlm.training.callbacks import read_log
 
 PROGRAM = Path(__file__).with_name("traced_run.py")

@@ -22,10 +22,11 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from hf_vlm import metrics
-from hf_vlm.data.scenes import scenes_stream
+from hf_vlm.data.scenes.render import scenes_stream
 from hf_vlm.data.sources import open_stream
 from hf_vlm.data.stream import ExampleStream
-from hf_vlm.data.views import EvalTransform, ViewTransform
+from hf_vlm.data.transforms.views import EvalTransform, ViewTransform
+from hf_vlm.features.extraction import frozen
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_mae import MAEForPreTraining
 from hf_vlm.models.modeling_simclr import SimCLRConfig, SimCLRForPreTraining
@@ -33,10 +34,10 @@ from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 from hf_vlm.training import probes
 from hf_vlm.training.arguments import parse_arguments
 from hf_vlm.training.callbacks import read_log
-from hf_vlm.training.features import frozen
 from hf_vlm.training.probes import Probe, accuracy, open_probe_source, preserved_randomness, probe_interval, spread
 from hf_vlm.training.run import pretrain
 from hf_vlm.training.trainer import VisionTrainer
+from hf_vlm.viz.curves import draw_probes
 
 PROGRAM = Path(__file__).with_name("traced_run.py")
 
@@ -99,8 +100,8 @@ def test_figures_are_those_of_the_encoder_on_fixed_views(make_recipe, tmp_path, 
 def test_probes_change_no_bit_of_a_run(make_recipe, tmp_path, method, bf16):
     recipe = make_recipe(method, bf16=bf16)
     recipe["encoder_config"]["drop_path_rate"] = 0.3  # draws random numbers where a model trains
-    pretrain(recipe | {"output_dir": str(tmp_path / "probed"), "probe_steps": 2})
-    pretrain(recipe | {"output_dir": str(tmp_path / "unprobed"), "probe_steps": 0})
+    pretrain(recipe | {"output_dir": str(tmp_path / "probed"), "probe_steps": 2}, plot=draw_probes)
+    pretrain(recipe | {"output_dir": str(tmp_path / "unprobed"), "probe_steps": 0}, plot=draw_probes)
     assert sorted(probed(tmp_path / "probed")) == [0, 2, 4, 6, 8]
     assert probed(tmp_path / "unprobed") == {}
     assert losses(tmp_path / "probed") == losses(tmp_path / "unprobed")

@@ -10,9 +10,8 @@ import yaml
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from hf_vlm.data.origins import publishable, write_origins
 from hf_vlm.data.sources import open_stream
-from hf_vlm.data.views import ViewTransform
+from hf_vlm.data.transforms.views import ViewTransform
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_detection import VLMViTForObjectDetection
 from hf_vlm.models.modeling_mae import MAEForPreTraining
@@ -23,6 +22,7 @@ from hf_vlm.training.arguments import parse_arguments
 from hf_vlm.training.build import build_config
 from hf_vlm.training.callbacks import read_log
 from hf_vlm.training.data_state import last_checkpoint
+from hf_vlm.training.provenance import publishable, write_origins
 from hf_vlm.training.record import RunRecord, fingerprint
 from hf_vlm.training.run import evaluate_run, finetune, pretrain
 from hf_vlm.training.trainer import VisionTrainer

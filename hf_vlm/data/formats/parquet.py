@@ -1,0 +1,281 @@
+"""Parquet files on disk."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from hf_vlm.data.formats.checks import check_boxes
+from hf_vlm.data.formats.columns import (
+    POSITION,
+    Categories,
+    ColumnMap,
+    RowReader,
+    find_columns,
+    make_categories,
+    object_fields,
+    read_categories,
+)
+from hf_vlm.data.formats.splits import choose_split, common_folder, describe_folder, group_by_split, listing
+from hf_vlm.data.io.files import display, is_folder, is_remote, open_binary, reason
+from hf_vlm.data.io.indexed import generated_stream
+
+__all__ = ["find_parquet_files", "open_parquet"]
+
+logger = logging.getLogger(__name__)
+
+Array = np.ndarray[Any, Any]
+
+BATCH_SIZE = 64  # rows read at a time
+
+
+def open_parquet(
+    source: Path | Sequence[Path], split: str, *, num_samples: int | None = None
+) -> datasets.IterableDataset:
+    """Stream the rows of Parquet files, of one, of several or of the files of a split in a folder.
+
+    A row group is a shard.
+
+    The split is told by the names of files or folders, as `train-00000-of-00002.parquet` or `train/0.parquet`; where
+    no name tells one, all is `train`. Columns are found by name and type (see `find_columns`). Of the rows, only
+    labels, ids and boxes are read to check them.
+
+    Raises:
+        ValueError: There is no such split; a file is not Parquet or its columns differ from the others'; there is no
+            column of images; or labels or categories are out of range.
+    """
+    paths, root = _find_paths(source)
+    splits, name = group_by_split(paths, root), display(source)
+    files = _Files(choose_split(splits, split, name))
+    parts = files.parts(num_samples)
+    columns = _without_repeated_ids(files, find_columns(files.features, name), name)
+    label = _check_labels(files, splits, columns, name)
+    category, is_clean = _check_objects(files, splits, columns, name)
+    reader = RowReader(map=columns, label=label, category=category, folder=str(root), cleans_boxes=not is_clean)
+    num_rows = sum(count for *_, count in parts)
+    rows = generated_stream(_read_rows, num_examples=num_rows, parts=parts, leaves=files.leaves(columns))
+    return rows.map(reader, remove_columns=[POSITION, *columns.source_names], features=reader.features)
+
+
+def _find_paths(source: Path | Sequence[Path]) -> tuple[list[Path], Path]:
+    """The files, and the folder that their splits are told from."""
+    if isinstance(source, Sequence):
+        return list(source), common_folder(source)
+    if not is_folder(source):
+        return [source], source.parent
+    paths = find_parquet_files(source)
+    if not paths:
+        raise ValueError(f"{source} holds no Parquet files; {describe_folder(source)}")
+    return paths, source
+
+
+def find_parquet_files(folder: Path) -> list[Path]:
+    """All Parquet files below a folder, sorted; hidden ones are left out."""
+    found = (path for path in folder.rglob("*.parquet") if path.is_file())
+    return sorted(path for path in found if not any(part[0] == "." for part in path.relative_to(folder).parts))
+
+
+def _read_rows(
+    parts: list[tuple[str, int, int, int]], leaves: tuple[str, ...]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows of row groups, given as (path, row group, position of its first row, rows to read)."""
+    for path, group, first, num_rows in parts:
+        with _open(path) as file:
+            # Without threads: the reader may run in a forked worker.
+            batches = file.iter_batches(BATCH_SIZE, row_groups=[group], columns=list(leaves), use_threads=False)
+            rows = chain.from_iterable(batch.to_pylist() for batch in batches)
+            for position, row in enumerate(islice(rows, num_rows), start=first):
+                yield position, {POSITION: position, **row}
+
+
+class _Files:
+    """Parquet files with the same columns."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = paths
+        self.metadata = [_read_metadata(path) for path in paths]
+        try:
+            self.features = datasets.Features.from_arrow_schema(self.metadata[0].schema.to_arrow_schema())
+        except Exception as error:  # of many kinds: what `datasets` writes of itself into a file may be damaged
+            raise ValueError(f"{display(paths[0])} has columns that make no sense: {error!r}") from error
+
+    def parts(self, num_samples: int | None) -> list[tuple[str, int, int, int]]:
+        """What `_read_rows` takes, for all rows or the first few."""
+        parts, first = [], 0
+        for path, metadata in zip(self.paths, self.metadata):
+            for group in range(metadata.num_row_groups):
+                num_rows = metadata.row_group(group).num_rows
+                num_read = num_rows if num_samples is None else min(num_rows, num_samples - first)
+                if num_read > 0:
+                    parts.append((str(path), group, first, num_read))
+                first += num_rows
+        if not parts:
+            raise ValueError(f"there are no rows in {listing(self.paths)}")
+        return parts
+
+    def leaves(self, columns: ColumnMap) -> tuple[str, ...]:
+        """Paths of what to read: the columns of the map, and of the objects only the known fields."""
+        objects, fields = columns.columns.get("objects"), set(columns.objects.values())
+        types_of: dict[Path, dict[str, str]] = {}
+        for path, metadata in zip(self.paths, self.metadata):
+            types_of[path] = {}
+            for leaf in map(metadata.schema.column, range(metadata.num_columns)):
+                name, *inner = leaf.path.split(".")
+                if name in columns.source_names and (name != objects or fields & set(inner)):
+                    types_of[path][leaf.path] = leaf.physical_type
+        first = types_of[self.paths[0]]
+        for path, types in types_of.items():
+            differing = {leaf.split(".")[0] for leaf, _ in types.items() ^ first.items()}
+            if differing:
+                raise ValueError(f"{path} and {self.paths[0]} differ in their columns {listing(sorted(differing))}")
+        return tuple(first)
+
+    def column(self, name: str, *, leaves: Sequence[str] | None = None) -> pa.Array:
+        """All values of a column, or of the leaves of it."""
+        parts: list[pa.ChunkedArray] = []
+        for path in self.paths:
+            with _open(path) as file:
+                parts.append(file.read(columns=list(leaves or [name]), use_threads=False).column(name))
+            if parts[-1].type != parts[0].type:
+                raise ValueError(f"{path} and {self.paths[0]} differ in their columns {name}")
+        return pa.concat_arrays([chunk for part in parts for chunk in part.chunks])
+
+    def object_field(self, columns: ColumnMap, field: str) -> tuple[pa.Array, Array]:
+        """A field of all objects one after the other, and the number of objects of each row."""
+        name, inner = columns.columns["objects"], columns.objects[field]
+        leaves = [leaf for leaf in self.leaves(columns) if leaf.split(".")[0] == name and inner in leaf.split(".")]
+        objects = self.column(name, leaves=leaves)
+        is_struct = pa.types.is_struct(objects.type)
+        lists = pc.struct_field(objects, inner) if is_struct else objects
+        counts = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
+        return lists.flatten() if is_struct else pc.struct_field(lists.flatten(), inner), counts
+
+
+@contextmanager
+def _open(path: object) -> Iterator[pq.ParquetFile]:
+    """Open a file; one on disk by its path, which Arrow reads fastest itself.
+
+    Raises:
+        ValueError: It is no Parquet or is damaged, then or while it is read.
+    """
+    try:
+        if is_remote(path):  # without reading ahead: Arrow knows which bytes it wants
+            with open_binary(path, read_ahead=False) as remote, pq.ParquetFile(remote) as file:
+                yield file
+        else:
+            with pq.ParquetFile(str(path)) as file:
+                yield file
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{display(path)} cannot be read as Parquet: {reason(error)}") from error
+
+
+def _read_metadata(path: Path) -> pq.FileMetaData:
+    with _open(path) as file:
+        return file.metadata
+
+
+def _files_with(name: str, splits: Mapping[str, Sequence[Path]]) -> _Files:
+    """The files of all splits that have a column: so that values without declared names are numbered alike."""
+    return _Files(
+        [
+            path
+            for paths in splits.values()
+            for path in paths
+            if name in _read_metadata(path).schema.to_arrow_schema().names
+        ]
+    )
+
+
+def _without_repeated_ids(files: _Files, columns: ColumnMap, source: object) -> ColumnMap:
+    name = columns.columns.get("image_id")
+    if name is None:
+        return columns
+    ids = files.column(name)
+    if pc.count_distinct(ids).as_py() == len(ids):
+        return columns
+    logger.warning("%s: the column %r is not unique; the image_id is the position instead", source, name)
+    return replace(columns, columns={key: value for key, value in columns.columns.items() if key != "image_id"})
+
+
+def _check_labels(
+    files: _Files, splits: Mapping[str, Sequence[Path]], columns: ColumnMap, source: object
+) -> Categories | None:
+    """The classes; None where there is no label or none is known, as in test splits with hidden labels."""
+    name = columns.columns.get("label")
+    if name is None:
+        return None
+    values = files.column(name)
+    categories = read_categories(files.features[name])
+    if categories is None:
+        categories = make_categories(pc.unique(_files_with(name, splits).column(name)).drop_null().to_pylist())
+    unknown = np.flatnonzero(~_is_known(values, categories))
+    if len(unknown) == len(values):
+        logger.warning("%s: no row has a label in the column %r; it is left out", source, name)
+        return None
+    if len(unknown):
+        rows = listing(f"{values[row]} in row {row}" for row in unknown.tolist())
+        raise ValueError(f"{source}: {len(unknown)} labels are none of the {len(categories.names)} classes: {rows}")
+    return categories
+
+
+def _check_objects(
+    files: _Files, splits: Mapping[str, Sequence[Path]], columns: ColumnMap, source: object
+) -> tuple[Categories | None, bool]:
+    """The categories, None where there are no objects; and whether nothing remains to be dropped."""
+    if "objects" not in columns.columns:
+        return None, True
+    name = columns.columns["objects"]
+    boxes, counts = files.object_field(columns, "bbox")
+    values, category_counts = files.object_field(columns, "category")
+    if not len(boxes):
+        logger.warning("%s: no row has an object; the column %r is left out", source, name)
+        return None, True
+    unequal = np.flatnonzero(counts != category_counts)
+    if len(unequal):
+        examples = listing(f"row {row}" for row in unequal.tolist())
+        raise ValueError(f"{source}: {len(unequal)} rows have not as many categories as boxes: {examples}")
+    feature = object_fields(files.features[name])[columns.objects["category"]]
+    categories = read_categories(feature)
+    if categories is None:
+        everything, _ = _files_with(name, splits).object_field(columns, "category")
+        categories = make_categories(pc.unique(everything).drop_null().to_pylist())
+    rows = np.repeat(np.arange(len(counts)), counts)
+    width, height = (
+        files.column(columns.columns[side]).to_numpy(zero_copy_only=False)[rows] if side in columns.columns else np.inf
+        for side in ("width", "height")
+    )
+    keep = check_boxes(
+        _as_boxes(boxes, rows, source),
+        np.array([categories.index(value) for value in values.to_pylist()]),
+        width=width,
+        height=height,
+        class_names=categories.names,
+        name_of=lambda index: f"row {rows[index]}",
+        source=source,
+    )
+    return categories, bool(keep.all())
+
+
+def _is_known(values: pa.Array, categories: Categories) -> Array:
+    if categories.index_of is not None:
+        return pc.is_valid(values).to_numpy(zero_copy_only=False)
+    numbers = pc.fill_null(values, -1).to_numpy(zero_copy_only=False)
+    return (numbers >= 0) & (numbers < len(categories.names))
+
+
+def _as_boxes(boxes: pa.Array, rows: Array, source: object) -> Array:
+    lengths = pc.fill_null(pc.list_value_length(boxes), 0).to_numpy(zero_copy_only=False)
+    wrong = np.flatnonzero(lengths != 4)
+    if len(wrong):
+        examples = listing(f"{boxes[index].as_py()} in row {rows[index]}" for index in wrong.tolist())
+        raise ValueError(f"{source}: {len(wrong)} boxes are not four numbers, x, y, width, height: {examples}")
+    return boxes.flatten().to_numpy(zero_copy_only=False).astype(np.float64).reshape(-1, 4)

@@ -1,0 +1,114 @@
+"""Which split a file belongs to, by its name."""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import TypeVar
+
+from hf_vlm.data.io.files import display
+
+__all__ = [
+    "canonical_split",
+    "choose_split",
+    "common_folder",
+    "describe_folder",
+    "group_by_split",
+    "listing",
+    "nearest",
+    "split_of",
+]
+
+SPLIT_ALIASES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing"),
+}
+CANONICAL = {alias: split for split, aliases in SPLIT_ALIASES.items() for alias in aliases}
+SHARD_NAME = re.compile(r"(.+)-\d{5}-of-\d{5}")
+
+Content = TypeVar("Content")
+
+
+def canonical_split(name: str) -> str:
+    """`val` and `valid` are `validation`; other names are their own."""
+    return CANONICAL.get(name.lower(), name)
+
+
+def split_of(path: PurePath) -> str | None:
+    """The split that a path, relative to its source, names: by a folder, or by a word of the file name.
+
+    >>> split_of(PurePath("data/train-00000-of-00002.parquet")), split_of(PurePath("instances_val2017.json"))
+    ('train', 'validation')
+    """
+    for folder in path.parts[:-1]:
+        if folder.lower() in CANONICAL:
+            return canonical_split(folder)
+    for word in re.split(r"[^a-z]+", path.stem.lower()):
+        if word in CANONICAL:
+            return canonical_split(word)
+    shard = SHARD_NAME.fullmatch(path.stem)
+    return shard[1] if shard else None
+
+
+def group_by_split(files: Sequence[Path], root: Path) -> dict[str, list[Path]]:
+    """Files by their split; where none of them names one, they are all `train`.
+
+    Raises:
+        ValueError: Some files name a split and others do not.
+    """
+    splits: dict[str | None, list[Path]] = {}
+    for file in files:
+        splits.setdefault(split_of(file.relative_to(root)), []).append(file)
+    unnamed = splits.pop(None, [])
+    if unnamed and splits:
+        raise ValueError(
+            f"{root}: no split can be told from the names of {listing(unnamed)}, while other files name "
+            f"{listing(splits)}; rename them, as train-00000.parquet, or move them elsewhere"
+        )
+    return {"train": unnamed} if unnamed else {str(split): files for split, files in splits.items()}
+
+
+def choose_split(splits: Mapping[str, Content], split: str, source: object) -> Content:
+    """The content of a split.
+
+    Raises:
+        ValueError: There is no such split; the message names those that are there.
+    """
+    by_name = {canonical_split(name): content for name, content in splits.items()}
+    if canonical_split(split) not in by_name:
+        raise ValueError(f"{source} has no split {split!r}; it has {', '.join(splits)}")
+    return by_name[canonical_split(split)]
+
+
+def listing(names: Iterable[object], *, num_shown: int = 5) -> str:
+    """The first few names, and how many more there are."""
+    texts = [str(name) for name in names]
+    more = f" and {len(texts) - num_shown} more" if len(texts) > num_shown else ""
+    return ", ".join(texts[:num_shown]) + more
+
+
+def common_folder(paths: Sequence[Path]) -> Path:
+    """The innermost folder that holds all paths.
+
+    Raises:
+        ValueError: There is none.
+    """
+    folder = paths[0].parent
+    while not all(path.is_relative_to(folder) for path in paths):
+        if folder == folder.parent:
+            raise ValueError(f"{listing(map(display, paths))} have no folder in common; open them one by one")
+        folder = folder.parent
+    return folder
+
+
+def describe_folder(folder: Path) -> str:
+    """What a folder holds, for messages."""
+    names = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir() if not entry.name.startswith("."))
+    return f"it holds {listing(names)}" if names else "it is empty"
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """A question that offers the most similar name, or nothing."""
+    matches = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {matches[0]!r}?" if matches else ""

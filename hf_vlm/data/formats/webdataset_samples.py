@@ -1,0 +1,138 @@
+"""Samples of a WebDataset tar: files that follow each other and share a name, and the labels among them."""
+
+import hashlib
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping
+from itertools import groupby
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+
+from hf_vlm.data.formats.columns import ColumnMap
+from hf_vlm.data.formats.imagefolder import IMAGE_EXTENSIONS
+from hf_vlm.data.io.decode import MAX_ENCODED_BYTES
+from hf_vlm.data.io.tars import TarMember, walk_tar
+
+__all__ = ["ROLES", "LabelError", "Sample", "check_images", "labels_of", "read_fields", "read_member", "walk_samples"]
+
+Row = dict[str, Any]
+
+ROLES = {".cls": "cls", ".json": "json", ".mask.png": "mask", ".seg.png": "mask"} | dict.fromkeys(
+    IMAGE_EXTENSIONS, "image"
+)
+
+
+class LabelError(ValueError):
+    """Labels or images in a tar make no sense."""
+
+
+class Sample(NamedTuple):
+    """A sample: its key, its encoded labels, and the places or bytes of its images, by role."""
+
+    key: str
+    texts: dict[str, bytes]
+    images: dict[str, tuple[TarMember, bytes | None]]
+
+
+def walk_samples(file: IO[bytes], roles: Collection[str], *, reads_images: bool) -> Iterator[Sample]:
+    """The samples of an open tar, with images or without; other files than those of the roles are left out.
+
+    Images of more than `MAX_ENCODED_BYTES` are not read.
+    """
+    members = ((*_split_name(member.name), member) for member in walk_tar(file))
+    # Files as `._0.jpg`, which macOS puts between those of a sample, are no part of it.
+    named = (entry for entry in members if not entry[0].endswith("/") and entry[0])
+    for key, files in groupby(named, key=lambda entry: entry[0]):
+        sample = Sample(key, {}, {})
+        for _, extension, member in files:
+            role = ROLES.get(extension)
+            if role is None or role not in roles or role in sample.texts or role in sample.images:
+                continue
+            if role in ("cls", "json"):
+                sample.texts[role] = read_member(file, member)
+            else:
+                is_read = reads_images and member.size <= MAX_ENCODED_BYTES
+                sample.images[role] = member, read_member(file, member) if is_read else None
+        yield sample
+
+
+def check_images(sample: Sample) -> None:
+    """Refuse a sample with an image that is too large to be read."""
+    for member, _ in sample.images.values():
+        if member.size > MAX_ENCODED_BYTES:
+            raise LabelError(f"{member.name} has {member.size} bytes, more than the {MAX_ENCODED_BYTES} that are read")
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    """Key and extension: a name up to the first dot of its last part, and the rest in small letters."""
+    folder, slash, file = name.rpartition("/")
+    stem, dot, extension = file.partition(".")
+    return folder + slash + stem, (dot + extension).lower()
+
+
+def read_member(file: IO[bytes], member: TarMember) -> bytes:
+    file.seek(member.offset)
+    return file.read(member.size)
+
+
+def read_fields(sample: Sample) -> Row:
+    """What `json` and `cls` say, as it is written."""
+    try:
+        fields: Row = json.loads(sample.texts["json"]) if "json" in sample.texts else {}
+        if not isinstance(fields, dict):
+            raise LabelError("it is no json object")
+        if "cls" in sample.texts:
+            text = sample.texts["cls"].decode().strip()
+            fields["cls"] = int(text) if re.fullmatch(r"-?[0-9]+", text) else text or None
+        return fields
+    except ValueError as error:
+        raise LabelError(str(error)) from error
+
+
+def labels_of(sample: Sample, columns: ColumnMap, name: str) -> Row:
+    """A sample as a row with the columns of the schema; what is missing is None."""
+    fields = read_fields(sample)
+    row: Row = {column: fields.get(source) for column, source in columns.columns.items()}
+    for role in ("image", "mask"):
+        path = f"{name}/{sample.images[role][0].name}" if role in sample.images else None
+        row[role] = {"bytes": None, "path": path}
+    if type(row.get("image_id")) is not int:
+        row["image_id"] = _identity(name, sample.key)
+    if not isinstance(row.get("label"), int | str | None):
+        raise LabelError(f"the label {row['label']!r} is neither a number nor a name")
+    for side in ("width", "height"):
+        row[side] = row[side] if isinstance(row.get(side), int) and row[side] > 0 else np.inf
+    if "objects" in columns.columns:
+        row["objects"] = _objects(row["objects"] or [], columns.objects)
+    return row
+
+
+def _identity(name: str, key: str) -> int:
+    """A number for a sample that does not depend on where its tar lies."""
+    return int.from_bytes(hashlib.blake2b(f"{name}/{key}".encode(), digest_size=7).digest(), "big")
+
+
+def _objects(stored: Any, names: Mapping[str, str]) -> Row:
+    """Objects as lists of their fields, from a json object of lists or a list of json objects."""
+    try:
+        if isinstance(stored, dict):
+            used = {name: stored[alias] for name, alias in names.items() if alias in stored}
+            items = [dict(zip(used, values)) for values in zip(*used.values(), strict=True)]
+        else:
+            items = [{name: item[alias] for name, alias in names.items() if alias in item} for item in stored]
+        boxes = [[float(side) for side in item["bbox"]] for item in items]
+        areas = [width * height for _, _, width, height in boxes]
+        categories = [item["category"] for item in items]
+        if not all(isinstance(value, int | str) for value in categories):
+            raise TypeError("a category is neither a number nor a name")
+        return {
+            "bbox": boxes,
+            "category": categories,
+            "area": [float(item.get("area", area)) for item, area in zip(items, areas)],
+            "iscrowd": [int(item.get("iscrowd", 0)) for item in items],
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise LabelError(
+            f"every object needs a bbox of four numbers, x, y, width, height, and a category: {error!r}"
+        ) from error

@@ -1,0 +1,298 @@
+"""One quick look at every image of a stream: what is there, and what is wrong with it."""
+
+import hashlib
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import datasets
+import numpy as np
+
+from hf_vlm.data.boxes import MIN_BOX_SIDE, clean_boxes
+from hf_vlm.data.formats.checks import TOLERANCE
+from hf_vlm.data.inspection.duplicates import alike_groups, equal_groups, look_of
+from hf_vlm.data.inspection.report import BoxReport, Finding, Report, Spread, Unreadable, format_report
+from hf_vlm.data.io.decode import BadImageError, decode_image, read_image_bytes
+from hf_vlm.data.io.files import display
+from hf_vlm.data.io.image_header import read_header
+
+__all__ = ["Report", "format_report", "image_name", "inspect_stream"]
+
+Array = np.ndarray[Any, Any]
+Example = dict[str, Any]
+
+LOOK_SIZE = (64, 64)  # pixels that suffice: JPEGs are decoded at an eighth of their size where that leaves as many
+NUM_THREADS = 8  # waiting for files, and decoders outside Python's lock
+BATCH_SIZE = 64  # encoded images held at a time
+BLANK_DEVIATION = 2.0  # levels of 255, below which an image is of one colour
+TINY_SIDE = 2.0  # pixels
+SMALL_AREA, LARGE_AREA = 32**2, 96**2  # COCO's
+MIN_SMALL_SHARE = 0.05  # of the boxes, below which small ones are exceptions
+SMALLEST_SHARE = 0.1  # of the boxes, which are then taken as the small ones
+
+IMAGE = np.dtype(
+    [
+        ("height", "i4"),
+        ("width", "i4"),
+        ("num_bytes", "i8"),
+        ("digest", "u8"),  # of the encoded bytes
+        ("hash", "u8"),
+        ("colors", "u1", (2, 2, 3)),
+        ("has_structure", "?"),
+        ("is_blank", "?"),
+        ("is_turned", "?"),  # by EXIF, by a quarter
+        ("label", "i8"),
+    ]
+)
+BOX = np.dtype([("image", "i8"), ("category", "i8"), ("box", "f8", (4,))])
+
+
+@dataclass
+class Gathered:
+    """What is kept of the images: a name, and some 150 bytes of figures."""
+
+    names: list[str] = field(default_factory=list)
+    images: list[Array] = field(default_factory=list)  # pieces of IMAGE
+    boxes: list[Array] = field(default_factory=list)  # pieces of BOX
+    formats: Counter[str] = field(default_factory=Counter)
+    unreadable: list[Unreadable] = field(default_factory=list)
+    bad_masks: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Look:
+    """At one image."""
+
+    row: tuple[Any, ...]  # of IMAGE
+    format: str
+    has_bad_mask: bool
+
+
+def inspect_stream(
+    stream: datasets.IterableDataset,
+    num_examples: int | None = None,
+    on_example: Callable[[Example], None] | None = None,
+) -> Report:
+    """Read every image of a stream once, decoded small, and report on images, labels and boxes.
+
+    Args:
+        stream: Of `open_stream`.
+        num_examples: Look at the first so many only.
+        on_example: Called with each example whose image can be read, in their order.
+
+    Raises:
+        ValueError: The stream gives no example, or num_examples is not positive.
+    """
+    if num_examples is not None and num_examples < 1:
+        raise ValueError(f"num_examples={num_examples} must be positive")
+    gathered = Gathered()
+    examples = iter(stream)
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        for batch in _batches(itertools.islice(examples, num_examples)):
+            looks = list(pool.map(_look, batch))
+            _gather(gathered, batch, looks)
+            if on_example is not None:
+                for example, look in zip(batch, looks, strict=True):
+                    if isinstance(look, Look):
+                        on_example(example)
+    if not gathered.names and not gathered.unreadable:
+        raise ValueError("the data holds no example; check its path and its split")
+    is_complete = num_examples is None or next(examples, None) is None
+    return _report(gathered, stream.features, is_complete=is_complete)
+
+
+def image_name(example: Example) -> str:
+    """The path of an example's image, or its id where it has none."""
+    path = example["image"].get("path")
+    return display(path) if path else f"image_id {example['image_id']}"
+
+
+def _batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
+    iterator = iter(examples)
+    while batch := list(itertools.islice(iterator, BATCH_SIZE)):
+        yield batch
+
+
+def _look(example: Example) -> Look | str:
+    """What is kept of an image, or why it cannot be read."""
+    try:
+        data = read_image_bytes(example["image"])
+        array, (height, width) = decode_image(data, at_least=LOOK_SIZE)
+    except BadImageError as error:
+        return str(error.__cause__ or error).removeprefix(f"{image_name(example)}: ")
+    header = read_header(data)
+    bits, colors, has_structure = look_of(array)
+    row = (
+        height,
+        width,
+        len(data),
+        int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big"),
+        bits,
+        colors,
+        has_structure,
+        array.std(axis=(0, 1)).max() < BLANK_DEVIATION,
+        header is not None and header.orientation >= 5,
+        example.get("label", -1),
+    )
+    masks = (example[name] for name in ("mask", "instance_mask") if name in example)
+    bad_mask = any(_size_of(mask) != (height, width) for mask in masks)
+    return Look(row, f"{header.format} {header.mode}".strip() if header is not None else "other", bad_mask)
+
+
+def _size_of(mask: Any) -> tuple[int, int] | None:
+    try:
+        header = read_header(read_image_bytes(mask))
+    except Exception:  # Pillow raises anything for broken headers
+        return None
+    return None if header is None else (header.height, header.width)
+
+
+def _gather(gathered: Gathered, batch: list[Example], looks: list[Look | str]) -> None:
+    rows, boxes = [], []
+    for example, look in zip(batch, looks, strict=True):
+        name = image_name(example)
+        if isinstance(look, str):
+            gathered.unreadable.append(Unreadable(name, look))
+            continue
+        objects = example.get("objects", {"category": [], "bbox": []})
+        boxes += [(len(gathered.names), *box) for box in zip(objects["category"], objects["bbox"], strict=True)]
+        rows.append(look.row)
+        gathered.names.append(name)
+        gathered.formats[look.format] += 1
+        if look.has_bad_mask:
+            gathered.bad_masks.append(name)
+    gathered.images.append(np.array(rows, dtype=IMAGE))
+    gathered.boxes.append(np.array(boxes, dtype=BOX))
+
+
+def _report(gathered: Gathered, features: datasets.Features, *, is_complete: bool) -> Report:
+    images = np.concatenate([np.zeros(0, IMAGE), *gathered.images])
+    boxes = np.concatenate([np.zeros(0, BOX), *gathered.boxes])
+    exact, near = _duplicates(images, gathered.names)
+    findings = _image_findings(images, gathered)
+    label_counts, box_report = None, None
+    if "label" in features:
+        label_counts = _counts(images["label"], features["label"].names)
+        findings += _label_findings(images, label_counts, gathered.names)
+    if "objects" in features:
+        box_report = _box_report(images, boxes, features["objects"]["category"].feature.names)
+        findings += _box_findings(images, boxes, box_report, gathered.names)
+    return Report(
+        num_images=len(images),
+        is_complete=is_complete,
+        columns=list(features),
+        formats=dict(gathered.formats),
+        median_bytes=float(np.median(images["num_bytes"])) if len(images) else None,
+        total_bytes=int(images["num_bytes"].sum()),
+        height=Spread.of(images["height"]),
+        width=Spread.of(images["width"]),
+        aspect_ratio=Spread.of(images["width"] / images["height"]),
+        total_pixels=int((images["width"].astype(np.int64) * images["height"]).sum()),
+        label_counts=label_counts,
+        boxes=box_report,
+        exact_duplicates=exact,
+        near_duplicates=near,
+        unreadable=gathered.unreadable,
+        findings=findings,
+    )
+
+
+def _duplicates(images: Array, names: list[str]) -> tuple[list[list[str]], list[list[str]]]:
+    exact = equal_groups(images["digest"])
+    is_first = np.ones(len(images), dtype=bool)
+    for group in exact:
+        is_first[group[1:]] = False
+    compared = np.flatnonzero(is_first & images["has_structure"])
+    near = alike_groups(images["hash"][compared], images["colors"][compared])
+    near = [compared[group].tolist() for group in near]
+    return [[names[index] for index in group] for group in exact], [
+        [names[index] for index in group] for group in near
+    ]
+
+
+def _counts(indices: Array, names: list[str]) -> dict[str, int]:
+    known = indices[(indices >= 0) & (indices < len(names))]
+    return dict(zip(names, np.bincount(known, minlength=len(names)).tolist(), strict=True))
+
+
+def _image_findings(images: Array, gathered: Gathered) -> list[Finding]:
+    blank = [gathered.names[index] for index in np.flatnonzero(images["is_blank"]).tolist()]
+    found = {
+        "images of one colour": blank,
+        "images whose mask is not of their size, or cannot be read": gathered.bad_masks,
+    }
+    return [Finding(what, len(where), where) for what, where in found.items() if where]
+
+
+def _label_findings(images: Array, counts: dict[str, int], names: list[str]) -> list[Finding]:
+    missing = np.flatnonzero((images["label"] < 0) | (images["label"] >= len(counts))).tolist()
+    empty = [name for name, count in counts.items() if not count]
+    findings = [
+        Finding("images without a label", len(missing), [names[index] for index in missing]),
+        Finding("classes without an image", len(empty), empty),
+    ]
+    return [finding for finding in findings if finding.count]
+
+
+def _box_report(images: Array, boxes: Array, class_names: list[str]) -> BoxReport:
+    height, width = (images[side][boxes["image"]].astype(np.float64) for side in ("height", "width"))
+    clipped, keep = clean_boxes(boxes["box"], width=width, height=height)
+    area = clipped[keep, 2].astype(np.float64) * clipped[keep, 3]
+    relative = np.sqrt(area / (width * height)[keep])
+    num_boxes = np.bincount(boxes["image"], minlength=len(images))  # (images,)
+    is_small, is_large = area < SMALL_AREA, area >= LARGE_AREA
+    shares = {"small": is_small, "medium": ~is_small & ~is_large, "large": is_large}
+    judged = relative[is_small]
+    if len(area) and is_small.mean() < MIN_SMALL_SHARE:
+        judged = np.sort(relative)[: max(round(SMALLEST_SHARE * len(relative)), 1)]
+    return BoxReport(
+        num_boxes=len(boxes),
+        num_images_without=int((num_boxes == 0).sum()),
+        per_image=Spread.of(num_boxes),
+        class_counts=_counts(boxes["category"], class_names),
+        size_shares={name: float(share.mean()) if len(area) else 0.0 for name, share in shares.items()},
+        relative_size=Spread.of(relative),
+        small_relative_size=float(np.median(judged)) if len(judged) else None,
+    )
+
+
+def _box_findings(images: Array, boxes: Array, report: BoxReport, names: list[str]) -> list[Finding]:
+    """Boxes that make no sense in the image as it is decoded, whatever its annotation says of its size."""
+    box, shown_in = boxes["box"], images[boxes["image"]]
+    height, width = (shown_in[side].astype(np.float64) for side in ("height", "width"))
+    clipped, keep = clean_boxes(box, width=width, height=height)
+    with np.errstate(invalid="ignore"):
+        is_thin = ~np.isfinite(box).all(axis=1) | (box[:, 2:] < MIN_BOX_SIDE).any(axis=1)
+        high = box[:, :2] + box[:, 2:]
+        beyond = np.maximum(-box[:, :2], high - np.stack([width, height], axis=1)).max(axis=1) > TOLERANCE
+    sticks_out = keep & beyond
+    known = (boxes["category"] >= 0) & (boxes["category"] < len(report.class_counts))
+    turned = "; most of these images are stored turned (EXIF), their boxes perhaps drawn before they were"
+    found = {
+        "boxes without a class": ~known,
+        "boxes without a width or a height": is_thin,
+        "boxes outside their image": ~keep & ~is_thin,
+        "boxes that stick out of their image"
+        + turned * bool(shown_in["is_turned"][sticks_out].sum() > 0.5 * sticks_out.sum()): sticks_out,
+        f"boxes with a side below {TINY_SIDE:g} px": keep & (clipped[:, 2:].min(axis=1) < TINY_SIDE),
+        "boxes drawn twice, of one class at one place": _repeated(boxes),
+    }
+    findings = []
+    for what, mask in found.items():
+        where = [names[index] for index in np.unique(boxes["image"][mask]).tolist()]
+        findings.append(Finding(what, int(mask.sum()), where))
+    empty = [name for name, count in report.class_counts.items() if not count]
+    findings.append(Finding("classes without a box", len(empty), empty))
+    return [finding for finding in findings if finding.count]
+
+
+def _repeated(boxes: Array) -> Array:
+    """(n,) bool, which boxes are in their image a second time, with the same class."""
+    rows = np.column_stack([boxes["image"], boxes["category"], boxes["box"]])
+    order = np.lexsort(rows.T)
+    repeated = np.zeros(len(boxes), dtype=bool)
+    repeated[order[1:]] = (rows[order[1:]] == rows[order[:-1]]).all(axis=1)
+    return repeated

@@ -1,0 +1,1 @@
+"""Frozen encoders: loading, extraction, kNN and linear accuracy, neighbours, maps."""

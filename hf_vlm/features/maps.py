@@ -1,0 +1,150 @@
+"""What an encoder makes of each patch: principal components as colours, attention and similarities as maps."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_vlm.features.extraction import frozen
+from hf_vlm.models.modeling_vlm_vit import VLMViTModel
+
+__all__ = ["FeatureMaps", "feature_maps", "principal_components"]
+
+Array = np.ndarray[Any, Any]
+
+BATCH_SIZE = 8  # images whose attention is in memory
+SHOWN = (0.05, 0.95)  # quantiles of a component between which its colour rises: outliers would make all else grey
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureMaps:
+    """Values of the patches of n images, float32.
+
+    Args:
+        colors: (n, rows, columns, 3) red, green and blue, 0 to 1.
+        attention: (n, heads, rows, columns), of the class token to the patches in the last layer; what is missing of
+            a sum of 1 is its attention to itself and to registers. None where there is no class token or a patch was
+            chosen.
+        similarity: (n, rows, columns), cosine similarity to the chosen patch, or to the mean of the image's patches;
+            None where there is attention.
+        patch: Row and column of the chosen patch.
+    """
+
+    colors: Array
+    attention: Array | None
+    similarity: Array | None
+    patch: tuple[int, int] | None = None
+
+
+def feature_maps(
+    encoder: VLMViTModel,
+    pixel_values: Tensor,
+    *,
+    patch: tuple[int, int] | None = None,
+    foreground: bool = False,
+) -> FeatureMaps:
+    """Maps of the patches of images (n, channels, height, width), of any size that the patches divide.
+
+    The colours are the first three principal components of the patch features of all images together, as in DINOv2
+    (https://arxiv.org/abs/2304.07193, figures 1 and 9): equal colours mean like features, also in different images.
+
+    Args:
+        encoder: On any device.
+        patch: Row and column of a patch: similarity to it takes the place of the class token's attention.
+        foreground: Leave the background black, as in DINOv2: patches on that side of the mean of the first component
+            on which the images' borders lie. The colours are then the components of the other patches.
+
+    Raises:
+        ValueError: The size of the images does not fit the encoder, or there is no such patch.
+    """
+    ph, pw = encoder.config.patch_hw
+    grid = pixel_values.shape[2] // ph, pixel_values.shape[3] // pw
+    if patch is not None and not (0 <= patch[0] < grid[0] and 0 <= patch[1] < grid[1]):
+        raise ValueError(f"There is no patch {patch}: images have {grid[0]} rows and {grid[1]} columns of patches.")
+    has_attention = patch is None and encoder.config.use_class_token
+    features, attention = _patches(encoder, pixel_values, has_attention=has_attention)
+    similarity = None if has_attention else _similarity(features, patch, grid)
+    return FeatureMaps(
+        colors=_colors(features.unflatten(1, grid), foreground=foreground),
+        attention=attention.unflatten(2, grid).numpy() if attention is not None else None,
+        similarity=similarity.unflatten(1, grid).numpy() if similarity is not None else None,
+        patch=patch,
+    )
+
+
+def principal_components(values: Tensor, num_components: int = 3) -> Tensor:
+    """Coordinates (n, num_components) of rows (n, D) along the directions of greatest variance, about their mean.
+
+    Each direction points to where its largest loading is positive, so that the same rows always get the same signs.
+    """
+    centred = values.double() - values.double().mean(dim=0)
+    _, vectors = torch.linalg.eigh(centred.T @ centred)  # (D, D), columns by rising variance
+    directions = vectors.flip(1)[:, :num_components]
+    largest = directions.gather(0, directions.abs().argmax(dim=0, keepdim=True))  # (1, num_components)
+    return centred @ (directions * largest.sign())
+
+
+def _patches(encoder: VLMViTModel, pixel_values: Tensor, *, has_attention: bool) -> tuple[Tensor, Tensor | None]:
+    """Features (n, patches, dim) of the patches, and attention (n, heads, patches) of the class token to them."""
+    num_prefix = encoder.config.num_prefix_tokens
+    features, attention = [], []
+    with frozen(encoder):
+        for images in pixel_values.split(BATCH_SIZE):
+            if has_attention:
+                with _last_attention(encoder) as weights:
+                    tokens = encoder(pixel_values=images.to(encoder.device)).last_hidden_state
+                attention.append(weights[0][:, :, 0, num_prefix:].float().cpu())
+            else:
+                tokens = encoder(pixel_values=images.to(encoder.device)).last_hidden_state
+            features.append(tokens[:, num_prefix:].float().cpu())
+    return torch.cat(features), torch.cat(attention) if has_attention else None
+
+
+@contextmanager
+def _last_attention(encoder: VLMViTModel) -> Iterator[list[Tensor]]:
+    """A list that receives the weights (batch, heads, tokens, tokens) of the last layer, the only ones that are kept.
+
+    `output_attentions=True` records the same, and those of all other layers beside: gigabytes for large images.
+    """
+    found: list[Tensor] = []
+    usual = encoder.config._attn_implementation
+    encoder.set_attn_implementation("eager")  # fused kernels have no weights to give
+    attention: Any = encoder.layers[-1].attention
+    hook = attention.register_forward_hook(lambda _, __, output: found.append(output[1]))
+    try:
+        yield found
+    finally:
+        hook.remove()
+        encoder.set_attn_implementation(usual)
+
+
+def _similarity(features: Tensor, patch: tuple[int, int] | None, grid: tuple[int, int]) -> Tensor:
+    """(n, patches)"""
+    chosen = features.mean(dim=1) if patch is None else features[:, patch[0] * grid[1] + patch[1]]  # (n, dim)
+    return F.cosine_similarity(features, chosen[:, None], dim=2)
+
+
+def _colors(features: Tensor, *, foreground: bool) -> Array:
+    """(n, rows, columns, 3), 0 to 1, of features (n, rows, columns, dim)."""
+    is_shown = _foreground(features) if foreground else torch.ones(features.shape[:3], dtype=torch.bool)
+    if not is_shown.any():  # all patches are equal
+        return np.zeros((*is_shown.shape, 3), dtype=np.float32)
+    components = principal_components(features[is_shown])  # (shown, 3)
+    low, high = np.quantile(components, SHOWN, axis=0)  # (3,) each; torch refuses to sort so many
+    spread = np.maximum(high - low, 1e-6 * max(float(components.abs().max()), 1e-6))  # noise about 0 is no colour
+    colors = np.zeros((*is_shown.shape, 3), dtype=np.float32)
+    colors[is_shown.numpy()] = np.clip((components.numpy() - low) / spread, 0, 1)
+    return colors
+
+
+def _foreground(features: Tensor) -> Tensor:
+    """(n, rows, columns) bool: patches on the other side of the first component's mean than the borders are."""
+    first = principal_components(features.flatten(0, 2), 1).reshape(features.shape[:3])
+    inner = first[:, 1:-1, 1:-1]
+    border_sum = first.sum() - inner.sum()
+    return first * border_sum < 0

@@ -1,0 +1,1 @@
+"""One file per task: what its data must hold, its transform, evaluation and post-processing."""

@@ -1,0 +1,69 @@
+"""Whose weights went into a model, and what of a run may be told."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from hf_vlm.data.io.files import display
+
+__all__ = ["RUN_FILE", "is_hub_id", "origins_of", "publishable", "recorded_origins", "write_origins"]
+
+RUN_FILE = "run.json"
+
+
+def publishable(value: Any) -> Any:
+    """A value of a recipe as it may be told to all who get the model.
+
+    URLs lose password and query; a path from the root on is told from the working folder on, or else by its last part:
+    the folders above it are nobody's business. A path that looks like a name on the Hub gets a `./` before it.
+    """
+    if isinstance(value, dict):
+        told: dict[Any, Any] = {}
+        for name, item in value.items():
+            key = plain = publishable(name)
+            number = 1
+            while key in told:  # other folders may have the same last part
+                number += 1
+                key = f"{plain} ({number})"
+            told[key] = publishable(item)
+        return told
+    if isinstance(value, list | tuple):
+        return [publishable(item) for item in value]
+    if isinstance(value, Path) or (isinstance(value, str) and Path(value).is_absolute()):
+        path = Path(value)
+        return f"./{path.relative_to(Path.cwd())}" if path.is_relative_to(Path.cwd()) else path.name or str(path)
+    if not isinstance(value, str):
+        return value
+    return f"./{value}" if re.match(r"\w.*/", value) and Path(value).exists() else display(value)
+
+
+def origins_of(source: str | None) -> list[str]:
+    """Models of others whose weights went into one: names on the Hub, or of folders that do not say whence they are.
+
+    Args:
+        source: Hub id, the folder of a run or of what `hf-vlm convert` wrote, or another model's folder; or none.
+    """
+    if not source:
+        return []
+    folder = Path(source)
+    if not folder.is_dir():
+        return [source]
+    record = folder / RUN_FILE
+    return recorded_origins(json.loads(record.read_text())) if record.is_file() else [folder.resolve().name]
+
+
+def recorded_origins(run: dict[str, Any]) -> list[str]:
+    """The origins that the record of a run names; one of an earlier version names the encoder alone."""
+    encoder = run.get("encoder")
+    return list(run.get("origins", [encoder] if encoder and is_hub_id(encoder) else []))
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name is of a model or data set on the Hub, and not of a folder here."""
+    return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None and not Path(name).exists()
+
+
+def write_origins(folder: Path, source: str) -> None:
+    """Writes into the folder of a converted model whence its weights are."""
+    (folder / RUN_FILE).write_text(json.dumps({"origins": origins_of(source)}) + "\n")

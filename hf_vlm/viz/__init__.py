@@ -1,0 +1,1 @@
+"""Everything that people look at: drawn predictions, sheets of images, maps, curves."""

@@ -1,0 +1,129 @@
+"""Examples of a stream on one picture, with their labels, boxes and masks."""
+
+import io
+from collections.abc import Sequence
+from pathlib import PurePath
+from typing import Any
+
+import datasets
+import numpy as np
+from PIL import Image
+
+from hf_vlm.data.inspection.inspect import image_name
+from hf_vlm.data.io.decode import decode_image, read_image_bytes
+from hf_vlm.viz.draw import PAPER, captioned, class_color, contact_sheet, draw_detections, legend
+
+__all__ = ["Reservoir", "draw_example", "example_sheet"]
+
+Array = np.ndarray[Any, Any]
+Example = dict[str, Any]
+
+SIDE = 320  # pixels of the longer side of each picture
+MAX_IN_LEGEND = 20  # classes; of more the names stand on the boxes
+MAX_NAMED = 10  # boxes on one picture; the names of more would hide it
+TINT = 0.45  # share of a mask's colours in what is below them
+
+
+class Reservoir:
+    """Keeps some examples of a stream of unknown length, each with the same chance, in their order.
+
+    Args:
+        size: How many to keep.
+        seed: Of the choice.
+    """
+
+    def __init__(self, size: int, seed: int = 0) -> None:
+        self.size = size
+        self._generator = np.random.default_rng(seed)
+        self._kept: dict[int, Example] = {}  # by position
+        self._num_seen = 0
+
+    @property
+    def examples(self) -> list[Example]:
+        return [self._kept[position] for position in sorted(self._kept)]
+
+    def add(self, example: Example) -> None:
+        """Offer the next example."""
+        position, self._num_seen = self._num_seen, self._num_seen + 1
+        if len(self._kept) >= self.size:
+            place = int(self._generator.integers(self._num_seen))
+            if place >= self.size:
+                return
+            del self._kept[list(self._kept)[place]]
+        self._kept[position] = example
+
+
+def example_sheet(examples: Sequence[Example], features: datasets.Features, *, columns: int = 6) -> Image.Image:
+    """Draw examples in rows, each with its masks and boxes, above its label and its name; colours are told on top.
+
+    Args:
+        examples: Of a stream, with images that can be decoded.
+        features: Of the stream; they name the classes.
+
+    Raises:
+        ValueError: There is no example, or columns is not positive.
+    """
+    sheet = contact_sheet([draw_example(example, features) for example in examples], columns=columns)
+    if not _has_legend(features):
+        return sheet
+    top = legend(_class_names(features), width=sheet.width)
+    joined = Image.new("RGB", (sheet.width, top.height + sheet.height), PAPER)
+    joined.paste(top)
+    joined.paste(sheet, (0, top.height))
+    return joined
+
+
+def draw_example(example: Example, features: datasets.Features) -> Image.Image:
+    """Draw one example, its longer side 320 pixels, above its label and its name."""
+    array, (height, width) = decode_image(example["image"], at_least=(SIDE, SIDE))
+    scale = SIDE / max(height, width)
+    size = max(round(width * scale), 1), max(round(height * scale), 1)
+    picture = Image.fromarray(array).resize(size, Image.Resampling.BICUBIC)
+    masks = [example[name] for name in ("instance_mask", "mask") if name in example]
+    if masks:
+        picture = _tinted(picture, masks[0])
+    if "objects" in example:
+        picture = _with_boxes(picture, example["objects"], features, (size[0] / width, size[1] / height))
+    caption = PurePath(image_name(example)).name
+    if "label" in example:
+        names, label = features["label"].names, example["label"]
+        caption = f"{names[label] if 0 <= label < len(names) else 'no label'}  |  {caption}"
+    return captioned(picture, caption)
+
+
+def _class_names(features: datasets.Features) -> list[str]:
+    return list(features["objects"]["category"].feature.names)
+
+
+def _has_legend(features: datasets.Features) -> bool:
+    return "objects" in features and 0 < len(_class_names(features)) <= MAX_IN_LEGEND
+
+
+def _with_boxes(
+    picture: Image.Image, objects: dict[str, Any], features: datasets.Features, scale: tuple[float, float]
+) -> Image.Image:
+    boxes = np.asarray(objects["bbox"], dtype=np.float64).reshape(-1, 4)
+    known = np.isfinite(boxes).all(axis=1)  # others have no place
+    boxes, categories = boxes[known], np.asarray(objects["category"], dtype=np.int64)[known].tolist()
+    boxes = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1) * [*scale, *scale]
+    class_names = _class_names(features)
+    names = [class_names[index] if 0 <= index < len(class_names) else "?" for index in categories]
+    if _has_legend(features) or len(names) > MAX_NAMED:
+        names = [""] * len(names)
+    return draw_detections(picture, boxes, names, class_ids=categories, scale=1)
+
+
+def _tinted(picture: Image.Image, mask: Any) -> Image.Image:
+    """The picture in the colours of its mask, where that is not 0; as it is where there is no mask to be read."""
+    try:
+        with Image.open(io.BytesIO(read_image_bytes(mask))) as file:
+            values = np.asarray(file).astype(np.int32)  # of a palette the indices
+    except Exception:  # Pillow raises anything for broken files
+        return picture
+    if values.ndim == 3:  # colours stand for values
+        values = (values[:, :, :3] * [1 << 16, 1 << 8, 1]).sum(axis=2, dtype=np.int32)
+    resized = np.asarray(Image.fromarray(values).resize(picture.size, Image.Resampling.NEAREST))  # (H, W)
+    found, index = np.unique(resized, return_inverse=True)
+    colors = np.array([class_color(value) for value in found.tolist()])[index].reshape(*resized.shape, 3)
+    share = TINT * (resized != 0)[:, :, None]
+    return Image.fromarray(np.round((1 - share) * np.asarray(picture) + share * colors).astype(np.uint8))

@@ -1,0 +1,69 @@
+"""Pictures of what a log holds over the steps."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hf_vlm.training.callbacks import LogFile, read_log
+
+__all__ = ["Panel", "draw_panels", "draw_probes", "series"]
+
+PICTURE = "probes.png"
+
+Series = tuple[list[float], list[float]]
+Limits = tuple[float | None, float | None]
+
+# Title, figures and limits of each panel; one of which the log holds nothing is left out.
+PROBE_PANELS: tuple[tuple[str, tuple[str, ...], Limits], ...] = (
+    ("Loss", ("loss",), (None, None)),
+    ("Effective rank of the features", ("probe_effective_rank",), (0, None)),
+    ("Spread of the features (1: in all directions)", ("probe_feature_std", "feature_std"), (0, 1)),
+    ("Accuracy on the features", ("probe_knn", "probe_linear"), (0, 1)),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """Curves over the steps by their labels; points are marked where they are few."""
+
+    title: str
+    curves: Mapping[str, Series]
+    ylabel: str = ""
+    ylim: Limits = (None, None)
+
+
+def series(entries: Sequence[Mapping[str, float]], figure: str) -> Series:
+    """Steps and values of the entries that hold a figure."""
+    found = [entry for entry in entries if figure in entry]
+    return [entry["step"] for entry in found], [entry[figure] for entry in found]
+
+
+def draw_panels(path: Path, panels: Sequence[Panel], *, columns: int = 2) -> None:
+    """Draws panels beside and below each other into a picture."""
+    from matplotlib.figure import Figure  # takes a second
+
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(5 * columns, 4 * rows), layout="constrained")
+    for index, panel in enumerate(panels):
+        axis = figure.add_subplot(rows, columns, index + 1)
+        for label, (steps, values) in panel.curves.items():
+            axis.plot(steps, values, marker="o" if len(steps) <= 20 else None, label=label)
+        axis.set(title=panel.title, xlabel="step", ylabel=panel.ylabel, ylim=panel.ylim)
+        axis.grid(alpha=0.3)
+        if len(panel.curves) > 1:
+            axis.legend()
+    figure.savefig(path, dpi=120)
+
+
+def draw_probes(folder: Path) -> None:
+    """Draws loss and probe figures of a run's log into its folder, as `probes.png`; nothing without probes."""
+    entries = read_log(folder / LogFile.name)
+    if not any("probe_effective_rank" in entry for entry in entries):
+        return
+    panels = []
+    for title, figures, ylim in PROBE_PANELS:
+        curves = {figure: series(entries, figure) for figure in figures}
+        curves = {name: curve for name, curve in curves.items() if curve[0]}
+        if curves:
+            panels.append(Panel(title=title, curves=curves, ylim=ylim))
+    draw_panels(folder / PICTURE, panels)

@@ -1,0 +1,58 @@
+"""Files of boxed images: which are there, and reading many of them."""
+
+import json
+
+import fsspec
+import pytest
+
+from hf_vlm.data.formats.boxed_images import existing, map_files
+from hf_vlm.data.formats.coco import find_coco_files, open_coco
+
+
+@pytest.fixture
+def remote():
+    """An empty folder of a remote file system."""
+    upath = pytest.importorskip("upath")
+    yield upath.UPath("memory://boxed-test")
+    fsspec.filesystem("memory").rm("/boxed-test", recursive=True)
+
+
+def test_existing_paths(tmp_path, remote):
+    for root in (tmp_path, remote):
+        (root / "x").mkdir(parents=True, exist_ok=True)
+        (root / "x" / "a.txt").write_text("a")
+        paths = [root / "x" / "a.txt", root / "x" / "b.txt", root / "nowhere" / "a.txt"]
+        assert existing(paths) == {paths[0]}
+    assert existing([]) == set()
+
+
+def test_results_of_many_files_keep_their_order():
+    assert map_files(lambda item: 2 * item, range(100), "Doubling") == [2 * item for item in range(100)]
+
+
+@pytest.mark.parametrize(
+    ("file", "images"),
+    [
+        ("annotations/instances_train.json", "images/train/"),
+        ("labels.json", ""),
+        ("train/_annotations.coco.json", "train/"),
+    ],
+)
+def test_remote_coco(remote, file, images):
+    content = {
+        "images": [{"id": 5, "file_name": "a.jpg"}, {"id": 7, "file_name": "b.jpg"}],
+        "annotations": [{"id": 1, "image_id": 7, "category_id": 3, "bbox": [1, 2, 3, 4]}],
+        "categories": [{"id": 3, "name": "cat"}],
+    }
+    for name, text in ((file, json.dumps(content)), (f"{images}a.jpg", "x"), (f"{images}b.jpg", "x")):
+        (remote / name).parent.mkdir(parents=True, exist_ok=True)
+        (remote / name).write_text(text)
+    assert find_coco_files(remote) == [remote / file]
+    for source in (remote, remote / file):
+        first, second = open_coco(source, "train")
+        assert (first["image_id"], first["objects"]["bbox"]) == (5, [])
+        assert second["objects"]["bbox"] == [[1, 2, 3, 4]]
+        assert second["image"]["path"] == f"memory://boxed-test/{images}b.jpg"
+    (remote / f"{images}b.jpg").unlink()
+    with pytest.raises(ValueError, match=r"1 of 2 images are missing in memory://boxed-test.*: b\.jpg"):
+        open_coco(remote, "train")

@@ -1,0 +1,244 @@
+"""Image folders with metadata, here and on a remote file system."""
+
+import io
+import json
+import logging
+
+import fsspec
+import pytest
+from PIL import Image
+
+from hf_vlm.data.formats.imagefolder import find_images, open_imagefolder
+from hf_vlm.data.io.decode import decode_image
+from hf_vlm.data.schema import class_names
+
+BOXES = [
+    {"file_name": "b.png", "objects": {"bbox": [[1, 2, 3.5, 4], [0, 0, 5, 6]], "categories": [2, 0]}},
+    {"file_name": "sub/a.png", "objects": {"bbox": [], "categories": []}, "text": "nothing there"},
+]
+
+
+def png(value):
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 12), (value, 7, 7)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write(root, rows=None, names=("b.png", "sub/a.png"), metadata="metadata.jsonl"):
+    """Images, the first of value 0, and rows of metadata, or their text."""
+    for value, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(png(value))
+    if rows is not None:
+        text = rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows)
+        (root / metadata).write_text(text)
+
+
+def names_of(stream, root):
+    return [example["image"]["path"].removeprefix(f"{root}/") for example in stream]
+
+
+def values_of(stream):
+    return [int(decode_image(example["image"])[0][0, 0, 0]) for example in stream]
+
+
+@pytest.fixture(params=["disk", "memory"])
+def root(request, tmp_path):
+    """An empty folder."""
+    if request.param == "disk":
+        yield tmp_path
+        return
+    upath = pytest.importorskip("upath")
+    yield upath.UPath("memory://metadata-of-images")
+    fsspec.filesystem("memory").rm("/metadata-of-images", recursive=True)
+
+
+def test_boxes_come_from_the_rows(root):
+    write(root, BOXES)
+    stream = open_imagefolder(root, "train")
+    first, second = stream
+    assert names_of(stream, root) == ["b.png", "sub/a.png"]
+    assert values_of(stream) == [0, 1]
+    assert [first["image_id"], second["image_id"]] == [0, 1]
+    assert class_names(stream) == ["0", "1", "2"]
+    expected = {"bbox": [[1, 2, 3.5, 4], [0, 0, 5, 6]], "category": [2, 0], "area": [14, 30], "iscrowd": [0, 0]}
+    assert first["objects"] == expected
+    assert second["objects"] == {"bbox": [], "category": [], "area": [], "iscrowd": []}
+    assert set(stream.features) == {"image", "image_id", "objects"}
+    for example in stream:
+        assert stream.features.encode_example(example) == example
+
+
+def test_objects_may_be_a_list_with_names_of_classes(root):
+    objects = [
+        {"bbox": [1, 1, 4, 2], "category": "bee", "area": 5.0, "iscrowd": 0},
+        {"bbox": [0, 0, 2, 2], "category": "ant", "area": 3.0, "iscrowd": 1},
+    ]
+    write(root, [{"file_name": "b.png", "objects": objects, "id": 70}, {"file_name": "sub/a.png", "id": 71}])
+    stream = open_imagefolder(root, "train")
+    first, second = stream
+    assert class_names(stream) == ["ant", "bee"]
+    assert first["objects"] == {
+        "bbox": [[1, 1, 4, 2], [0, 0, 2, 2]],
+        "category": [1, 0],
+        "area": [5, 3],
+        "iscrowd": [0, 1],
+    }
+    assert [first["image_id"], second["image_id"], second["objects"]["bbox"]] == [70, 71, []]
+
+
+def test_each_split_has_metadata_of_its_own(root):
+    write(root / "train", [{"file_name": "./b.png", "label": "dog"}, {"file_name": "sub/a.png", "label": "cat"}])
+    write(root / "val", [{"file_name": "b.png", "label": "ant"}, {"file_name": "sub/a.png", "label": "dog"}])
+    train, validation = (open_imagefolder(root, split) for split in ("train", "validation"))
+    assert class_names(train) == class_names(validation) == ["ant", "cat", "dog"]
+    assert [example["label"] for example in train] == [2, 1]
+    assert [example["label"] for example in validation] == [0, 2]
+    assert names_of(train, root) == ["train/b.png", "train/sub/a.png"]
+
+
+def test_metadata_in_the_root_serve_all_splits(root):
+    names = ["train/x/1.png", "train/y/2.png", "test/x/3.png"]
+    write(root, [{"file_name": name, "label": 2 - row} for row, name in enumerate(names)], names)
+    assert [example["label"] for example in open_imagefolder(root, "train")] == [2, 1]
+    assert class_names(open_imagefolder(root, "test")) == ["0", "1", "2"]
+    assert len(list(open_imagefolder(root, "train", num_samples=1))) == 1
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "expected"), [(("3", "0"), ["0", "1", "2", "3"], [3, 0]), (("3", "x"), ["3", "x"], [0, 1])]
+)
+def test_csv(root, labels, classes, expected):
+    text = f'\ufefffile_name,label,text\r\nb.png,{labels[0]},"two\nlines"\r\nsub/a.png,{labels[1]},\r\n'
+    write(root, text, metadata="metadata.csv")
+    stream = open_imagefolder(root, "train")
+    assert class_names(stream) == classes
+    assert [example["label"] for example in stream] == expected
+
+
+def test_masks_are_named_too(root, caplog):
+    names = ["a.png", "b.png", "masks/a.png", "masks/b.png"]
+    write(root, [{"file_name": name, "mask_file_name": f"masks/{name}"} for name in names[:2]], names)
+    stream = open_imagefolder(root, "train")
+    assert [example["mask"] for example in stream] == [
+        {"bytes": None, "path": f"{root}/masks/{name}"} for name in names[:2]
+    ]
+    assert values_of(stream) == [0, 1]
+    assert not caplog.messages
+
+
+def test_images_without_a_row_are_left_out_with_a_warning(root, caplog):
+    write(root, BOXES[:1])
+    with caplog.at_level(logging.WARNING):
+        stream = open_imagefolder(root, "train")
+    assert names_of(stream, root) == ["b.png"]
+    assert "1 images are left out, since" in caplog.text
+    assert "does not name them: a.png" in caplog.text
+
+
+def test_boxes_are_checked_against_the_size(root, caplog):
+    objects = {"bbox": [[1, 1, 0, 5], [2, 2, 30, 3]], "categories": [0, 1]}
+    write(root, [{"file_name": "b.png", "objects": objects, "width": 16, "height": 12}, {"file_name": "sub/a.png"}])
+    with caplog.at_level(logging.WARNING):
+        stream = open_imagefolder(root, "train")
+    assert "1 of 2 boxes are dropped" in caplog.text
+    assert "metadata.jsonl, line 1 [1.0, 1.0, 0.0, 5.0]" in caplog.text
+    assert "1 boxes stick out of their image" in caplog.text
+    first, _ = stream
+    assert first["objects"] == {"bbox": [[2, 2, 30, 3]], "category": [1], "area": [90], "iscrowd": [0]}
+
+
+def test_a_split_without_known_labels_has_none(root, caplog):
+    write(root / "train", [{"file_name": "b.png", "label": 1}, {"file_name": "sub/a.png", "label": 0}])
+    write(root / "test", [{"file_name": "b.png", "label": -1}, {"file_name": "sub/a.png"}])
+    with caplog.at_level(logging.WARNING):
+        assert "label" not in open_imagefolder(root, "test").features
+    assert "no row has a label in the column 'label'" in caplog.text
+
+
+def test_ids_that_repeat_are_not_used(root, caplog):
+    write(root, [{"file_name": name, "id": 5} for name in ("b.png", "sub/a.png")])
+    with caplog.at_level(logging.WARNING):
+        assert [example["image_id"] for example in open_imagefolder(root, "train")] == [0, 1]
+    assert "the column 'id' is not unique" in caplog.text
+
+
+GOOD = '{"file_name": "b.png", "label": 1}\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (GOOD + "\n{broken", r"metadata\.jsonl, line 3: it is not json: Expecting property name"),
+        (GOOD + "[1, 2]", r"metadata\.jsonl, line 2: it is no json object but '\[1, 2\]'"),
+        ('{"label": 1, "image": "b.png"}', r"metadata\.jsonl, line 1: there is no 'file_name'; there is image, label"),
+        (GOOD + '{"file_name": "no.png"}', r"1 images that metadata name are not there: .*no\.png in .*line 2"),
+        (
+            '{"file_name": "b.png", "mask_file_name": "m.png"}',
+            r"1 images that metadata name are not there: .*m\.png in .*line 1",
+        ),
+        (GOOD + GOOD, r"metadata\.jsonl, line 2: .*b\.png was named before, in .*line 1"),
+        (GOOD + '{"file_name": "sub/a.png", "label": "x"}', r"the column 'label' of the metadata mixes kinds"),
+        (GOOD + '{"file_name": "sub/a.png"}', r"1 labels are none of the 2 classes: None in .*line 2"),
+        (
+            '{"file_name": "b.png", "objects": {"bbox": [[1, 2, 3, 4]], "category": []}}',
+            r"line 1: an object needs one each of its fields; there are \{'bbox': 1, 'category': 0\}",
+        ),
+        (
+            '{"file_name": "b.png", "objects": [{"bbox": [1, 2, 3, 4], "category": null}, {"bbox": [1, 2, 3, 4], '
+            '"category": 1}]}',
+            r"line 1: an object has no category",
+        ),
+        (
+            '{"file_name": "b.png", "objects": {"bbox": [[1, 2, 3]], "category": [0]}}',
+            r"line 1: a box must be four numbers, x, y, width, height, and not \[1, 2, 3\]",
+        ),
+        (
+            '{"file_name": "b.png", "objects": {"bbox": [["1", "2", "3", "4"]], "category": [0]}}',
+            r"line 1: a box must be four numbers",
+        ),
+        (
+            '{"file_name": "b.png", "objects": {"bbox": [[1, 2, 3, 4]], "category": [-1]}}',
+            r"1 boxes have a category outside .*: -1 of metadata\.jsonl, line 1",
+        ),
+    ],
+)
+def test_mistakes_are_named(root, text, message):
+    write(root, text)
+    with pytest.raises(ValueError, match=message):
+        open_imagefolder(root, "train")
+
+
+def test_mistakes_in_csv_are_named(root):
+    write(root, "file_name,label\nb.png,1,2\n", metadata="metadata.csv")
+    with pytest.raises(ValueError, match=r"metadata\.csv, line 2: there are more cells than columns"):
+        open_imagefolder(root, "train")
+    (root / "metadata.csv").write_bytes(b"file_name,label\nb.png,\xff\n")
+    with pytest.raises(ValueError, match=r"metadata\.csv is no text of UTF-8"):
+        open_imagefolder(root, "train")
+
+
+def test_metadata_that_name_nothing_of_a_split_are_refused(root):
+    write(root / "train", BOXES)
+    write(root / "test")
+    with pytest.raises(ValueError, match=r"train/metadata\.jsonl names none of the 2 images of the split"):
+        open_imagefolder(root, "test")
+
+
+def test_remote_folders_list_as_local_ones(root):
+    names = [
+        "train/dog/2.png",
+        "train/cat-1/1.JPG",
+        "train/cat/1.png",
+        "val/dog/9.png",
+        ".hidden/1.png",
+        "__MACOSX/1.png",
+    ]
+    write(root, names=[*names, "train/cat/.3.png"])
+    (root / "train" / "cat" / "notes.txt").write_text("no image")
+    found = [str(path).removeprefix(f"{root}/") for path in find_images(root)]
+    assert found == ["train/cat/1.png", "train/cat-1/1.JPG", "train/dog/2.png", "val/dog/9.png"]
+    stream = open_imagefolder(root, "train")
+    assert class_names(stream) == ["cat", "cat-1", "dog"]
+    assert [example["label"] for example in stream] == [0, 1, 2]
+    assert values_of(stream) == [2, 1, 0]

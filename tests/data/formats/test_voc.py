@@ -1,0 +1,187 @@
+"""Pascal VOC folders: layouts, boxes, and what is wrong in them."""
+
+import fsspec
+import pytest
+from PIL import Image
+
+from hf_vlm.data.formats.voc import looks_like_voc, open_voc
+from hf_vlm.data.sources import class_names, guess_kind, open_stream
+
+BOX = "<bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox>"
+
+
+def write_image(path, size=(40, 30)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size).save(path)
+
+
+def write_xml(path, objects, size="<size><width>40</width><height>30</height></size>"):
+    """Objects are (name, corners, difficult)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    items = [
+        f"<object><name>{name}</name><difficult>{difficult}</difficult>{BOX.format(*corners)}</object>"
+        for name, corners, difficult in objects
+    ]
+    path.write_text(f"<annotation>{size}{''.join(items)}</annotation>")
+
+
+OBJECTS = {
+    "a": [("dog", (1, 1, 40, 30), 0), ("cat", (11, 6, 20, 15), 1)],
+    "b": [],
+    "c": [("bird", (2.5, 3, 4.5, 6), 0)],
+}
+EXPECTED = {
+    "a": {"bbox": [[0, 0, 40, 30], [10, 5, 10, 10]], "category": [2, 1], "area": [1200, 100], "iscrowd": [0, 1]},
+    "b": {"bbox": [], "category": [], "area": [], "iscrowd": []},
+    "c": {"bbox": [[1.5, 2, 3, 4]], "category": [0], "area": [12], "iscrowd": [0]},
+}
+
+
+def write_devkit(root, splits, images="JPEGImages"):
+    for name, objects in OBJECTS.items():
+        write_image(root / images / f"{name}.jpg")
+        write_xml(root / "Annotations" / f"{name}.xml", objects)
+    for split, names in splits.items():
+        path = root / "ImageSets" / "Main" / f"{split}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(f"{name}\n" for name in names))
+
+
+def content(source, split="train"):
+    return {
+        example["image"]["path"].rpartition("/")[2][0]: example["objects"] for example in open_stream(source, split)
+    }
+
+
+@pytest.mark.parametrize("root", ["", "VOC2007", "VOCdevkit/VOC2012"])
+def test_devkit_with_splits(tmp_path, root):
+    write_devkit(tmp_path / root, {"train": "ab", "val": "c", "trainval": "abc", "cat_train": "a"})
+    assert guess_kind(tmp_path) == "voc"
+    stream = open_stream(tmp_path)
+    assert class_names(stream) == ["bird", "cat", "dog"]
+    assert [example["image_id"] for example in stream] == [0, 1]
+    assert content(tmp_path) == {name: EXPECTED[name] for name in "ab"}
+    assert content(tmp_path, "validation") == {"c": EXPECTED["c"]}
+    assert content(tmp_path, "trainval") == EXPECTED
+    assert len(list(open_stream(tmp_path, num_samples=1))) == 1
+
+
+def test_several_years_are_joined(tmp_path):
+    for year in ("VOC2007", "VOC2012"):
+        write_devkit(tmp_path / year, {"train": "ab"})
+    assert len(list(open_stream(tmp_path))) == 4
+
+
+def test_all_is_train_without_image_sets(tmp_path):
+    write_devkit(tmp_path, {}, images="images")
+    assert content(tmp_path) == EXPECTED
+
+
+def test_files_beside_their_images_in_a_folder_a_split(tmp_path):
+    for name, split in (("a", "train"), ("b", "train"), ("c", "valid")):
+        write_image(tmp_path / split / f"{name}.jpg")
+        write_xml(tmp_path / split / f"{name}.xml", OBJECTS[name])
+    assert guess_kind(tmp_path) == "voc"
+    assert content(tmp_path) == {name: EXPECTED[name] for name in "ab"}
+    assert content(tmp_path, "val") == {"c": EXPECTED["c"]}
+
+
+def test_boxes_are_checked_and_unknown_sizes_accepted(tmp_path, caplog):
+    write_image(tmp_path / "a.jpg")
+    write_xml(tmp_path / "a.xml", [("dog", (50, 5, 60, 9), 0), ("dog", (5, 5, 60, 9), 0)])
+    assert content(tmp_path)["a"]["bbox"] == [[4, 4, 56, 5]]
+    assert "1 of 2 boxes are dropped" in caplog.text
+    assert "dog of a.xml" in caplog.text
+    for size in ("", "<size><width>0</width><height>0</height></size>"):
+        write_xml(tmp_path / "a.xml", [("dog", (50, 5, 60, 9), 0)], size)
+        assert content(tmp_path)["a"]["bbox"] == [[49, 4, 11, 5]]
+
+
+@pytest.mark.parametrize(
+    ("xml", "message"),
+    [
+        ("<annotation>", r"a\.xml cannot be read as an annotation of Pascal VOC: .*no element found|mismatched"),
+        ("<html></html>", r"a\.xml .*its root is <html>, not <annotation>"),
+        ('<!DOCTYPE a [<!ENTITY b "c">]><annotation></annotation>', r"a\.xml .*it declares a DOCTYPE"),
+        ("<annotation><object></object></annotation>", r"a\.xml .*an object has no name"),
+        ("<annotation><object><name>dog</name></object></annotation>", r"a\.xml .*the bndbox of dog needs xmin"),
+        (
+            f"<annotation><object><name>dog</name>{BOX.format(1, 2, 'x', 4)}</object></annotation>",
+            r"a\.xml .*the bndbox of dog needs xmin",
+        ),
+    ],
+)
+def test_mistakes_are_named(tmp_path, xml, message):
+    write_image(tmp_path / "a.jpg")
+    (tmp_path / "a.xml").write_text(xml)
+    with pytest.raises(ValueError, match=message):
+        open_stream(tmp_path)
+
+
+def test_missing_files_are_named(tmp_path):
+    write_devkit(tmp_path, {"train": "abz"})
+    with pytest.raises(ValueError, match=r"train\.txt lists 1 images without annotations: .*z\.xml"):
+        open_stream(tmp_path)
+    write_devkit(tmp_path, {"train": "ab"})
+    (tmp_path / "JPEGImages" / "b.jpg").unlink()
+    with pytest.raises(ValueError, match=r"1 of 2 xml files have no image: .*b\.xml"):
+        open_stream(tmp_path)
+    with pytest.raises(ValueError, match="holds no xml files of Pascal VOC"):
+        open_stream(tmp_path / "JPEGImages", kind="voc")
+
+
+def test_all_broken_files_are_named_at_once(tmp_path):
+    for name in "ab":
+        write_image(tmp_path / f"{name}.jpg")
+        (tmp_path / f"{name}.xml").write_text("<annotation>")
+    with pytest.raises(ValueError, match=r"2 of 2 xml files make no sense: .*a\.xml cannot .*b\.xml cannot"):
+        open_stream(tmp_path, kind="voc")
+
+
+def test_entities_are_refused_in_any_encoding(tmp_path):
+    write_image(tmp_path / "a.jpg")
+    text = '<?xml version="1.0" encoding="utf-16"?><!DOCTYPE a [<!ENTITY b "c">]><annotation>&b;</annotation>'
+    (tmp_path / "a.xml").write_bytes(text.encode("utf-16"))
+    with pytest.raises(ValueError, match=r"a\.xml .*it declares a DOCTYPE"):
+        open_stream(tmp_path)
+
+
+def test_annotations_in_small_letters(tmp_path):
+    for name, objects in OBJECTS.items():
+        write_image(tmp_path / "images" / f"{name}.png")
+        write_xml(tmp_path / "annotations" / f"{name}.xml", objects)
+    assert guess_kind(tmp_path) == "voc"
+    assert content(tmp_path) == EXPECTED
+
+
+def test_images_without_xml_are_left_out_with_a_warning(tmp_path, caplog):
+    write_devkit(tmp_path, {})
+    write_image(tmp_path / "JPEGImages" / "z.jpg")
+    assert content(tmp_path) == EXPECTED
+    assert "1 images without an xml file are left out: z.jpg" in caplog.text
+
+
+def test_a_stray_xml_is_no_annotation(tmp_path):
+    for name in ("cat/a.jpg", "dog/b.jpg"):
+        write_image(tmp_path / name)
+    (tmp_path / "notes.xml").write_text("<notes/>")
+    assert guess_kind(tmp_path) == "imagefolder"
+
+
+def test_a_remote_folder_opens_as_a_local_one(tmp_path):
+    upath = pytest.importorskip("upath")
+    write_devkit(tmp_path, {"train": "ab", "val": "c"})
+    remote = upath.UPath("memory://voc-test")
+    try:
+        for path in tmp_path.rglob("*.*"):
+            target = remote / path.relative_to(tmp_path).as_posix()
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+        assert looks_like_voc(remote)
+        examples = list(open_voc(remote, "train"))
+    finally:
+        fsspec.filesystem("memory").rm("/voc-test", recursive=True)
+    assert [example["image"]["path"] for example in examples] == [
+        f"memory://voc-test/JPEGImages/{name}.jpg" for name in "ab"
+    ]
+    assert [example["objects"] for example in examples] == [EXPECTED["a"], EXPECTED["b"]]

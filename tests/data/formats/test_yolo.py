@@ -1,0 +1,226 @@
+"""YOLO data sets: layouts, boxes, and what is wrong in them."""
+
+import fsspec
+import pytest
+import yaml
+from PIL import Image
+
+from hf_vlm.data.formats.yolo import looks_like_yolo, open_yolo
+from hf_vlm.data.sources import class_names, guess_kind, open_stream
+
+LABELS = {
+    "a": "1 0.5 0.5 1.0 1.0\n0 0.25 0.5 0.1 0.2\n",
+    "b": "",
+    "c": "2 0.1 0.2 0.3 0.2 0.3 0.6 0.1 0.5\n",  # a polygon
+}
+SIZE = (40, 30)
+EXPECTED = {
+    "a": [(1, [0, 0, 40, 30]), (0, [8, 12, 4, 6])],
+    "b": [],
+    "c": [(2, [4, 6, 8, 12])],
+}
+
+
+def write(root, image_folder, label_folder, names="abc", **options):
+    for name in names:
+        (root / image_folder).mkdir(parents=True, exist_ok=True)
+        (root / label_folder).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", SIZE).save(root / image_folder / f"{name}.jpg", **options)
+        (root / label_folder / f"{name}.txt").write_text(LABELS[name])
+
+
+def write_yaml(file, **values):
+    file.write_text(yaml.safe_dump({"names": ["cat", "dog", "bird"], **values}))
+
+
+def content(source, split="train"):
+    found = {}
+    for example in open_stream(source, split):
+        objects = example["objects"]
+        boxes = [pytest.approx(box, abs=1e-4) for box in objects["bbox"]]
+        found[example["image"]["path"].rpartition("/")[2][0]] = list(zip(objects["category"], boxes))
+    return found
+
+
+@pytest.mark.parametrize("names", [["cat", "dog", "bird"], {0: "cat", 1: "dog", 2: "bird"}])
+@pytest.mark.parametrize("path", ["", ".", "/of/another/machine"])
+def test_data_yaml(tmp_path, names, path):
+    write(tmp_path, "images/train", "labels/train", "ab")
+    write(tmp_path, "images/val", "labels/val", "c")
+    write_yaml(tmp_path / "data.yaml", path=path, train="images/train", val=["images/val"], names=names)
+    assert guess_kind(tmp_path) == guess_kind(tmp_path / "data.yaml") == "yolo"
+    for source in (tmp_path, tmp_path / "data.yaml"):
+        assert class_names(open_stream(source)) == ["cat", "dog", "bird"]
+        assert content(source) == {name: EXPECTED[name] for name in "ab"}
+        assert content(source, "validation") == {"c": EXPECTED["c"]}
+
+
+def test_lists_of_images(tmp_path):
+    write(tmp_path, "images", "labels")
+    (tmp_path / "train.txt").write_text("./images/a.jpg\nimages/c.jpg\n")
+    write_yaml(tmp_path / "data.yaml", train="train.txt")
+    assert content(tmp_path) == {name: EXPECTED[name] for name in "ac"}
+    (tmp_path / "train.txt").write_text("images/a.jpg\nimages/z.jpg\n")
+    with pytest.raises(ValueError, match=r"train\.txt lists 1 images that are not there: .*z\.jpg"):
+        open_stream(tmp_path)
+
+
+def test_roboflow(tmp_path):
+    write(tmp_path, "train/images", "train/labels", "ab")
+    write(tmp_path, "valid/images", "valid/labels", "c")
+    write_yaml(tmp_path / "data.yaml", train="../train/images", val="../valid/images", nc=3)
+    assert content(tmp_path) == {name: EXPECTED[name] for name in "ab"}
+    assert content(tmp_path, "val") == {"c": EXPECTED["c"]}
+    (tmp_path / "data.yaml").unlink()
+    assert guess_kind(tmp_path) == "yolo"
+    assert content(tmp_path, "val") == {"c": EXPECTED["c"]}
+
+
+def test_classes_without_data_yaml(tmp_path):
+    write(tmp_path, "images", "labels", "ab")
+    assert class_names(open_stream(tmp_path)) == ["0", "1"]
+    (tmp_path / "classes.txt").write_text("cat\ndog\nbird\n")
+    assert class_names(open_stream(tmp_path)) == ["cat", "dog", "bird"]
+    assert content(tmp_path) == {name: EXPECTED[name] for name in "ab"}
+
+
+def test_classes_without_names_are_those_of_all_splits(tmp_path):
+    write(tmp_path, "images/train", "labels/train", "a")
+    write(tmp_path, "images/val", "labels/val", "c")
+    assert class_names(open_stream(tmp_path)) == class_names(open_stream(tmp_path, "val")) == ["0", "1", "2"]
+
+
+def test_images_that_are_stored_turned(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    write(tmp_path, "images", "labels", "a", exif=exif)
+    assert content(tmp_path) == {"a": [(1, [0, 0, 30, 40]), (0, [6, 16, 3, 8])]}
+
+
+def test_images_without_labels_and_broken_ones_stay(tmp_path, caplog):
+    write(tmp_path, "images", "labels")
+    (tmp_path / "labels" / "a.txt").unlink()
+    (tmp_path / "images" / "c.jpg").write_bytes(b"no image")
+    assert content(tmp_path) == {"a": [], "b": [], "c": []}
+    assert "1 of 1 boxes are dropped" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("dog 0.5 0.5 0.1 0.1", "must be numbers"),
+        ("-1 0.5 0.5 0.1 0.1", "the class -1 must be a number from 0 on"),
+        ("0.5 0.5 0.5 0.1 0.1", "the class 0.5 must be a number from 0 on"),
+        ("nan 0.5 0.5 0.1 0.1", "the class nan must be a number from 0 on"),
+        ("0 20 15 10 10", "must have coordinates of 0 to 1"),
+        ("0 nan 0.5 0.1 0.1", "must have coordinates of 0 to 1"),
+        ("0 0.5 0.5 0.1", "must have a class and 4 numbers"),
+        ("0 0.5 0.5 0.1 0.1 0.3", "must have a class and 4 numbers"),
+    ],
+)
+def test_wrong_lines_are_named(tmp_path, line, message):
+    write(tmp_path, "images", "labels", "a")
+    (tmp_path / "labels" / "a.txt").write_text(f"0 0.5 0.5 0.1 0.1\n\n{line}\n")
+    with pytest.raises(ValueError, match=rf"a\.txt, line 3: .*{message}"):
+        open_stream(tmp_path)
+
+
+def test_classes_out_of_range_are_named(tmp_path):
+    write(tmp_path, "images", "labels")
+    write_yaml(tmp_path / "data.yaml", train="images", names=["cat", "dog"])
+    with pytest.raises(ValueError, match=r"1 boxes have a category outside 0\.\.1, .*: 2 of c\.txt"):
+        open_stream(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "is not yaml"),
+        ("train: images", "is no data file of YOLO"),
+        ("names: cat", "'names' must be a list"),
+        ("names: {0: cat, 2: dog}", "'names' must be a list, or number the classes from 0 on"),
+        ("names: [cat]", "names no images"),
+        ("names: [cat]\ntrain: nowhere", "names nowhere, which is not there"),
+    ],
+)
+def test_wrong_data_files_are_named(tmp_path, text, message):
+    write(tmp_path, "images", "labels")
+    (tmp_path / "data.yaml").write_text(text)
+    with pytest.raises(ValueError, match=rf"data\.yaml.*{message}"):
+        open_stream(tmp_path)
+
+
+def test_all_wrong_lines_are_named_at_once(tmp_path):
+    write(tmp_path, "images", "labels", "ab")
+    for name in "ab":
+        (tmp_path / "labels" / f"{name}.txt").write_text("x\n")
+    with pytest.raises(ValueError, match=r"2 lines of labels make no sense: .*a\.txt, line 1: .*b\.txt, line 1: "):
+        open_stream(tmp_path)
+
+
+def test_a_split_that_is_not_there_matters_when_it_is_opened(tmp_path):
+    write(tmp_path, "images", "labels", "a")
+    write_yaml(tmp_path / "data.yaml", train="images", test="../test/images")
+    assert content(tmp_path) == {"a": EXPECTED["a"]}
+    with pytest.raises(ValueError, match=r"data\.yaml names \.\./test/images, which is not there"):
+        open_stream(tmp_path, "test")
+
+
+def test_numbers_name_the_classes_where_names_are_missing(tmp_path):
+    write(tmp_path, "images", "labels", "a")
+    (tmp_path / "data.yaml").write_text("train: images\nnc: 4\n")
+    assert class_names(open_stream(tmp_path)) == ["0", "1", "2", "3"]
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("data.yaml", "names: [a, a]\ntrain: images", r"data\.yaml: 1 names of classes are used more than once: a"),
+        ("data.yaml", "names: [a, b]\nnc: 3\ntrain: images", r"data\.yaml: 'nc' is 3, and 'names' has 2"),
+        ("classes.txt", "a\na\n", r"classes\.txt: 1 names of classes are used more than once: a"),
+        ("classes.txt", b"caf\xe9", r"classes\.txt is no text of UTF-8"),
+        ("labels/a.txt", b"caf\xe9", r"labels/a\.txt is no text of UTF-8"),
+    ],
+)
+def test_wrong_texts_are_named(tmp_path, file, text, message):
+    write(tmp_path, "images", "labels", "a")
+    (tmp_path / file).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=message):
+        open_stream(tmp_path)
+
+
+def test_no_file_of_labels_at_all_is_said(tmp_path, caplog):
+    write(tmp_path, "images", "label", "a")
+    write_yaml(tmp_path / "data.yaml", train="images")
+    assert content(tmp_path) == {"a": []}
+    assert "no image has a file of labels; looked for" in caplog.text
+
+
+def test_what_is_not_yolo_is_not_taken_for_it(tmp_path):
+    Image.new("L", SIZE).save(tmp_path / "a.png")
+    (tmp_path / "data.yaml").write_text("learning_rate: 1")
+    (tmp_path / "labels").mkdir()
+    Image.new("L", SIZE).save(tmp_path / "labels" / "a.png")
+    assert guess_kind(tmp_path) == "imagefolder"
+
+
+@pytest.mark.parametrize("has_yaml", [True, False])
+def test_a_remote_folder_opens_as_a_local_one(tmp_path, has_yaml):
+    upath = pytest.importorskip("upath")
+    write(tmp_path, "train/images", "train/labels", "ac")
+    if has_yaml:
+        write_yaml(tmp_path / "data.yaml", train="../train/images")
+    remote = upath.UPath("memory://yolo-test")
+    try:
+        for path in tmp_path.rglob("*.*"):
+            target = remote / path.relative_to(tmp_path).as_posix()
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+        assert looks_like_yolo(remote)
+        examples = list(open_yolo(remote, "train"))
+    finally:
+        fsspec.filesystem("memory").rm("/yolo-test", recursive=True)
+    for name, example in zip("ac", examples, strict=True):
+        assert example["image"]["path"] == f"memory://yolo-test/train/images/{name}.jpg"
+        expected = [pytest.approx(box, abs=1e-4) for _, box in EXPECTED[name]]
+        assert example["objects"]["bbox"] == expected

@@ -1,0 +1,277 @@
+"""The figures of generated data are exact, and what is wrong with it is found and named."""
+
+import io
+import json
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from hf_vlm.data.inspection.duplicates import alike_groups
+from hf_vlm.data.inspection.inspect import format_report, inspect_stream
+from hf_vlm.data.schema import image_feature, objects_feature
+from hf_vlm.data.sources import open_stream
+
+BASE = {"image": image_feature(), "image_id": datasets.Value("int64")}
+
+
+def picture(seed, width=80, height=60):
+    """Soft blobs: unlike any other seed's."""
+    noise = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def encoded(image, format="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def stream_of(images, features=None, **columns):
+    """A stream of encoded images named 0.png, 1.png, ..., or of (name, bytes)."""
+    named = [image if isinstance(image, tuple) else (f"{row}.png", image) for row, image in enumerate(images)]
+    examples = [
+        {
+            "image": {"bytes": data, "path": name},
+            "image_id": row,
+            **{column: values[row] for column, values in columns.items()},
+        }
+        for row, (name, data) in enumerate(named)
+    ]
+    schema = datasets.Features(BASE | (features or {}))
+    return datasets.IterableDataset.from_generator(lambda: iter(examples), features=schema)
+
+
+def objects_of(*boxes):
+    return {
+        "bbox": [list(box) for _, box in boxes],
+        "category": [category for category, _ in boxes],
+        "area": [box[2] * box[3] for _, box in boxes],
+        "iscrowd": [0] * len(boxes),
+    }
+
+
+def found(report):
+    return {finding.what: (finding.count, finding.where) for finding in report.findings}
+
+
+def test_sizes_formats_and_bytes_are_those_of_the_files():
+    files = [
+        encoded(picture(0, 80, 60)),
+        encoded(picture(1, 100, 50), "JPEG"),
+        encoded(picture(2, 40, 120).convert("L")),
+        encoded(picture(3, 600, 300), "JPEG", exif=turned_exif()),
+    ]
+    report = inspect_stream(stream_of(files))
+    assert (report.num_images, report.is_complete, report.columns) == (4, True, ["image", "image_id"])
+    assert report.formats == {"PNG RGB": 1, "JPEG RGB": 2, "PNG L": 1}
+    assert (report.width.min, report.width.median, report.width.max) == (40, 90, 300)  # the last one is upright
+    assert (report.height.min, report.height.median, report.height.max) == (50, 90, 600)
+    assert report.aspect_ratio.max == 2.0
+    assert report.total_pixels == 80 * 60 + 100 * 50 + 40 * 120 + 600 * 300
+    sizes = [len(file) for file in files]
+    assert (report.median_bytes, report.total_bytes) == (np.median(sizes), sum(sizes))
+    assert report.label_counts is None
+    assert report.boxes is None
+    assert not report.findings
+
+
+def turned_exif():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return exif
+
+
+def test_files_that_cannot_be_read_are_named_with_the_reason(tmp_path):
+    whole = encoded(picture(0, 400, 400), "JPEG")
+    files = {"good.jpg": whole, "cut.jpg": whole[: len(whole) // 2], "empty.png": b"", "text.jpg": b"not an image"}
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    readable = []
+    report = inspect_stream(
+        open_stream(tmp_path), on_example=lambda example: readable.append(example["image"]["path"])
+    )
+    assert report.num_images == 1
+    assert readable == [str(tmp_path / "good.jpg")]
+    reasons = {image.name: image.reason for image in report.unreadable}
+    assert set(reasons) == {str(tmp_path / name) for name in ("cut.jpg", "empty.png", "text.jpg")}
+    assert "truncated" in reasons[str(tmp_path / "cut.jpg")]
+    assert reasons[str(tmp_path / "empty.png")] == "no bytes"
+    assert f"{tmp_path / 'text.jpg'}: not an image of a known format" in format_report(report)
+
+
+def test_data_of_bad_files_alone_is_reported_too():
+    report = inspect_stream(stream_of([("a.png", b"x"), ("b.png", b"y")]))
+    assert (report.num_images, len(report.unreadable), report.width) == (0, 2, None)
+    json.dumps(report.as_json(), allow_nan=False)
+    assert "a.png" in format_report(report)
+
+
+def test_equal_files_and_pictures_that_look_alike_are_told_apart():
+    original = picture(0, 320, 240)
+    files = {
+        "original.png": encoded(original),
+        "other.png": encoded(picture(1, 320, 240)),
+        "copy.png": encoded(original),
+        "again.jpg": encoded(original, "JPEG", quality=60),
+        "small.png": encoded(original.resize((160, 120))),
+        "mirrored.png": encoded(original.transpose(Image.Transpose.FLIP_LEFT_RIGHT)),
+        "recoloured.png": encoded(Image.merge("RGB", [band.point(lambda v: v // 2) for band in original.split()])),
+    }
+    report = inspect_stream(stream_of(list(files.items())))
+    assert report.exact_duplicates == [["original.png", "copy.png"]]
+    assert report.near_duplicates == [["original.png", "again.jpg", "small.png"]]
+    text = format_report(report)
+    assert "original.png = copy.png" in text
+    assert "original.png = again.jpg = small.png" in text
+
+
+def test_images_of_one_colour_are_named_and_no_duplicates_of_each_other():
+    dot = Image.new("RGB", (64, 64), "black")
+    dot.paste("white", (10, 10, 14, 14))
+    other = Image.new("RGB", (64, 64), "black")
+    other.paste("white", (50, 40, 54, 44))
+    files = [encoded(Image.new("RGB", (64, 64), (9, 9, value))) for value in (10, 11)]
+    report = inspect_stream(stream_of([*files, encoded(dot), encoded(other)]))
+    assert found(report) == {"images of one colour": (2, ["0.png", "1.png"])}
+    assert not report.near_duplicates
+
+
+def test_pairs_within_two_bits_are_found_as_by_comparing_all():
+    generator = np.random.default_rng(0)
+    hashes = generator.integers(0, 2**64, 3000, dtype=np.uint64)
+    for row in range(1000):  # copies with 0 to 4 flipped bits
+        flips = generator.choice(64, row % 5, replace=False)
+        hashes[2000 + row] = hashes[row] ^ np.bitwise_or.reduce(np.uint64(1) << flips.astype(np.uint64), initial=0)
+    colors = np.zeros((3000, 2, 2, 3), dtype=np.uint8)
+    expected = [[row, 2000 + row] for row in range(1000) if row % 5 <= 2]
+    assert alike_groups(hashes, colors) == expected
+    colors[2000:2500] += 13  # as many levels as no second copy differs by
+    assert alike_groups(hashes, colors) == [pair for pair in expected if pair[1] >= 2500]
+
+
+def test_many_frames_of_a_still_scene_are_one_group():
+    hashes = np.full(20_000, 12345, dtype=np.uint64)
+    groups = alike_groups(hashes, np.zeros((len(hashes), 2, 2, 3), dtype=np.uint8))
+    assert [len(group) for group in groups] == [20_000]
+
+
+def test_labels_are_counted_and_their_gaps_named():
+    features = {"label": datasets.ClassLabel(names=["cat", "dog", "emu"])}
+    files = [encoded(picture(row)) for row in range(5)]
+    report = inspect_stream(stream_of(files, features, label=[1, 1, 0, -1, 1]))
+    assert report.label_counts == {"cat": 1, "dog": 3, "emu": 0}
+    assert found(report) == {"images without a label": (1, ["3.png"]), "classes without an image": (1, ["emu"])}
+    assert "3; the largest has 3 times the images of the smallest" in format_report(report)
+
+
+def test_boxes_are_measured_against_the_decoded_image():
+    features = {"objects": objects_feature(["ant", "bee", "cat"])}
+    files = [encoded(picture(row, 400, 100)) for row in range(3)]
+    objects = [
+        objects_of((0, (0, 0, 20, 20)), (1, (10, 10, 50, 50)), (0, (100, 0, 100, 100))),
+        objects_of(),
+        objects_of((1, (390, 90, 20, 20))),  # of which 10 x 10 remain
+    ]
+    boxes = inspect_stream(stream_of(files, features, objects=objects)).boxes
+    assert (boxes.num_boxes, boxes.num_images_without) == (4, 1)
+    assert (boxes.per_image.min, boxes.per_image.median, boxes.per_image.max) == (0, 1, 3)
+    assert boxes.class_counts == {"ant": 2, "bee": 2, "cat": 0}
+    assert boxes.size_shares == {"small": 0.5, "medium": 0.25, "large": 0.25}
+    assert boxes.relative_size.min == pytest.approx(10 / 200)
+    assert boxes.relative_size.median == pytest.approx((20 + 50) / 2 / 200)
+    assert boxes.relative_size.max == pytest.approx(100 / 200)
+    assert boxes.small_relative_size == pytest.approx((20 + 10) / 2 / 200)
+    assert boxes.patches_wanted == 27  # 2 / 0.075
+
+
+@pytest.mark.parametrize(
+    ("sides", "advice"),
+    [
+        ((20, 20, 20), "--image_size 320 with patches of 16 or 160 with patches of 8"),  # 20 patches of 10 pixels
+        ((100, 100, 100), "--image_size 64 with patches of 16 or 32 with patches of 8"),
+        ((2, 2, 2), "200 patches a side; cut the images into tiles first"),
+        ((50, *[100] * 30), "--image_size 64 with patches"),  # one in thirty does not decide
+    ],
+)
+def test_advice_shows_the_small_objects(sides, advice):
+    features = {"objects": objects_feature(["ant"])}
+    files = [encoded(picture(row, 200, 200)) for row in range(len(sides))]
+    objects = [objects_of((0, (0, 0, side, side))) for side in sides]
+    assert advice in format_report(inspect_stream(stream_of(files, features, objects=objects)))
+
+
+def test_boxes_that_make_no_sense_are_found():
+    features = {"objects": objects_feature(["ant", "bee"])}
+    wrong = {
+        "boxes without a class": [(-1, (0, 0, 9, 9))],
+        "boxes without a width or a height": [(0, (5, 5, 0, 9)), (0, (5, 5, 9, -4)), (0, (float("nan"), 5, 9, 9))],
+        "boxes outside their image": [(0, (80, 5, 9, 9))],
+        "boxes that stick out of their image": [(0, (75, 5, 9, 9)), (0, (-3, 5, 9, 9))],
+        "boxes with a side below 2 px": [(0, (5, 5, 1.5, 9))],
+        "boxes drawn twice, of one class at one place": [(0, (1, 2, 3, 4)), (1, (1, 2, 3, 4)), (0, (1, 2, 3, 4))],
+    }
+    fine = [(0, (0, 0, 80, 60)), (0, (71.4, 0, 9, 9))]  # the second one sticks out by less than rounding may
+    files = [encoded(picture(row)) for row in range(len(wrong) + 2)]
+    objects = [objects_of(*boxes) for boxes in [*wrong.values(), fine, [(0, (1, 2, 3, 4))]]]
+    report = inspect_stream(stream_of(files, features, objects=objects))
+    counts = {what: len(boxes) for what, boxes in wrong.items()} | {"boxes drawn twice, of one class at one place": 1}
+    assert found(report) == {what: (counts[what], [f"{row}.png"]) for row, what in enumerate(wrong)}
+
+
+def test_boxes_of_the_unturned_picture_are_explained():
+    features = {"objects": objects_feature(["ant"])}
+    files = [encoded(picture(row), "JPEG", exif=turned_exif()) for row in range(2)]  # 60 pixels wide when upright
+    objects = [objects_of((0, (50, 5, 25, 30))), objects_of((0, (5, 5, 25, 30)))]
+    (what,) = found(inspect_stream(stream_of(files, features, objects=objects)))
+    assert what.startswith("boxes that stick out")
+    assert "EXIF" in what
+
+
+def test_masks_of_another_size_are_named():
+    features = {"mask": image_feature()}
+    files = [encoded(picture(row)) for row in range(3)]
+    masks = [Image.new("L", (80, 60)), Image.new("L", (60, 80)), None]
+    encoded_masks = [{"bytes": encoded(mask) if mask else b"nothing", "path": None} for mask in masks]
+    report = inspect_stream(stream_of(files, features, mask=encoded_masks))
+    what = "images whose mask is not of their size, or cannot be read"
+    assert found(report) == {what: (2, ["1.png", "2.png"])}
+
+
+def test_the_first_examples_are_those_of_the_stream():
+    files = [encoded(picture(row)) for row in range(70)]
+    seen = []
+    report = inspect_stream(stream_of(files), 66, lambda example: seen.append(example["image_id"]))
+    assert (report.num_images, report.is_complete, seen) == (66, False, list(range(66)))
+    assert "66, the first of the data" in format_report(report)
+    assert inspect_stream(stream_of(files), 70).is_complete
+    with pytest.raises(ValueError, match="num_examples=0"):
+        inspect_stream(stream_of(files), 0)
+    with pytest.raises(ValueError, match="no example"):
+        inspect_stream(stream_of([]))
+
+
+def test_examples_without_a_path_are_named_by_id():
+    report = inspect_stream(stream_of([(None, b"x"), (None, encoded(Image.new("L", (9, 9))))]))
+    assert report.unreadable[0].name == "image_id 0"
+    assert report.findings[0].where == ["image_id 1"]
+
+
+def test_of_many_classes_the_largest_and_the_smallest_are_shown():
+    names = [f"class{index:02}" for index in range(40)]
+    labels = [index for index in range(40) for _ in range(40 - index)]
+    files = [encoded(picture(0, 8, 8))] * len(labels)
+    report = inspect_stream(stream_of(files, {"label": datasets.ClassLabel(names=names)}, label=labels))
+    text = format_report(report)
+    assert text.count("class0") == 10
+    assert "... 25 more classes" in text
+    assert [name for name in names[10:] if name in text] == names[-5:]
+
+
+def test_the_report_is_plain_json(tmp_path):
+    report = inspect_stream(open_stream("scenes:easy", num_samples=5))
+    content = json.loads(json.dumps(report.as_json(), allow_nan=False))
+    assert content == report.as_json()
+    assert content["width"] == {"min": 48, "median": 48, "max": 48}
+    assert sum(content["boxes"]["class_counts"].values()) == content["boxes"]["num_boxes"]

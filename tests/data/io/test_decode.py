@@ -1,0 +1,289 @@
+import io
+import os
+import struct
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from hf_vlm.data.io import decode
+from hf_vlm.data.io.decode import BadImageError, decode_image
+from hf_vlm.data.io.image_header import read_header, read_tiff_size
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    """(61, 84, 3) uint8, smooth enough for JPEG, different in every corner and channel."""
+    noise = np.random.default_rng(0).integers(0, 256, (61, 84, 3), dtype=np.uint8)
+    return cv2.normalize(cv2.GaussianBlur(noise, (0, 0), 4), None, 0, 255, cv2.NORM_MINMAX)
+
+
+def encode(image, kind, **options):
+    buffer = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def with_orientation(orientation):
+    exif = Image.Exif()
+    exif[0x010F] = "a maker, so that the orientation is not the first entry"
+    exif[0x0112] = orientation
+    return exif
+
+
+def difference(one, other):
+    assert one.shape == other.shape
+    return np.abs(one.astype(int) - other.astype(int)).mean()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "GIF", "WEBP"])
+def test_lossless_formats_give_the_pixels(pixels, kind):
+    if kind == "GIF":
+        pixels = pixels // 64 * 64  # a palette has 256 colours
+    image, size = decode_image(encode(pixels, kind, **({"lossless": True} if kind == "WEBP" else {})))
+    np.testing.assert_array_equal(image, pixels)
+    assert size == (61, 84)
+    assert image.flags.c_contiguous
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_jpeg_is_what_pillow_reads(pixels, progressive):
+    data = encode(pixels, "JPEG", quality=90, progressive=progressive)
+    image, size = decode_image(data)
+    assert difference(image, np.asarray(Image.open(io.BytesIO(data)))) < 0.6
+    assert size == (61, 84)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_orientation_is_applied_once(pixels, kind, orientation):
+    options = {"JPEG": {"quality": 95}, "WEBP": {"lossless": True}}.get(kind, {})
+    data = encode(pixels, kind, exif=with_orientation(orientation), **options)
+    stored = np.asarray(Image.open(io.BytesIO(encode(pixels, kind, **options))))
+    # What EXIF says about row 0 and column 0 of the stored image.
+    expected = {
+        1: stored,
+        2: stored[:, ::-1],
+        3: stored[::-1, ::-1],
+        4: stored[::-1],
+        5: stored.transpose(1, 0, 2),
+        6: np.rot90(stored, -1),
+        7: stored[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(stored, 1),
+    }[orientation]
+    image, size = decode_image(data)
+    assert difference(image, expected) < 0.6
+    assert size == expected.shape[:2]
+    assert difference(image, np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))) < 0.6
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("num_channels", [1, 3])
+@pytest.mark.parametrize(
+    ("at_least", "divisor"), [((100, 150), 1), ((60, 80), 2), ((61, 80), 1), ((40, 40), 3), ((30, 37), 4), ((1, 1), 8)]
+)
+def test_reduced_jpeg_keeps_the_asked_size(orientation, num_channels, at_least, divisor):
+    noise = np.random.default_rng(1).integers(0, 256, (119, 161, 3), dtype=np.uint8)
+    upright = cv2.GaussianBlur(noise, (0, 0), 9)
+    stored = np.rot90(upright, 1) if orientation == 6 else upright
+    data = encode(np.ascontiguousarray(stored), "JPEG", quality=98, exif=with_orientation(orientation))
+    divisor = 2 if divisor == 3 else divisor  # there is no third
+    image, size = decode_image(data, num_channels=num_channels, at_least=at_least)
+    assert size == (119, 161)
+    assert image.shape == (-(-119 // divisor), -(-161 // divisor), num_channels)
+    full, _ = decode_image(data, num_channels=num_channels)
+    reference = cv2.resize(full, image.shape[1::-1], interpolation=cv2.INTER_AREA).reshape(image.shape)
+    assert difference(image, reference) < 1.5
+
+
+def test_other_formats_are_not_reduced(pixels):
+    image, _ = decode_image(encode(pixels, "PNG"), at_least=(1, 1))
+    np.testing.assert_array_equal(image, pixels)
+
+
+def test_grey(pixels):
+    grey = np.asarray(Image.fromarray(pixels).convert("L"))
+    for stored, exactness in ((grey, 0), (pixels, 1)):
+        image, _ = decode_image(encode(stored, "PNG"), num_channels=1)
+        assert image.shape == (61, 84, 1)
+        assert np.abs(image[:, :, 0].astype(int) - grey).max() <= exactness
+    image, _ = decode_image(encode(grey, "PNG"))
+    np.testing.assert_array_equal(image, np.stack([grey] * 3, axis=2))
+    image, _ = decode_image(encode(Image.fromarray(grey).convert("1"), "PNG"))
+    assert set(np.unique(image)) == {0, 255}
+
+
+def test_palette(pixels):
+    palette = Image.fromarray(pixels).convert("P")
+    for kind in ("PNG", "GIF", "BMP"):
+        image, _ = decode_image(encode(palette, kind))
+        np.testing.assert_array_equal(image, np.asarray(palette.convert("RGB")))
+
+
+def test_cmyk_has_the_colours_of_pillow():
+    patches = np.zeros((32, 64, 3), dtype=np.uint8)
+    for column, color in enumerate([(200, 30, 30), (30, 200, 30), (30, 30, 200), (220, 220, 40)]):
+        patches[:, 16 * column : 16 * column + 16] = color
+    data = encode(Image.fromarray(patches).convert("CMYK"), "JPEG", quality=95)
+    image, _ = decode_image(data)
+    np.testing.assert_array_equal(image, np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+    assert difference(image, patches) < 4
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff"])
+@pytest.mark.parametrize("num_channels", [1, 3])
+def test_sixteen_bits_are_scaled(pixels, kind, num_channels):
+    colors = pixels.astype(np.uint16) * 257
+    for stored in (colors[:, :, 0], colors):
+        image, _ = decode_image(cv2.imencode(f".{kind}", stored)[1].tobytes(), num_channels=num_channels)
+        rgb = stored if stored.ndim == 3 else np.stack([stored] * 3, axis=2)
+        expected = (rgb[:, :, ::-1] / 257).astype(float)  # imencode stores BGR
+        if num_channels == 1:
+            expected = (expected @ [0.299, 0.587, 0.114])[:, :, None]
+        assert np.abs(image - expected).max() <= 1
+
+
+def test_transparency_is_laid_on_white(pixels):
+    alpha = np.zeros((61, 84), dtype=np.uint8)
+    alpha[:20], alpha[20:40] = 255, 128
+    share = alpha[:, :, None] / 255
+    expected = pixels * share + 255 * (1 - share)
+    rgba = np.dstack([pixels, alpha])
+    for kind in ("PNG", "TIFF"):
+        image, _ = decode_image(encode(rgba, kind))
+        assert np.abs(image - expected).max() <= 1
+    grey, _ = decode_image(encode(Image.fromarray(rgba).convert("LA"), "PNG"), num_channels=1)
+    assert (grey[40:] == 255).all()
+    palette = Image.fromarray(pixels).convert("P")
+    index = palette.getpixel((3, 4))
+    image, _ = decode_image(encode(palette, "PNG", transparency=index))
+    hidden = np.asarray(palette) == index
+    assert (image[hidden] == 255).all()
+    np.testing.assert_array_equal(image[~hidden], np.asarray(palette.convert("RGB"))[~hidden])
+
+
+def test_sources_of_bytes(pixels, tmp_path):
+    path = tmp_path / "image.png"
+    path.write_bytes(encode(pixels, "PNG"))
+    data = path.read_bytes()
+    sources = [data, str(path), path, {"bytes": None, "path": str(path)}, {"bytes": data, "path": "missing.png"}]
+    for source in [*sources, {"path": str(path)}, path.as_uri()]:
+        np.testing.assert_array_equal(decode_image(source)[0], pixels)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF"])
+@pytest.mark.parametrize("share", [0.5, 0.95])
+def test_truncated_files_are_bad(pixels, tmp_path, kind, share):
+    data = encode(pixels, kind)
+    path = tmp_path / f"half.{kind.lower()}"
+    path.write_bytes(data[: int(share * len(data))])
+    with pytest.raises(BadImageError, match=rf"half\.{kind.lower()}: .+"):
+        decode_image({"bytes": None, "path": str(path)})
+
+
+def test_every_cut_of_a_jpeg_is_bad(pixels):
+    data = encode(pixels, "JPEG", exif=with_orientation(6))
+    for length in range(1, len(data) - 1, 7):
+        with pytest.raises(BadImageError):
+            decode_image(data[:length])
+
+
+def test_what_is_not_an_image(tmp_path):
+    empty = tmp_path / "a.jpg"
+    empty.touch()
+    with pytest.raises(BadImageError, match=r"a\.jpg: no bytes"):
+        decode_image({"bytes": b"", "path": str(empty)})
+    with pytest.raises(BadImageError, match=r"image of 11 bytes beginning with b'hello wo': not an image of a known"):
+        decode_image(b"hello world")
+    with pytest.raises(BadImageError, match=r"missing\.png.*No such file"):
+        decode_image(str(tmp_path / "missing.png"))
+    with pytest.raises(BadImageError, match="image without bytes and path: no bytes"):
+        decode_image({"bytes": None, "path": None})
+    assert issubclass(BadImageError, ValueError)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_huge_images_are_bad(pixels, monkeypatch, kind):
+    data = encode(pixels, kind)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 61 * 84)
+    decode_image(data)
+    for limit in (61 * 84 - 1, 1000):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(BadImageError, match=r"(84x61 pixels are more than|5124 pixels\) exceeds limit)"):
+            decode_image(data)
+
+
+def test_huge_images_that_opencv_alone_knows_are_bad_before_they_are_decoded(pixels, monkeypatch):
+    data = cv2.imencode(".tiff", pixels.astype(np.float32))[1].tobytes()
+    assert read_header(data) is None
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 61 * 84 - 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(cv2, "imdecode", lambda *arguments: pytest.fail("it was decoded"))
+        with pytest.raises(BadImageError, match="84x61 pixels are more than the 5123"):
+            decode_image(data)
+    hdr = cv2.imencode(".pfm", pixels.astype(np.float32))[1].tobytes()
+    monkeypatch.setattr(decode, "_read_with_opencv", lambda *arguments: pixels)
+    with pytest.raises(BadImageError, match="84x61 pixels are more than the 5123"):
+        decode_image(hdr)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_the_size_of_a_tiff_in_both_byte_orders(order):
+    def tiff(*entries):
+        head = struct.pack(order + "2sHIH", b"II" if order == "<" else b"MM", 42, 8, len(entries))
+        return head + b"".join(struct.pack(order + "HHI" + form, *entry) for form, *entry in entries) + bytes(4)
+
+    assert read_tiff_size(tiff(("HH", 256, 3, 1, 700, 0), ("I", 257, 4, 1, 70000))) == (70000, 700)
+    assert read_tiff_size(tiff(("I", 257, 4, 1, 70000))) is None
+    assert read_tiff_size(tiff(("I", 257, 4, 1, 70000))[:-10]) is None
+    assert read_tiff_size(b"P6 700 70000 255 ") is None
+
+
+def test_files_too_large_for_an_image_are_not_read(tmp_path):
+    path = tmp_path / "a.png"
+    path.touch()
+    os.truncate(path, 2**29 + 1)  # without blocks on disk
+    for image in (path, f"file://{path}", {"bytes": None, "path": str(path)}):
+        with pytest.raises(BadImageError, match=r"a\.png: 536870913 bytes are more than the 536870912"):
+            decode_image(image)
+
+
+def test_unknown_ranges_and_channels_are_refused(pixels):
+    with pytest.raises(BadImageError, match="32 bits"):
+        decode_image(encode(Image.fromarray(pixels[:, :, 0].astype(np.float32)), "TIFF"))
+    with pytest.raises(ValueError, match="num_channels=4: images are decoded to 3 channels"):
+        decode_image(encode(pixels, "PNG"), num_channels=4)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+@pytest.mark.parametrize("orientation", [1, 3, 8])
+def test_jpeg_header_agrees_with_pillow(pixels, mode, orientation):
+    for options in ({}, {"progressive": True}, {"comment": b"a comment"}, {"dpi": (300, 300)}):
+        exif = with_orientation(orientation)
+        data = encode(Image.fromarray(pixels).convert(mode), "JPEG", exif=exif, **options)
+        header, reference = read_header(data), Image.open(io.BytesIO(data))
+        assert (header.format, header.mode, header.width, header.height) == ("JPEG", mode, *reference.size)
+        assert header.orientation == reference.getexif()[0x0112] == orientation
+        assert not header.has_alpha
+
+
+def test_exif_in_both_byte_orders(pixels):
+    plain = encode(pixels, "JPEG")
+    for order, value in (("little", 6), ("big", 8)):
+        number = lambda count, size, order=order: count.to_bytes(size, order)  # noqa: E731
+        entry = number(0x0112, 2) + number(3, 2) + number(1, 4) + number(value, 2) + b"\0\0"
+        tiff = (b"II" if order == "little" else b"MM") + number(42, 2) + number(8, 4) + number(1, 2) + entry
+        segment = b"Exif\0\0" + tiff + bytes(4)
+        data = plain[:2] + b"\xff\xe1" + (len(segment) + 2).to_bytes(2, "big") + segment + plain[2:]
+        assert Image.open(io.BytesIO(data)).getexif()[0x0112] == value
+        assert read_header(data).orientation == value
+        assert decode_image(data)[0].shape == (84, 61, 3)
+
+
+def test_broken_exif_is_ignored(pixels):
+    plain = encode(pixels, "JPEG")
+    for tiff in (b"", b"II", b"II*\0\xff\xff\xff\xff", b"XX*\0\x08\0\0\0", b"II*\0\x08\0\0\0\xff\xff"):
+        segment = b"Exif\0\0" + tiff
+        data = plain[:2] + b"\xff\xe1" + (len(segment) + 2).to_bytes(2, "big") + segment + plain[2:]
+        assert decode_image(data)[0].shape == (61, 84, 3)
