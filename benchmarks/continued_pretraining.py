@@ -43,7 +43,7 @@ RECIPE: dict[str, Any] = {  # of SimCLR's recipe, its rate scaled by the square 
     "encoder_preset": "nano",
     "model_config": {"projection_hidden_size": 512},
     "image_size": SIDE,
-    "views": {"blur": 0.0},  # of little use on images this small
+    "views": {"blur_probability": 0.0},  # of little use on images this small
     "learning_rate": 5e-4 * (BATCH_SIZE / 256) ** 0.5,
     "adam_beta2": 0.95,
     "warmup_steps": 0.05,

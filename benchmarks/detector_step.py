@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher
 from transformers.loss.loss_for_object_detection import HungarianMatcher
 
-from hf_vlm.features.device import place
+from hf_vlm.features.device import to_best_device
 from hf_vlm.models import loss_detection
 from hf_vlm.models.loss_detection import DetectionTargets, match, matching_cost
 from hf_vlm.models.modeling_detection import VLMViTDetectionConfig, VLMViTForObjectDetection
@@ -157,7 +157,7 @@ def shares_of_a_step(name: str, device: torch.device, num_steps: int) -> dict[st
     """Median shares of the step's parts, forward and backward together; matching is a part of the loss."""
     torch.manual_seed(0)
     recipe, image_size = ROWS[name]
-    model = place(build(recipe, image_size), device).train()  # as the trainer has it
+    model = to_best_device(build(recipe, image_size), device).train()  # as the trainer has it
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     images = torch.randn(BATCH_SIZE, 3, height, width, device=device)
     labels = random_labels(BATCH_SIZE, NUM_CLASSES, device)

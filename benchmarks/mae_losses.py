@@ -37,7 +37,7 @@ from tqdm.auto import tqdm
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from hf_vlm import MAEForPreTraining, VLMViTModel
-from hf_vlm.features.device import suit_cpu
+from hf_vlm.features.device import use_fast_cpu_matmul
 from hf_vlm.metrics import knn_accuracy
 from hf_vlm.models.ssl_perceptual import features_of_layers, perceptual_distance
 from hf_vlm.training.arguments import parse_arguments
@@ -76,7 +76,7 @@ def step_times(options: argparse.Namespace, num_rounds: int = 8) -> dict[str, fl
     images, steps = torch.randn(options.batch_size, 3, options.image_size, options.image_size), {}
     for arm in dict.fromkeys(("plain", *options.arms)):
         model = build_model(parse_arguments(recipe(arm, 0, Path(), options)), task="pretraining").train()
-        suit_cpu(model)
+        use_fast_cpu_matmul(model)
         learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
         steps[arm] = model, torch.optim.AdamW(learned, lr=1e-3, fused=True)
     seconds: dict[str, list[float]] = defaultdict(list)
@@ -162,7 +162,7 @@ def run_seed(
         if not kept.is_file():
             pretrain(recipe(arm, seed, folder / arm, options))
         with quiet_transformers():
-            model = MAEForPreTraining.from_pretrained(folder / arm / "objective").eval()
+            model = MAEForPreTraining.from_pretrained(folder / arm / "pretraining_model").eval()
         columns[arm], masks = model.reconstruct(originals, noise=noise)
         if not kept.is_file():
             figures = figures_of(columns[arm], originals, masks, judge, std)

@@ -24,7 +24,7 @@ from hf_vlm import MAEConfig, MAEForPreTraining, VLMViTConfig, VLMViTModel
 from hf_vlm.data.io.decode import decode_image
 from hf_vlm.data.sources import open_stream
 from hf_vlm.data.transforms.image_ops import resize
-from hf_vlm.features.device import suit_cpu
+from hf_vlm.features.device import use_fast_cpu_matmul
 from hf_vlm.metrics import knn_accuracy
 
 SIDE = 32
@@ -83,7 +83,7 @@ def pretrain(options: dict[str, Any] | None, images: Tensor, num_images: int, wh
         return VLMViTModel(encoder), 0.0
     decoder = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
     model = MAEForPreTraining(MAEConfig(backbone_config=encoder, decoder_config=decoder, **options)).train()
-    suit_cpu(model)
+    use_fast_cpu_matmul(model)
 
     def loss() -> Tensor:
         return model(augment(images[torch.randint(0, len(images), (BATCH_SIZE,))])).loss

@@ -39,7 +39,7 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments, ViTMAEConfig, ViTMAEForPreTraining
 from transformers.utils import logging as transformers_logging
 
-from hf_vlm.features.device import allow_fast_matmul
+from hf_vlm.features.device import enable_fast_matmul
 from hf_vlm.models.configuration_vlm_vit import PRESETS
 from hf_vlm.training import run
 from hf_vlm.training.arguments import load_recipe
@@ -207,7 +207,7 @@ def compare(name: str, setting: Setting, rounds: int) -> dict[str, float]:
     for index in tqdm(range(rounds), desc=name):
         arms = (("ours", ours), ("theirs", theirs))
         for arm, train in arms if index % 2 else reversed(arms):
-            is_fast = arm == "ours" and setting.device == "cpu" and allow_fast_matmul()
+            is_fast = arm == "ours" and setting.device == "cpu" and enable_fast_matmul()
             torch.backends.mkldnn.matmul.fp32_precision = "bf16" if is_fast else "ieee"
             with contextlib.redirect_stdout(io.StringIO()):  # the trainers' logs
                 found[arm].append(train(row, setting))

@@ -12,7 +12,7 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from hf_vlm.cli.demo import ARMS, run_demo
+from hf_vlm.cli.demo import VARIANTS, run_demo
 from hf_vlm.training.record import as_json
 
 QUICK = {"max_steps": 20, "eval_steps": 20, "num_eval_examples": 50}
@@ -42,7 +42,7 @@ def main() -> None:
         folder = arguments.output_dir or Path(temporary)
         runs = [figures_of(folder / str(seed), seed, QUICK if arguments.quick else None) for seed in seeds]
     figures = {}
-    for arm in ARMS:
+    for arm in VARIANTS:
         for name in ("ap", "ap50"):
             values = [run[arm][name] for run in runs]
             spread = statistics.stdev(values) if len(values) > 1 else 0.0

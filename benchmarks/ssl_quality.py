@@ -30,7 +30,13 @@ from tqdm.auto import tqdm
 
 # Method: how it differs from `SHARED`. Sizes of heads and decoders follow the encoder's; rates are those of the
 # recipes, scaled to the batch. Views of one size a method, as their papers draw them, without blur at 32 pixels.
-COLOR = {"jitter": [0.4, 0.4, 0.2, 0.1], "jitter_probability": 0.8, "grey": 0.2, "flip": 0.5, "blur": 0.0}
+COLOR = {
+    "jitter": [0.4, 0.4, 0.2, 0.1],
+    "jitter_probability": 0.8,
+    "grayscale_probability": 0.2,
+    "flip_probability": 0.5,
+    "blur_probability": 0.0,
+}
 METHODS: dict[str, dict[str, Any]] = {
     "simclr": {
         "model_config": {"projection_hidden_size": 512, "projection_size": 128, "temperature": 0.2},
@@ -43,7 +49,7 @@ METHODS: dict[str, dict[str, Any]] = {
             "predictor_norm": False,  # this and the next as the peer has them; official ones: RESULTS.md
             "freeze_patch_projection": False,
         },
-        "views": {**COLOR, "crop_scale": [0.2, 1.0], "views": [{}, {"solarize": 0.2}]},
+        "views": {**COLOR, "crop_scale": [0.2, 1.0], "views": [{}, {"solarize_probability": 0.2}]},
         "weight_decay": 0.1,
     },
     "mae": {
@@ -62,7 +68,7 @@ METHODS: dict[str, dict[str, Any]] = {
         },
         "views": {
             **COLOR,
-            "solarize": 0.0,
+            "solarize_probability": 0.0,
             "crop_scale": [0.3, 1.0],
             "local": {"num_views": 4, "crop_scale": [0.1, 0.4]},
         },
@@ -78,7 +84,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "views": {
             **COLOR,
             "crop_scale": [0.4, 1.0],
-            "views": [{}, {"solarize": 0.2}],
+            "views": [{}, {"solarize_probability": 0.2}],
             "local": {"num_views": 4, "crop_scale": [0.1, 0.4]},
         },
         "max_grad_norm": 3.0,

@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from hf_vlm import MAEConfig, MAEForPreTraining, SimCLRConfig, SimCLRForPreTraining, VLMViTConfig
-from hf_vlm.features.device import suit_cpu
+from hf_vlm.features.device import use_fast_cpu_matmul
 from hf_vlm.models.configuration_vlm_vit import PRESETS
 from hf_vlm.models.modeling_simclr import nt_xent
 from hf_vlm.models.ssl_layers import ProjectionHead
@@ -135,7 +135,7 @@ class Contestant:
         self.model = MODELS[name](preset).to(device).train()
         self.fast = fast
         if fast:
-            suit_cpu(self.model)  # type: ignore[arg-type]
+            use_fast_cpu_matmul(self.model)  # type: ignore[arg-type]
         self.device = device
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-4, fused=True)
         self.run: Any = compile_regions(self.model) if is_compiled else self.model  # layer by layer, as training does

@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_vlm.data.transforms.device_views import DeviceViews
-from hf_vlm.data.transforms.views import ViewTransform, draw_view, render_view
+from hf_vlm.data.transforms.views import ViewTransform, render_view, sample_view
 from hf_vlm.models.modeling_mae import MAEForPreTraining
 from hf_vlm.models.modeling_simclr import SimCLRForPreTraining
 
@@ -68,7 +68,7 @@ def ours(views: dict[str, Any]) -> Contestant:
     def make(batch: Array) -> Tensor:
         out = np.empty((len(batch), 3, SIZE, SIZE), dtype=np.float32)
         for image, place in zip(batch, out):
-            made.normalize(render_view(image, settings, draw_view(settings, generator)), place)
+            made.normalize(render_view(image, settings, sample_view(settings, generator)), place)
         return torch.from_numpy(out)
 
     return make
@@ -83,12 +83,12 @@ def with_albumentations(views: dict[str, Any]) -> Contestant:
                 (-jitter[3], jitter[3]),
                 p=views["jitter_probability"],
             ),
-            albumentations.ToGray(p=views["grey"]),
-            albumentations.GaussianBlur(blur_limit=0, sigma_limit=(0.1, MAX_SIGMA), p=views["blur"]),
+            albumentations.ToGray(p=views["grayscale_probability"]),
+            albumentations.GaussianBlur(blur_limit=0, sigma_limit=(0.1, MAX_SIGMA), p=views["blur_probability"]),
         ]
     steps = [
         albumentations.RandomResizedCrop((SIZE, SIZE), scale=tuple(views["crop_scale"])),
-        albumentations.HorizontalFlip(p=views["flip"]),
+        albumentations.HorizontalFlip(p=views["flip_probability"]),
         *colors,
         albumentations.Normalize(MEAN, STD),
         ToTensorV2(),
@@ -103,12 +103,12 @@ def with_kornia(views: dict[str, Any], device: str = "cpu") -> Contestant:
     if "jitter" in views:
         colors = [
             kornia.ColorJitter(*views["jitter"], p=views["jitter_probability"]),
-            kornia.RandomGrayscale(p=views["grey"]),
-            kornia.RandomGaussianBlur((kernel, kernel), (0.1, MAX_SIGMA), p=views["blur"]),
+            kornia.RandomGrayscale(p=views["grayscale_probability"]),
+            kornia.RandomGaussianBlur((kernel, kernel), (0.1, MAX_SIGMA), p=views["blur_probability"]),
         ]
     pipeline = kornia.AugmentationSequential(
         kornia.RandomResizedCrop((SIZE, SIZE), scale=tuple(views["crop_scale"])),
-        kornia.RandomHorizontalFlip(p=views["flip"]),
+        kornia.RandomHorizontalFlip(p=views["flip_probability"]),
         *colors,
         kornia.Normalize(torch.tensor(MEAN), torch.tensor(STD)),
     ).to(device)
@@ -128,7 +128,7 @@ def with_pillow(views: dict[str, Any]) -> Contestant:
         out = np.empty((len(batch), 3, SIZE, SIZE), dtype=np.float32)
         for image, place in zip(batch, out):
             view = _pillow_crop(Image.fromarray(image), views["crop_scale"], generator)
-            if generator.random() < views["flip"]:
+            if generator.random() < views["flip_probability"]:
                 view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             if "jitter" in views:
                 view = _pillow_colors(view, views, generator)
@@ -166,9 +166,9 @@ def _pillow_colors(view: Image.Image, views: dict[str, Any], generator: np.rando
             hue, saturation, value = view.convert("HSV").split()
             turned = np.asarray(hue) + np.uint8(round(drawn * 255) % 256)
             view = Image.merge("HSV", (Image.fromarray(turned), saturation, value)).convert("RGB")
-    if generator.random() < views["grey"]:
+    if generator.random() < views["grayscale_probability"]:
         view = view.convert("L").convert("RGB")
-    if generator.random() < views["blur"]:
+    if generator.random() < views["blur_probability"]:
         view = view.filter(ImageFilter.GaussianBlur(generator.uniform(0.1, MAX_SIGMA)))
     return view
 
@@ -176,11 +176,11 @@ def _pillow_colors(view: Image.Image, views: dict[str, Any], generator: np.rando
 def on_device(views: dict[str, Any], device: str, batch: Array) -> Contestant:
     """Ours on the device; what the workers decode and draw is ready, and as kornia's images sent each time."""
     made = DeviceViews(transform(views))
-    made.transform.draw = lambda example, rng: (  # type: ignore[method-assign]
+    made.transform.sample = lambda example, rng: (  # type: ignore[method-assign]
         example["image"],
-        [draw_view(made.transform.views[0], rng)],
+        [sample_view(made.transform.views[0], rng)],
     )
-    drawn = [made.draw({"image": image}, np.random.default_rng(seed)) for seed, image in enumerate(batch)]
+    drawn = [made.sample({"image": image}, np.random.default_rng(seed)) for seed, image in enumerate(batch)]
     ready = made.collate(drawn)
 
     def make(batch: Array) -> Tensor:

@@ -11,7 +11,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from hf_vlm import VLMViTModel
 from hf_vlm.data.stream import ExampleStream
-from hf_vlm.features.device import place
+from hf_vlm.features.device import to_best_device
 from hf_vlm.training.arguments import VisionTrainingArguments
 from hf_vlm.training.optim import parameter_groups
 
@@ -37,7 +37,7 @@ class Peer(nn.Module):
     def __init__(self, config: Any, args: VisionTrainingArguments, normalise: dict[str, Any]):
         super().__init__()
         self.config, self.args = config, args
-        self.backbone = place(VLMViTModel(config.backbone_config))
+        self.backbone = to_best_device(VLMViTModel(config.backbone_config))
         self.build(config, args.views, normalise)
         self.to(self.backbone.device).train()
 

@@ -17,7 +17,7 @@ def lightly_colors(views: dict[str, Any], strength: float) -> dict[str, float]:
     names = ("cj_bright", "cj_contrast", "cj_sat", "cj_hue")
     colors = {name: value / strength for name, value in zip(names, views["jitter"])}
     colors |= {"cj_strength": strength, "cj_prob": views["jitter_probability"]}
-    return colors | {"random_gray_scale": views["grey"], "hf_prob": views["flip"]}
+    return colors | {"random_gray_scale": views["grayscale_probability"], "hf_prob": views["flip_probability"]}
 
 
 def lightly_crops(views: dict[str, Any], image_size: int, **options: Any) -> Any:
@@ -31,7 +31,7 @@ def lightly_crops(views: dict[str, Any], image_size: int, **options: Any) -> Any
         local_crop_size=local["size"],
         local_crop_scale=tuple(local["crop_scale"]),
         n_local_views=local["num_views"],
-        gaussian_blur=(views["blur"],) * 3,
+        gaussian_blur=(views["blur_probability"],) * 3,
         **lightly_colors(views, strength=0.5),  # the second large view takes no other
         **options,
     )
@@ -51,7 +51,7 @@ class LightlySimCLR(Peer):
         self.transform = SimCLRTransform(
             input_size=self.args.image_size,
             min_scale=views["crop_scale"][0],
-            gaussian_blur=views["blur"],
+            gaussian_blur=views["blur_probability"],
             normalize=normalise,
             **lightly_colors(views, strength=1.0),
         )
@@ -97,7 +97,10 @@ class LightlyDINOv2(Peer):
         self.of_patches = IBOTPatchLoss(config.num_prototypes, student_temp=config.student_temperature)
         self.koleo = KoLeoLoss()
         self.transform = lightly_crops(
-            views, self.args.image_size, solarization_prob=views["views"][1]["solarize"], normalize=normalise
+            views,
+            self.args.image_size,
+            solarization_prob=views["views"][1]["solarize_probability"],
+            normalize=normalise,
         )
 
     def forward(self, views: list[Tensor], step: int) -> Tensor:

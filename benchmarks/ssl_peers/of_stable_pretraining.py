@@ -88,12 +88,12 @@ def view_of(size: int, views: dict[str, Any], normalise: dict[str, Any], solariz
 
     parts = [
         transforms.RandomResizedCrop((size, size), scale=tuple(views["crop_scale"])),
-        transforms.RandomHorizontalFlip(views["flip"]),
+        transforms.RandomHorizontalFlip(views["flip_probability"]),
     ]
     if "jitter" in views:
         parts += [
             transforms.ColorJitter(*views["jitter"], p=views["jitter_probability"]),
-            transforms.RandomGrayscale(views["grey"]),
+            transforms.RandomGrayscale(views["grayscale_probability"]),
             transforms.RandomSolarize(128, p=solarize),
         ]
     return transforms.Compose(*parts, transforms.ToImage(**normalise))
@@ -137,7 +137,7 @@ class StablePretrainingMoCoV3(StablePretraining):
             ema_decay_start=config.momentum,
         )
         self.teachers = self.model.backbone, self.model.projector
-        size, solarize = self.args.image_size, views["views"][1]["solarize"]
+        size, solarize = self.args.image_size, views["views"][1]["solarize_probability"]
         self.make_views(view_of(size, views, normalise), view_of(size, views, normalise, solarize))
 
 

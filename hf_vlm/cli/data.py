@@ -20,7 +20,7 @@ def run(words: Sequence[str]) -> None:
     )
     parser.add_argument("data", help="folder, file, Hub id or scenes")
     parser.add_argument("--split", default="train")
-    parser.add_argument("--data_kind", help="kind of the source, guessed when not given")
+    parser.add_argument("--format", help="format of the source, guessed when not given")
     parser.add_argument("--num_examples", type=int, help="look at the first so many images")
     parser.add_argument("--save", type=Path, default="contact_sheet.png", help="picture of 24 examples to write")
     parser.add_argument("--json", type=Path, help="a JSON file for all figures and the names of all images found")
@@ -29,16 +29,16 @@ def run(words: Sequence[str]) -> None:
     from tqdm.auto import tqdm
 
     from hf_vlm.data.inspection.inspect import format_report, inspect_stream
-    from hf_vlm.data.io.files import display
-    from hf_vlm.data.sources import guess_kind, open_stream
+    from hf_vlm.data.io.files import redact_url
+    from hf_vlm.data.sources import guess_format, open_stream
     from hf_vlm.viz.contact_sheet import Reservoir, example_sheet
 
     prepare_picture(arguments.save, like="contact_sheet.png")
     if arguments.json is not None:
         prepare_file(arguments.json)
-    kind = guess_kind(arguments.data) if arguments.data_kind is None else arguments.data_kind
-    stream = open_stream(arguments.data, arguments.split, kind=kind)
-    num_examples = images_to_read(kind, arguments.num_examples)
+    format = guess_format(arguments.data) if arguments.format is None else arguments.format
+    stream = open_stream(arguments.data, arguments.split, format=format)
+    num_examples = images_to_read(format, arguments.num_examples)
     reservoir = Reservoir(24)
     with tqdm(desc="Looking", total=num_examples, unit=" images", disable=None) as bar:
 
@@ -48,25 +48,25 @@ def run(words: Sequence[str]) -> None:
 
         report = inspect_stream(stream, num_examples, on_example)
 
-    source = display(arguments.data)
-    print(f"{source}: {kind}, split {arguments.split}\n")
+    source = redact_url(arguments.data)
+    print(f"{source}: {format}, split {arguments.split}\n")
     print(format_report(report))
     if arguments.json is not None:
-        content = {"data": source, "kind": kind, "split": arguments.split, **report.as_json()}
+        content = {"data": source, "format": format, "split": arguments.split, **report.as_json()}
         arguments.json.write_text(json.dumps(content, indent=2) + "\n")
         print(f"All figures and names: {arguments.json}")
     if reservoir.examples:
         example_sheet(reservoir.examples, stream.features).save(arguments.save)
         print(f"Examples to look at:   {arguments.save}")
         print("\nTo train on it:")
-        for command in _training_commands(source, arguments.data_kind, arguments.split, report.boxes is not None):
+        for command in _training_commands(source, arguments.format, arguments.split, report.boxes is not None):
             print(f"  {command}")
 
 
-def _training_commands(source: str, data_kind: str | None, split: str, has_boxes: bool) -> list[str]:
+def _training_commands(source: str, format: str | None, split: str, has_boxes: bool) -> list[str]:
     words = ["--data", source]
-    if data_kind is not None:
-        words += ["--data_kind", data_kind]
+    if format is not None:
+        words += ["--format", format]
     if split != "train":
         words += ["--train_split", split]
     data = shlex.join(words)
@@ -76,6 +76,6 @@ def _training_commands(source: str, data_kind: str | None, split: str, has_boxes
     return commands
 
 
-def images_to_read(kind: str, num_examples: int | None) -> int | None:
+def images_to_read(format: str, num_examples: int | None) -> int | None:
     """How many images a command reads where `num_examples` are asked for: None for all, but scenes have no end."""
-    return NUM_SCENES if kind == "scenes" and num_examples is None else num_examples
+    return NUM_SCENES if format == "scenes" and num_examples is None else num_examples

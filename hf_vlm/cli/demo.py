@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 import torch
 
-ARMS = ("pretrained", "random")
+VARIANTS = ("pretrained", "random")
 NUM_UNLABELLED = 16_000
 
 
@@ -49,7 +49,7 @@ def run_demo(folder: Path, *, seed: int = 0, overrides: dict[str, Any] | None = 
     options = [f"--{key}={value}" for key, value in keys.items()]
 
     print(f"\n[1/3] Pretraining on {NUM_UNLABELLED:,} unlabelled images: no label is read", flush=True)
-    draw_unlabelled(images, num_images=NUM_UNLABELLED)
+    synthesise_unlabelled(images, num_images=NUM_UNLABELLED)
     _finish(_start(["pretrain", "demo/pretrain.yaml", "--data", str(images), "--output_dir", str(encoder), *options]))
 
     print(
@@ -64,7 +64,7 @@ def run_demo(folder: Path, *, seed: int = 0, overrides: dict[str, Any] | None = 
     print("\n[3/3] Evaluating both on scenes that neither has seen", flush=True)
     num_test = (overrides or {}).get("num_eval_examples", 500)
     return {
-        arm: evaluate_run(folder / f"detector_{arm}", "scenes:easy", "test", num_examples=num_test) for arm in ARMS
+        arm: evaluate_run(folder / f"detector_{arm}", "scenes:easy", "test", num_examples=num_test) for arm in VARIANTS
     }
 
 
@@ -88,7 +88,7 @@ def _finish(*processes: subprocess.Popen[bytes]) -> None:
             process.terminate()
 
 
-def draw_unlabelled(path: Path, *, num_images: int) -> None:
+def synthesise_unlabelled(path: Path, *, num_images: int) -> None:
     """Draws the demo's unlabelled images once, into a file as a user would have one, instead of in every epoch."""
     from datasets import Dataset
     from tqdm.auto import tqdm
@@ -107,8 +107,8 @@ def write_report(folder: Path, results: dict[str, Any]) -> None:
     from hf_vlm.training.record import as_json
 
     (folder / "results.json").write_text(as_json(results) + "\n")
-    draw_curves(folder)
-    draw_predictions(folder)
+    plot_curves(folder)
+    render_predictions(folder)
     table = results_table(results)
     (folder / "README.md").write_text(
         f"# What pretraining on unlabelled images gained\n\n{table}\n\nHeld-out scenes, {results['seconds']:.0f} s in "
@@ -121,7 +121,7 @@ def results_table(results: dict[str, Any]) -> str:
     """A Markdown table of both arms."""
     names = ("ap", "ap50", "ap75", "ar_100")
     rows = ["| encoder | " + " | ".join(name.upper() for name in names) + " |", "|---|" + "---:|" * len(names)]
-    rows += [f"| {arm} | " + " | ".join(f"{results[arm][name]:.3f}" for name in names) + " |" for arm in ARMS]
+    rows += [f"| {arm} | " + " | ".join(f"{results[arm][name]:.3f}" for name in names) + " |" for arm in VARIANTS]
     return "\n".join(rows)
 
 
@@ -145,15 +145,15 @@ With your own images:
   hf-vlm predict runs/detector PHOTO.jpg --save out.png"""
 
 
-def draw_curves(folder: Path) -> None:
+def plot_curves(folder: Path) -> None:
     """The loss of pretraining, and the validation AP50 of both arms over the steps."""
     from hf_vlm.training.callbacks import LogFile, read_log
-    from hf_vlm.viz.curves import Panel, draw_panels, series
+    from hf_vlm.viz.curves import Panel, plot_panels, series
 
     loss = series(read_log(folder / "encoder" / LogFile.name), "loss")
     labels = {"pretrained": "from pretrained encoder", "random": "from random initialisation"}
-    ap50 = {labels[arm]: series(read_log(folder / f"detector_{arm}" / LogFile.name), "eval_ap50") for arm in ARMS}
-    draw_panels(
+    ap50 = {labels[arm]: series(read_log(folder / f"detector_{arm}" / LogFile.name), "eval_ap50") for arm in VARIANTS}
+    plot_panels(
         folder / "learning_curves.png",
         [
             Panel(title="Pretraining, no labels", ylabel="loss", curves={"loss": loss}),
@@ -162,14 +162,14 @@ def draw_curves(folder: Path) -> None:
     )
 
 
-def draw_predictions(folder: Path, num_images: int = 8) -> None:
+def render_predictions(folder: Path, num_images: int = 8) -> None:
     """What the pretrained detector finds in test scenes, beside the truth."""
     import numpy as np
     from PIL import Image
 
     from hf_vlm.data.scenes.render import render_scene, scene_settings
     from hf_vlm.deploy.predict import Predictor
-    from hf_vlm.viz.draw import contact_sheet, draw_detections, side_by_side
+    from hf_vlm.viz.draw import contact_sheet, render_detections, side_by_side
 
     predictor = Predictor.from_pretrained(folder / "detector_pretrained")
     pictures = []
@@ -178,7 +178,7 @@ def draw_predictions(folder: Path, num_images: int = 8) -> None:
         prediction = predictor.predict(Image.fromarray(scene.image), threshold=0.3)[0]
         low, size = np.split(np.asarray(scene.boxes, dtype=np.float32).reshape(-1, 4), 2, axis=1)
         names = [str(category) for category in scene.categories]
-        truth = draw_detections(
+        truth = render_detections(
             scene.image, np.concatenate([low, low + size], axis=1), names, class_ids=scene.categories
         )
         pictures.append(side_by_side(prediction.draw(scene.image), truth))

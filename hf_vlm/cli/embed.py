@@ -15,19 +15,19 @@ def run(words: Sequence[str]) -> None:
     """Writes the features of images, and draws what an encoder finds alike and what it makes of each patch."""
     arguments = _parse(words)
 
-    from hf_vlm.data.sources import guess_kind, open_stream
-    from hf_vlm.deploy.embed import draw_feature_maps, draw_stored_neighbors, first_images, images_at
-    from hf_vlm.features.device import place
+    from hf_vlm.data.sources import guess_format, open_stream
+    from hf_vlm.deploy.embed import first_images, images_at, plot_feature_maps, plot_stored_neighbors
+    from hf_vlm.features.device import to_best_device
     from hf_vlm.features.neighbors import evenly_spaced_in_file
     from hf_vlm.training.build import load_frozen_encoder
     from hf_vlm.training.run import quiet_libraries
 
     quiet_libraries()
     encoder, processor = load_frozen_encoder(arguments.run)
-    place(encoder)
-    kind = arguments.data_kind or guess_kind(arguments.data)
-    num_examples = images_to_read(kind, arguments.num_examples)
-    source = open_stream(arguments.data, arguments.split, kind=kind, num_samples=num_examples)
+    to_best_device(encoder)
+    format = arguments.format or guess_format(arguments.data)
+    num_examples = images_to_read(format, arguments.num_examples)
+    source = open_stream(arguments.data, arguments.split, format=format, num_samples=num_examples)
     queries = arguments.queries
     if queries and num_examples is not None and max(queries) >= num_examples:
         raise ValueError(f"--queries {max(queries)}: only {num_examples} images are read, numbered from 0 on")
@@ -36,7 +36,7 @@ def run(words: Sequence[str]) -> None:
             _write_features(path, encoder, processor, source, arguments, num_expected=num_examples)
             queries = queries or evenly_spaced_in_file(path, arguments.num_queries)
         if path is not None and arguments.neighbors is not None:
-            picture = draw_stored_neighbors(path, source, queries, num_neighbors=arguments.num_neighbors)
+            picture = plot_stored_neighbors(path, source, queries, num_neighbors=arguments.num_neighbors)
             picture.save(arguments.neighbors)
             print(f"Nearest neighbours: {arguments.neighbors}")
     if arguments.maps is not None:
@@ -45,7 +45,7 @@ def run(words: Sequence[str]) -> None:
             images = images_at(source, queries, num_channels=num_channels)
         else:
             images = first_images(source, arguments.num_queries, num_channels=num_channels)
-        picture = draw_feature_maps(encoder, images, processor, patch=arguments.patch, foreground=arguments.foreground)
+        picture = plot_feature_maps(encoder, images, processor, patch=arguments.patch, foreground=arguments.foreground)
         picture.save(arguments.maps)
         print(f"Feature maps:       {arguments.maps}")
 
@@ -54,7 +54,7 @@ def _write_features(
     path: Path, encoder: Any, processor: Any, source: Any, arguments: argparse.Namespace, *, num_expected: int | None
 ) -> None:
     """Writes the features, says how many there are and, of a file that stays, where."""
-    from hf_vlm.data.io.files import display
+    from hf_vlm.data.io.files import redact_url
     from hf_vlm.features.extraction import feature_size, write_features
 
     num_written, num_bad = write_features(
@@ -64,8 +64,8 @@ def _write_features(
         source,
         pooling=arguments.pooling,
         batch_size=arguments.batch_size,
-        max_bad_share=arguments.max_bad_share,
-        about={"encoder": display(arguments.run), "data": display(arguments.data), "split": arguments.split},
+        max_bad_fraction=arguments.max_bad_fraction,
+        about={"encoder": redact_url(arguments.run), "data": redact_url(arguments.data), "split": arguments.split},
         num_expected=num_expected,
     )
     skipped = f"; {num_bad:,} could not be read and were skipped" if num_bad else ""
@@ -83,7 +83,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("run", help="folder of an encoder, or of a model with one, or its name on the Hub")
     parser.add_argument("--data", required=True, help="images: folder, file, Hub id or scenes")
-    parser.add_argument("--data_kind", "--kind", help="kind of the source, guessed when not given")
+    parser.add_argument("--format", help="format of the source, guessed when not given")
     parser.add_argument("--split", default="train")
     parser.add_argument(
         "--num_examples", type=int, help="use the first so many images, of class folders evenly spread ones"
@@ -98,7 +98,9 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--patch", help="row,column of a patch: maps of similarity to it, instead of attention")
     parser.add_argument("--pooling", default="mean", help="features: mean of the patch tokens, class token, or both")
     parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--max_bad_share", type=float, default=0.01, help="of images that cannot be read; above, stop")
+    parser.add_argument(
+        "--max_bad_fraction", type=float, default=0.01, help="of images that cannot be read; above, stop"
+    )
     arguments = parser.parse_args(words)
     _check(arguments)
     return arguments

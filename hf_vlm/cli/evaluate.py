@@ -15,12 +15,12 @@ def run(words: Sequence[str]) -> None:
     )
     parser.add_argument("run", help="folder of a detector or an encoder, or its name on the Hub")
     parser.add_argument("--data", required=True, help="labelled images: folder, file, Hub id or scenes")
-    parser.add_argument("--data_kind", help="kind of the source, guessed when not given")
+    parser.add_argument("--format", help="format of the source, guessed when not given")
     parser.add_argument("--split", default="test")
     parser.add_argument(
         "--num_examples", type=int, help="the first so many images of a split, of class folders evenly spread ones"
     )
-    parser.add_argument("--max_bad_share", type=float, default=0.01, help="unreadable images that are passed over")
+    parser.add_argument("--max_bad_fraction", type=float, default=0.01, help="unreadable images that are passed over")
     parser.add_argument("--save", type=Path, help="a JSON file for the figures")
     arguments = parser.parse_args(words)
 
@@ -34,9 +34,9 @@ def run(words: Sequence[str]) -> None:
         arguments.run,
         arguments.data,
         arguments.split,
-        kind=arguments.data_kind,
+        format=arguments.format,
         num_examples=arguments.num_examples,
-        max_bad_share=arguments.max_bad_share,
+        max_bad_fraction=arguments.max_bad_fraction,
     )
     width = max(map(len, metrics))
     print("\n".join(f"{name:<{width}}  {value:.4f}" for name, value in metrics.items()))

@@ -53,9 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         if os.environ.get("HF_VLM_TRACEBACK"):
             raise
-        from hf_vlm.data.io.files import without_secrets
+        from hf_vlm.data.io.files import redact
 
-        print(f"hf-vlm {words[0]}: {without_secrets(str(error))}", file=sys.stderr)
+        print(f"hf-vlm {words[0]}: {redact(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\nhf-vlm {words[0]}: stopped.{RESUME if words[0] in RESUMABLE else ''}", file=sys.stderr)

@@ -26,7 +26,7 @@ def run(words: Sequence[str]) -> None:
 
     from tqdm.auto import tqdm
 
-    from hf_vlm.data.io.files import display
+    from hf_vlm.data.io.files import redact_url
     from hf_vlm.deploy.predict import Predictor, image_paths
     from hf_vlm.training.run import quiet_libraries
 
@@ -48,7 +48,7 @@ def run(words: Sequence[str]) -> None:
                 prepare_file(picture)
                 prediction.draw().save(picture)
     if unreadable:
-        named = "".join(f"\n  {display(path)}: {error}" for path, error in list(unreadable.items())[:5])
+        named = "".join(f"\n  {redact_url(path)}: {error}" for path, error in list(unreadable.items())[:5])
         raise ValueError(f"{len(unreadable)} of {len(paths)} images could not be read, among them{named}")
 
 

@@ -9,7 +9,8 @@ def run(words: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="hf-vlm pretrain",
         description="Pretrains an encoder on unlabelled images by a recipe.",
-        epilog="Every key of the recipe can be overridden: --data ./images --max_steps 1000 --views.blur 0. "
+        epilog="Every key of the recipe can be overridden: --data ./images --max_steps 1000 "
+        "--views.blur_probability 0. "
         "--encoder starts from weights, --resume_from_checkpoint last goes on with a run that was stopped.",
     )
     parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe such as mae/vit_small.yaml")
@@ -22,11 +23,11 @@ def run(words: Sequence[str]) -> None:
     from hf_vlm.training.arguments import load_recipe
     from hf_vlm.training.build import detection_command
     from hf_vlm.training.run import pretrain, quiet_libraries
-    from hf_vlm.viz.curves import draw_probes
+    from hf_vlm.viz.curves import plot_probes
 
     quiet_libraries()
     recipe = load_recipe(arguments.recipe, overrides)
-    summary = pretrain(recipe, write_card=write_model_card, plot=draw_probes)
+    summary = pretrain(recipe, write_card=write_model_card, plot=plot_probes)
     folder = recipe["output_dir"]
     if not PartialState().is_main_process:  # the others are done while it still writes
         return

@@ -13,7 +13,8 @@ def run(words: Sequence[str]) -> None:
         prog="hf-vlm views",
         description="Draws the first images that a pretraining by the recipe would read, where their views lie, and "
         "the views as the model gets them. Without data it shows the built-in images.",
-        epilog="Every key of the recipe can be overridden: --views.blur 0 --views.crop_scale '[0.5, 1]' --seed 1",
+        epilog="Every key of the recipe can be overridden: --views.blur_probability 0 "
+        "--views.crop_scale '[0.5, 1]' --seed 1",
     )
     parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe such as simclr/vit_small.yaml")
     parser.add_argument("--num_images", type=int, default=4, help="rows of the picture")
@@ -24,7 +25,7 @@ def run(words: Sequence[str]) -> None:
         raise ValueError(f"--num_images {arguments.num_images}: at least one image is needed")
 
     from hf_vlm.training.arguments import load_recipe
-    from hf_vlm.training.preview import draw_first_views
+    from hf_vlm.training.preview import sample_first_views
     from hf_vlm.training.run import quiet_libraries
     from hf_vlm.viz.view_sheet import view_sheet
 
@@ -32,6 +33,6 @@ def run(words: Sequence[str]) -> None:
     recipe = load_recipe(arguments.recipe, overrides)
     recipe["data"] = recipe.get("data") or "scenes"
     recipe["use_cpu"] = True  # only data is looked at
-    drawn = draw_first_views(recipe, arguments.num_images)
+    drawn = sample_first_views(recipe, arguments.num_images)
     view_sheet(drawn).save(arguments.save)
     print(f"{len(drawn)} images of {recipe['data']} and their views: {arguments.save}")

@@ -17,16 +17,16 @@ from hf_vlm.data.formats.columns import Categories, ColumnMap, RowReader, find_c
 from hf_vlm.data.formats.imagefolder import IMAGE_EXTENSIONS, open_imagefolder
 from hf_vlm.data.formats.mixture import mix_streams
 from hf_vlm.data.formats.parquet import open_parquet
-from hf_vlm.data.formats.splits import canonical_split, choose_split, describe_folder, nearest
+from hf_vlm.data.formats.splits import canonical_split, choose_split, describe_folder, did_you_mean
 from hf_vlm.data.formats.voc import looks_like_voc, open_voc
 from hf_vlm.data.formats.webdataset import open_webdataset
 from hf_vlm.data.formats.yolo import looks_like_yolo, open_yolo
-from hf_vlm.data.io.files import can_list, display, find_paths, is_remote, reason, without_secrets
+from hf_vlm.data.io.files import can_list, error_text, find_paths, is_remote, redact, redact_url
 from hf_vlm.data.io.indexed import count_examples, declare_count
 from hf_vlm.data.scenes.render import scenes_stream
 from hf_vlm.data.schema import class_names, has_boxes, unlabelled
 
-__all__ = ["KINDS", "class_names", "count_examples", "guess_kind", "has_boxes", "open_stream", "unlabelled"]
+__all__ = ["FORMATS", "class_names", "count_examples", "guess_format", "has_boxes", "open_stream", "unlabelled"]
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +39,8 @@ OPENERS: dict[str, Callable[..., datasets.IterableDataset]] = {
     "yolo": open_yolo,
     "imagefolder": open_imagefolder,
 }
-KINDS = ("scenes", *OPENERS, "hub")
-FILE_KINDS = ("parquet", "webdataset")  # of which several files make a source, on disk or remote
+FORMATS = ("scenes", *OPENERS, "hub")
+FILE_FORMATS = ("parquet", "webdataset")  # of which several files make a source, on disk or remote
 SUFFIXES = {".parquet": "parquet", ".tar": "webdataset", ".json": "coco", ".yaml": "yolo", ".yml": "yolo"}
 
 
@@ -48,7 +48,7 @@ def open_stream(
     source: str | Path | Mapping[str, float],
     split: str = "train",
     *,
-    kind: str | None = None,
+    format: str | None = None,
     num_samples: int | None = None,
     name: str | None = None,
     revision: str | None = None,
@@ -63,7 +63,7 @@ def open_stream(
             have no folders. Of Parquet files and tars, `{00..31}` and `*` name several. A mapping of sources to
             weights mixes them (see `mix_streams`).
         split: Of the source; `val` and `valid` are `validation`.
-        kind: One of `KINDS`; None tells it from the source.
+        format: One of `FORMATS`; None tells it from the source.
         num_samples: Only so many examples: the first, but of class folders ones that are evenly spread.
         name: Of the configuration of a dataset on the Hub.
         revision: Of a dataset on the Hub.
@@ -73,75 +73,75 @@ def open_stream(
         `objects` {bbox, category, area, iscrowd}, `mask` and `instance_mask`.
 
     Raises:
-        ValueError: There is nothing of the kind, no such split, or the labels make no sense.
+        ValueError: There is nothing of the format, no such split, or the labels make no sense.
     """
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"num_samples={num_samples} must be positive")
     if isinstance(source, Mapping):
-        return _open_mixture(source, split, kind=kind, num_samples=num_samples)
-    kind = guess_kind(source) if kind is None else kind
-    if kind not in KINDS:
-        raise ValueError(f"unknown kind of data {kind!r}; the kinds are {', '.join(KINDS)}")
-    if (name is not None or revision is not None) and kind != "hub":
-        raise ValueError(f"name and revision belong to datasets on the Hub; {source} is of the kind {kind!r}")
-    if kind == "scenes":
+        return _open_mixture(source, split, format=format, num_samples=num_samples)
+    format = guess_format(source) if format is None else format
+    if format not in FORMATS:
+        raise ValueError(f"unknown format {format!r}; the formats are {', '.join(FORMATS)}")
+    if (name is not None or revision is not None) and format != "hub":
+        raise ValueError(f"name and revision belong to datasets on the Hub; {source} is of the format {format!r}")
+    if format == "scenes":
         preset = str(source).removeprefix("scenes").removeprefix(":") or "easy"
         return scenes_stream(preset, canonical_split(split), num_samples=num_samples)
-    if kind == "hub":
+    if format == "hub":
         return _open_hub(str(source), split, num_samples=num_samples, name=name, revision=revision)
-    return _open_files(str(source), split, kind=kind, num_samples=num_samples)
+    return _open_files(str(source), split, format=format, num_samples=num_samples)
 
 
 def _open_mixture(
-    source: Mapping[str, float], split: str, *, kind: str | None, num_samples: int | None
+    source: Mapping[str, float], split: str, *, format: str | None, num_samples: int | None
 ) -> datasets.IterableDataset:
     if not source:
         raise ValueError("a mixture needs at least one source with its weight")
-    mixture = mix_streams({part: open_stream(part, split, kind=kind) for part in source}, source)
+    mixture = mix_streams({part: open_stream(part, split, format=format) for part in source}, source)
     return mixture if num_samples is None else mixture.take(num_samples)
 
 
-def _open_files(source: str, split: str, *, kind: str, num_samples: int | None) -> datasets.IterableDataset:
+def _open_files(source: str, split: str, *, format: str, num_samples: int | None) -> datasets.IterableDataset:
     """Open what lies on disk or behind a URL."""
-    with _explained(source):
+    with _as_value_error(source):
         paths = find_paths(source)
-        if kind not in FILE_KINDS and not can_list(source) and SUFFIXES.get(_suffix(source)) != kind:
+        if format not in FILE_FORMATS and not can_list(source) and SUFFIXES.get(_suffix(source)) != format:
             raise ValueError(
-                f"{source}: web servers cannot list the files of a folder, which data of the kind {kind!r} need; give "
-                "the COCO json or the data.yaml of YOLO itself, or make it Parquet or tars"
+                f"{source}: web servers cannot list the files of a folder, which data of the format {format!r} need; "
+                "give the COCO json or the data.yaml of YOLO itself, or make it Parquet or tars"
             )
         # Files of a remote source are opened at once, which says so too.
-        missing = [path for path in paths if not (is_remote(source) and kind in FILE_KINDS) and can_list(path)]
+        missing = [path for path in paths if not (is_remote(source) and format in FILE_FORMATS) and can_list(path)]
         missing = [path for path in missing if not path.exists()]
         if missing:
-            raise ValueError(f"{missing[0]} does not exist{nearest(str(missing[0]), _siblings(missing[0]))}")
-        if kind == "imagefolder" and not paths[0].is_dir():
+            raise ValueError(f"{missing[0]} does not exist{did_you_mean(str(missing[0]), _siblings(missing[0]))}")
+        if format == "imagefolder" and not paths[0].is_dir():
             raise ValueError(f"{source} is a file; give the folder of the images")
-        if len(paths) > 1 and kind not in FILE_KINDS:
-            raise ValueError(f"{source} names {len(paths)} files; only {' and '.join(FILE_KINDS)} may be several")
-        return OPENERS[kind](paths if len(paths) > 1 else paths[0], split, num_samples=num_samples)
+        if len(paths) > 1 and format not in FILE_FORMATS:
+            raise ValueError(f"{source} names {len(paths)} files; only {' and '.join(FILE_FORMATS)} may be several")
+        return OPENERS[format](paths if len(paths) > 1 else paths[0], split, num_samples=num_samples)
 
 
 @contextmanager
-def _explained(source: str) -> Iterator[None]:
+def _as_value_error(source: str) -> Iterator[None]:
     """Errors of a remote source as ValueError, without passwords and keys in URLs."""
     try:
         yield
     except (OSError, ImportError, aiohttp.ClientError) as error:  # no server, a status, a protocol without its package
         if not is_remote(source):
             raise
-        raise ValueError(f"{display(source)} cannot be read: {reason(error)}") from error
+        raise ValueError(f"{redact_url(source)} cannot be read: {error_text(error)}") from error
     except ValueError as error:
-        if without_secrets(str(error)) == str(error):
+        if redact(str(error)) == str(error):
             raise
-        raise ValueError(without_secrets(str(error))) from error
+        raise ValueError(redact(str(error))) from error
 
 
-def guess_kind(source: str | Path) -> str:
-    """The kind of a source, told from its name and what is there.
+def guess_format(source: str | Path) -> str:
+    """The format of a source, told from its name and what is there.
 
     Raises:
-        ValueError: There is nothing of that name, or nothing of a known kind in it.
+        ValueError: There is nothing of that name, or nothing of a known format in it.
     """
     text, path = str(source), Path(source).expanduser()
     is_pattern = re.search(r"[*{]", text) is not None
@@ -149,30 +149,30 @@ def guess_kind(source: str | Path) -> str:
         if _suffix(text) in SUFFIXES:
             return SUFFIXES[_suffix(text)]
         if is_pattern or not can_list(text):
-            raise ValueError(f"the kind of {display(text)} cannot be told from its name; give the kind of data")
-        with _explained(text):
-            return _kind_of_folder(cast(Path, UPath(text)))
+            raise ValueError(f"the format of {redact_url(text)} cannot be told from its name; give the format")
+        with _as_value_error(text):
+            return _format_of_folder(cast(Path, UPath(text)))
     if text == "scenes" or text.startswith("scenes:"):
         return "scenes"
     if path.is_dir():
-        return _kind_of_folder(path)
+        return _format_of_folder(path)
     if path.is_file():
         if path.suffix.lower() not in SUFFIXES:
             raise ValueError(
-                f"{source} is neither Parquet, a tar, a COCO json nor a data.yaml of YOLO; give a folder, or the kind"
+                f"{source} is neither Parquet, a tar, a COCO json nor a data.yaml of YOLO; give a folder or the format"
             )
         return SUFFIXES[path.suffix.lower()]
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) and not text.startswith(".") and path.suffix not in SUFFIXES:
         return "hub"
-    raise ValueError(f"{source} does not exist{nearest(str(path), _siblings(path))}")
+    raise ValueError(f"{source} does not exist{did_you_mean(str(path), _siblings(path))}")
 
 
 def _suffix(source: str) -> str:
-    return PurePosixPath(display(source)).suffix.lower()
+    return PurePosixPath(redact_url(source)).suffix.lower()
 
 
-def _kind_of_folder(folder: Path) -> str:
-    """The kind of what a folder holds, on disk or remote."""
+def _format_of_folder(folder: Path) -> str:
+    """The format of what a folder holds, on disk or remote."""
     if isinstance(folder, Path):
         names = [name for _, _, files in os.walk(folder) for name in files]
     else:  # a remote one
@@ -189,9 +189,9 @@ def _kind_of_folder(folder: Path) -> str:
         ("yolo", lambda: looks_like_yolo(folder)),
         ("imagefolder", lambda: suffixes & IMAGE_EXTENSIONS),
     )
-    for kind, is_there in signs:
+    for format, is_there in signs:
         if is_there():
-            return kind
+            return format
     raise ValueError(
         f"{folder} holds no Parquet files, no tars, no COCO json (annotations/*.json, _annotations.coco.json or a "
         "json beside the images), no xml of Pascal VOC, no data.yaml or labels/ of YOLO, and no images; "
@@ -207,7 +207,7 @@ def _open_hub(
     try:
         splits = datasets.load_dataset(source, name, revision=revision, streaming=True)
     except Exception as error:  # of many kinds: no such dataset, no network, a gate, a missing configuration
-        hint = nearest(source, ["scenes", *_siblings(Path(source))])
+        hint = did_you_mean(source, ["scenes", *_siblings(Path(source))])
         raise ValueError(
             f"{source} is no folder or file here, and as a dataset on the Hub it cannot be opened: {error}{hint}. "
             f"For a private or gated one, accept its terms at https://huggingface.co/datasets/{source} and log in: "

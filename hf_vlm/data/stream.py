@@ -29,7 +29,7 @@ import torch
 from datasets.distributed import split_dataset_by_node
 
 from hf_vlm.data.io.decode import BadImageError
-from hf_vlm.data.io.files import display
+from hf_vlm.data.io.files import redact_url
 
 __all__ = ["ExampleStream", "Transform"]
 
@@ -101,7 +101,7 @@ class ExampleStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         block_size: Encoded examples held in memory and permuted at a time. They are read before the first batch.
         rank: Of this process.
         world_size: Number of processes.
-        max_bad_share: Share of undecodable images, of those this consumer saw, above which the stream stops. It is
+        max_bad_fraction: Share of undecodable images, of those this consumer saw, above which the stream stops. It is
             judged from 100 examples on, and at the end of each epoch.
 
     Raises:
@@ -120,7 +120,7 @@ class ExampleStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         block_size: int = 1024,
         rank: int = 0,
         world_size: int = 1,
-        max_bad_share: float = 0.01,
+        max_bad_fraction: float = 0.01,
     ) -> None:
         if seed < 0:
             raise ValueError(f"seed must be 0 or more, got {seed}")
@@ -128,8 +128,8 @@ class ExampleStream(torch.utils.data.IterableDataset[dict[str, Any]]):
             raise ValueError(f"block_size must be 1 or more, got {block_size}")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must lie in 0 to world_size - 1 = {world_size - 1}, got {rank}")
-        if not 0.0 <= max_bad_share <= 1.0:
-            raise ValueError(f"max_bad_share must lie in 0 to 1, got {max_bad_share}")
+        if not 0.0 <= max_bad_fraction <= 1.0:
+            raise ValueError(f"max_bad_fraction must lie in 0 to 1, got {max_bad_fraction}")
         self.source = source
         self.transform = transform
         self.seed = seed
@@ -138,7 +138,7 @@ class ExampleStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         self.block_size = block_size
         self.rank = rank
         self.world_size = world_size
-        self.max_bad_share = max_bad_share
+        self.max_bad_fraction = max_bad_fraction
         self._first_epoch = 0
         self._progress = Progress()
         self._loaded_layout: dict[str, Any] | None = None
@@ -236,11 +236,11 @@ class ExampleStream(torch.utils.data.IterableDataset[dict[str, Any]]):
             self._check_bad_share(progress)
 
     def _check_bad_share(self, progress: Progress) -> None:
-        if progress.num_bad > self.max_bad_share * progress.num_seen:
+        if progress.num_bad > self.max_bad_fraction * progress.num_seen:
             raise ValueError(
                 f"{progress.num_bad} of {progress.num_seen} images could not be decoded, among them "
-                f"{', '.join(progress.bad_names)}. Mend or remove them, or raise max_bad_share "
-                f"(now {self.max_bad_share})."
+                f"{', '.join(progress.bad_names)}. Mend or remove them, or raise max_bad_fraction "
+                f"(now {self.max_bad_fraction})."
             )
 
     def _check_epoch(self, consumer: Consumer, progress: Progress) -> None:
@@ -290,7 +290,7 @@ class ExampleStream(torch.utils.data.IterableDataset[dict[str, Any]]):
 def _name(example: dict[str, Any]) -> str:
     image = example.get("image")
     path = image.get("path") if isinstance(image, dict) else None
-    return display(path) if path else f"image_id {example.get('image_id')}"
+    return redact_url(path) if path else f"image_id {example.get('image_id')}"
 
 
 def _has_fixed_order(source: datasets.IterableDataset) -> bool:

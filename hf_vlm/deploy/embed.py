@@ -29,13 +29,13 @@ from hf_vlm.viz.map_sheet import map_sheet
 from hf_vlm.viz.neighbor_sheet import SIDE, neighbor_sheet
 
 __all__ = [
-    "draw_feature_maps",
-    "draw_neighbors",
-    "draw_stored_neighbors",
     "embed_images",
     "first_images",
     "images_at",
     "load_frozen_encoder",
+    "plot_feature_maps",
+    "plot_neighbors",
+    "plot_stored_neighbors",
 ]
 
 Array = np.ndarray[Any, Any]
@@ -61,7 +61,7 @@ def embed_images(
     return torch.cat(features) if features else torch.empty(0, feature_size(encoder, pooling))
 
 
-def draw_neighbors(
+def plot_neighbors(
     encoder: VLMViTModel,
     images: ImageLike | Iterable[ImageLike],
     processor: VLMViTImageProcessor,
@@ -98,7 +98,7 @@ def draw_neighbors(
     )
 
 
-def draw_stored_neighbors(
+def plot_stored_neighbors(
     path: Path, source: datasets.IterableDataset, queries: Sequence[int], *, num_neighbors: int = 8
 ) -> Image.Image:
     """The picture of `draw_neighbors` for features that `write_features` made of a source, which is read again.
@@ -120,7 +120,7 @@ def draw_stored_neighbors(
     )
 
 
-def draw_feature_maps(
+def plot_feature_maps(
     encoder: VLMViTModel,
     images: ImageLike | Iterable[ImageLike],
     processor: VLMViTImageProcessor,

@@ -158,7 +158,7 @@ def _metadata(values: Mapping[str, Any], run: dict[str, Any], *, is_detector: bo
             metric_value=round(value, 4),
         )
         for key, value in (run.get("metrics") or {}).items()
-        if _is_figure(value)
+        if _is_number(value)
     ]
     return ModelCardData(
         model_name=values["model_name"],
@@ -222,9 +222,9 @@ def _describe_training(run: dict[str, Any]) -> str | None:
         parts.append(_duration(run["seconds"]))
     if run.get("machine"):
         parts.append(f"on {run['machine']}")
-    if _is_figure(run.get("train_loss")):
+    if _is_number(run.get("train_loss")):
         parts.append(f"mean training loss {run['train_loss']:.4g}")
-    if _is_figure(rank := (run.get("probe") or {}).get("probe_effective_rank")):
+    if _is_number(rank := (run.get("probe") or {}).get("probe_effective_rank")):
         parts.append(f"effective rank of the features {rank:.1f}")
     if (run.get("git") or {}).get("commit"):
         parts.append(f"code at commit `{run['git']['commit']}`" + (" with changes" if run["git"].get("dirty") else ""))
@@ -238,14 +238,14 @@ def _duration(seconds: float) -> str:
 
 
 def _metric_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(_metric_name(key), f"{value:.3f}") for key, value in metrics.items() if _is_figure(value)]
+    return [(_metric_name(key), f"{value:.3f}") for key, value in metrics.items() if _is_number(value)]
 
 
 def _metric_name(key: str) -> str:
     return f"AP of {key.removeprefix('ap/')}" if key.startswith("ap/") else METRIC_NAMES.get(key, key)
 
 
-def _is_figure(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from hf_vlm.viz.draw import draw_detections
+from hf_vlm.viz.draw import render_detections
 
 if TYPE_CHECKING:
     import torch
@@ -72,7 +72,7 @@ class Prediction:
         array = load_image(source, num_channels=3)
         if array.shape[:2] != self.image_size:
             raise ValueError(f"The image is {array.shape[:2]}, but the prediction was made on {self.image_size}.")
-        return draw_detections(
+        return render_detections(
             array, self.boxes, self.label_names, scores=self.scores, class_ids=self.labels, scale=scale
         )
 
@@ -98,7 +98,7 @@ class Predictor:
         from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
         import hf_vlm.registry  # noqa: F401  the Auto classes have to know the package's classes
-        from hf_vlm.features.device import place
+        from hf_vlm.features.device import to_best_device
         from hf_vlm.training.build import refuse_missing
 
         name = str(path_or_repo)
@@ -108,7 +108,7 @@ class Predictor:
         except (OSError, ValueError) as error:
             raise ValueError(f"{name} cannot be loaded as a detector: {_first_line(error)}") from error
         refuse_missing(name, report, "model")
-        return cls(place(model, device), processor)
+        return cls(to_best_device(model, device), processor)
 
     def predict(
         self, images: ImageLike | Iterable[ImageLike], threshold: float = 0.5, *, batch_size: int = 8

@@ -62,7 +62,7 @@ def push(
             f"Weights of {' and '.join(origins)} went into {run_dir}: say with --license under which licence their "
             "terms let you publish it."
         )
-    with _explained(repo_id):
+    with _as_value_error(repo_id):
         if get_token() is None:
             raise ValueError("There is no Hugging Face token: run `hf auth login`, or set HF_TOKEN.")
         api = HfApi(library_name="hf_vlm")
@@ -160,7 +160,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _explained(repo_id: str) -> Iterator[None]:
+def _as_value_error(repo_id: str) -> Iterator[None]:
     """Turn the Hub client's errors into what the user can do about them."""
     try:
         yield

@@ -11,35 +11,35 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
-__all__ = ["allow_fast_matmul", "place", "suit_cpu"]
+__all__ = ["enable_fast_matmul", "to_best_device", "use_fast_cpu_matmul"]
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 MAX_ERROR = 2e-6  # relative to the result: float32 gives 2e-7, bfloat16 3e-3
 MIN_GAIN = 1.2  # as many times faster must the other kernels be
-ATTENTION = "sdpa_usual_products"
+ATTENTION = "sdpa_ieee_matmul"
 
 _setting: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
 
 
-def place(model: Model, device: str | torch.device | None = None) -> Model:
+def to_best_device(model: Model, device: str | torch.device | None = None) -> Model:
     """Move a model to a device, by default the accelerator where there is one, with the kernels that suit it there."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     model.to(torch.device(device or accelerator or "cpu"))
     if model.device.type == "cpu":
-        suit_cpu(model)
+        use_fast_cpu_matmul(model)
     return model
 
 
-def suit_cpu(model: PreTrainedModel) -> None:
+def use_fast_cpu_matmul(model: PreTrainedModel) -> None:
     """Let a model on the CPU multiply by the fastest exact kernels."""
-    if allow_fast_matmul() and model.config._attn_implementation == "sdpa":
+    if enable_fast_matmul() and model.config._attn_implementation == "sdpa":
         ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attend)
         model.set_attn_implementation(ATTENTION)
 
 
 @functools.cache
-def allow_fast_matmul() -> bool:
+def enable_fast_matmul() -> bool:
     """Multiply float32 matrices on the CPU by oneDNN where that is exact and faster; returns whether it is so.
 
     torch takes MKL, which runs at half speed on AMD's processors, unless it may round to bfloat16. Where there are no
@@ -70,7 +70,7 @@ def _seconds(left: Tensor, right: Tensor) -> float:
 
 
 @contextlib.contextmanager
-def _usual_products() -> Iterator[None]:
+def _ieee_matmul() -> Iterator[None]:
     before = _setting.fp32_precision
     _setting.fp32_precision = "ieee"
     try:
@@ -87,7 +87,7 @@ class _FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, scaling: float, dropout: float, *inputs: Tensor) -> Tensor:
-        with torch.enable_grad(), _usual_products():
+        with torch.enable_grad(), _ieee_matmul():
             ctx.inputs = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in inputs]
             query, key, value = ctx.inputs
             ctx.output = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scaling)
@@ -96,7 +96,7 @@ class _FusedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
         wanted = [tensor for tensor in ctx.inputs if tensor.requires_grad]
-        with _usual_products():
+        with _ieee_matmul():
             gradients = iter(torch.autograd.grad(ctx.output, wanted, gradient))
         return None, None, *(next(gradients) if tensor.requires_grad else None for tensor in ctx.inputs)
 

@@ -18,17 +18,22 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from hf_vlm.data.io.decode import decode_image
-from hf_vlm.data.io.files import display, reason
+from hf_vlm.data.io.files import error_text, redact_url
 from hf_vlm.data.stream import ExampleStream, Transform
 from hf_vlm.data.transforms.views import EvalTransform
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 
-__all__ = ["METADATA_KEY", "POOLINGS", "encode", "feature_size", "frozen", "plain_transform", "write_features"]
+__all__ = ["METADATA_KEY", "POOLINGS", "encode", "eval_transform_for", "feature_size", "frozen", "write_features"]
 
 POOLINGS = ("mean", "class", "both")
 METADATA_KEY = b"hf_vlm"  # of the Parquet file: which encoder made the features, and of what
-FIXED = ("resample", "do_rescale", "rescale_factor", "do_normalize")  # settings that EvalTransform has no others of
+FIXED_PROCESSOR_FIELDS = (
+    "resample",
+    "do_rescale",
+    "rescale_factor",
+    "do_normalize",
+)  # settings that EvalTransform has no others of
 ROWS_PER_GROUP = 4096  # held in memory: 25 MB of 1,536 features
 
 
@@ -75,19 +80,19 @@ def feature_size(encoder: VLMViTModel, pooling: str) -> int:
     return encoder.config.hidden_size * (2 if pooling == "both" else 1)
 
 
-def plain_transform(encoder: VLMViTModel, processor: VLMViTImageProcessor) -> Transform:
+def eval_transform_for(encoder: VLMViTModel, processor: VLMViTImageProcessor) -> Transform:
     """The transform that prepares images of a stream as the processor of the encoder does."""
     size = processor.size["height"], processor.size["width"]
     num_channels = encoder.config.num_channels
     usual = VLMViTImageProcessor()
-    if any(getattr(processor, name) != getattr(usual, name) for name in FIXED):
-        return _Processed(processor, size, num_channels)
+    if any(getattr(processor, name) != getattr(usual, name) for name in FIXED_PROCESSOR_FIELDS):
+        return ProcessorTransform(processor, size, num_channels)
     return EvalTransform(  # several times as fast
         size, image_mean=processor.image_mean, image_std=processor.image_std, num_channels=num_channels
     )
 
 
-class _Processed:
+class ProcessorTransform:
     """A transform by an image processor of any settings, as those of converted encoders."""
 
     def __init__(self, processor: VLMViTImageProcessor, size: tuple[int, int], num_channels: int) -> None:
@@ -108,7 +113,7 @@ def write_features(
     *,
     pooling: str = "mean",
     batch_size: int = 64,
-    max_bad_share: float = 0.01,
+    max_bad_fraction: float = 0.01,
     about: dict[str, Any] | None = None,
     num_expected: int | None = None,
 ) -> tuple[int, int]:
@@ -121,7 +126,7 @@ def write_features(
 
     Args:
         source: Of `open_stream`.
-        max_bad_share: See `ExampleStream`.
+        max_bad_fraction: See `ExampleStream`.
         about: JSON values that are added to the metadata.
         num_expected: Images of the source, for the progress bar.
 
@@ -133,12 +138,12 @@ def write_features(
             is not finite, or the encoder has no such pooling.
     """
     stream = ExampleStream(
-        _numbered(source),
-        _Described(plain_transform(encoder, processor)),
+        with_index(source),
+        WithMetadata(eval_transform_for(encoder, processor)),
         shuffle=False,
         repeat=False,
         block_size=batch_size,  # nothing is shuffled: more would only fill the memory
-        max_bad_share=max_bad_share,
+        max_bad_fraction=max_bad_fraction,
     )
     schema = _schema(source.features, encoder, processor, {"pooling": pooling, **(about or {})})
     num_written = 0
@@ -157,19 +162,19 @@ def write_features(
     return num_written, stream.state_dict()["progress"]["num_bad"]
 
 
-def _numbered(source: datasets.IterableDataset) -> datasets.IterableDataset:
+def with_index(source: datasets.IterableDataset) -> datasets.IterableDataset:
     """The columns that are needed, and `index`, the position in the source; bad images count too."""
     columns = [name for name in ("image", "image_id", "label") if name in source.features]
     features = datasets.Features({name: source.features[name] for name in columns})
     features["index"] = datasets.Value("int64")
-    return source.select_columns(columns).map(_number, with_indices=True, features=features)
+    return source.select_columns(columns).map(_add_index, with_indices=True, features=features)
 
 
-def _number(example: dict[str, Any], index: int) -> dict[str, Any]:
+def _add_index(example: dict[str, Any], index: int) -> dict[str, Any]:
     return {**example, "index": index}
 
 
-class _Described:
+class WithMetadata:
     """A transform whose views say what they were made of."""
 
     def __init__(self, transform: Transform) -> None:
@@ -178,7 +183,7 @@ class _Described:
     def __call__(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         path = example["image"].get("path")
         view = self.transform(example, rng)
-        return {**view, "index": example["index"], "image_id": example["image_id"], "path": path and display(path)}
+        return {**view, "index": example["index"], "image_id": example["image_id"], "path": path and redact_url(path)}
 
 
 def _record_batch(
@@ -216,7 +221,7 @@ def _schema(
         features["label"] = source["label"]
     features["features"] = datasets.List(datasets.Value("float32"), length=feature_size(encoder, about["pooling"]))
     known = {
-        "encoder": display(encoder.name_or_path),
+        "encoder": redact_url(encoder.name_or_path),
         "encoder_fingerprint": _fingerprint(encoder),
         "image_size": [processor.size["height"], processor.size["width"]],
         "patch_size": list(encoder.config.patch_hw),
@@ -243,7 +248,7 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
     try:
         file = partial.open("wb")
     except OSError as error:
-        raise ValueError(f"{path} cannot be written: {reason(error)}") from error
+        raise ValueError(f"{path} cannot be written: {error_text(error)}") from error
     try:
         with file:
             yield file

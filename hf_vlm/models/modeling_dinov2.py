@@ -17,12 +17,12 @@ from .ssl_layers import (
     check_local_views,
     check_views,
     feature_std,
-    first_views_first,
+    flatten_views_view_major,
     gather_with_gradient,
     rank,
 )
 from .ssl_masks import block_masking
-from .ssl_prototypes import Centering, PrototypeHead, cross_entropy, entropy, koleo, sinkhorn
+from .ssl_prototypes import Centering, PrototypeHead, cross_entropy, entropy, koleo_loss, sinkhorn
 from .ssl_teacher import TeacherMixin, warm_up
 from .vit_layers import patch_grid
 
@@ -139,12 +139,12 @@ class DINOv2ForPreTraining(TeacherMixin, VLMViTPreTrainedModel):
     # The paper's: two large views with unequal blur and solarisation, eight small ones.
     default_views = {
         "crop_scale": [0.32, 1.0],
-        "flip": 0.5,
+        "flip_probability": 0.5,
         "jitter": [0.4, 0.4, 0.2, 0.1],
         "jitter_probability": 0.8,
-        "grey": 0.2,
-        "views": [{"blur": 1.0}, {"blur": 0.1, "solarize": 0.2}],
-        "local": {"num_views": 8, "size": 96, "crop_scale": [0.05, 0.32], "blur": 0.5},
+        "grayscale_probability": 0.2,
+        "views": [{"blur_probability": 1.0}, {"blur_probability": 0.1, "solarize_probability": 0.2}],
+        "local": {"num_views": 8, "size": 96, "crop_scale": [0.05, 0.32], "blur_probability": 0.5},
     }
 
     def __init__(self, config: DINOv2Config):
@@ -184,8 +184,10 @@ class DINOv2ForPreTraining(TeacherMixin, VLMViTPreTrainedModel):
             Patches that the student does not see, first views first; drawn when not given.
         """
         config, batch = self.config, len(pixel_values)
-        views = first_views_first(check_views(pixel_values, num_views=2))  # (2 * batch, channels, height, width)
-        crops = [views, *map(first_views_first, check_local_views(local_pixel_values, batch))]
+        views = flatten_views_view_major(
+            check_views(pixel_values, num_views=2)
+        )  # (2 * batch, channels, height, width)
+        crops = [views, *map(flatten_views_view_major, check_local_views(local_pixel_values, batch))]
         masked, num_masked = self._masks(views, masked)
         # Masked patches in the order of the images; their number is known, so nothing waits for the device.
         chosen = masked.flatten().int().argsort(descending=True, stable=True)[:num_masked]
@@ -208,7 +210,7 @@ class DINOv2ForPreTraining(TeacherMixin, VLMViTPreTrainedModel):
             loss=dino + config.ibot_weight * ibot + config.koleo_weight * spread,
             dino=dino,
             ibot=ibot,
-            koleo=spread,
+            koleo_loss=spread,
             teacher_entropy=entropy(view_targets),
             teacher_marginal_entropy=entropy(view_targets.mean(0, keepdim=True)),
             feature_std=feature_std(features),
@@ -219,11 +221,11 @@ class DINOv2ForPreTraining(TeacherMixin, VLMViTPreTrainedModel):
         if masked is not None:
             return masked, int(masked.sum())
         grid_hw = patch_grid(views, self.config.backbone_config.patch_hw)
-        masked = self.hidden_patches(self.config, grid_hw, len(views), views.device)
+        masked = self.sample_mask(self.config, grid_hw, len(views), views.device)
         return masked, sum(masked_counts(self.config, grid_hw, len(views)))
 
     @staticmethod
-    def hidden_patches(
+    def sample_mask(
         config: DINOv2Config, grid_hw: tuple[int, int], num_images: int, device: torch.device | None = None
     ) -> Tensor:
         """Draws masks as `forward` does: (images, patches) bool, true where hidden from the student."""
@@ -252,7 +254,7 @@ class DINOv2ForPreTraining(TeacherMixin, VLMViTPreTrainedModel):
     @staticmethod
     def _koleo(features: Tensor) -> Tensor:
         with torch.autocast(features.device.type, enabled=False):
-            return koleo(features, gather_with_gradient(features), rank() * len(features))
+            return koleo_loss(features, gather_with_gradient(features), rank() * len(features))
 
 
 def _apply_heads(model: Any, pooled: Tensor, patches: Tensor, *learns: Tensor) -> tuple[Tensor, Tensor]:

@@ -157,7 +157,7 @@ class DistillForPreTraining(FrozenEncoderMixin, VLMViTPreTrainedModel):
     config_class = DistillConfig
     frozen_name = "teacher"
     # Student and teacher see the same crop, in true colours, as a teacher helps most (arXiv 2106.05237).
-    default_views = {"num_views": 1, "crop_scale": [0.2, 1.0], "flip": 0.5}
+    default_views = {"num_views": 1, "crop_scale": [0.2, 1.0], "flip_probability": 0.5}
 
     def __init__(self, config: DistillConfig):
         super().__init__(config)

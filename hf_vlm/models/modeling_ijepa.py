@@ -14,7 +14,7 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_vlm_vit import VLMViTConfig
 from .modeling_vlm_vit import VLMViTModel, VLMViTPreTrainedModel
 from .ssl_layers import SSLConfig, as_vit_config, feature_std, flatten_views
-from .ssl_masks import context_and_targets, mask_of
+from .ssl_masks import context_and_targets, mask_from_indices
 from .ssl_predictor import MaskedPredictor
 from .ssl_teacher import TeacherMixin
 from .vit_layers import gather_tokens, patch_grid
@@ -73,7 +73,7 @@ class IJEPAConfig(SSLConfig):
             )
 
 
-def draw_blocks(config: IJEPAConfig, num_images: int, grid_hw: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def sample_blocks(config: IJEPAConfig, num_images: int, grid_hw: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Indices of the context (images, context) and of the targets (images, num_targets, patches), on the CPU."""
     return context_and_targets(
         num_images,
@@ -114,7 +114,7 @@ class IJEPAForPreTraining(TeacherMixin, VLMViTPreTrainedModel):
 
     config_class = IJEPAConfig
     # The paper's only augmentation is the crop.
-    default_views = {"num_views": 1, "crop_scale": [0.3, 1.0], "flip": 0.0}
+    default_views = {"num_views": 1, "crop_scale": [0.3, 1.0], "flip_probability": 0.0}
 
     def __init__(self, config: IJEPAConfig):
         super().__init__(config)
@@ -184,13 +184,13 @@ class IJEPAForPreTraining(TeacherMixin, VLMViTPreTrainedModel):
     @torch.compiler.disable
     def _blocks(self, num_images: int, grid_hw: tuple[int, int], device: torch.device) -> list[Tensor]:
         """`draw_blocks` on the device; pinned memory lets the copy go on while the host does."""
-        drawn = draw_blocks(self.config, num_images, grid_hw)
+        drawn = sample_blocks(self.config, num_images, grid_hw)
         return [(t.pin_memory() if device.type == "cuda" else t).to(device, non_blocking=True) for t in drawn]
 
     @staticmethod
-    def hidden_patches(config: IJEPAConfig, grid_hw: tuple[int, int], num_images: int) -> Tensor:
+    def sample_mask(config: IJEPAConfig, grid_hw: tuple[int, int], num_images: int) -> Tensor:
         """Draws masks as `forward` does: (images, patches) bool, true where hidden from the encoder."""
-        return ~mask_of(draw_blocks(config, num_images, grid_hw)[0], grid_hw[0] * grid_hw[1])
+        return ~mask_from_indices(sample_blocks(config, num_images, grid_hw)[0], grid_hw[0] * grid_hw[1])
 
 
 __all__ = ["IJEPAConfig", "IJEPAForPreTraining", "IJEPAOutput"]

@@ -19,7 +19,7 @@ from .ssl_layers import (
     SSLConfig,
     check_local_views,
     check_views,
-    first_views_first,
+    flatten_views_view_major,
     rank,
     sum_over_ranks,
     world_size,
@@ -149,7 +149,7 @@ def invariance(projections: Tensor, num_large: int) -> Tensor:
     return (projections - projections[:num_large].mean(0)).square().mean()
 
 
-def draw_slices(dim: int, num_slices: int, device: torch.device) -> Tensor:
+def sample_slices(dim: int, num_slices: int, device: torch.device) -> Tensor:
     """Random unit directions (dim, num_slices), those of the first rank everywhere."""
     slices = torch.randn(dim, num_slices, device=device)
     return F.normalize(slices if world_size() == 1 else sum_over_ranks(slices * (rank() == 0)), dim=0)
@@ -164,12 +164,12 @@ class LeJEPAForPreTraining(VLMViTPreTrainedModel):
     default_views = {
         "num_views": 2,
         "crop_scale": [0.3, 1.0],
-        "flip": 0.5,
+        "flip_probability": 0.5,
         "jitter": [0.4, 0.4, 0.2, 0.1],
         "jitter_probability": 0.8,
-        "grey": 0.2,
-        "blur": 0.5,
-        "solarize": 0.2,
+        "grayscale_probability": 0.2,
+        "blur_probability": 0.5,
+        "solarize_probability": 0.2,
         "local": {"num_views": 6, "size": 96, "crop_scale": [0.05, 0.3]},
     }
 
@@ -202,11 +202,13 @@ class LeJEPAForPreTraining(VLMViTPreTrainedModel):
         crops = [pixel_values, *check_local_views(local_pixel_values, batch)]
         if sum(views.shape[1] for views in crops) < 2:
             raise ValueError("LeJEPA compares views of an image, but there is only one: set num_views to 2 or more.")
-        encoded = self.backbone.encode_crops([first_views_first(views) for views in crops], class_tokens_only=True)
+        encoded = self.backbone.encode_crops(
+            [flatten_views_view_major(views) for views in crops], class_tokens_only=True
+        )
         pooled = torch.cat([output.pooler_output for output in encoded])  # (all views * batch, hidden_size)
         projections = self.projection_head(pooled).float().unflatten(0, (-1, batch))  # (all views, batch, size)
         if slices is None:
-            slices = draw_slices(config.projection_size, config.num_slices, pixel_values.device)
+            slices = sample_slices(config.projection_size, config.num_slices, pixel_values.device)
         samples = projections.flatten(0, 1)[None] if config.join_views else projections
         with torch.autocast(projections.device.type, enabled=False):
             distance = sigreg(samples, slices, config.num_knots, config.max_knot)

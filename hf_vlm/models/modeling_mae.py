@@ -18,7 +18,7 @@ from .modeling_vlm_vit import VLMViTModel, VLMViTPreTrainedModel
 from .ssl_adversarial import PatchDiscriminator, adversarial_losses
 from .ssl_frozen import FrozenEncoderMixin, nearest_hw, patch_size_of, read_frozen, renormalise, resize_map
 from .ssl_layers import SSLConfig, as_vit_config, flatten_views
-from .ssl_masks import mask_of, pixels_of, random_masking
+from .ssl_masks import mask_from_indices, pixel_mask, random_masking
 from .ssl_perceptual import choose_layers, count_layers, features_of_layers, perceptual_distance
 from .ssl_predictor import MaskedPredictor
 from .ssl_teacher import TeacherMixin
@@ -109,7 +109,7 @@ class MAEConfig(SSLConfig):
             raise ValueError(
                 f"MAEConfig: prediction_ratio must lie above 0 and up to 1, but is {self.prediction_ratio}."
             )
-        if self.judges_images and self.prediction_ratio < 1:
+        if self.has_image_losses and self.prediction_ratio < 1:
             raise ValueError(
                 "MAEConfig: perceptual and adversarial losses are of whole painted images: they need prediction_ratio "
                 f"1, but it is {self.prediction_ratio}."
@@ -125,7 +125,7 @@ class MAEConfig(SSLConfig):
             )
 
     @property
-    def judges_images(self) -> bool:
+    def has_image_losses(self) -> bool:
         """Whether there is a loss beside that of the pixels."""
         return self.perceptual_weight > 0 or self.adversarial_weight > 0
 
@@ -168,7 +168,9 @@ def normalise_patches(patches: Tensor) -> Tensor:
     return F.layer_norm(patches, (size,), patches.new_full((size,), math.sqrt(share)), eps=share * 1e-6)
 
 
-def paint(images: Tensor, predictions: Tensor, masked: Tensor, patch_hw: tuple[int, int], normalised: bool) -> Tensor:
+def reconstruct_images(
+    images: Tensor, predictions: Tensor, masked: Tensor, patch_hw: tuple[int, int], normalised: bool
+) -> Tensor:
     """Paints patches into images; gradients reach the predictions.
 
     Args:
@@ -195,7 +197,7 @@ class MAEForPreTraining(FrozenEncoderMixin, TeacherMixin, VLMViTPreTrainedModel)
     config_class = MAEConfig
     frozen_name = "perceptual_encoder"
     # The paper's only augmentation: random resized crop and flip.
-    default_views = {"num_views": 1, "crop_scale": [0.2, 1.0], "flip": 0.5}
+    default_views = {"num_views": 1, "crop_scale": [0.2, 1.0], "flip_probability": 0.5}
 
     def __init__(self, config: MAEConfig):
         super().__init__(config)
@@ -212,10 +214,10 @@ class MAEForPreTraining(FrozenEncoderMixin, TeacherMixin, VLMViTPreTrainedModel)
                 encoder.num_channels, config.discriminator_size, config.discriminator_layers
             )
         self.post_init()
-        if config.judges_images:  # which is what the progress of training matters to
+        if config.has_image_losses:  # which is what the progress of training matters to
             self.build_teacher(*(["backbone"] if config.perceptual_weight and not config.perceptual_encoder else []))
         if config.perceptual_weight:
-            seeing, size = config.perceptual_encoder_config or encoder, self._size_seen(encoder.image_hw)
+            seeing, size = config.perceptual_encoder_config or encoder, self._perceptual_size(encoder.image_hw)
             self.perceptual_layers = choose_layers(config.perceptual_layers, count_layers(seeing, size))
             self.load_frozen()
 
@@ -235,7 +237,7 @@ class MAEForPreTraining(FrozenEncoderMixin, TeacherMixin, VLMViTPreTrainedModel)
             targets = normalise_patches(targets)
         loss = F.mse_loss(predictions.float(), targets)
         output = MAEOutput(loss=loss, predictions=predictions, masked_indices=masked)
-        return self._judge(output, images) if config.judges_images else output
+        return self._add_image_losses(output, images) if config.has_image_losses else output
 
     def _predict(self, images: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
         """Predictions (batch, predicted, patch_dim) and the indices (batch, predicted) of their patches."""
@@ -248,9 +250,9 @@ class MAEForPreTraining(FrozenEncoderMixin, TeacherMixin, VLMViTPreTrainedModel)
         encoded = self.backbone(images, visible_indices=visible).last_hidden_state  # (batch, prefix + visible, dim)
         return self.decoder(encoded, visible, masked, grid_hw), masked
 
-    def _judge(self, output: Any, images: Tensor) -> MAEOutput:
+    def _add_image_losses(self, output: Any, images: Tensor) -> MAEOutput:
         """Adds to the pixel loss those of the painted images."""
-        config, painted = self.config, self._paint(images, output.predictions, output.masked_indices)
+        config, painted = self.config, self._reconstruct(images, output.predictions, output.masked_indices)
         output.loss_pixel = output.loss
         if config.perceptual_weight:
             with torch.no_grad():
@@ -265,24 +267,26 @@ class MAEForPreTraining(FrozenEncoderMixin, TeacherMixin, VLMViTPreTrainedModel)
             output.loss = output.loss + has_begun * of_game
         return output
 
-    def _paint(self, images: Tensor, predictions: Tensor, masked: Tensor) -> Tensor:
-        return paint(images, predictions, masked, self.config.backbone_config.patch_hw, self.config.norm_pix_loss)
+    def _reconstruct(self, images: Tensor, predictions: Tensor, masked: Tensor) -> Tensor:
+        return reconstruct_images(
+            images, predictions, masked, self.config.backbone_config.patch_hw, self.config.norm_pix_loss
+        )
 
     def _features(self, images: Tensor) -> list[Tensor]:
         """What the encoder of the perceptual loss makes of images: (batch, positions, dim) of each layer."""
-        encoder = self._seeing_encoder
+        encoder = self._perceptual_encoder
         if self.config.perceptual_encoder:
             images = resize_map(
                 renormalise(images.float(), self.config, self.frozen_name),
-                self._size_seen((images.shape[2], images.shape[3])),
+                self._perceptual_size((images.shape[2], images.shape[3])),
             ).to(encoder.dtype)
         return features_of_layers(encoder, images, self.perceptual_layers)
 
     @property
-    def _seeing_encoder(self) -> Any:
+    def _perceptual_encoder(self) -> Any:
         return self.perceptual_encoder if self.config.perceptual_encoder else self.teacher["backbone"]
 
-    def _size_seen(self, image_hw: tuple[int, int]) -> tuple[int, int]:
+    def _perceptual_size(self, image_hw: tuple[int, int]) -> tuple[int, int]:
         """Height and width at which the encoder of the perceptual loss sees images of `image_hw`."""
         of_encoder = self.config.perceptual_encoder_config
         return image_hw if of_encoder is None else nearest_hw(image_hw, patch_size_of(of_encoder))
@@ -292,7 +296,7 @@ class MAEForPreTraining(FrozenEncoderMixin, TeacherMixin, VLMViTPreTrainedModel)
         if self.config.perceptual_weight:
             super().load_frozen()
             if self.device.type != "meta":
-                maybe_install_capturing_hooks(self._seeing_encoder)  # else the first step that is compiled would
+                maybe_install_capturing_hooks(self._perceptual_encoder)  # else the first step that is compiled would
 
     @torch.no_grad()
     def reconstruct(self, pixel_values: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -305,14 +309,16 @@ class MAEForPreTraining(FrozenEncoderMixin, TeacherMixin, VLMViTPreTrainedModel)
         """
         images, patch_hw = flatten_views(pixel_values), self.config.backbone_config.patch_hw
         predictions, masked = self._predict(images, noise)
-        is_masked = mask_of(masked, math.prod(patch_grid(images, patch_hw)))
-        return self._paint(images, predictions, masked), pixels_of(is_masked, images, patch_hw)
+        is_masked = mask_from_indices(masked, math.prod(patch_grid(images, patch_hw)))
+        return self._reconstruct(images, predictions, masked), pixel_mask(is_masked, images, patch_hw)
 
     @staticmethod
-    def hidden_patches(config: MAEConfig, grid_hw: tuple[int, int], num_images: int) -> Tensor:
+    def sample_mask(config: MAEConfig, grid_hw: tuple[int, int], num_images: int) -> Tensor:
         """Draws masks as `forward` does: (images, patches) bool, true where hidden."""
         num_patches = grid_hw[0] * grid_hw[1]
-        return mask_of(random_masking(torch.rand(num_images, num_patches), config.mask_ratio)[1], num_patches)
+        return mask_from_indices(
+            random_masking(torch.rand(num_images, num_patches), config.mask_ratio)[1], num_patches
+        )
 
 
-__all__ = ["MAEConfig", "MAEForPreTraining", "MAEOutput", "paint"]
+__all__ = ["MAEConfig", "MAEForPreTraining", "MAEOutput", "reconstruct_images"]

@@ -17,7 +17,7 @@ from .ssl_layers import (
     as_vit_config,
     check_views,
     feature_std,
-    first_views_first,
+    flatten_views_view_major,
     gather_with_gradient,
     rank,
 )
@@ -96,11 +96,11 @@ class MoCoV3ForPreTraining(TeacherMixin, VLMViTPreTrainedModel):
     # BYOL's unequal views (arXiv 2006.07733), with the paper's crops for ViTs.
     default_views = {
         "crop_scale": [0.08, 1.0],
-        "flip": 0.5,
+        "flip_probability": 0.5,
         "jitter": [0.4, 0.4, 0.2, 0.1],
         "jitter_probability": 0.8,
-        "grey": 0.2,
-        "views": [{"blur": 1.0}, {"blur": 0.1, "solarize": 0.2}],
+        "grayscale_probability": 0.2,
+        "views": [{"blur_probability": 1.0}, {"blur_probability": 0.1, "solarize_probability": 0.2}],
     }
 
     def __init__(self, config: MoCoV3Config):
@@ -113,10 +113,10 @@ class MoCoV3ForPreTraining(TeacherMixin, VLMViTPreTrainedModel):
         self.predictor = ProjectionHead(size, hidden_size, size, num_layers=2, last_norm=config.predictor_norm)
         self.post_init()
         if config.freeze_patch_projection:
-            self.draw_encoder()
+            self.init_encoder()
         self.build_teacher("backbone", "projector")
 
-    def draw_encoder(self) -> None:
+    def init_encoder(self) -> None:
         """The official initialisation of the encoder, by Xavier: what is frozen keeps its scale for good."""
         for module in self.backbone.modules():
             if isinstance(module, nn.Linear):
@@ -136,7 +136,9 @@ class MoCoV3ForPreTraining(TeacherMixin, VLMViTPreTrainedModel):
         pixel_values (`torch.FloatTensor` of shape `(batch, 2, channels, height, width)`):
             Two views of each image.
         """
-        views = first_views_first(check_views(pixel_values, num_views=2))  # (2 * batch, channels, height, width)
+        views = flatten_views_view_major(
+            check_views(pixel_values, num_views=2)
+        )  # (2 * batch, channels, height, width)
         pooled = self.backbone(views, class_token_only=True).pooler_output  # (2 * batch, hidden_size)
         with torch.no_grad():
             pooled_by_teacher = self.teacher["backbone"](views, class_token_only=True).pooler_output

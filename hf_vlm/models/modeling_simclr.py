@@ -17,7 +17,7 @@ from .ssl_layers import (
     SSLConfig,
     check_views,
     feature_std,
-    first_views_first,
+    flatten_views_view_major,
     gather_with_gradient,
     rank,
 )
@@ -130,11 +130,11 @@ class SimCLRForPreTraining(VLMViTPreTrainedModel):
     default_views = {
         "num_views": 2,
         "crop_scale": [0.2, 1.0],
-        "flip": 0.5,
+        "flip_probability": 0.5,
         "jitter": [0.4, 0.4, 0.4, 0.1],
         "jitter_probability": 0.8,
-        "grey": 0.2,
-        "blur": 0.5,
+        "grayscale_probability": 0.2,
+        "blur_probability": 0.5,
     }
 
     def __init__(self, config: SimCLRConfig):
@@ -156,7 +156,9 @@ class SimCLRForPreTraining(VLMViTPreTrainedModel):
         pixel_values (`torch.FloatTensor` of shape `(batch, 2, channels, height, width)`):
             Two views of each image.
         """
-        views = first_views_first(check_views(pixel_values, num_views=2))  # (2 * batch, channels, height, width)
+        views = flatten_views_view_major(
+            check_views(pixel_values, num_views=2)
+        )  # (2 * batch, channels, height, width)
         pooled = self.backbone(views, class_token_only=True).pooler_output  # (2 * batch, hidden_size)
         projections = F.normalize(self.projection_head(pooled).float(), dim=-1)  # (2 * batch, projection_size)
         loss, accuracy = nt_xent(projections, self.config.temperature)

@@ -11,7 +11,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .modeling_vlm_vit import VLMViTModel, VLMViTPreTrainedModel
 from .ssl_layers import SSLConfig, flatten_views
-from .ssl_masks import masking_of_units, pixels_of, unit_grid
+from .ssl_masks import block_grid, grid_block_masking, pixel_mask
 from .vit_layers import patch_grid, patchify, unpatchify
 
 
@@ -80,7 +80,7 @@ class SimMIMForPreTraining(VLMViTPreTrainedModel):
     """An encoder of the whole image, hidden squares and all, and a linear layer that says what they hide."""
 
     config_class = SimMIMConfig
-    default_views = {"num_views": 1, "crop_scale": [0.67, 1.0], "flip": 0.5}  # the paper's
+    default_views = {"num_views": 1, "crop_scale": [0.67, 1.0], "flip_probability": 0.5}  # the paper's
 
     def __init__(self, config: SimMIMConfig):
         super().__init__(config)
@@ -103,7 +103,7 @@ class SimMIMForPreTraining(VLMViTPreTrainedModel):
         grid_hw = patch_grid(images, encoder.patch_hw)
         if noise is None:
             noise = _noise(self.config, grid_hw, len(images), images.device)
-        masked = masking_of_units(noise, grid_hw, self.config.unit_hw, self.config.mask_ratio)  # (batch, patches)
+        masked = grid_block_masking(noise, grid_hw, self.config.unit_hw, self.config.mask_ratio)  # (batch, patches)
         tokens = self.backbone(images, masked=masked, mask_token=self.mask_token).last_hidden_state
         predictions = self.head(tokens[:, encoder.num_prefix_tokens :])  # (batch, patches, patch_dim)
         loss = masked_l1(predictions, patchify(images, encoder.patch_hw), masked)
@@ -118,21 +118,21 @@ class SimMIMForPreTraining(VLMViTPreTrainedModel):
         """
         images, patch_hw = flatten_views(pixel_values), self.config.backbone_config.patch_hw
         output = self(pixel_values, noise=noise, return_dict=True)
-        mask = pixels_of(output.masked, images, patch_hw)
+        mask = pixel_mask(output.masked, images, patch_hw)
         painted = unpatchify(output.predictions.float(), patch_grid(images, patch_hw), patch_hw)
         return torch.where(mask, painted, images.float()), mask
 
     @staticmethod
-    def hidden_patches(config: SimMIMConfig, grid_hw: tuple[int, int], num_images: int) -> Tensor:
+    def sample_mask(config: SimMIMConfig, grid_hw: tuple[int, int], num_images: int) -> Tensor:
         """Draws masks as `forward` does: (images, patches) bool, true where hidden."""
-        return masking_of_units(_noise(config, grid_hw, num_images), grid_hw, config.unit_hw, config.mask_ratio)
+        return grid_block_masking(_noise(config, grid_hw, num_images), grid_hw, config.unit_hw, config.mask_ratio)
 
 
 def _noise(
     config: SimMIMConfig, grid_hw: tuple[int, int], num_images: int, device: torch.device | None = None
 ) -> Tensor:
     """Random numbers (images, squares); ValueError where there is only one square, so that nothing could be seen."""
-    rows, columns = unit_grid(grid_hw, config.unit_hw)
+    rows, columns = block_grid(grid_hw, config.unit_hw)
     if rows * columns < 2:
         raise ValueError(
             f"An image of {grid_hw[0]} x {grid_hw[1]} patches is a single square of mask_unit_size "

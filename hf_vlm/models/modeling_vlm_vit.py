@@ -117,8 +117,8 @@ class VLMViTPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         std = getattr(self.config, "initializer_range", 0.02)
-        if hasattr(module, "draw_weights"):
-            module.draw_weights()  # type: ignore[operator]
+        if hasattr(module, "init_parameters"):
+            module.init_parameters()  # type: ignore[operator]
         elif isinstance(module, nn.Linear):
             init.trunc_normal_(module.weight, std=std)
         elif isinstance(module, LayerScale):

@@ -28,10 +28,10 @@ class EqualisedConv2d(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kernel_size, kernel_size))
         self.bias = nn.Parameter(torch.empty(out_channels))
         self.stride, self.scale = stride, gain / math.sqrt(in_channels * kernel_size**2)
-        self.draw_weights()
+        self.init_parameters()
 
     @torch.no_grad()
-    def draw_weights(self) -> None:
+    def init_parameters(self) -> None:
         init.normal_(self.weight)
         init.zeros_(self.bias)
 

@@ -100,7 +100,7 @@ class HeadLinear(nn.Linear):
     learn so fast that the encoder learns less (measured for SimCLR: benchmarks/RESULTS.md).
     """
 
-    def draw_weights(self) -> None:
+    def init_parameters(self) -> None:
         self.reset_parameters()
 
 
@@ -184,10 +184,10 @@ def check_local_views(local_pixel_values: Tensor | None, batch: int) -> list[Ten
 
 def flatten_views(pixel_values: Tensor) -> Tensor:
     """Images (images, ...) of a batch with views (batch, views, channels, height, width) or without."""
-    return first_views_first(pixel_values) if pixel_values.ndim == 5 else pixel_values
+    return flatten_views_view_major(pixel_values) if pixel_values.ndim == 5 else pixel_values
 
 
-def first_views_first(pixel_values: Tensor) -> Tensor:
+def flatten_views_view_major(pixel_values: Tensor) -> Tensor:
     """Flattens (batch, views, ...) to (views x batch, ...): all first views, then all second views."""
     return pixel_values.transpose(0, 1).flatten(0, 1)
 
@@ -200,8 +200,8 @@ __all__ = [
     "check_local_views",
     "check_views",
     "feature_std",
-    "first_views_first",
     "flatten_views",
+    "flatten_views_view_major",
     "gather_with_gradient",
     "rank",
     "sum_over_ranks",

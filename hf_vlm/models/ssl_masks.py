@@ -20,19 +20,19 @@ def random_masking(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor]:
     return order[:, :num_visible], order[:, num_visible:]
 
 
-def mask_of(indices: Tensor, num_patches: int) -> Tensor:
+def mask_from_indices(indices: Tensor, num_patches: int) -> Tensor:
     """(batch, num_patches) bool, true at indices (batch, k)."""
     mask = torch.zeros(len(indices), num_patches, dtype=torch.bool, device=indices.device)
     return mask.scatter_(1, indices, True)
 
 
-def pixels_of(masked: Tensor, images: Tensor, patch_hw: tuple[int, int]) -> Tensor:
+def pixel_mask(masked: Tensor, images: Tensor, patch_hw: tuple[int, int]) -> Tensor:
     """A mask of patches (batch, patches) as a mask of the images' pixels (batch, 1, height, width)."""
     values = masked[:, :, None].expand(-1, -1, patch_hw[0] * patch_hw[1])
     return unpatchify(values, patch_grid(images, patch_hw), patch_hw)
 
 
-def masking_of_units(noise: Tensor, grid_hw: tuple[int, int], unit_hw: tuple[int, int], mask_ratio: float) -> Tensor:
+def grid_block_masking(noise: Tensor, grid_hw: tuple[int, int], unit_hw: tuple[int, int], mask_ratio: float) -> Tensor:
     """Masks square units of several patches each, the masked ones those of the highest noise (SimMIM, 2111.09886).
 
     Args:
@@ -44,14 +44,14 @@ def masking_of_units(noise: Tensor, grid_hw: tuple[int, int], unit_hw: tuple[int
     Returns:
         (batch, patches) bool, row-major.
     """
-    units_hw = unit_grid(grid_hw, unit_hw)
-    masked = mask_of(random_masking(noise, mask_ratio)[1], units_hw[0] * units_hw[1]).unflatten(1, units_hw)
+    units_hw = block_grid(grid_hw, unit_hw)
+    masked = mask_from_indices(random_masking(noise, mask_ratio)[1], units_hw[0] * units_hw[1]).unflatten(1, units_hw)
     for axis, (unit, size) in enumerate(zip(unit_hw, grid_hw), start=1):
         masked = masked.repeat_interleave(unit, dim=axis).narrow(axis, 0, size)
     return masked.flatten(1)
 
 
-def unit_grid(grid_hw: tuple[int, int], unit_hw: tuple[int, int]) -> tuple[int, int]:
+def block_grid(grid_hw: tuple[int, int], unit_hw: tuple[int, int]) -> tuple[int, int]:
     """Rows and columns of units that cover a grid of patches."""
     return math.ceil(grid_hw[0] / unit_hw[0]), math.ceil(grid_hw[1] / unit_hw[1])
 
@@ -89,7 +89,7 @@ def block_masking(
     # Which block covers a patch first; of the last block that is needed, random patches.
     order = torch.arange(num_blocks, device=device)[:, None, None].expand_as(inside)
     first = torch.where(inside, order, num_blocks).amin(1).flatten(1)  # (batch, patches)
-    return rank_of(first + torch.rand(first.shape, device=device)) < counts[:, None]
+    return ranks(first + torch.rand(first.shape, device=device)) < counts[:, None]
 
 
 def context_and_targets(
@@ -133,9 +133,11 @@ def context_and_targets(
     shares = torch.rand(3, device="cpu").tolist()
     target_hw = _block_hw(grid_hw, target_scale, target_aspect, (shares[0], shares[1]), most)
     context_hw = _block_hw(grid_hw, context_scale, (1.0, 1.0), (shares[2], 0.0), num_patches)
-    targets = _place_blocks((num_images, num_targets), grid_hw, target_hw)  # (images, targets, patches of a block)
-    block = mask_of(_place_blocks((num_images, 1), grid_hw, context_hw).flatten(1), num_patches)
-    taken = mask_of(targets.flatten(1), num_patches)  # (images, patches)
+    targets = _sample_block_positions(
+        (num_images, num_targets), grid_hw, target_hw
+    )  # (images, targets, patches of a block)
+    block = mask_from_indices(_sample_block_positions((num_images, 1), grid_hw, context_hw).flatten(1), num_patches)
+    taken = mask_from_indices(targets.flatten(1), num_patches)  # (images, patches)
     counts = (block & ~taken).sum(1).tolist()
     # At least this many patches lie in no target, wherever the blocks are.
     spare = num_patches - num_targets * target_hw[0] * target_hw[1]
@@ -156,25 +158,25 @@ def _block_hw(
     return height, min(width, most // height)
 
 
-def _place_blocks(counts: tuple[int, int], grid_hw: tuple[int, int], block_hw: tuple[int, int]) -> Tensor:
+def _sample_block_positions(counts: tuple[int, int], grid_hw: tuple[int, int], block_hw: tuple[int, int]) -> Tensor:
     """Indices of patches (images, blocks, patches of a block) of blocks of one size at random places."""
     top, left = (torch.randint(n - size + 1, (*counts, 1), device="cpu") for n, size in zip(grid_hw, block_hw))
     row, column = (torch.arange(size, device="cpu") for size in block_hw)
     return top * grid_hw[1] + left + (row[:, None] * grid_hw[1] + column).flatten()
 
 
-def rank_of(values: Tensor) -> Tensor:
+def ranks(values: Tensor) -> Tensor:
     """The place of each of the values (batch, n) in ascending order."""
     return values.argsort(dim=1).argsort(dim=1)
 
 
 __all__ = [
+    "block_grid",
     "block_masking",
     "context_and_targets",
-    "mask_of",
-    "masking_of_units",
-    "pixels_of",
+    "grid_block_masking",
+    "mask_from_indices",
+    "pixel_mask",
     "random_masking",
-    "rank_of",
-    "unit_grid",
+    "ranks",
 ]

@@ -88,7 +88,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, temperature: float) -> Tensor
     return scaled.logsumexp(-1) - (targets * scaled).sum(-1)
 
 
-def koleo(features: Tensor, everyone: Tensor, offset: int) -> Tensor:
+def koleo_loss(features: Tensor, everyone: Tensor, offset: int) -> Tensor:
     """KoLeo (arXiv 1806.03198): minus the mean log distance to the nearest other row; rows spread over the sphere.
 
     Args:
@@ -113,4 +113,4 @@ def entropy(probabilities: Tensor) -> Tensor:
     return -torch.xlogy(probabilities, probabilities).sum(-1).mean() / math.log(probabilities.shape[-1])
 
 
-__all__ = ["Centering", "PrototypeHead", "cross_entropy", "entropy", "koleo", "sinkhorn"]
+__all__ = ["Centering", "PrototypeHead", "cross_entropy", "entropy", "koleo_loss", "sinkhorn"]

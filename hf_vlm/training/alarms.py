@@ -18,7 +18,7 @@ LEVEL_FROM = 0.25  # share of a run before which figures may be low, since they 
 MARKEDLY_WORSE = 1 / 4  # of what was warned of
 
 
-def _is_figure(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     return isinstance(value, float | int) and math.isfinite(value)
 
 
@@ -31,7 +31,7 @@ class Sign:
 
     Args:
         name: What has happened, in plain words.
-        figure: Name in the log.
+        metric: Name in the log.
         advice: What to try.
         distance: From collapse, of the figure's value; by default the value itself.
         fall: The sign is given below this share of the highest distance so far.
@@ -41,7 +41,7 @@ class Sign:
     """
 
     name: str
-    figure: str
+    metric: str
     advice: str
     distance: Callable[[float], float] = abs
     fall: float
@@ -52,15 +52,15 @@ class Sign:
     def find(self, history: list[Entry], *, progress: float) -> tuple[float, str] | None:
         """The distance from collapse and the values, where the last entry shows this sign; None where not."""
         entry = history[-1]
-        if not _is_figure(entry.get(self.figure)):
+        if not _is_number(entry.get(self.metric)):
             return None
-        distance = self.distance(entry[self.figure])
-        values = [past[self.figure] for past in history if _is_figure(past.get(self.figure))]
+        distance = self.distance(entry[self.metric])
+        values = [past[self.metric] for past in history if _is_number(past.get(self.metric))]
         highest = max(values, key=self.distance)
         has_fallen = distance < self.fall * self.distance(highest) and self.distance(highest) >= self.matters_from
         if not has_fallen and not (progress >= LEVEL_FROM and distance < self.level):
             return None
-        shown = [f"{name} {entry[name]:.4g}" for name in (self.figure, *self.shown) if name in entry]
+        shown = [f"{name} {entry[name]:.4g}" for name in (self.metric, *self.shown) if name in entry]
         return distance, f"{', '.join(shown)} (was {highest:.4g})" if has_fallen else ", ".join(shown)
 
 
@@ -69,12 +69,12 @@ class NotFinite:
     """A figure that must be a number and is none."""
 
     name: str
-    figure: str
+    metric: str
     advice: str
 
     def find(self, history: list[Entry], *, progress: float) -> tuple[float, str] | None:
-        value = history[-1].get(self.figure)
-        return None if value is None or math.isfinite(value) else (0.0, f"{self.figure} {value}")
+        value = history[-1].get(self.metric)
+        return None if value is None or math.isfinite(value) else (0.0, f"{self.metric} {value}")
 
 
 SPREAD = (
@@ -99,18 +99,18 @@ DIVERGED = (
 #   1 - teacher_entropy     healthy >= 0.068 of the highest (DINOv2, few prototypes), uniform collapse <= 0.008 (a DINO
 #                           with a temperature of 0.3)
 SIGNS: tuple[Sign | NotFinite, ...] = (
-    NotFinite(name="the loss is not finite", figure="loss", advice=DIVERGED),
-    NotFinite(name="the features are not finite", figure="probe_feature_std", advice=DIVERGED),
+    NotFinite(name="the loss is not finite", metric="loss", advice=DIVERGED),
+    NotFinite(name="the features are not finite", metric="probe_feature_std", advice=DIVERGED),
     Sign(
         name="the features are nearly the same for all images",
-        figure="probe_feature_std",
+        metric="probe_feature_std",
         shown=("probe_mean_cosine", "probe_effective_rank"),
         fall=1 / 20,
         advice=SPREAD,
     ),
     Sign(
         name="the features use few dimensions",
-        figure="probe_effective_rank",
+        metric="probe_effective_rank",
         shown=("probe_feature_std",),
         distance=lambda rank: rank - 1,
         fall=1 / 5,
@@ -119,20 +119,20 @@ SIGNS: tuple[Sign | NotFinite, ...] = (
     ),
     Sign(
         name="what the method compares is nearly the same for all images",
-        figure="feature_std",
+        metric="feature_std",
         fall=1 / 10,
         level=0.02,
         advice=SPREAD,
     ),
     Sign(
         name="the loss has vanished, as if all images were the same",
-        figure="loss",
+        metric="loss",
         fall=1 / 200,
         advice=SPREAD,
     ),
     Sign(
         name="the teacher gives nearly all images the same prototype",
-        figure="teacher_marginal_entropy",
+        metric="teacher_marginal_entropy",
         shown=("teacher_entropy",),
         fall=1 / 3,
         level=0.05,
@@ -141,7 +141,7 @@ SIGNS: tuple[Sign | NotFinite, ...] = (
     ),
     Sign(
         name="the teacher prefers no prototype for any image",
-        figure="teacher_entropy",
+        metric="teacher_entropy",
         shown=("teacher_marginal_entropy",),
         distance=lambda entropy: 1 - entropy,
         fall=1 / 40,

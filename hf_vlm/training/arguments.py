@@ -18,6 +18,7 @@ from transformers import TrainingArguments
 from hf_vlm.training import scaling
 
 RUN_LENGTHS = ("max_steps", "images_to_see")
+RENAMED_KEYS = {"data_kind": "format", "max_bad_share": "max_bad_fraction"}  # of recipes of version 0.1
 
 
 @dataclass
@@ -41,7 +42,7 @@ class VisionTrainingArguments(TrainingArguments):
     data: Any = field(
         default="", metadata={"help": "Source of images: folder, file, URL, Hub id, scenes, or {source: weight, ...}."}
     )
-    data_kind: str | None = field(default=None, metadata={"help": "Kind of the source; guessed when not given."})
+    format: str | None = field(default=None, metadata={"help": "Format of the source; guessed when not given."})
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     eval_split: str = field(default="validation", metadata={"help": "Split to evaluate on."})
     num_train_examples: int | None = field(
@@ -62,7 +63,7 @@ class VisionTrainingArguments(TrainingArguments):
     approximate_resume: bool = field(
         default=False, metadata={"help": "Resume on another number of processes or workers, from the next epoch on."}
     )
-    max_bad_share: float = field(default=0.01, metadata={"help": "Share of unreadable images that stops the run."})
+    max_bad_fraction: float = field(default=0.01, metadata={"help": "Share of unreadable images that stops the run."})
     layer_decay: float = field(default=1.0, metadata={"help": "Learning rate of a layer relative to the one above."})
     encoder_lr_multiplier: float = field(default=1.0, metadata={"help": "Learning rate of the encoder's top layer."})
     patch_projection_lr_multiplier: float = field(
@@ -293,6 +294,8 @@ def check_recipe(recipe: dict[str, Any], where: str) -> dict[str, Any]:
     known = [f.name for f in fields(VisionTrainingArguments) if f.init]
     for key in recipe:
         if key not in known:
+            if key in RENAMED_KEYS:
+                raise ValueError(f"The key {key!r} in {where} is now called {RENAMED_KEYS[key]!r}.")
             near = difflib.get_close_matches(key, known, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"Unknown key {key!r} in {where}.{hint}")

@@ -12,7 +12,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import CONFIG_NAME
 
-from hf_vlm.data.formats.splits import listing
+from hf_vlm.data.formats.splits import summarise
 from hf_vlm.data.stream import ExampleStream
 from hf_vlm.training.arguments import VisionTrainingArguments
 from hf_vlm.training.provenance import RUN_FILE
@@ -49,14 +49,14 @@ def load_data_state(checkpoint: Path, stream: ExampleStream, args: VisionTrainin
         return dict(state["loader"])
     if not args.approximate_resume:
         raise ValueError(
-            f"{checkpoint} holds the data positions of {listing(changed)}. Resume with as many, or accept with "
+            f"{checkpoint} holds the data positions of {summarise(changed)}. Resume with as many, or accept with "
             "--approximate_resume true that the images that were left of the epoch are passed over."
         )
     epoch = 1 + max(epoch for path in paths for epoch in _epochs(_load(path)))
     logger.warning(
         "%s holds the data positions of %s: the data goes on at the beginning of epoch %d, not where it stood.",
         checkpoint,
-        listing(changed),
+        summarise(changed),
         epoch,
     )
     stream.start_at_epoch(epoch)

@@ -17,7 +17,7 @@ from hf_vlm.training.arguments import VisionTrainingArguments
 
 logger = logging.getLogger(__name__)
 
-MAX_DATA_WAIT = 0.2  # share of the time above which waiting for data is worth a warning
+MAX_DATA_WAIT_FRACTION = 0.2  # share of the time above which waiting for data is worth a warning
 
 # Dense matrix TFLOP/s of accelerators by what the products are computed in, boost clock, from the makers' data sheets.
 # Where a sheet gives the rate with 2:4 sparsity, this is half of it. More special names come first.
@@ -36,7 +36,7 @@ PEAK_TFLOPS: dict[str, dict[str, float]] = {
     "RTX 4090": {"bf16": 165.2, "fp16": 165.2, "tf32": 82.6, "fp32": 82.6},  # NVIDIA Ada white paper, fp32 sums
     "MI300X": {"bf16": 1307.4, "fp16": 1307.4, "tf32": 653.7, "fp32": 163.4},  # AMD Instinct MI300X data sheet
 }
-OTHER_CHIPS = re.compile(r"\b(MIG|Laptop|4090 D)\b")  # carry the name of an accelerator, but not its rate
+UNLISTED_CHIPS = re.compile(r"\b(MIG|Laptop|4090 D)\b")  # carry the name of an accelerator, but not its rate
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
 
@@ -44,7 +44,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, 
 KNOWN_NAMESPACES = ("aten", "prim", "c10d", "_c10d_functional", "fsdp", "profiler")
 
 
-class Speedometer:
+class ThroughputMeter:
     """Figures of a training log entry: `images_per_second`, `data_wait`, `mfu`, `peak_memory_gib`.
 
     `mfu` is model FLOPs / (time x peak FLOP/s of the device), on this rank. Model FLOPs are those of the matrix
@@ -110,7 +110,7 @@ class Speedometer:
         self.num_flops = counter.get_total_flops()
         self._peak_flops = peak_flops(device, precision(self.args, next(model.parameters()).dtype))
 
-    def figures(self, step: int) -> dict[str, float]:
+    def metrics(self, step: int) -> dict[str, float]:
         """Figures since the last call; of the first interval, which makes ready what is needed once, memory alone."""
         (since, last_step), now, waited = self._last_log, time.perf_counter(), self._wait_seconds
         self._last_log, self._wait_seconds = (now, step), 0.0
@@ -131,7 +131,7 @@ class Speedometer:
         return figures
 
     def _warn_of_waiting(self, share: float) -> None:
-        if share > MAX_DATA_WAIT and not self._warned_of_waiting:
+        if share > MAX_DATA_WAIT_FRACTION and not self._warned_of_waiting:
             self._warned_of_waiting = True
             logger.warning(
                 "Training waits for data %.0f %% of the time. %s", 100 * share, remedy_for_waiting(self.args)
@@ -202,7 +202,7 @@ def peak_flops(device: torch.device, precision: str) -> float:
 
 def listed_peak(name: str, precision: str) -> float | None:
     """Peak FLOP/s of an accelerator by its name, where `PEAK_TFLOPS` knows it."""
-    if OTHER_CHIPS.search(name):
+    if UNLISTED_CHIPS.search(name):
         return None
     row = next((row for chip, row in PEAK_TFLOPS.items() if re.search(rf"\b{chip}\b", name)), {})
     return row[precision] * 1e12 if precision in row else None
@@ -249,4 +249,4 @@ def remedy_for_waiting(args: VisionTrainingArguments) -> str:
     )
 
 
-__all__ = ["FlopCounter", "Speedometer", "listed_peak", "measured_peak", "peak_memory_gib", "remedy_for_waiting"]
+__all__ = ["FlopCounter", "ThroughputMeter", "listed_peak", "measured_peak", "peak_memory_gib", "remedy_for_waiting"]

@@ -15,13 +15,13 @@ from hf_vlm.training.arguments import parse_arguments
 from hf_vlm.training.build import build_config, build_processor
 from hf_vlm.training.run import open_source, train_stream, view_transform
 
-__all__ = ["DrawnImage", "draw_first_views"]
+__all__ = ["SampledViews", "sample_first_views"]
 
 Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DrawnImage:
+class SampledViews:
     """An image and what is made of it, all (height, width, C) uint8.
 
     Args:
@@ -39,7 +39,7 @@ class DrawnImage:
     hidden: list[Array]
 
 
-def draw_first_views(recipe: dict[str, Any], num_images: int) -> list[DrawnImage]:
+def sample_first_views(recipe: dict[str, Any], num_images: int) -> list[SampledViews]:
     """The first images that a pretraining by the recipe reads, with their views.
 
     The masks are drawn as the method draws them, but are not those of the run.
@@ -54,19 +54,19 @@ def draw_first_views(recipe: dict[str, Any], num_images: int) -> list[DrawnImage
     transform = view_transform(args, entry.model_class.default_views, processor)
     patch_size = config.backbone_config.patch_hw
 
-    draw_masks = getattr(entry.model_class, "hidden_patches", None)
+    draw_masks = getattr(entry.model_class, "sample_mask", None)
 
     def drawn(example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         views = _render(transform, example, rng)
         if draw_masks is None:
-            return {"drawn": DrawnImage(**views, hidden=[])}
+            return {"drawn": SampledViews(**views, hidden=[])}
         size = transform.views[0].size
         grid_hw = size[0] // patch_size[0], size[1] // patch_size[1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(rng.integers(2**31)))
             masks = draw_masks(config, grid_hw, len(transform.views)).unflatten(1, grid_hw).numpy()
         hidden = [mask.repeat(patch_size[0], axis=0).repeat(patch_size[1], axis=1) for mask in masks]  # (H, W) each
-        return {"drawn": DrawnImage(**views, hidden=hidden)}
+        return {"drawn": SampledViews(**views, hidden=hidden)}
 
     source = unlabelled(open_source(args, args.train_split, args.num_train_examples))
     return [example["drawn"] for example in islice(train_stream(args, source, drawn), num_images)]
@@ -74,7 +74,7 @@ def draw_first_views(recipe: dict[str, Any], num_images: int) -> list[DrawnImage
 
 def _render(transform: ViewTransform, example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
     views = transform(example, copy.deepcopy(rng))
-    image, parameters = transform.draw(example, rng)
+    image, parameters = transform.sample(example, rng)
     settings = (*transform.views, *transform.local_views)
     return {
         "image": image,

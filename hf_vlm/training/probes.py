@@ -23,7 +23,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from hf_vlm.data.sources import open_stream
 from hf_vlm.data.stream import ExampleStream, Transform
 from hf_vlm.data.transforms.views import ViewTransform
-from hf_vlm.features.extraction import encode, plain_transform
+from hf_vlm.features.extraction import encode, eval_transform_for
 from hf_vlm.metrics import alignment, effective_rank, feature_std, mean_cosine, uniformity
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.training.arguments import VisionTrainingArguments
@@ -91,7 +91,7 @@ class Probe(TrainerCallback):
 
     def _probe(self, args: Any, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:
         figures: dict[str, float] = {}
-        with self.trainer.aside(), preserved_randomness(args.device):
+        with self.trainer.excluded_from_timing(), preserved_randomness(args.device):
             if state.is_world_process_zero or isinstance(model, FSDPModule):
                 figures = self._measure(args, state, model)
             if args.world_size > 1:  # all must come to the same conclusions
@@ -110,7 +110,7 @@ class Probe(TrainerCallback):
             first, second, plain, labels = self._encode(
                 model, min(args.train_batch_size, MAX_BATCH), is_shown=is_shown
             )
-            figures = {**spread(first, second), **accuracy(plain, labels)}
+            figures = {**feature_statistics(first, second), **accuracy(plain, labels)}
         except Exception as error:  # a look at the training must not end it
             logger.warning("Step %d is not probed: %s", state.global_step, error)
             return {}
@@ -144,7 +144,7 @@ def encoding(model: Any) -> Callable[[Tensor], Tensor]:
     return model.__dict__.pop("encode_for_probe")  # type: ignore[no-any-return]
 
 
-def spread(features: Tensor, others: Tensor) -> dict[str, float]:
+def feature_statistics(features: Tensor, others: Tensor) -> dict[str, float]:
     """Figures without labels of the features (n, D) of one view of each image, and of another."""
     if not (features.isfinite().all() and others.isfinite().all()):
         names = ("effective_rank", "feature_std", "mean_cosine", "alignment", "uniformity")
@@ -197,11 +197,11 @@ def build_probe(
     )
     images = ExampleStream(
         open_probe_source(args, source),
-        ProbeTransform(views, plain_transform(trainer.model.trained_encoder, processor)),
+        ProbeTransform(views, eval_transform_for(trainer.model.trained_encoder, processor)),
         seed=SEED,
         repeat=False,
         block_size=args.num_probe_examples,
-        max_bad_share=1.0,  # training judges the data
+        max_bad_fraction=1.0,  # training judges the data
     )
     return Probe(trainer, images, num_examples=args.num_probe_examples, every=probe_interval(args))
 
@@ -211,9 +211,9 @@ def open_probe_source(args: VisionTrainingArguments, source: datasets.IterableDa
 
     `source` is the training's, whose images are not listed a second time.
     """
-    data, kind = (args.probe_data, None) if args.probe_data else (args.data, args.data_kind)
+    data, format = (args.probe_data, None) if args.probe_data else (args.data, args.format)
     try:
-        return open_stream(data, args.eval_split, kind=kind, num_samples=args.num_eval_examples)
+        return open_stream(data, args.eval_split, format=format, num_samples=args.num_eval_examples)
     except ValueError as error:
         # One shard of one is all of the source, with a position of its own: iterating moves that of a stream.
         images = open_stream(data, args.train_split) if args.probe_data else source.shard(num_shards=1, index=0)

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from hf_vlm.data.io.files import display
+from hf_vlm.data.io.files import redact_url
 
 __all__ = ["RUN_FILE", "is_hub_id", "origins_of", "publishable", "recorded_origins", "write_origins"]
 
@@ -35,7 +35,7 @@ def publishable(value: Any) -> Any:
         return f"./{path.relative_to(Path.cwd())}" if path.is_relative_to(Path.cwd()) else path.name or str(path)
     if not isinstance(value, str):
         return value
-    return f"./{value}" if re.match(r"\w.*/", value) and Path(value).exists() else display(value)
+    return f"./{value}" if re.match(r"\w.*/", value) and Path(value).exists() else redact_url(value)
 
 
 def origins_of(source: str | None) -> list[str]:

@@ -19,7 +19,7 @@ from hf_vlm.training.arguments import VisionTrainingArguments
 from hf_vlm.training.provenance import RUN_FILE, origins_of, publishable
 
 RECIPE_FILE = "recipe.yaml"
-HOW_IT_BEGAN = ("overwrite_output_dir", "resume_from_checkpoint")  # of a recipe, and nothing to repeat
+NOT_REPRODUCED_KEYS = ("overwrite_output_dir", "resume_from_checkpoint")  # of a recipe, and nothing to repeat
 
 
 class RunRecord:
@@ -36,7 +36,7 @@ class RunRecord:
         self.recipe = {
             name: publishable(value)
             for name, value in (ours | recipe).items()
-            if name not in HOW_IT_BEGAN and not name.endswith("_token")
+            if name not in NOT_REPRODUCED_KEYS and not name.endswith("_token")
         }
         self.write_card = write_card
         packages = ("torch", "transformers", "datasets", "accelerate", "hf_vlm")

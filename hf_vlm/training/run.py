@@ -17,8 +17,8 @@ from hf_vlm.data.transforms.collate import collate_detection, collate_views
 from hf_vlm.data.transforms.detection import DetectionTransform
 from hf_vlm.data.transforms.device_views import DeviceViews
 from hf_vlm.data.transforms.views import ViewTransform
-from hf_vlm.features.device import place
-from hf_vlm.features.extraction import plain_transform
+from hf_vlm.features.device import to_best_device
+from hf_vlm.features.extraction import eval_transform_for
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_detection import VLMViTDetectionConfig, VLMViTForObjectDetection
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
@@ -32,7 +32,7 @@ from hf_vlm.training.trainer import VisionTrainer
 
 logger = logging.getLogger(__name__)
 
-OBJECTIVE_FOLDER = "objective"  # the whole pretraining model, beside the encoder that people use
+PRETRAINING_MODEL_FOLDER = "pretraining_model"  # the whole pretraining model, beside the encoder that people use
 
 
 def pretrain(
@@ -44,7 +44,8 @@ def pretrain(
     """Pretrains an encoder by a recipe.
 
     Leaves in `output_dir` the encoder with its image processor, the recipe, `run.json` and `log.jsonl`; the whole
-    pretraining model (heads, decoder) in its subfolder `objective`; checkpoints beside. Returns what `run.json` holds.
+    pretraining model (heads, decoder) in its subfolder `pretraining_model`; checkpoints beside. Returns what
+    `run.json` holds.
 
     Raises:
         ValueError: for a recipe, an encoder or data that cannot be used, with what to do about it.
@@ -61,7 +62,7 @@ def pretrain(
     trainer = VisionTrainer(
         model=model,
         args=args,
-        train_dataset=train_stream(args, unlabelled(source), on_device.draw if on_device else transform),
+        train_dataset=train_stream(args, unlabelled(source), on_device.sample if on_device else transform),
         data_collator=on_device.collate if on_device else collate_views,
         render=on_device.render if on_device else None,
         processing_class=processor,
@@ -74,7 +75,7 @@ def pretrain(
     _train(trainer, record)
     record.summary["probe"] = last_probe(trainer.state.log_history)
     output_dir = Path(args.output_dir)
-    trainer.save_model(str(output_dir / OBJECTIVE_FOLDER), _internal_call=True)
+    trainer.save_model(str(output_dir / PRETRAINING_MODEL_FOLDER), _internal_call=True)
     weights = trainer.accelerator.get_state_dict(model.trained_encoder)  # all ranks gather what is sharded
     if args.should_save:
         encoder = VLMViTModel(model.config.backbone_config)
@@ -125,7 +126,7 @@ def finetune(recipe: dict[str, Any], *, write_card: Callable[[Path], Any] | None
     )
     _train(trainer, record)
     trainer.save_model(args.output_dir, _internal_call=True)  # now: held-out images can stop the last evaluation
-    figures = _last_figures(trainer)
+    figures = _last_metrics(trainer)
     record.summary["metrics"] = {n.removeprefix("eval_"): v for n, v in figures.items() if n.startswith("eval_")}
     if args.should_save:
         record.write(Path(args.output_dir))
@@ -139,9 +140,9 @@ def evaluate_run(
     data: str,
     split: str,
     *,
-    kind: str | None = None,
+    format: str | None = None,
     num_examples: int | None = None,
-    max_bad_share: float = 0.01,
+    max_bad_fraction: float = 0.01,
 ) -> dict[str, float]:
     """What a model's folder is worth on a split of a source.
 
@@ -150,20 +151,20 @@ def evaluate_run(
 
     Raises:
         ValueError: if the folder holds neither, the classes of the data are not the detector's, there are no class
-            labels for an encoder, or more than `max_bad_share` of the images cannot be read.
+            labels for an encoder, or more than `max_bad_fraction` of the images cannot be read.
     """
-    open_split = functools.partial(open_stream, data, kind=kind, num_samples=num_examples)
-    plain_stream = functools.partial(ExampleStream, shuffle=False, repeat=False, max_bad_share=max_bad_share)
+    open_split = functools.partial(open_stream, data, format=format, num_samples=num_examples)
+    plain_stream = functools.partial(ExampleStream, shuffle=False, repeat=False, max_bad_fraction=max_bad_fraction)
     if _holds_encoder(run_dir):
         encoder, processor = load_frozen_encoder(run_dir)
-        transform = plain_transform(encoder, processor)
+        transform = eval_transform_for(encoder, processor)
         streams = []
         for name in ("train", split):
             source = open_split(name)
             if "label" not in source.features:
                 raise ValueError(f"{data} has no class labels in split {name!r}: kNN and linear accuracy need them.")
             streams.append(plain_stream(source, transform))
-        return evaluate_features(place(encoder), *streams)
+        return evaluate_features(to_best_device(encoder), *streams)
     model, processor = load_detector(run_dir)
     source = open_split(split)
     names = [model.config.id2label[index] for index in range(model.config.num_labels)]
@@ -190,7 +191,7 @@ def load_detector(run_dir: str | Path) -> tuple[VLMViTForObjectDetection, VLMViT
     except OSError as error:
         raise ValueError(f"{run_dir} holds no detector: {str(error).splitlines()[0]}") from error
     refuse_missing(run_dir, report, "detector")
-    return place(model).eval(), processor
+    return to_best_device(model).eval(), processor
 
 
 def view_transform(
@@ -224,7 +225,7 @@ def open_source(args: VisionTrainingArguments, split: str, num_examples: int | N
     """The recipe's data; ValueError where it names none."""
     if not args.data:
         raise ValueError("No data: name a folder, a file, a Hub id or scenes with --data or in the recipe.")
-    return open_stream(args.data, split, kind=args.data_kind, num_samples=num_examples)
+    return open_stream(args.data, split, format=args.format, num_samples=num_examples)
 
 
 def train_stream(
@@ -238,7 +239,7 @@ def train_stream(
         block_size=args.shuffle_block,
         rank=args.process_index,
         world_size=args.world_size,
-        max_bad_share=args.max_bad_share,
+        max_bad_fraction=args.max_bad_fraction,
     )
 
 
@@ -261,7 +262,7 @@ def _eval_stream(
         repeat=False,
         rank=args.process_index,
         world_size=args.world_size,
-        max_bad_share=args.max_bad_share,
+        max_bad_fraction=args.max_bad_fraction,
     )
 
 
@@ -277,7 +278,7 @@ def _train(trainer: VisionTrainer, record: RunRecord) -> None:
     }
 
 
-def _last_figures(trainer: VisionTrainer) -> dict[str, float]:
+def _last_metrics(trainer: VisionTrainer) -> dict[str, float]:
     """Figures of the model as it is after training, from the log where its last step was one of evaluation."""
     entries = [entry for entry in trainer.state.log_history if any(name.startswith("eval_") for name in entry)]
     if entries and entries[-1]["step"] == trainer.state.global_step and not trainer.args.load_best_model_at_end:
@@ -292,7 +293,7 @@ def quiet_libraries() -> None:
 
 
 __all__ = [
-    "OBJECTIVE_FOLDER",
+    "PRETRAINING_MODEL_FOLDER",
     "detection_transform",
     "evaluate_run",
     "finetune",

@@ -17,11 +17,11 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
 from hf_vlm.data.stream import ExampleStream
-from hf_vlm.features.device import suit_cpu
+from hf_vlm.features.device import use_fast_cpu_matmul
 from hf_vlm.training.arguments import VisionTrainingArguments
 from hf_vlm.training.callbacks import AfterStep, LogFile, WeightDecaySchedule
 from hf_vlm.training.data_state import check_run_folder, last_checkpoint, load_data_state, save_data_state
-from hf_vlm.training.meters import Speedometer
+from hf_vlm.training.meters import ThroughputMeter
 from hf_vlm.training.optim import late_encoder_schedule, parameter_groups
 
 TRAINING_STATE = [
@@ -68,14 +68,14 @@ class VisionTrainer(Trainer):
         self.on_save = on_save
         self.render = render
         if self.args.device.type == "cpu" and self.args.attn_implementation is None:
-            suit_cpu(self.model)
+            use_fast_cpu_matmul(self.model)
         self.add_callback(AfterStep())
         if self.args.weight_decay_end is not None:
             self.add_callback(WeightDecaySchedule(self.args.weight_decay, self.args.weight_decay_end))
         self.add_callback(LogFile())
         self._part_sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
         self._num_parts = 0
-        self._speedometer = Speedometer(self.args)
+        self._throughput = ThroughputMeter(self.args)
 
     # ---- data
 
@@ -115,7 +115,7 @@ class VisionTrainer(Trainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The stock method, timed: what it takes is time in which nothing is trained."""
-        with self._speedometer.waiting():
+        with self._throughput.waiting():
             return super().get_batch_samples(*args, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
@@ -244,7 +244,7 @@ class VisionTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         """The model's loss; scalar parts of its output are summed on the device and logged as means."""
-        self._speedometer.count(self.model, inputs)  # here, where inputs are ready and autocast is on
+        self._throughput.count(self.model, inputs)  # here, where inputs are ready and autocast is on
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         parts = {name: value for name, value in outputs.items() if name != "loss" and _is_scalar(value)}
         for name, value in {**parts, **(outputs.get("loss_dict") or {})}.items():
@@ -254,17 +254,17 @@ class VisionTrainer(Trainer):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Of a batch, for `total_flos`: as counted. The stock estimate takes pixels for tokens, and knows no views."""
-        return self._speedometer.num_flops
+        return self._throughput.num_flops
 
-    def aside(self) -> AbstractContextManager[None]:
+    def excluded_from_timing(self) -> AbstractContextManager[None]:
         """For what is no training: it does not count in the figures of speed."""
-        return self._speedometer.paused()
+        return self._throughput.paused()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds to a training log entry the means of the loss parts and the figures of a [`Speedometer`]."""
         if "loss" in logs:
             logs.update(self._mean_parts())
-            logs.update(self._speedometer.figures(self.state.global_step))
+            logs.update(self._throughput.metrics(self.state.global_step))
             self._tr_loss.zero_()  # the stock Trainer subtracts the sum from itself, and so would keep a NaN
         super().log(logs, start_time)
 

@@ -11,9 +11,9 @@ from PIL import Image
 
 from hf_vlm.data.inspection.inspect import image_name
 from hf_vlm.data.io.decode import decode_image, read_image_bytes
-from hf_vlm.viz.draw import PAPER, captioned, class_color, contact_sheet, draw_detections, legend
+from hf_vlm.viz.draw import PAPER, captioned, class_color, contact_sheet, legend, render_detections
 
-__all__ = ["Reservoir", "draw_example", "example_sheet"]
+__all__ = ["Reservoir", "example_sheet", "render_example"]
 
 Array = np.ndarray[Any, Any]
 Example = dict[str, Any]
@@ -63,7 +63,7 @@ def example_sheet(examples: Sequence[Example], features: datasets.Features, *, c
     Raises:
         ValueError: There is no example, or columns is not positive.
     """
-    sheet = contact_sheet([draw_example(example, features) for example in examples], columns=columns)
+    sheet = contact_sheet([render_example(example, features) for example in examples], columns=columns)
     if not _has_legend(features):
         return sheet
     top = legend(_class_names(features), width=sheet.width)
@@ -73,7 +73,7 @@ def example_sheet(examples: Sequence[Example], features: datasets.Features, *, c
     return joined
 
 
-def draw_example(example: Example, features: datasets.Features) -> Image.Image:
+def render_example(example: Example, features: datasets.Features) -> Image.Image:
     """Draw one example, its longer side 320 pixels, above its label and its name."""
     array, (height, width) = decode_image(example["image"], at_least=(SIDE, SIDE))
     scale = SIDE / max(height, width)
@@ -110,7 +110,7 @@ def _with_boxes(
     names = [class_names[index] if 0 <= index < len(class_names) else "?" for index in categories]
     if _has_legend(features) or len(names) > MAX_NAMED:
         names = [""] * len(names)
-    return draw_detections(picture, boxes, names, class_ids=categories, scale=1)
+    return render_detections(picture, boxes, names, class_ids=categories, scale=1)
 
 
 def _tinted(picture: Image.Image, mask: Any) -> Image.Image:

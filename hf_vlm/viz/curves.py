@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hf_vlm.training.callbacks import LogFile, read_log
 
-__all__ = ["Panel", "draw_panels", "draw_probes", "series"]
+__all__ = ["Panel", "plot_panels", "plot_probes", "series"]
 
 PICTURE = "probes.png"
 
@@ -38,7 +38,7 @@ def series(entries: Sequence[Mapping[str, float]], figure: str) -> Series:
     return [entry["step"] for entry in found], [entry[figure] for entry in found]
 
 
-def draw_panels(path: Path, panels: Sequence[Panel], *, columns: int = 2) -> None:
+def plot_panels(path: Path, panels: Sequence[Panel], *, columns: int = 2) -> None:
     """Draws panels beside and below each other into a picture."""
     from matplotlib.figure import Figure  # takes a second
 
@@ -55,7 +55,7 @@ def draw_panels(path: Path, panels: Sequence[Panel], *, columns: int = 2) -> Non
     figure.savefig(path, dpi=120)
 
 
-def draw_probes(folder: Path) -> None:
+def plot_probes(folder: Path) -> None:
     """Draws loss and probe figures of a run's log into its folder, as `probes.png`; nothing without probes."""
     entries = read_log(folder / LogFile.name)
     if not any("probe_effective_rank" in entry for entry in entries):
@@ -66,4 +66,4 @@ def draw_probes(folder: Path) -> None:
         curves = {name: curve for name, curve in curves.items() if curve[0]}
         if curves:
             panels.append(Panel(title=title, curves=curves, ylim=ylim))
-    draw_panels(folder / PICTURE, panels)
+    plot_panels(folder / PICTURE, panels)

@@ -15,9 +15,9 @@ __all__ = [
     "captioned",
     "class_color",
     "contact_sheet",
-    "draw_detections",
     "in_colors",
     "legend",
+    "render_detections",
     "side_by_side",
     "titled_rows",
 ]
@@ -28,7 +28,7 @@ SMALL = 320  # pixels of the longer side from which an image can be looked at as
 INK, PAPER = (33, 33, 33), (255, 255, 255)
 
 
-def draw_detections(
+def render_detections(
     image: Image.Image | NDArray[Any],
     boxes: Any,
     names: Sequence[str],
@@ -70,7 +70,7 @@ def draw_detections(
     for i in order:
         text = names[i] if scores is None else f"{names[i]}: {float(scores[i]):.2f}".removeprefix(": ")
         if text:
-            taken.append(_draw_label(canvas, rectangles[i], text, colors[i], font, picture.size, taken))
+            taken.append(_render_label(canvas, rectangles[i], text, colors[i], font, picture.size, taken))
     return picture
 
 
@@ -207,7 +207,7 @@ def _area(rectangle: Rectangle) -> int:
     return (rectangle[2] - rectangle[0]) * (rectangle[3] - rectangle[1])
 
 
-def _draw_label(
+def _render_label(
     canvas: ImageDraw.ImageDraw,
     rectangle: Rectangle,
     text: str,

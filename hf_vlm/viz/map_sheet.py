@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from hf_vlm.features.maps import FeatureMaps
-from hf_vlm.viz.draw import captioned, contact_sheet, draw_detections, in_colors, titled_rows
+from hf_vlm.viz.draw import captioned, contact_sheet, in_colors, render_detections, titled_rows
 
 __all__ = ["HEIGHT", "map_sheet"]
 
@@ -84,4 +84,4 @@ def _marked(tile: Image.Image, patch: tuple[int, int], grid: tuple[int, int]) ->
     """The tile with a box around a patch."""
     height, width = tile.height / grid[0], tile.width / grid[1]
     box = [patch[1] * width, patch[0] * height, (patch[1] + 1) * width, (patch[0] + 1) * height]
-    return draw_detections(tile, [box], [""], class_ids=[0], scale=1)
+    return render_detections(tile, [box], [""], class_ids=[0], scale=1)

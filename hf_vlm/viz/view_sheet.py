@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from hf_vlm.training.preview import DrawnImage
-from hf_vlm.viz.draw import class_color, contact_sheet, draw_detections, in_colors, titled_rows
+from hf_vlm.training.preview import SampledViews
+from hf_vlm.viz.draw import class_color, contact_sheet, in_colors, render_detections, titled_rows
 
 __all__ = ["view_sheet"]
 
@@ -19,7 +19,7 @@ GAP = 8
 FRAME = 4  # pixels around a view, in the colour of its box
 
 
-def view_sheet(drawn: Sequence[DrawnImage]) -> Image.Image:
+def view_sheet(drawn: Sequence[SampledViews]) -> Image.Image:
     """A row an image: the image with a box a view, then the views, framed in the colours of their boxes.
 
     Raises:
@@ -30,7 +30,7 @@ def view_sheet(drawn: Sequence[DrawnImage]) -> Image.Image:
     return titled_rows([_columns(image) for image in drawn], gap=GAP)
 
 
-def _columns(drawn: DrawnImage) -> list[tuple[str, Image.Image]]:
+def _columns(drawn: SampledViews) -> list[tuple[str, Image.Image]]:
     """Titles and pictures of a row: the image, each view, what is masked of each, and all local views."""
     height, width = drawn.views[0].shape[:2]
     scale = max(SIDE // height, 1)  # of local views too: the model gets them smaller
@@ -48,7 +48,7 @@ def _columns(drawn: DrawnImage) -> list[tuple[str, Image.Image]]:
     return columns
 
 
-def _local_views(drawn: DrawnImage, scale: int, height: int) -> Image.Image:
+def _local_views(drawn: SampledViews, scale: int, height: int) -> Image.Image:
     """All local views in as few columns as the height allows."""
     tiles = [_tile(view, len(drawn.views) + index, scale) for index, view in enumerate(drawn.local_views)]
     in_column = max((height + GAP) // (tiles[0].height + GAP), 1)
@@ -56,12 +56,12 @@ def _local_views(drawn: DrawnImage, scale: int, height: int) -> Image.Image:
     return sheet.crop((GAP, GAP, sheet.width - GAP, sheet.height - GAP))
 
 
-def _with_boxes(drawn: DrawnImage, height: int) -> Image.Image:
+def _with_boxes(drawn: SampledViews, height: int) -> Image.Image:
     scale = height / drawn.image.shape[0]
     size = max(round(drawn.image.shape[1] * scale), 1), height
     picture = Image.fromarray(in_colors(drawn.image)).resize(size, Image.Resampling.BICUBIC)
     boxes = np.array([(left, top, left + width, top + height) for top, left, height, width in drawn.boxes])
-    return draw_detections(picture, boxes * scale, [""] * len(boxes), class_ids=range(len(boxes)), scale=1)
+    return render_detections(picture, boxes * scale, [""] * len(boxes), class_ids=range(len(boxes)), scale=1)
 
 
 def _tile(view: Array, index: int, scale: int) -> Image.Image:

@@ -37,7 +37,7 @@ def test_what_is_there_is_printed_saved_and_drawn(folder, tmp_path, capsys, monk
     assert f"{folder / 'a.png'} = {folder / 'd.png'}" in printed
     assert f"{folder / 'e.png'}: not an image of a known format" in printed
     saved = json.loads(report.read_text())
-    assert (saved["kind"], saved["num_images"], saved["total_pixels"]) == ("imagefolder", 4, 4 * 30 * 40)
+    assert (saved["format"], saved["num_images"], saved["total_pixels"]) == ("imagefolder", 4, 4 * 30 * 40)
     assert saved["exact_duplicates"] == [[str(folder / "a.png"), str(folder / "d.png")]]
     assert "contact_sheet.png" in printed
     with Image.open(tmp_path / "contact_sheet.png") as sheet:
@@ -49,7 +49,7 @@ def test_what_is_there_is_printed_saved_and_drawn(folder, tmp_path, capsys, monk
 
 def test_the_commands_for_boxes_parse_and_name_what_was_given(tmp_path, capsys):
     sheet = tmp_path / "pictures" / "scenes.jpg"
-    words = ["scenes:easy", "--split", "test", "--data_kind", "scenes", "--num_examples", "5", "--save", str(sheet)]
+    words = ["scenes:easy", "--split", "test", "--format", "scenes", "--num_examples", "5", "--save", str(sheet)]
     assert main(["data", *words]) == 0
     printed = capsys.readouterr().out
     assert sheet.is_file()
@@ -58,7 +58,7 @@ def test_the_commands_for_boxes_parse_and_name_what_was_given(tmp_path, capsys):
     assert [words[1] for words in commands] == ["pretrain", "finetune"]
     for _, _, recipe, *overrides in commands:
         resolved = load_recipe(recipe, overrides)
-        assert (resolved["data"], resolved["data_kind"], resolved["train_split"]) == ("scenes:easy", "scenes", "test")
+        assert (resolved["data"], resolved["format"], resolved["train_split"]) == ("scenes:easy", "scenes", "test")
     assert resolved["encoder"] == load_recipe(commands[0][2], [])["output_dir"]
 
 
@@ -67,7 +67,7 @@ def test_the_commands_for_boxes_parse_and_name_what_was_given(tmp_path, capsys):
     [
         (["nowhere/at/all"], "nowhere/at/all does not exist"),
         (["scenes", "--split", "trian"], "trian"),
-        (["scenes", "--data_kind", "coko"], "unknown kind of data 'coko'"),
+        (["scenes", "--format", "coko"], "unknown format 'coko'"),
         (["scenes", "--num_examples", "0"], "num_examples=0"),
         (["scenes", "--save", "sheet"], "--save sheet: name a picture"),
         (["scenes", "--save", "sheet.txt"], "--save sheet.txt: name a picture"),

@@ -11,7 +11,7 @@ from PIL import Image
 
 from hf_vlm.cli.main import main
 from hf_vlm.data.sources import open_stream
-from hf_vlm.deploy.embed import draw_feature_maps, draw_stored_neighbors, embed_images, images_at
+from hf_vlm.deploy.embed import embed_images, images_at, plot_feature_maps, plot_stored_neighbors
 from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
@@ -47,9 +47,9 @@ def test_features_and_both_pictures(run, tmp_path, capsys):
     about = {"encoder": run, "data": "scenes:easy", "split": "test", "pooling": "class", "image_size": [32, 32]}
     assert {name: known[name] for name in about} == about
     with Image.open(neighbors) as picture:
-        np.testing.assert_array_equal(picture, draw_stored_neighbors(path, source, [3, 9], num_neighbors=3))
+        np.testing.assert_array_equal(picture, plot_stored_neighbors(path, source, [3, 9], num_neighbors=3))
     with Image.open(maps) as picture:
-        shown = draw_feature_maps(encoder, images_at(source, [3, 9]), processor, foreground=True)
+        shown = plot_feature_maps(encoder, images_at(source, [3, 9]), processor, foreground=True)
         np.testing.assert_array_equal(picture, shown)
 
 
@@ -63,7 +63,7 @@ def test_pictures_of_chosen_images_leave_nothing_else(run, tmp_path, capsys):
     encoder, processor = load_frozen_encoder(run)
     images = images_at(open_stream("scenes:easy"), [7, 2])
     with Image.open(maps) as picture:
-        np.testing.assert_array_equal(picture, draw_feature_maps(encoder, images, processor, patch=(1, 2)))
+        np.testing.assert_array_equal(picture, plot_feature_maps(encoder, images, processor, patch=(1, 2)))
 
 
 def test_maps_alone_show_the_first_images_that_can_be_read(run, tmp_path):
@@ -76,7 +76,7 @@ def test_maps_alone_show_the_first_images_that_can_be_read(run, tmp_path):
     encoder, processor = load_frozen_encoder(run)
     with Image.open(maps) as picture:
         images = [np.asarray(Image.open(tmp_path / f"{index:03d}.png")) for index in (0, 2)]
-        np.testing.assert_array_equal(picture, draw_feature_maps(encoder, images, processor))
+        np.testing.assert_array_equal(picture, plot_feature_maps(encoder, images, processor))
 
 
 def test_skipped_images_are_counted_and_features_are_written_by_default(run, tmp_path, capsys, monkeypatch):
@@ -85,7 +85,7 @@ def test_skipped_images_are_counted_and_features_are_written_by_default(run, tmp
     folder.mkdir()
     Image.new("RGB", (20, 30)).save(folder / "a.png")
     (folder / "b.png").write_bytes(b"no image")
-    assert main(["embed", run, "--data", "images", "--max_bad_share", "0.5"]) == 0
+    assert main(["embed", run, "--data", "images", "--max_bad_fraction", "0.5"]) == 0
     assert "1 images, 32 features each; 1 could not be read and were skipped" in capsys.readouterr().out
     assert pq.read_table("features.parquet")["path"].to_pylist() == ["images/a.png"]
 

@@ -6,7 +6,7 @@ from PIL import Image
 
 from hf_vlm.cli.main import main
 from hf_vlm.training.arguments import load_recipe
-from hf_vlm.training.preview import draw_first_views
+from hf_vlm.training.preview import sample_first_views
 from hf_vlm.viz.view_sheet import view_sheet
 
 SMALL = ["--image_size", "32", "--encoder_preset", "nano"]
@@ -14,13 +14,21 @@ SMALL = ["--image_size", "32", "--encoder_preset", "nano"]
 
 def test_the_picture_is_that_of_the_recipe_with_its_overrides(tmp_path, capsys):
     picture = tmp_path / "pictures" / "views.png"
-    overrides = [*SMALL, "--views.blur", "0", "--views.local", "{num_views: 2, size: 16}", "--data", "scenes:easy"]
+    overrides = [
+        *SMALL,
+        "--views.blur_probability",
+        "0",
+        "--views.local",
+        "{num_views: 2, size: 16}",
+        "--data",
+        "scenes:easy",
+    ]
     words = ["views", "simclr/vit_small.yaml", "--num_images", "2", "--save", str(picture), *overrides]
     assert main(words) == 0
     assert f"2 images of scenes:easy and their views: {picture}" in capsys.readouterr().out
     recipe = load_recipe("simclr/vit_small.yaml", overrides) | {"use_cpu": True}
     with Image.open(picture) as shown:
-        np.testing.assert_array_equal(shown, view_sheet(draw_first_views(recipe, 2)))
+        np.testing.assert_array_equal(shown, view_sheet(sample_first_views(recipe, 2)))
 
 
 def test_without_data_the_built_in_images_are_shown(tmp_path, capsys, monkeypatch):
@@ -34,7 +42,7 @@ def test_without_data_the_built_in_images_are_shown(tmp_path, capsys, monkeypatc
     ("words", "message"),
     [
         (["simclr/vit_smal.yaml"], "There is no recipe simclr/vit_smal.yaml"),
-        (["simclr/vit_small.yaml", "--views.blurr", "0"], "Did you mean 'blur'"),
+        (["simclr/vit_small.yaml", "--views.blur_probabilty", "0"], "Did you mean 'blur_probability'"),
         (["simclr/vit_small.yaml", "--data", "nowhere/at/all"], "nowhere/at/all does not exist"),
         (["simclr/vit_small.yaml", "--num_images", "0"], "at least one image"),
         (["simclr/vit_small.yaml", "--save", "views"], "--save views: name a picture, as views.png"),

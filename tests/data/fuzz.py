@@ -133,7 +133,7 @@ def fuzz_images(seed, count, folder):
         return {"image_id": example["image_id"]}
 
     source = IterableDataset.from_generator(mutants)
-    stream = ExampleStream(source, decode, repeat=False, shuffle=False, block_size=1, max_bad_share=1.0)
+    stream = ExampleStream(source, decode, repeat=False, shuffle=False, block_size=1, max_bad_fraction=1.0)
     num_read = sum(1 for _ in stream)
     progress = stream.state_dict()["progress"]
     assert progress["num_seen"] == count
@@ -223,7 +223,7 @@ def fuzz_annotations(seed, count, folder):
         file.write_bytes(mutate(content, [content], rng))
         shutil.copy(file, folder / "current")
         try:
-            for _ in open_stream(source, kind=name.partition(" ")[0]):
+            for _ in open_stream(source, format=name.partition(" ")[0]):
                 pass
             num_read += 1
         except ValueError as error:

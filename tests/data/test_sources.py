@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from hf_vlm.data.io.decode import decode_image
 from hf_vlm.data.scenes.render import scenes_stream
 from hf_vlm.data.schema import image_feature, objects_feature
-from hf_vlm.data.sources import class_names, guess_kind, has_boxes, open_stream, unlabelled
+from hf_vlm.data.sources import class_names, guess_format, has_boxes, open_stream, unlabelled
 
 WIDTH, HEIGHT = 16, 12
 
@@ -125,20 +125,20 @@ def folders(tmp_path):
     return {"imagefolder": tmp_path / "images", "parquet": tmp_path / "parquet", "coco": tmp_path / "coco"}
 
 
-KINDS = ["imagefolder", "parquet", "coco", "scenes", "hub"]
+FORMATS = ["imagefolder", "parquet", "coco", "scenes", "hub"]
 
 
 def open_kind(kind, folders):
     if kind == "scenes":
         return open_stream("scenes", num_samples=20)
     # A folder of Parquet files opens as a dataset on the Hub does.
-    return open_stream(folders["parquet" if kind == "hub" else kind], kind=kind)
+    return open_stream(folders["parquet" if kind == "hub" else kind], format=kind)
 
 
 # Resuming, sharding and workers
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FORMATS)
 def test_streams_resume_exactly_and_twice(kind, folders):
     everything = list(open_kind(kind, folders))
     assert len(everything) == 20
@@ -156,7 +156,7 @@ def test_streams_resume_exactly_and_twice(kind, folders):
         assert seen == [example["image_id"] for example in everything]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FORMATS)
 def test_mapped_and_filtered_streams_resume_exactly(kind, folders):
     def build():
         stream = unlabelled(open_kind(kind, folders)).map(lambda example: {"twice": 2 * example["image_id"]})
@@ -188,18 +188,18 @@ def test_streams_serve_data_workers(kind, folders):
     assert sorted(example["image_id"] for example in loader) == sorted(example["image_id"] for example in stream)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FORMATS)
 def test_num_samples_are_the_first(kind, folders):
     whole = [example["image_id"] for example in open_kind(kind, folders)]
     source = {"scenes": "scenes", "hub": folders["parquet"]}.get(kind) or folders[kind]
-    few = open_stream(source, kind=kind, num_samples=9)
+    few = open_stream(source, format=kind, num_samples=9)
     assert [example["image_id"] for example in few] == whole[:9]
     with pytest.raises(ValueError, match="num_samples=0 must be positive"):
-        open_stream(source, kind=kind, num_samples=0)
+        open_stream(source, format=kind, num_samples=0)
 
 
 def test_unlabelled_keeps_the_images(folders):
-    for kind in KINDS:
+    for kind in FORMATS:
         stream = unlabelled(open_kind(kind, folders))
         assert set(next(iter(stream))) == set(stream.features) == {"image", "image_id"}
         assert class_names(stream) is None
@@ -207,13 +207,13 @@ def test_unlabelled_keeps_the_images(folders):
 
 def test_the_kind_is_guessed(folders, tmp_path):
     for kind, folder in folders.items():
-        assert guess_kind(folder) == guess_kind(str(folder)) == kind
-    assert guess_kind(folders["parquet"] / "train-00000-of-00001.parquet") == "parquet"
-    assert guess_kind(folders["coco"] / "annotations.json") == "coco"
-    assert guess_kind("scenes") == guess_kind("scenes:hard") == "scenes"
-    assert guess_kind("cifar10") == guess_kind("my-org/my_data.v2") == "hub"
+        assert guess_format(folder) == guess_format(str(folder)) == kind
+    assert guess_format(folders["parquet"] / "train-00000-of-00001.parquet") == "parquet"
+    assert guess_format(folders["coco"] / "annotations.json") == "coco"
+    assert guess_format("scenes") == guess_format("scenes:hard") == "scenes"
+    assert guess_format("cifar10") == guess_format("my-org/my_data.v2") == "hub"
     (tmp_path / "parquet" / "dataset_infos.json").write_text('{"categories": []}')
-    assert guess_kind(tmp_path / "parquet") == "parquet"
+    assert guess_format(tmp_path / "parquet") == "parquet"
 
 
 def test_scenes_by_name():
@@ -456,7 +456,7 @@ def test_imagefolder_mistakes_are_named(tmp_path, caplog):
     (tmp_path / "texts" / "inner").mkdir(parents=True)
     (tmp_path / "texts" / "a.txt").touch()
     with pytest.raises(ValueError, match=r"no images: looked .* \.jpg .*; it holds a\.txt, inner/"):
-        open_stream(tmp_path / "texts", kind="imagefolder")
+        open_stream(tmp_path / "texts", format="imagefolder")
     write_images(tmp_path, ["images/train/a.png", "images/test/a.png", "images/extra/a.png"])
     with pytest.raises(ValueError, match=r"has no split 'validation'; it has test, train"):
         open_stream(tmp_path / "images", "validation")
@@ -464,7 +464,7 @@ def test_imagefolder_mistakes_are_named(tmp_path, caplog):
         open_stream(tmp_path / "images")
     assert "images in extra are ignored" in caplog.text
     with pytest.raises(ValueError, match="is a file; give the folder"):
-        open_stream(tmp_path / "images" / "train" / "a.png", kind="imagefolder")
+        open_stream(tmp_path / "images" / "train" / "a.png", format="imagefolder")
 
 
 # COCO
@@ -487,7 +487,7 @@ def test_coco_layouts(tmp_path, file, images):
     write_coco(tmp_path / file, tmp_path / images)
     (tmp_path / "dataset_infos.json").write_text('{"default": 1}')
     assert_coco_examples(open_stream(tmp_path))
-    assert_coco_examples(open_stream(tmp_path / file, kind="coco"))
+    assert_coco_examples(open_stream(tmp_path / file, format="coco"))
 
 
 def test_coco_splits(tmp_path):
@@ -585,7 +585,7 @@ def test_coco_files_that_do_not_fit(tmp_path):
     with pytest.raises(ValueError, match=r"b\.json is not json: Expecting property name"):
         open_stream(tmp_path / "b.json")
     with pytest.raises(ValueError, match=r"elsewhere holds no COCO json; it holds 0\.png, 1\.png"):
-        open_stream(tmp_path / "elsewhere", kind="coco")
+        open_stream(tmp_path / "elsewhere", format="coco")
     write_coco(tmp_path / "two" / "a.json", tmp_path / "two")
     write_coco(tmp_path / "two" / "b.json", tmp_path / "two")
     with pytest.raises(ValueError, match=r"several COCO files for the split 'train': .*a\.json, .*b\.json"):
@@ -621,7 +621,7 @@ def test_hub_rows_without_id_get_one_from_their_content(tmp_path, caplog):
     features = {"image": image_feature(), "label": datasets.Value("string")}
     write_parquet(tmp_path / "train-00000-of-00001.parquet", rows, features)
     with caplog.at_level(logging.WARNING):
-        stream = open_stream(tmp_path, kind="hub")
+        stream = open_stream(tmp_path, format="hub")
     ids = [example["image_id"] for example in stream]
     assert len(set(ids)) == 6
     assert ids == [example["image_id"] for example in stream]
@@ -651,8 +651,8 @@ def test_mistakes_in_the_source_are_named(tmp_path, folders):
         open_stream("data.parquet")
     with pytest.raises(ValueError, match=r"notes\.txt is neither Parquet, a tar, a COCO json nor a data.yaml"):
         open_stream(tmp_path / "notes.txt")
-    with pytest.raises(ValueError, match=r"unknown kind of data 'vok'; the kinds are scenes, parquet, .*hub"):
-        open_stream(folders["coco"], kind="vok")
+    with pytest.raises(ValueError, match=r"unknown format 'vok'; the formats are scenes, parquet, .*hub"):
+        open_stream(folders["coco"], format="vok")
     with pytest.raises(ValueError, match=r"unknown preset of scenes 'hrad'; there are easy, hard"):
         open_stream("scenes:hrad")
     with pytest.raises(ValueError, match=r"name and revision belong to datasets on the Hub"):
@@ -664,4 +664,4 @@ def test_mistakes_in_the_source_are_named(tmp_path, folders):
 def test_home_folders_are_expanded(folders, monkeypatch):
     monkeypatch.setenv("HOME", str(folders["imagefolder"].parent))
     assert len(list(open_stream("~/images"))) == 20
-    assert guess_kind("~/coco") == "coco"
+    assert guess_format("~/coco") == "coco"

@@ -311,10 +311,10 @@ def test_a_state_of_another_layout_is_an_error(options, named):
 
 @pytest.mark.parametrize(
     "options",
-    [{"seed": -1}, {"block_size": 0}, {"rank": 2, "world_size": 2}, {"rank": -1}, {"max_bad_share": 1.5}],
+    [{"seed": -1}, {"block_size": 0}, {"rank": 2, "world_size": 2}, {"rank": -1}, {"max_bad_fraction": 1.5}],
 )
 def test_options_out_of_range_are_errors(options):
-    with pytest.raises(ValueError, match=r"seed|block_size|rank|max_bad_share"):
+    with pytest.raises(ValueError, match=r"seed|block_size|rank|max_bad_fraction"):
         make_stream(**options)
 
 
@@ -329,7 +329,7 @@ def bad_every(n):
 
 def test_bad_images_are_skipped_counted_and_named(caplog):
     shards = [list(range(start, start + 100)) for start in (0, 100)]
-    stream = ExampleStream(make_source(shards), bad_every(10), repeat=False, max_bad_share=0.2)
+    stream = ExampleStream(make_source(shards), bad_every(10), repeat=False, max_bad_fraction=0.2)
     with caplog.at_level(logging.WARNING):
         seen = ids(stream)
     assert sorted(seen) == [image_id for image_id in range(200) if image_id % 10]
@@ -341,28 +341,28 @@ def test_bad_images_are_skipped_counted_and_named(caplog):
 
 def test_others_keep_their_random_numbers_when_an_image_is_bad():
     whole = dict(pairs(make_stream(repeat=False)))
-    stream = ExampleStream(make_source(), bad_every(4), seed=3, block_size=4, repeat=False, max_bad_share=1.0)
+    stream = ExampleStream(make_source(), bad_every(4), seed=3, block_size=4, repeat=False, max_bad_fraction=1.0)
     assert dict(pairs(stream)) == {image_id: drawn for image_id, drawn in whole.items() if image_id % 4}
 
 
 def test_too_many_bad_images_stop_the_stream():
     shards = [list(range(200))]
-    stream = ExampleStream(make_source(shards), bad_every(20), shuffle=False, max_bad_share=0.02)
+    stream = ExampleStream(make_source(shards), bad_every(20), shuffle=False, max_bad_fraction=0.02)
     seen = []
-    with pytest.raises(ValueError, match=r"of 101 images.*image_id 0, image_id 20.*max_bad_share") as error:
+    with pytest.raises(ValueError, match=r"of 101 images.*image_id 0, image_id 20.*max_bad_fraction") as error:
         seen.extend(stream)
     assert isinstance(error.value, ValueError)
     assert not isinstance(error.value, BadImageError)
     assert len(seen) == 95  # the first hundred are given a chance
     # With few images the share is judged at the end of the epoch.
-    few = ExampleStream(make_source([list(range(1, 41))]), bad_every(20), max_bad_share=0.02)
+    few = ExampleStream(make_source([list(range(1, 41))]), bad_every(20), max_bad_fraction=0.02)
     with pytest.raises(ValueError, match="2 of 40 images"):
         list(few)
 
 
 def test_nothing_but_bad_images_is_an_error_even_where_all_may_be_bad():
     with pytest.raises(ValueError, match="none of their images can be decoded"):
-        next(iter(ExampleStream(make_source(), bad_every(1), max_bad_share=1.0)))
+        next(iter(ExampleStream(make_source(), bad_every(1), max_bad_fraction=1.0)))
 
 
 def test_truncated_jpeg_is_skipped(caplog):
@@ -382,7 +382,7 @@ def test_truncated_jpeg_is_skipped(caplog):
     def transform(example, rng):
         return {"id": example["image_id"], "shape": decode_image(example["image"])[0].shape}
 
-    stream = ExampleStream(source, transform, shuffle=False, repeat=False, max_bad_share=0.5)
+    stream = ExampleStream(source, transform, shuffle=False, repeat=False, max_bad_fraction=0.5)
     assert [(example["id"], example["shape"]) for example in stream] == [(0, (16, 16, 3)), (2, (16, 16, 3))]
     assert "broken.jpg" in caplog.text
     strict = ExampleStream(source, transform, shuffle=False, repeat=False)

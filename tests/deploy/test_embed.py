@@ -12,12 +12,12 @@ from PIL import Image
 from hf_vlm.data.io.decode import decode_image
 from hf_vlm.data.sources import open_stream
 from hf_vlm.deploy.embed import (
-    draw_feature_maps,
-    draw_neighbors,
-    draw_stored_neighbors,
     embed_images,
     first_images,
     images_at,
+    plot_feature_maps,
+    plot_neighbors,
+    plot_stored_neighbors,
 )
 from hf_vlm.features.extraction import encode, write_features
 from hf_vlm.features.maps import feature_maps
@@ -79,17 +79,17 @@ def test_neighbors_in_memory_and_in_a_file_are_drawn_alike(encoder, processor, s
     labels, names = [example["label"] for example in source], source.features["label"].names
     neighbors = find_neighbors(embed_images(encoder, arrays, processor), [1, 4], num_neighbors=3)
     expected = neighbor_sheet(neighbors, dict(enumerate(arrays)), labels=dict(enumerate(labels)), class_names=names)
-    found = draw_neighbors(
+    found = plot_neighbors(
         encoder, arrays, processor, queries=[1, 4], num_neighbors=3, labels=labels, class_names=names
     )
     np.testing.assert_array_equal(found, expected)
-    np.testing.assert_array_equal(draw_stored_neighbors(path, source, [1, 4], num_neighbors=3), expected)
-    everything = draw_neighbors(encoder, arrays, processor)
+    np.testing.assert_array_equal(plot_stored_neighbors(path, source, [1, 4], num_neighbors=3), expected)
+    everything = plot_neighbors(encoder, arrays, processor)
     assert everything.height > 6 * 128  # a row each: there are fewer than 8 images
     with pytest.raises(ValueError, match="7 images and 2 labels"):
-        draw_neighbors(encoder, arrays, processor, labels=[0, 1])
+        plot_neighbors(encoder, arrays, processor, labels=[0, 1])
     with pytest.raises(ValueError, match="no image 7"):
-        draw_stored_neighbors(path, source, [7])
+        plot_stored_neighbors(path, source, [7])
 
 
 def test_neighbors_are_the_right_images_where_others_cannot_be_read(encoder, processor, arrays, tmp_path):
@@ -97,7 +97,7 @@ def test_neighbors_are_the_right_images_where_others_cannot_be_read(encoder, pro
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "images.parquet")
     source = open_stream(tmp_path / "images.parquet")
     path = tmp_path / "features.parquet"
-    assert write_features(path, encoder, processor, source, max_bad_share=0.5) == (5, 2)
+    assert write_features(path, encoder, processor, source, max_bad_fraction=0.5) == (5, 2)
     good = [1, 2, 4, 5, 6]
     features = embed_images(encoder, [arrays[index] for index in good], processor)
     found = find_neighbors(features, [2], num_neighbors=4)  # the image at index 4
@@ -105,9 +105,9 @@ def test_neighbors_are_the_right_images_where_others_cannot_be_read(encoder, pro
         queries=[4], indices=[[good[row] for row in found.indices[0]]], similarities=found.similarities
     )
     expected = neighbor_sheet(renamed, dict(enumerate(arrays)))
-    np.testing.assert_array_equal(draw_stored_neighbors(path, source, [4], num_neighbors=4), expected)
+    np.testing.assert_array_equal(plot_stored_neighbors(path, source, [4], num_neighbors=4), expected)
     with pytest.raises(ValueError, match="no image 3 among the 5 that were read"):
-        draw_stored_neighbors(path, source, [3])
+        plot_stored_neighbors(path, source, [3])
 
 
 def encoded(array):
@@ -120,9 +120,9 @@ def test_maps_are_those_of_the_images(encoder, processor, arrays):
     pixels = processor(arrays[:2], return_tensors="pt")["pixel_values"]
     for options in ({}, {"foreground": True}, {"patch": (1, 5)}):
         expected = map_sheet(arrays[:2], feature_maps(encoder, pixels, **options))
-        np.testing.assert_array_equal(draw_feature_maps(encoder, arrays[:2], processor, **options), expected)
+        np.testing.assert_array_equal(plot_feature_maps(encoder, arrays[:2], processor, **options), expected)
     with pytest.raises(ValueError, match="no image to draw"):
-        draw_feature_maps(encoder, [], processor)
+        plot_feature_maps(encoder, [], processor)
 
 
 def test_images_are_found_by_position(source, arrays):

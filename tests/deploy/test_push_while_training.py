@@ -69,4 +69,4 @@ def test_pretraining_leaves_an_encoder_on_the_hub(hub_server, run_python):
     train(run_python, "mae", "me/enc")
     loaded = run_python(LOAD.format(auto="AutoModel", repo="me/enc"), forbid_hf_vlm=True)
     assert loaded.splitlines()[-1] == "VLMViTModel"
-    assert "objective/model.safetensors" in hub_server.files("me/enc")
+    assert "pretraining_model/model.safetensors" in hub_server.files("me/enc")

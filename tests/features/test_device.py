@@ -5,13 +5,13 @@ import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_vlm.features import device
-from hf_vlm.features.device import MAX_ERROR, allow_fast_matmul, place
+from hf_vlm.features.device import MAX_ERROR, enable_fast_matmul, to_best_device
 from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 
 
 def test_allowed_products_are_as_exact_as_float32():
-    allow_fast_matmul()
+    enable_fast_matmul()
     torch.manual_seed(0)
     for rows, inner, columns in ((3, 700, 5), (512, 64, 512), (1000, 192, 768)):
         left, right = torch.randn(rows, inner), torch.randn(inner, columns)
@@ -32,7 +32,7 @@ def test_products_that_round_are_refused(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
     setting.fp32_precision = "ieee"
-    assert not allow_fast_matmul.__wrapped__()
+    assert not enable_fast_matmul.__wrapped__()
     assert setting.fp32_precision == "ieee"
     setting.fp32_precision = before
 
@@ -74,7 +74,7 @@ def test_a_placed_model_computes_what_it_did(tmp_path):
     model = VLMViTModel(VLMViTConfig(**sizes)).eval()
     images = torch.randn(2, 3, 32, 32)
     expected = model(images).last_hidden_state
-    placed = place(model, "cpu")
+    placed = to_best_device(model, "cpu")
     assert placed is model
     torch.testing.assert_close(placed(images).last_hidden_state, expected, atol=1e-5, rtol=1e-5)
     model.save_pretrained(tmp_path)

@@ -18,7 +18,7 @@ from PIL import Image
 
 from hf_vlm.data.io.indexed import generated_stream
 from hf_vlm.data.sources import open_stream
-from hf_vlm.features.extraction import encode, plain_transform, write_features
+from hf_vlm.features.extraction import encode, eval_transform_for, write_features
 from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_detection import VLMViTDetectionConfig, VLMViTForObjectDetection
@@ -86,7 +86,7 @@ def test_pooled_features_are_those_of_a_direct_forward():
 
 def test_rows_are_the_images_that_can_be_read_with_names_and_labels(folder, processor, tmp_path, caplog):
     encoder, path = make_encoder(), tmp_path / "features.parquet"
-    found = write_features(path, encoder, processor, open_stream(folder), batch_size=4, max_bad_share=0.1)
+    found = write_features(path, encoder, processor, open_stream(folder), batch_size=4, max_bad_fraction=0.1)
     assert found == (9, 1)
     assert "2.png" in caplog.text
     dataset = read(path, tmp_path)
@@ -163,7 +163,7 @@ def counted_stream(num_images, on_image):
 def test_images_are_prepared_as_the_processor_does(request, name):
     processor, transform_of = (
         request.getfixturevalue(name),
-        plain_transform(make_encoder(), request.getfixturevalue(name)),
+        eval_transform_for(make_encoder(), request.getfixturevalue(name)),
     )
     for example in open_stream("scenes:easy", num_samples=3):
         prepared = transform_of(example, np.random.default_rng(0))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.decomposition import PCA
 
-from hf_vlm.features.device import suit_cpu
+from hf_vlm.features.device import use_fast_cpu_matmul
 from hf_vlm.features.maps import _foreground, feature_maps, principal_components
 from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
@@ -97,7 +97,7 @@ def turned(key, config, grid):
 
 def test_attention_is_what_the_model_records_and_the_model_is_left_as_it_was():
     encoder, images = make_encoder(num_register_tokens=1).train(), make_images(11)  # more than a batch
-    suit_cpu(encoder)
+    use_fast_cpu_matmul(encoder)
     usual = encoder.config._attn_implementation
     found = feature_maps(encoder, images)
     assert encoder.config._attn_implementation == usual

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_vlm.models.modeling_dinov2 import DINOv2Config, DINOv2ForPreTraining, masked_counts, view_loss
-from hf_vlm.models.ssl_prototypes import Centering, PrototypeHead, cross_entropy, entropy, koleo, sinkhorn
+from hf_vlm.models.ssl_prototypes import Centering, PrototypeHead, cross_entropy, entropy, koleo_loss, sinkhorn
 
 BACKBONE = {
     "image_size": 32,
@@ -91,7 +91,7 @@ def test_koleo_is_the_log_distance_to_the_nearest():
     features = F.normalize(torch.randn(8, 5).double(), dim=-1).requires_grad_()
     distances = [min((a - b).norm() for j, b in enumerate(features) if j != i) for i, a in enumerate(features)]
     expected = -sum(distance.log() for distance in distances) / 8
-    found = koleo(features, features, 0)
+    found = koleo_loss(features, features, 0)
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
     gradients = [torch.autograd.grad(loss, features)[0] for loss in (found, expected)]
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-7)
@@ -100,7 +100,7 @@ def test_koleo_is_the_log_distance_to_the_nearest():
 def test_koleo_of_the_same_image_twice_is_finite():
     """The fault of issue 143 of the official code: infinite on small sets."""
     features = F.normalize(torch.ones(4, 5), dim=-1).requires_grad_()
-    loss = koleo(features, features, 0)
+    loss = koleo_loss(features, features, 0)
     loss.backward()
     assert loss.isfinite()
     assert features.grad.isfinite().all()
@@ -145,14 +145,14 @@ def reference_loss(model, pixel_values, local_pixel_values, masked):
     losses = -(patch_targets * patch_logits.log_softmax(-1)).sum(-1)
     images = masked.nonzero()[:, 0]
     ibot = sum(losses[images == i].mean() for i in images.unique()) / len(masked)
-    spread = sum(koleo(F.normalize(t, dim=-1), F.normalize(t, dim=-1), 0) for t in class_tokens)
+    spread = sum(koleo_loss(F.normalize(t, dim=-1), F.normalize(t, dim=-1), 0) for t in class_tokens)
     return sum(pairs) / len(pairs), ibot, spread
 
 
 def test_loss_and_gradients_equal_a_slow_reference():
     model, inputs = build(frozen_prototypes=0.0).double(), batch()
     inputs = {name: value.double() for name, value in inputs.items()}
-    masked = model.hidden_patches(model.config, (4, 4), 12)
+    masked = model.sample_mask(model.config, (4, 4), 12)
     output = model(**inputs, masked=masked)
     expected = reference_loss(model, **inputs, masked=masked)
     for found, value in zip((output.dino, output.ibot, output.koleo), expected, strict=True):
@@ -169,7 +169,7 @@ def test_masks_hide_as_many_patches_as_planned():
     counts = masked_counts(config, (14, 14), 8)
     assert counts == [round(196 * ratio) for ratio in (0.15, 0.25, 0.35, 0.45)] + [0] * 4
     torch.manual_seed(0)
-    masked = DINOv2ForPreTraining.hidden_patches(config, (14, 14), 8)
+    masked = DINOv2ForPreTraining.sample_mask(config, (14, 14), 8)
     assert sorted(masked.sum(1).tolist(), reverse=True) == sorted(counts, reverse=True)
 
 
@@ -177,7 +177,7 @@ def test_masks_hide_as_many_patches_as_planned():
 def test_learns_and_saves_its_state(options, tmp_path):
     model, inputs = build(frozen_prototypes=0.0, **options), batch(8)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
-    masked = model.hidden_patches(model.config, (4, 4), 16)
+    masked = model.sample_mask(model.config, (4, 4), 16)
     for step in range(60):
         output = model(**inputs, masked=masked)
         output.loss.backward()

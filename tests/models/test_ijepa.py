@@ -75,7 +75,7 @@ def test_only_the_context_reaches_the_encoder():
     model, masks = build(), drawn(2)
     images = torch.randn(2, 3, 32, 32)
     torch.manual_seed(3)
-    seen = ~IJEPAForPreTraining.hidden_patches(model.config, (8, 8), 2)  # as `drawn` draws them
+    seen = ~IJEPAForPreTraining.sample_mask(model.config, (8, 8), 2)  # as `drawn` draws them
     assert [row.nonzero()[:, 0].tolist() for row in seen] == masks["context_indices"].tolist()
     predictions = model(images, **masks).predictions
     pixels = seen.view(2, 1, 8, 8).repeat_interleave(4, 2).repeat_interleave(4, 3)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_vlm.models.modeling_lejepa import LeJEPAConfig, LeJEPAForPreTraining, draw_slices, invariance, sigreg
+from hf_vlm.models.modeling_lejepa import LeJEPAConfig, LeJEPAForPreTraining, invariance, sample_slices, sigreg
 
 BACKBONE = {
     "image_size": 16,
@@ -56,7 +56,7 @@ def test_sigreg_of_large_projections_keeps_its_precision():
 
 def test_sigreg_is_least_for_a_normal_sample():
     torch.manual_seed(0)
-    slices = draw_slices(8, 64, torch.device("cpu"))
+    slices = sample_slices(8, 64, torch.device("cpu"))
     normal = sigreg(torch.randn(1, 512, 8), slices)
     for other in (torch.zeros(1, 512, 8), torch.randn(1, 512, 8) * 3, torch.randn(1, 512, 8) + 1):
         assert sigreg(other, slices) > 10 * normal
@@ -81,14 +81,14 @@ def test_knots_are_enough_for_the_integral(scale, shift):
 
 def test_the_backward_pass_keeps_the_sliced_projections_alone():
     kept = []
-    projections, slices = torch.randn(2, 64, 4).requires_grad_(), draw_slices(4, 8, torch.device("cpu"))
+    projections, slices = torch.randn(2, 64, 4).requires_grad_(), sample_slices(4, 8, torch.device("cpu"))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
         sigreg(projections, slices).backward()
     assert [tuple(shape) for shape in kept if shape.numel() >= 2 * 64 * 8] == [(2, 64, 8)]
 
 
 def test_statistics_are_in_float32_under_autocast():
-    slices = draw_slices(16, 64, torch.device("cpu"))
+    slices = sample_slices(16, 64, torch.device("cpu"))
     torch.manual_seed(0)
     model, large = build(), torch.randn(4, 2, 3, 16, 16)
     heads = []
@@ -121,7 +121,7 @@ def test_invariance_counts_all_views_and_draws_them_to_the_large_ones():
 
 def test_slices_are_unit_and_new_each_time():
     torch.manual_seed(0)
-    first, second = (draw_slices(5, 7, torch.device("cpu")) for _ in range(2))
+    first, second = (sample_slices(5, 7, torch.device("cpu")) for _ in range(2))
     torch.testing.assert_close(first.norm(dim=0), torch.ones(7))
     assert not torch.allclose(first, second)
 
@@ -130,7 +130,7 @@ def test_slices_are_unit_and_new_each_time():
 def test_parts_are_weighted_and_small_views_take_part(join_views):
     model = build(sigreg_weight=0.3, join_views=join_views)
     large, small = torch.randn(4, 2, 3, 16, 16), torch.randn(4, 3, 3, 8, 8)
-    slices = draw_slices(16, 64, torch.device("cpu"))
+    slices = sample_slices(16, 64, torch.device("cpu"))
     output = model(large, small, slices=slices)
     torch.testing.assert_close(output.loss, 0.7 * output.invariance + 0.3 * output.sigreg)
     pooled = [model.backbone(view).pooler_output for view in (*large.unbind(1), *small.unbind(1))]

@@ -75,7 +75,7 @@ def test_loss_and_gradients_equal_a_slow_reference(size):
 def test_masks_are_squares_of_the_asked_share():
     config = SimMIMConfig(backbone_config={**BACKBONE, "image_size": 224, "patch_size": 16})
     torch.manual_seed(0)
-    hidden = SimMIMForPreTraining.hidden_patches(config, (14, 14), 5).view(5, 7, 2, 7, 2)
+    hidden = SimMIMForPreTraining.sample_mask(config, (14, 14), 5).view(5, 7, 2, 7, 2)
     units = hidden[:, :, 0, :, 0]
     assert torch.equal(hidden, units[:, :, None, :, None].expand(-1, -1, 2, -1, 2))  # 32 pixels are two patches
     assert units.sum((1, 2)).tolist() == [29] * 5  # 0.6 of 49, as 20 stay

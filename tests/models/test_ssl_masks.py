@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from hf_vlm.models.ssl_masks import block_masking, mask_of, masking_of_units, random_masking, rank_of
+from hf_vlm.models.ssl_masks import block_masking, grid_block_masking, mask_from_indices, random_masking, ranks
 
 
 def test_random_masking_keeps_the_lowest_noise():
@@ -12,11 +12,11 @@ def test_random_masking_keeps_the_lowest_noise():
     visible, masked = random_masking(noise, 0.5)
     assert visible.tolist() == [[1, 3]]
     assert masked.tolist() == [[0, 2]]
-    assert mask_of(masked, 4).tolist() == [[True, False, True, False]]
+    assert mask_from_indices(masked, 4).tolist() == [[True, False, True, False]]
 
 
 def test_rank_is_the_place_in_ascending_order():
-    assert rank_of(torch.tensor([[5.0, -1.0, 2.0]])).tolist() == [[2, 0, 1]]
+    assert ranks(torch.tensor([[5.0, -1.0, 2.0]])).tolist() == [[2, 0, 1]]
 
 
 @pytest.mark.parametrize("grid", [(8, 8), (7, 5)])
@@ -24,7 +24,7 @@ def test_units_are_masked_as_a_whole(grid):
     torch.manual_seed(0)
     rows, columns = -(-grid[0] // 2), -(-grid[1] // 2)
     noise = torch.rand(6, rows * columns)
-    masked = masking_of_units(noise, grid, (2, 2), 0.6).unflatten(1, grid)
+    masked = grid_block_masking(noise, grid, (2, 2), 0.6).unflatten(1, grid)
     num_visible = round(rows * columns * 0.4)
     for values, mask in zip(noise, masked, strict=True):
         threshold = values.sort().values[num_visible - 1]
@@ -45,7 +45,7 @@ def test_blocks_are_blocks():
     torch.manual_seed(0)
     counts = torch.full((300,), 60)
     masked = block_masking(counts, (14, 14))
-    scattered = mask_of(random_masking(torch.rand(300, 196), 60 / 196)[1], 196)
+    scattered = mask_from_indices(random_masking(torch.rand(300, 196), 60 / 196)[1], 196)
 
     def edges(masks):
         images = masks.unflatten(1, (14, 14)).float()

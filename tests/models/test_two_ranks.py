@@ -13,13 +13,13 @@ from hf_vlm.models.modeling_detection import VLMViTDetectionConfig, VLMViTForObj
 from hf_vlm.models.modeling_dinov2 import DINOv2Config, DINOv2ForPreTraining
 from hf_vlm.models.modeling_distill import DistillConfig, DistillForPreTraining
 from hf_vlm.models.modeling_ijepa import IJEPAConfig, IJEPAForPreTraining
-from hf_vlm.models.modeling_lejepa import LeJEPAConfig, LeJEPAForPreTraining, draw_slices
+from hf_vlm.models.modeling_lejepa import LeJEPAConfig, LeJEPAForPreTraining, sample_slices
 from hf_vlm.models.modeling_mae import MAEConfig, MAEForPreTraining
 from hf_vlm.models.modeling_moco_v3 import MoCoV3Config, MoCoV3ForPreTraining
 from hf_vlm.models.modeling_simclr import SimCLRConfig, SimCLRForPreTraining
 from hf_vlm.models.modeling_simmim import SimMIMConfig, SimMIMForPreTraining
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
-from hf_vlm.models.ssl_layers import SyncedBatchNorm1d, first_views_first, gather_with_gradient
+from hf_vlm.models.ssl_layers import SyncedBatchNorm1d, flatten_views_view_major, gather_with_gradient
 from hf_vlm.models.ssl_masks import context_and_targets
 
 BACKBONE = {
@@ -141,7 +141,7 @@ def objectives():
 def run(model, batch):
     torch.manual_seed(3)  # what the first rank draws for all is what one process draws
     if "masked" in batch:
-        batch = batch | {"masked": first_views_first(batch["masked"])}
+        batch = batch | {"masked": flatten_views_view_major(batch["masked"])}
     return model(**batch)
 
 
@@ -163,7 +163,7 @@ def gradients_of_rank(rank, store):
             run(wrapped, {key: value[half] for key, value in batch.items()}).loss.backward()
             found[name] = state_of(model)
         torch.manual_seed(rank)  # ranks draw different masks
-        found["slices"] = [gather_with_gradient(draw_slices(6, 4, torch.device("cpu"))) for _ in range(2)]
+        found["slices"] = [gather_with_gradient(sample_slices(6, 4, torch.device("cpu"))) for _ in range(2)]
         dist.barrier()
         return found
     finally:

@@ -202,6 +202,6 @@ def test_it_is_told_again_when_it_got_markedly_worse(caplog):
 
 def test_other_figures_that_help_to_judge_are_shown():
     history = [{"teacher_marginal_entropy": 0.9}, {"teacher_marginal_entropy": 0.01, "teacher_entropy": 0.002}]
-    sign = next(sign for sign in SIGNS if sign.figure == "teacher_marginal_entropy")
+    sign = next(sign for sign in SIGNS if sign.metric == "teacher_marginal_entropy")
     values = sign.find(history, progress=0.1)[1]
     assert values == "teacher_marginal_entropy 0.01, teacher_entropy 0.002 (was 0.9)"

@@ -20,13 +20,16 @@ def write(folder, text):
 def test_numbers_and_overrides(tmp_path):
     path = write(
         tmp_path,
-        "max_steps: 10\nlearning_rate: 1e-4\nviews: {blur: 0.5}\nwarmup_steps: 0.05\nseed: 3\nsave_strategy: no\n",
+        "max_steps: 10\nlearning_rate: 1e-4\nviews: {blur_probability: 0.5}\n"
+        "warmup_steps: 0.05\nseed: 3\nsave_strategy: no\n",
     )
-    recipe = load_recipe(path, ["--learning-rate", "5e-4", "--views.blur", "0", "--views.flip=1", "--data", "x"])
+    recipe = load_recipe(
+        path, ["--learning-rate", "5e-4", "--views.blur_probability", "0", "--views.flip_probability=1", "--data", "x"]
+    )
     assert recipe == {
         "max_steps": 10,
         "learning_rate": 5e-4,
-        "views": {"blur": 0, "flip": 1},
+        "views": {"blur_probability": 0, "flip_probability": 1},
         "warmup_steps": 0.05,
         "seed": 3,
         "save_strategy": "no",
@@ -92,7 +95,7 @@ def test_values_that_are_no_yaml_are_text(tmp_path):
             "%x",
             "--views.kind",
             "@y",
-            "--data-kind=parquet",
+            "--format=parquet",
         ],
     )
     assert recipe == {
@@ -101,7 +104,7 @@ def test_values_that_are_no_yaml_are_text(tmp_path):
         "encoder": "{a,b}/c",
         "output_dir": "%x",
         "views": {"kind": "@y"},
-        "data_kind": "parquet",
+        "format": "parquet",
     }
 
 

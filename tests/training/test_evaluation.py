@@ -134,5 +134,5 @@ def test_as_many_unreadable_images_as_asked_for_are_passed_over(tmp_path, proces
         (folder / "broken.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match="2 of 10 images could not be decoded"):
         evaluate_run(tmp_path / "encoder", str(tmp_path / "images"), "test")
-    figures = evaluate_run(tmp_path / "encoder", str(tmp_path / "images"), "test", max_bad_share=0.2)
+    figures = evaluate_run(tmp_path / "encoder", str(tmp_path / "images"), "test", max_bad_fraction=0.2)
     assert set(figures) == FIGURES

@@ -85,7 +85,7 @@ class Run:
         return [json.loads(line) for line in lines]
 
     def weights(self):
-        return load_file(self.folder / "run" / "objective" / "model.safetensors")
+        return load_file(self.folder / "run" / "pretraining_model" / "model.safetensors")
 
 
 def check_kills(make_recipe, tmp_path, *, kind, num_ranks, num_workers, num_kills, seed):

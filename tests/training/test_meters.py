@@ -16,7 +16,7 @@ from hf_vlm.models.modeling_mae import MAEConfig, MAEForPreTraining
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 from hf_vlm.training import meters
 from hf_vlm.training.callbacks import read_log
-from hf_vlm.training.meters import FlopCounter, Speedometer, listed_peak, measured_peak, peak_memory_gib, precision
+from hf_vlm.training.meters import FlopCounter, ThroughputMeter, listed_peak, measured_peak, peak_memory_gib, precision
 from hf_vlm.training.run import finetune, pretrain
 
 
@@ -83,7 +83,7 @@ def test_flops_of_an_encoder_are_those_counted_by_hand(attention, checkpointing)
 
 def test_figures_of_steps_with_gradient_accumulation(monkeypatch, clock):
     monkeypatch.setattr(meters, "peak_flops", lambda device, precision: 1e6)
-    speedometer = Speedometer(arguments(gradient_accumulation_steps=3, world_size=2))
+    speedometer = ThroughputMeter(arguments(gradient_accumulation_steps=3, world_size=2))
     model = WithLoss(nn.Linear(50, 20, bias=False))
     num_counted = []
     count = FlopCounter._count_flops
@@ -92,30 +92,30 @@ def test_figures_of_steps_with_gradient_accumulation(monkeypatch, clock):
     num_operations = len(num_counted)
     speedometer.count(model, {"inputs": torch.randn(8, 50)})  # the next micro-batch
     assert len(num_counted) == num_operations > 0
-    assert set(speedometer.figures(1)) == {"peak_memory_gib"}
+    assert set(speedometer.metrics(1)) == {"peak_memory_gib"}
 
     clock(2.0)
     with speedometer.waiting():
         clock(0.5)
-    figures = speedometer.figures(3)
+    figures = speedometer.metrics(3)
     num_flops = 2 * (2 * 8 * 50 * 20)  # forward, and backward for the weight alone
     assert figures["images_per_second"] == 2 * 3 * 8 * 2 / 2.5
     assert figures["data_wait"] == 0.2
     assert figures["mfu"] == pytest.approx(2 * 3 * num_flops / 2.5 / 1e6, abs=1e-4)
     clock(1.0)
-    assert speedometer.figures(4)["mfu"] == pytest.approx(3 * num_flops / 1e6, abs=1e-4)
+    assert speedometer.metrics(4)["mfu"] == pytest.approx(3 * num_flops / 1e6, abs=1e-4)
 
 
 def test_what_is_no_training_does_not_count_in_the_figures(clock):
-    speedometer = Speedometer(arguments())
+    speedometer = ThroughputMeter(arguments())
     with speedometer.paused():
         clock(3.0)
-    speedometer.figures(1)
+    speedometer.metrics(1)
     clock(1.0)
     with speedometer.paused():
         clock(60.0)
     clock(1.0)
-    assert speedometer.figures(3)["images_per_second"] == 2 * 8 / 2
+    assert speedometer.metrics(3)["images_per_second"] == 2 * 8 / 2
 
 
 @pytest.mark.parametrize("views_on", ["workers", "device"])
@@ -146,7 +146,7 @@ def test_counting_changes_no_bit_of_a_run(make_recipe, tmp_path, monkeypatch, me
     train = finetune if method == "detection" else pretrain
     recipe = make_recipe(method, max_steps=3, bf16=bf16)
     train(recipe | {"output_dir": str(tmp_path / "counted")})
-    monkeypatch.setattr(Speedometer, "count", lambda self, model, inputs: None)
+    monkeypatch.setattr(ThroughputMeter, "count", lambda self, model, inputs: None)
     train(recipe | {"output_dir": str(tmp_path / "uncounted")})
     weights, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("counted", "uncounted"))
     assert all(torch.equal(weights[name], value) for name, value in expected.items())
@@ -169,8 +169,8 @@ def test_counting_leaves_the_model_as_it_was():
     model = WithLoss(nn.Linear(5, 5))
     state = torch.get_rng_state()
     with torch.no_grad():
-        Speedometer(arguments()).count(model, {"inputs": None})  # evaluation is not counted
-    Speedometer(arguments()).count(model, {"inputs": torch.ones(3, 5)})
+        ThroughputMeter(arguments()).count(model, {"inputs": None})  # evaluation is not counted
+    ThroughputMeter(arguments()).count(model, {"inputs": torch.ones(3, 5)})
     assert torch.equal(torch.get_rng_state(), state)
     assert model.num_calls == 0
     assert model.module.weight.grad is None
@@ -195,13 +195,13 @@ class Broken(nn.Linear):
     ],
 )
 def test_what_cannot_be_counted_is_said_once_and_not_logged(caplog, clock, module, words):
-    speedometer = Speedometer(arguments())
+    speedometer = ThroughputMeter(arguments())
     for _ in range(2):
         speedometer.count(WithLoss(module), {"inputs": torch.randn(2, 5)})
     assert caplog.text.count(f"mfu is not logged: {words}") == caplog.text.count("not logged") == 1
-    speedometer.figures(1)
+    speedometer.metrics(1)
     clock(1.0)
-    assert "mfu" not in speedometer.figures(2)
+    assert "mfu" not in speedometer.metrics(2)
 
 
 def test_a_formula_that_fails_does_not_stop_the_step():

@@ -34,10 +34,17 @@ from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 from hf_vlm.training import probes
 from hf_vlm.training.arguments import parse_arguments
 from hf_vlm.training.callbacks import read_log
-from hf_vlm.training.probes import Probe, accuracy, open_probe_source, preserved_randomness, probe_interval, spread
+from hf_vlm.training.probes import (
+    Probe,
+    accuracy,
+    feature_statistics,
+    open_probe_source,
+    preserved_randomness,
+    probe_interval,
+)
 from hf_vlm.training.run import pretrain
 from hf_vlm.training.trainer import VisionTrainer
-from hf_vlm.viz.curves import draw_probes
+from hf_vlm.viz.curves import plot_probes
 
 PROGRAM = Path(__file__).with_name("traced_run.py")
 
@@ -100,8 +107,8 @@ def test_figures_are_those_of_the_encoder_on_fixed_views(make_recipe, tmp_path, 
 def test_probes_change_no_bit_of_a_run(make_recipe, tmp_path, method, bf16):
     recipe = make_recipe(method, bf16=bf16)
     recipe["encoder_config"]["drop_path_rate"] = 0.3  # draws random numbers where a model trains
-    pretrain(recipe | {"output_dir": str(tmp_path / "probed"), "probe_steps": 2}, plot=draw_probes)
-    pretrain(recipe | {"output_dir": str(tmp_path / "unprobed"), "probe_steps": 0}, plot=draw_probes)
+    pretrain(recipe | {"output_dir": str(tmp_path / "probed"), "probe_steps": 2}, plot=plot_probes)
+    pretrain(recipe | {"output_dir": str(tmp_path / "unprobed"), "probe_steps": 0}, plot=plot_probes)
     assert sorted(probed(tmp_path / "probed")) == [0, 2, 4, 6, 8]
     assert probed(tmp_path / "unprobed") == {}
     assert losses(tmp_path / "probed") == losses(tmp_path / "unprobed")
@@ -156,7 +163,7 @@ class Trainer:
     def __init__(self):
         self.entries = []
         self.log = self.entries.append
-        self.aside = contextlib.nullcontext
+        self.excluded_from_timing = contextlib.nullcontext
 
 
 class CountedImages(list):
@@ -267,15 +274,15 @@ def test_what_cannot_be_probed_does_not_end_training(make_recipe, tmp_path, monk
     assert "Step 0 is not probed: none of its images can be read" in caplog.text
     assert summary["num_steps"] == 2
     assert summary["probe"] == {}
-    monkeypatch.setattr(probes, "spread", lambda *args: 1 / 0)
+    monkeypatch.setattr(probes, "feature_statistics", lambda *args: 1 / 0)
     assert pretrain(make_recipe("mae", max_steps=2, overwrite_output_dir=True))["num_steps"] == 2
     assert "Step 2 is not probed: division by zero" in caplog.text
 
 
 def test_features_that_are_not_finite_have_no_figures():
     features = torch.randn(6, 4)
-    figures = spread(features, features * math.nan)
-    assert set(figures) == set(spread(features, features))
+    figures = feature_statistics(features, features * math.nan)
+    assert set(figures) == set(feature_statistics(features, features))
     assert all(math.isnan(value) for value in figures.values())
     assert accuracy(features * math.inf, torch.tensor([0, 0, 1, 1, 0, 1])) == {}
 

@@ -168,7 +168,10 @@ def _without_local_views(forward):
 def test_pretraining_leaves_an_encoder_and_its_objective(make_recipe, tmp_path):
     summary = pretrain(make_recipe("mae"))
     folder = tmp_path / "mae"
-    encoder, objective = VLMViTModel.from_pretrained(folder), MAEForPreTraining.from_pretrained(folder / "objective")
+    encoder, objective = (
+        VLMViTModel.from_pretrained(folder),
+        MAEForPreTraining.from_pretrained(folder / "pretraining_model"),
+    )
     images = torch.randn(1, 3, 32, 32)
     assert torch.equal(encoder.eval()(images)[0], objective.backbone.eval()(images)[0])
     assert (folder / "modeling_vlm_vit.py").is_file()
@@ -262,11 +265,11 @@ def test_held_out_images_may_be_as_bad_as_the_recipe_says(make_recipe, monkeypat
     shares = []
 
     def evaluate(model, stream, *args, **kwargs):
-        shares.append(stream.max_bad_share)
+        shares.append(stream.max_bad_fraction)
         return {}
 
     monkeypatch.setattr("hf_vlm.training.run.evaluate_detection", evaluate)
-    finetune(make_recipe("detection", max_steps=1, max_bad_share=0.25))
+    finetune(make_recipe("detection", max_steps=1, max_bad_fraction=0.25))
     assert shares == [0.25]
 
 
@@ -369,7 +372,7 @@ def test_losses_fall(make_recipe, tmp_path):
         ("mae", {"model_config": {"mask_ration": 0.5}}, "no field 'mask_ration'"),
         ("mae", {"encoder_config": {"hidden_size": "wide"}}, "encoder_config"),
         ("mae", {"encoder_preset": "enormous"}, "There are: nano"),
-        ("mae", {"views": {"blurr": 1}}, "blur"),
+        ("mae", {"views": {"blur_probabilty": 1}}, "blur_probability"),
         ("mae", {"image_size": 30}, "not a multiple"),
         (
             "distill",
@@ -379,7 +382,7 @@ def test_losses_fall(make_recipe, tmp_path):
         ("distill", {"model_config": {"teacher": ""}}, "there is no teacher"),
         ("ijepa", {"image_size": 16}, "2 x 2 patches is too small"),
         ("simmim", {"model_config": {"mask_unit_size": 20}}, "mask_unit_size 20 is not a multiple"),
-        ("detection", {"augmentation": {"flipp": 1}}, "flip"),
+        ("detection", {"augmentation": {"flip_probabilty": 1}}, "flip_probability"),
         ("detection", {"eval_split": "tset"}, "tset"),
     ],
 )

@@ -24,7 +24,7 @@ def launch(recipe, config):
     words += ["--mixed_precision", "no", str(PROGRAM), str(folder / "given.json")]
     done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-4000:]
-    encoder, objective = (load_file(place / "model.safetensors") for place in (folder, folder / "objective"))
+    encoder, objective = (load_file(place / "model.safetensors") for place in (folder, folder / "pretraining_model"))
     return encoder, objective, read_log(folder / "log.jsonl")
 
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from hf_vlm.data.schema import image_feature, objects_feature
-from hf_vlm.viz.contact_sheet import SIDE, Reservoir, draw_example, example_sheet
+from hf_vlm.viz.contact_sheet import SIDE, Reservoir, example_sheet, render_example
 from hf_vlm.viz.draw import captioned, class_color, legend
 
 GREY = (90, 90, 90)
@@ -35,7 +35,7 @@ def labelled(names):
 
 def test_boxes_have_their_place_and_their_class_colour():
     objects = objects_of([[100, 40, 200, 100], [0, 0, 60, 60]], [1, 0])
-    pixels = np.asarray(draw_example(example_of(objects=objects), labelled(["ant", "bee"])))
+    pixels = np.asarray(render_example(example_of(objects=objects), labelled(["ant", "bee"])))
     picture = pixels[: SIDE // 2]  # half of 640 x 320; the caption is below
     expected = np.zeros(picture.shape[:2], dtype=bool)
     for left, top, right, bottom in ((50, 20, 150, 70), (0, 0, 30, 30)):
@@ -49,19 +49,19 @@ def test_boxes_have_their_place_and_their_class_colour():
 def test_names_of_many_classes_stand_on_the_boxes():
     objects = objects_of([[100, 100, 200, 100]], [24])
     few, many = (labelled([f"class {index}" for index in range(count)]) for count in (20, 25))
-    tall = draw_example(example_of(objects=objects), many)
+    tall = render_example(example_of(objects=objects), many)
     assert (np.asarray(tall)[30:50, 50:100] == class_color(24)).all(axis=2).sum() > 200
     sheet = example_sheet([example_of(objects=objects)], many)
     assert sheet.height == tall.height + 24
     assert example_sheet([example_of(objects=objects_of([], []))], few).height > sheet.height  # by the legend
     crowd = objects_of([[10 * index, 100, 9, 9] for index in range(11)], [24] * 11)
-    above = np.asarray(draw_example(example_of(objects=crowd), many))[:48]
+    above = np.asarray(render_example(example_of(objects=crowd), many))[:48]
     assert (above == GREY).all()
 
 
 def test_boxes_that_make_no_sense_do_not_stop_the_drawing():
     objects = objects_of([[float("nan"), 0, 9, 9], [5, 5, -3, 9], [900, 900, 9, 9], [0, 0, 50, 50]], [0, 0, 0, -1])
-    draw_example(example_of(objects=objects), labelled(["ant"]))
+    render_example(example_of(objects=objects), labelled(["ant"]))
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "I;16"])
@@ -73,7 +73,7 @@ def test_masks_tint_what_they_cover(mode):
         mask.putpalette([255, 0, 0] * 256)
     assert mask.mode == mode
     features = datasets.Features(BASE | {"mask": image_feature()})
-    pixels = np.asarray(draw_example(example_of(320, 160, mask=encoded(mask)), features))[:160]
+    pixels = np.asarray(render_example(example_of(320, 160, mask=encoded(mask)), features))[:160]
     changed = (pixels != GREY).any(axis=2)
     np.testing.assert_array_equal(changed, values > 0)
     expected = np.round(0.55 * np.array(GREY) + 0.45 * np.array(class_color(3)))
@@ -84,14 +84,14 @@ def test_a_resized_mask_has_no_values_of_its_own():
     values = np.ones((50, 100), dtype=np.uint8)
     values[:, 33:] = 3
     features = datasets.Features(BASE | {"mask": image_feature()})
-    picture = draw_example(example_of(100, 50, mask=encoded(Image.fromarray(values))), features)
+    picture = render_example(example_of(100, 50, mask=encoded(Image.fromarray(values))), features)
     colors = np.unique(np.asarray(picture)[:160].reshape(-1, 3), axis=0)
     assert len(colors) == 2
 
 
 def test_a_broken_mask_leaves_the_picture():
     features = datasets.Features(BASE | {"mask": image_feature()})
-    pixels = np.asarray(draw_example(example_of(mask={"bytes": b"x", "path": None}), features))
+    pixels = np.asarray(render_example(example_of(mask={"bytes": b"x", "path": None}), features))
     assert (pixels[: SIDE // 2] == GREY).all()
 
 
@@ -100,17 +100,17 @@ def test_labels_stand_in_the_caption(monkeypatch):
     monkeypatch.setattr("hf_vlm.viz.contact_sheet.captioned", lambda picture, text: captions.append(text) or picture)
     features = datasets.Features(BASE | {"label": datasets.ClassLabel(names=["cat", "dog"])})
     for label in (1, -1):
-        draw_example(example_of(label=label), features)
+        render_example(example_of(label=label), features)
     named = example_of()
     named["image"]["path"] = "far/away/photo.jpg"
-    draw_example(named, datasets.Features(BASE))
+    render_example(named, datasets.Features(BASE))
     assert captions == ["dog  |  image_id 7", "no label  |  image_id 7", "photo.jpg"]
 
 
 def test_shapes_are_kept_and_small_images_enlarged():
     features = datasets.Features(BASE)
     for width, height, expected in ((640, 320, (320, 160)), (20, 80, (80, 320)), (2000, 4, (320, 1))):
-        picture = draw_example(example_of(width, height), features)
+        picture = render_example(example_of(width, height), features)
         assert (picture.width, picture.height - captioned(Image.new("RGB", expected), "").height) == (expected[0], 0)
     assert example_sheet([example_of()] * 3, features, columns=2).width == 2 * 320 + 3 * 12
 

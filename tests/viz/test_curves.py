@@ -6,7 +6,7 @@ import pytest
 from matplotlib.axes import Axes
 from PIL import Image
 
-from hf_vlm.viz.curves import Panel, draw_panels, draw_probes, series
+from hf_vlm.viz.curves import Panel, plot_panels, plot_probes, series
 
 ENTRIES = [
     {"step": 0, "probe_effective_rank": 5.0, "probe_feature_std": 0.4},
@@ -37,7 +37,7 @@ def test_a_series_leaves_out_entries_without_the_figure():
 
 def test_probes_are_drawn_with_the_loss(tmp_path, drawn):
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in ENTRIES))
-    draw_probes(tmp_path)
+    plot_probes(tmp_path)
     assert [(label, steps) for steps, _, label, _ in drawn] == [
         ("loss", [2, 4]),
         ("probe_effective_rank", [0, 4]),
@@ -52,7 +52,7 @@ def test_probes_are_drawn_with_the_loss(tmp_path, drawn):
 
 def test_figures_that_a_run_has_not_take_no_room(tmp_path, drawn):
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in ENTRIES[:2]))
-    draw_probes(tmp_path)
+    plot_probes(tmp_path)
     assert "probe_knn" not in [label for *_, label, _ in drawn]
     with Image.open(tmp_path / "probes.png") as picture:
         assert picture.size == (1200, 960)  # three panels: two rows
@@ -60,7 +60,7 @@ def test_figures_that_a_run_has_not_take_no_room(tmp_path, drawn):
 
 def test_points_are_marked_where_they_are_few(tmp_path, drawn):
     few, many = (list(range(3)),) * 2, (list(range(30)),) * 2
-    draw_panels(tmp_path / "panels.png", [Panel(title="both", curves={"few": few, "many": many})], columns=1)
+    plot_panels(tmp_path / "panels.png", [Panel(title="both", curves={"few": few, "many": many})], columns=1)
     assert [(label, marker) for *_, label, marker in drawn] == [("few", "o"), ("many", None)]
     with Image.open(tmp_path / "panels.png") as picture:
         assert picture.size == (600, 480)

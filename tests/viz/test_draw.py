@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hf_vlm.viz.draw import class_color, contact_sheet, draw_detections, side_by_side
+from hf_vlm.viz.draw import class_color, contact_sheet, render_detections, side_by_side
 
 BACKGROUND = (10, 20, 30)
 
@@ -19,7 +19,7 @@ def painted(picture):
 
 
 def test_a_box_covers_exactly_its_own_edge_pixels():
-    picture = draw_detections(blank(), [[50.2, 60.4, 149.6, 159.9]], [""], class_ids=[3])
+    picture = render_detections(blank(), [[50.2, 60.4, 149.6, 159.9]], [""], class_ids=[3])
     assert picture.size == (400, 330)
     expected = np.zeros((330, 400), dtype=bool)
     expected[60:160, 50:150] = True
@@ -29,17 +29,17 @@ def test_a_box_covers_exactly_its_own_edge_pixels():
 
 
 def test_a_small_image_is_enlarged_with_its_boxes():
-    picture = draw_detections(blank(64, 48), [[10, 20, 30, 40]], [""], class_ids=[0])
+    picture = render_detections(blank(64, 48), [[10, 20, 30, 40]], [""], class_ids=[0])
     assert picture.size == (320, 240)
     rows, columns = np.nonzero(painted(picture))
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (100, 199, 50, 149)
-    assert draw_detections(blank(64, 48), [], [], scale=1).size == (64, 48)
-    assert draw_detections(blank(64, 48), [], [], scale=3).size == (192, 144)
+    assert render_detections(blank(64, 48), [], [], scale=1).size == (64, 48)
+    assert render_detections(blank(64, 48), [], [], scale=3).size == (192, 144)
 
 
 def test_boxes_outside_are_cut_and_none_fails():
     boxes = [[-50, -50, 20, 20], [380, 300, 500, 500], [395, 325, 395, 325], [600, 600, 700, 700], [-9, -9, -5, -5]]
-    picture = draw_detections(blank(), boxes, [""] * 5, class_ids=range(5))
+    picture = render_detections(blank(), boxes, [""] * 5, class_ids=range(5))
     assert picture.getpixel((0, 0)) == class_color(4)
     assert picture.getpixel((19, 19)) == class_color(0)
     assert picture.getpixel((380, 329)) == class_color(1)
@@ -48,18 +48,18 @@ def test_boxes_outside_are_cut_and_none_fails():
 
 def test_the_original_is_left_alone_and_arrays_work():
     original = blank()
-    picture = draw_detections(original, [[50, 60, 150, 160]], ["cat"], scores=[0.5])
+    picture = render_detections(original, [[50, 60, 150, 160]], ["cat"], scores=[0.5])
     assert not painted(original).any()
     assert (
         picture.tobytes()
-        == draw_detections(np.asarray(original), [[50, 60, 150, 160]], ["cat"], scores=[0.5]).tobytes()
+        == render_detections(np.asarray(original), [[50, 60, 150, 160]], ["cat"], scores=[0.5]).tobytes()
     )
-    grey = draw_detections(np.full((330, 400), 7, dtype=np.uint8), [], [])
+    grey = render_detections(np.full((330, 400), 7, dtype=np.uint8), [], [])
     assert grey.getpixel((5, 5)) == (7, 7, 7)
 
 
 def test_text_lies_above_its_box_in_its_colour():
-    picture = draw_detections(blank(), [[50, 60, 350, 160]], ["cat"], class_ids=[1])
+    picture = render_detections(blank(), [[50, 60, 350, 160]], ["cat"], class_ids=[1])
     above = np.asarray(picture)[30:60]
     label = (above == class_color(1)).all(axis=2)
     assert label.sum() > 200
@@ -68,16 +68,16 @@ def test_text_lies_above_its_box_in_its_colour():
     inside = above[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1].reshape(-1, 3)
     assert not (inside == BACKGROUND).all(axis=1).any()
     assert ((inside != class_color(1)).any(axis=1)).sum() > 20  # letters
-    longer = draw_detections(blank(), [[50, 60, 350, 160]], ["cat"], scores=[0.876], class_ids=[1])
+    longer = render_detections(blank(), [[50, 60, 350, 160]], ["cat"], scores=[0.876], class_ids=[1])
     assert painted(longer)[30:60].sum() > painted(picture)[30:60].sum()
 
 
 def test_texts_do_not_lie_on_each_other():
     boxes = [[100, 100, 300, 250], [102, 101, 298, 249], [104, 102, 296, 248]]
-    picture = draw_detections(blank(), boxes, ["first", "second", "third"], class_ids=[0, 1, 2])
+    picture = render_detections(blank(), boxes, ["first", "second", "third"], class_ids=[0, 1, 2])
     pixels = np.asarray(picture)
     alone = [
-        (np.asarray(draw_detections(blank(), [box], [name], class_ids=[i])) == class_color(i)).all(axis=2).sum()
+        (np.asarray(render_detections(blank(), [box], [name], class_ids=[i])) == class_color(i)).all(axis=2).sum()
         for i, (box, name) in enumerate(zip(boxes, ["first", "second", "third"], strict=True))
     ]
     for i in range(3):  # next to nothing of each label is hidden: only lines cross
@@ -85,7 +85,7 @@ def test_texts_do_not_lie_on_each_other():
 
 
 def test_text_stays_in_the_picture():
-    picture = draw_detections(blank(), [[380, 0, 400, 330]], ["a long name of a class"], scores=[0.5], class_ids=[2])
+    picture = render_detections(blank(), [[380, 0, 400, 330]], ["a long name of a class"], scores=[0.5], class_ids=[2])
     columns = np.nonzero(painted(picture).any(axis=0))[0]
     assert columns.max() == 399
     assert columns.min() < 300
@@ -96,7 +96,7 @@ def test_colours_are_fixed_and_differ():
     colors = [np.array(class_color(i), dtype=int) for i in range(10)]
     distances = [np.abs(a - b).sum() for i, a in enumerate(colors) for b in colors[:i]]
     assert min(distances) > 60
-    picture = draw_detections(blank(), [[50, 60, 150, 160]], [""], class_ids=np.array([4]))
+    picture = render_detections(blank(), [[50, 60, 150, 160]], [""], class_ids=np.array([4]))
     assert picture.getpixel((50, 60)) == class_color(4)
 
 
@@ -111,7 +111,7 @@ def test_colours_are_fixed_and_differ():
 )
 def test_wrong_arguments(options, message):
     with pytest.raises(ValueError, match=message):
-        draw_detections(blank(), [[0, 0, 5, 5]], **({"names": ["a"]} | options))
+        render_detections(blank(), [[0, 0, 5, 5]], **({"names": ["a"]} | options))
 
 
 def test_side_by_side_keeps_both_pictures():

@@ -25,7 +25,7 @@ def texts(monkeypatch):
         return captioned(picture, text, **options)
 
     for module in ("draw", "map_sheet"):
-        monkeypatch.setattr(f"hf_vlm.deploy.{module}.captioned", noted)
+        monkeypatch.setattr(f"hf_vlm.viz.{module}.captioned", noted)
     return found
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hf_vlm.training.preview import DrawnImage
+from hf_vlm.training.preview import SampledViews
 from hf_vlm.viz.draw import captioned, class_color
 from hf_vlm.viz.view_sheet import FRAME, GAP, HIDDEN, view_sheet
 
@@ -20,7 +20,7 @@ def drawn_image(channels=3, hidden=(), **changes):
         "boxes": [(10, 20, 30, 40), (0, 0, 60, 60)],
         "hidden": list(hidden),
     }
-    return DrawnImage(**values | changes)
+    return SampledViews(**values | changes)
 
 
 def columns(sheet, row, drawn, scale=2):

@@ -16,7 +16,7 @@ from hf_vlm.data.io.files import can_list
 from hf_vlm.data.io.indexed import TableReader, indexed_stream
 from hf_vlm.data.schema import image_feature, objects_feature
 
-__all__ = ["Boxes", "existing", "labelled_stream", "map_files"]
+__all__ = ["Boxes", "existing_paths", "labelled_stream", "map_files"]
 
 Array = np.ndarray[Any, Any]
 Record = dict[str, Any]
@@ -26,7 +26,7 @@ Result = TypeVar("Result")
 
 NUM_THREADS = 8  # they wait for disks and servers
 BATCH_SIZE = 32  # files that a thread reads at a time
-BAR_FROM = 5000  # files; fewer are read in a moment
+MIN_FILES_FOR_BAR = 5000  # files; fewer are read in a moment
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def labelled_stream(
     return indexed_stream(TableReader(table), len(table), features)
 
 
-def existing(paths: Iterable[Path]) -> set[Path]:
+def existing_paths(paths: Iterable[Path]) -> set[Path]:
     """Those of the paths that are there, by listing each folder once; web servers cannot list and have all."""
     paths = set(paths)
     folders = {path.parent for path in paths}
@@ -113,7 +113,7 @@ def map_files(function: Callable[[Item], Result], items: Sequence[Item], descrip
     results: list[Result] = []
     with (
         ThreadPoolExecutor(NUM_THREADS) as threads,
-        tqdm(desc=description, total=len(items), disable=len(items) < BAR_FROM) as bar,
+        tqdm(desc=description, total=len(items), disable=len(items) < MIN_FILES_FOR_BAR) as bar,
     ):
         for batch in threads.map(lambda batch: [function(item) for item in batch], batches):
             results += batch

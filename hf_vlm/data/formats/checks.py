@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from hf_vlm.data.boxes import MIN_BOX_SIDE, clean_boxes
-from hf_vlm.data.formats.splits import listing
+from hf_vlm.data.formats.splits import summarise
 
 __all__ = ["check_boxes"]
 
@@ -46,7 +46,7 @@ def check_boxes(
     """
     unknown = np.flatnonzero((categories < 0) | (categories >= len(class_names)))
     if len(unknown):
-        examples = listing(f"{categories[index]} of {name_of(index)}" for index in unknown.tolist())
+        examples = summarise(f"{categories[index]} of {name_of(index)}" for index in unknown.tolist())
         raise ValueError(
             f"{source}: {len(unknown)} boxes have a category outside 0..{len(class_names) - 1}, which number the "
             f"{len(class_names)} classes: {examples}"
@@ -58,19 +58,19 @@ def check_boxes(
         outside = keep & ((low < -TOLERANCE).any(axis=1) | (high > size).any(axis=1))
     findings = []
     if not keep.all():
-        examples = listing(f"{name_of(index)} {boxes[index].tolist()}" for index in np.flatnonzero(~keep).tolist())
+        examples = summarise(f"{name_of(index)} {boxes[index].tolist()}" for index in np.flatnonzero(~keep).tolist())
         findings.append(
             f"{np.count_nonzero(~keep)} of {len(boxes)} boxes are dropped, with a side below {MIN_BOX_SIDE} pixels or "
             f"outside their image: {examples}"
         )
     if outside.any():
-        examples = listing(f"{name_of(index)} {boxes[index].tolist()}" for index in np.flatnonzero(outside).tolist())
+        examples = summarise(f"{name_of(index)} {boxes[index].tolist()}" for index in np.flatnonzero(outside).tolist())
         findings.append(f"{np.count_nonzero(outside)} boxes stick out of their image and will be clipped: {examples}")
         if outside.sum() > 0.5 * len(boxes):
             findings.append("so many that they may be corners; a bbox must be [x, y, width, height] in pixels")
     empty = [name for index, name in enumerate(class_names) if not (categories[keep] == index).any()]
     if empty:
-        findings.append(f"{len(empty)} of {len(class_names)} classes have no box: {listing(empty)}")
+        findings.append(f"{len(empty)} of {len(class_names)} classes have no box: {summarise(empty)}")
     if findings:
         logger.warning("%s: %s", source, "; ".join(findings))
     return keep

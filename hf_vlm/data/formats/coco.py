@@ -10,8 +10,8 @@ from typing import Any
 import datasets
 import numpy as np
 
-from hf_vlm.data.formats.boxed_images import Boxes, existing, labelled_stream
-from hf_vlm.data.formats.splits import canonical_split, choose_split, describe_folder, group_by_split, listing
+from hf_vlm.data.formats.boxed_images import Boxes, existing_paths, labelled_stream
+from hf_vlm.data.formats.splits import canonical_split, choose_split, describe_folder, group_by_split, summarise
 from hf_vlm.data.io.files import can_list, exists, is_folder, read_bytes
 
 __all__ = ["find_coco_files", "open_coco"]
@@ -41,7 +41,7 @@ def open_coco(source: Path, split: str, *, num_samples: int | None = None) -> da
     chosen = choose_split(group_by_split(files, root), split, source)
     if len(chosen) > 1:
         raise ValueError(
-            f"{source} has several COCO files for the split {split!r}: {listing(chosen)}; name one of them"
+            f"{source} has several COCO files for the split {split!r}: {summarise(chosen)}; name one of them"
         )
     content = _load(chosen[0])
     images = content["images"][:num_samples]
@@ -81,7 +81,7 @@ def _load(path: Path) -> Record:
     except ValueError as error:
         raise ValueError(f"{path} is not json: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):
-        found = listing(content) if isinstance(content, dict) else f"a {type(content).__name__}"
+        found = summarise(content) if isinstance(content, dict) else f"a {type(content).__name__}"
         raise ValueError(f"{path} is not a COCO json: it must hold a list 'images'; it holds {found}")
     content.setdefault("annotations", [])
     content.setdefault("categories", [])
@@ -89,7 +89,7 @@ def _load(path: Path) -> Record:
         raise ValueError(f"{path} lists no images")
     for image in content["images"]:
         if "id" not in image or "file_name" not in image:
-            raise ValueError(f"{path}: every image needs 'id' and 'file_name'; one has {listing(image)}")
+            raise ValueError(f"{path}: every image needs 'id' and 'file_name'; one has {summarise(image)}")
     return content
 
 
@@ -98,7 +98,7 @@ def _image_ids(images: Sequence[Record], file: Path) -> list[int]:
     ids = [image["id"] for image in images]
     repeated = [image_id for image_id, count in Counter(ids).items() if count > 1]
     if repeated:
-        raise ValueError(f"{file}: {len(repeated)} image ids are used more than once: {listing(repeated)}")
+        raise ValueError(f"{file}: {len(repeated)} image ids are used more than once: {summarise(repeated)}")
     return ids if all(isinstance(image_id, int) for image_id in ids) else list(range(len(ids)))
 
 
@@ -113,10 +113,12 @@ def _image_paths(images: Sequence[Record], file: Path, root: Path, split: str) -
     if folder is None:
         raise ValueError(f"{file}: the image {names[0]} is in none of the folders {', '.join(map(str, folders))}")
     paths = [folder / name for name in names]
-    there = existing(paths)
+    there = existing_paths(paths)
     missing = [name for name, path in zip(names, paths) if path not in there]
     if missing:
-        raise ValueError(f"{file}: {len(missing)} of {len(paths)} images are missing in {folder}: {listing(missing)}")
+        raise ValueError(
+            f"{file}: {len(missing)} of {len(paths)} images are missing in {folder}: {summarise(missing)}"
+        )
     return [str(path) for path in paths]
 
 
@@ -142,7 +144,8 @@ def _boxes(content: Record, file: Path) -> Boxes:
         unknown = [item.get("id") for item in annotations if item.get(key) not in known]
         if unknown:
             raise ValueError(
-                f"{file}: {len(unknown)} annotations have a {key} that the json does not list: ids {listing(unknown)}"
+                f"{file}: {len(unknown)} annotations have a {key} that the json does not list: ids "
+                f"{summarise(unknown)}"
             )
     boxes = _coordinates(annotations, file)
     rows = np.array([row_of[item["image_id"]] for item in annotations])
@@ -177,7 +180,7 @@ def _categories(categories: Sequence[Record], used: set[Any], file: Path) -> tup
     names = [str(category["name"]) for category in categories]
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if repeated:
-        raise ValueError(f"{file}: {len(repeated)} names of categories are used more than once: {listing(repeated)}")
+        raise ValueError(f"{file}: {len(repeated)} names of categories are used more than once: {summarise(repeated)}")
     return names, {category["id"]: index for index, category in enumerate(categories)}
 
 
@@ -190,6 +193,7 @@ def _coordinates(annotations: Sequence[Record], file: Path) -> np.ndarray[Any, A
     ]
     if wrong:
         raise ValueError(
-            f"{file}: {len(wrong)} annotations have no bbox of four numbers, x, y, width, height: ids {listing(wrong)}"
+            f"{file}: {len(wrong)} annotations have no bbox of four numbers, x, y, width, height: ids "
+            f"{summarise(wrong)}"
         )
     return np.array(boxes, dtype=np.float64).reshape(-1, 4)

@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 
 from hf_vlm.data.boxes import clean_boxes
-from hf_vlm.data.formats.splits import listing
+from hf_vlm.data.formats.splits import summarise
 from hf_vlm.data.io.files import join
 from hf_vlm.data.schema import image_feature, objects_feature
 
@@ -103,7 +103,7 @@ def find_columns(features: Mapping[str, Any], source: object) -> ColumnMap:
     ]
     if not candidates:
         raise ValueError(
-            f"{source} has no column of images; its columns are {listing(features, num_shown=20)}. Name it 'image', "
+            f"{source} has no column of images; its columns are {summarise(features, num_shown=20)}. Name it 'image', "
             f"holding encoded bytes, {{'bytes', 'path'}}, or a path"
         )
     columns = {"image": candidates[0]}
@@ -111,7 +111,7 @@ def find_columns(features: Mapping[str, Any], source: object) -> ColumnMap:
         logger.warning(
             "%s: the column 'objects' is left out: an object needs a bbox and a category, these have %s",
             source,
-            listing(object_fields(features["objects"])) or "neither",
+            summarise(object_fields(features["objects"])) or "neither",
         )
     accepted = {"label": _is_category, "mask": _holds_files, "instance_mask": _holds_files, "objects": _is_objects}
     for column, names in COLUMN_NAMES.items():

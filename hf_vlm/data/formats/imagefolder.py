@@ -9,7 +9,7 @@ import datasets
 import pyarrow as pa
 
 from hf_vlm.data.formats.metadata import find_metadata, metadata_stream
-from hf_vlm.data.formats.splits import CANONICAL, choose_split, describe_folder, listing
+from hf_vlm.data.formats.splits import CANONICAL, choose_split, describe_folder, summarise
 from hf_vlm.data.io.indexed import TableReader, indexed_stream
 from hf_vlm.data.schema import image_feature
 
@@ -99,4 +99,4 @@ def _warn_of_others(folder: Path, roots: Mapping[str, Path]) -> None:
     others = [path for path in sorted(folder.iterdir()) if path.is_dir() and path.name not in roots]
     ignored = [path.name for path in others if find_images(path)]
     if ignored:
-        logger.warning("%s has the splits %s; images in %s are ignored", folder, listing(roots), listing(ignored))
+        logger.warning("%s has the splits %s; images in %s are ignored", folder, summarise(roots), summarise(ignored))

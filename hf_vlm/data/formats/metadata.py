@@ -23,7 +23,7 @@ from hf_vlm.data.formats.columns import (
     find_columns,
     make_categories,
 )
-from hf_vlm.data.formats.splits import listing
+from hf_vlm.data.formats.splits import summarise
 from hf_vlm.data.io.files import read_bytes
 from hf_vlm.data.io.indexed import TableReader, indexed_stream
 from hf_vlm.data.schema import image_feature
@@ -36,7 +36,7 @@ Row = dict[str, Any]
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
 FILE_NAME = "file_name"
-PLACE = "__place__"  # file and line of a row, for messages
+ROW_LOCATION = "__place__"  # file and line of a row, for messages
 MASK_NAMES = (*COLUMN_NAMES["mask"], *COLUMN_NAMES["instance_mask"])
 
 
@@ -66,14 +66,14 @@ def metadata_stream(
     masks = {row[name]["path"] for row in rows.values() for name in MASK_NAMES if isinstance(row.get(name), dict)}
     left_out = [path.name for path in chosen if str(path) not in rows and str(path) not in masks]
     if not named:
-        raise ValueError(f"{source}: {listing(files)} names none of the {len(chosen)} images of the split")
+        raise ValueError(f"{source}: {summarise(files)} names none of the {len(chosen)} images of the split")
     if left_out:
         logger.warning(
             "%s: %d images are left out, since %s does not name them: %s",
             source,
             len(left_out),
-            listing(files),
-            listing(left_out),
+            summarise(files),
+            summarise(left_out),
         )
     columns = _find_columns(rows.values(), source)
     label = _check_labels(rows.values(), named, columns, source)
@@ -95,21 +95,23 @@ def _read_rows(files: Sequence[Path], images: Collection[str]) -> dict[str, Row]
     unknown = []
     for file in files:
         for line, row in _read_json_lines(file) if file.suffix == ".jsonl" else _read_csv(file):
-            row[PLACE] = f"{file}, line {line}"
+            row[ROW_LOCATION] = f"{file}, line {line}"
             if not isinstance(row.get(FILE_NAME), str) or not row[FILE_NAME]:
-                raise ValueError(f"{row[PLACE]}: there is no {FILE_NAME!r}; there is {listing(sorted(row)[1:])}")
+                raise ValueError(
+                    f"{row[ROW_LOCATION]}: there is no {FILE_NAME!r}; there is {summarise(sorted(row)[1:])}"
+                )
             path = row[FILE_NAME] = _join(file, row[FILE_NAME])
             if path in rows:
-                raise ValueError(f"{row[PLACE]}: {path} was named before, in {rows[path][PLACE]}")
+                raise ValueError(f"{row[ROW_LOCATION]}: {path} was named before, in {rows[path][ROW_LOCATION]}")
             for name in MASK_NAMES:
                 mask = row.get(f"{name}_{FILE_NAME}")
                 if isinstance(mask, str):
                     row[name] = {"bytes": None, "path": _join(file, mask)}
             named = [path, *(row[name]["path"] for name in MASK_NAMES if isinstance(row.get(name), dict))]
-            unknown += [f"{name} in {row[PLACE]}" for name in named if name not in images]
+            unknown += [f"{name} in {row[ROW_LOCATION]}" for name in named if name not in images]
             rows[path] = row
     if unknown:
-        raise ValueError(f"{len(unknown)} images that metadata name are not there: {listing(unknown)}")
+        raise ValueError(f"{len(unknown)} images that metadata name are not there: {summarise(unknown)}")
     return rows
 
 
@@ -195,7 +197,7 @@ def _check_labels(rows: Collection[Row], named: Sequence[Row], columns: ColumnMa
         logger.warning("%s: no row has a label in the column %r; it is left out", source, name)
         return None
     if unknown:
-        places = listing(f"{row.get(name)} in {row[PLACE]}" for row in unknown)
+        places = summarise(f"{row.get(name)} in {row[ROW_LOCATION]}" for row in unknown)
         raise ValueError(f"{source}: {len(unknown)} labels are none of the {len(categories.names)} classes: {places}")
     return categories
 
@@ -225,7 +227,7 @@ def _check_objects(
         width=width,
         height=height,
         class_names=categories.names,
-        name_of=lambda index: found[index][0][PLACE].rpartition("/")[2],
+        name_of=lambda index: found[index][0][ROW_LOCATION].rpartition("/")[2],
         source=source,
     )
     return categories, bool(keep.all())
@@ -240,11 +242,11 @@ def _objects(row: Mapping[str, Any], columns: ColumnMap) -> dict[str, list[Any]]
         objects = {name: stored.get(name) or [] for name in names.values()}
     numbers = {name: len(values) for name, values in objects.items()}
     if len(set(numbers.values())) > 1:
-        raise ValueError(f"{row[PLACE]}: an object needs one each of its fields; there are {numbers}")
+        raise ValueError(f"{row[ROW_LOCATION]}: an object needs one each of its fields; there are {numbers}")
     empty = [name for name, values in objects.items() if None in values]
     if empty:
-        raise ValueError(f"{row[PLACE]}: an object has no {listing(empty)}, which others have")
+        raise ValueError(f"{row[ROW_LOCATION]}: an object has no {summarise(empty)}, which others have")
     for box in objects[names["bbox"]]:
         if not (isinstance(box, list) and len(box) == 4 and all(isinstance(side, int | float) for side in box)):
-            raise ValueError(f"{row[PLACE]}: a box must be four numbers, x, y, width, height, and not {box}")
+            raise ValueError(f"{row[ROW_LOCATION]}: a box must be four numbers, x, y, width, height, and not {box}")
     return objects

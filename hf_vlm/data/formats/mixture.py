@@ -8,7 +8,7 @@ from typing import Any
 
 import datasets
 
-from hf_vlm.data.formats.splits import listing
+from hf_vlm.data.formats.splits import summarise
 from hf_vlm.data.schema import COLUMNS
 
 __all__ = ["mix_streams"]
@@ -33,7 +33,7 @@ def mix_streams(
     """
     wrong = [f"{name}: {weight!r}" for name, weight in weights.items() if not _is_weight(weight)]
     if wrong:
-        raise ValueError(f"the weights of a mixture must be positive numbers, not {listing(wrong)}")
+        raise ValueError(f"the weights of a mixture must be positive numbers, not {summarise(wrong)}")
     shared = [name for name in COLUMNS if all(name in stream.features for stream in streams.values())]
     columns = [name for name in shared if _is_alike(name, streams)]
     numbered = [
@@ -66,9 +66,9 @@ def _is_alike(column: str, streams: Mapping[str, datasets.IterableDataset]) -> b
                 "the column %r is left out, since its classes differ: %s has %s, %s has %s",
                 column,
                 first,
-                listing(_classes(expected)),
+                summarise(_classes(expected)),
                 name,
-                listing(_classes(found)),
+                summarise(_classes(found)),
             )
             return False
     return True

@@ -25,8 +25,8 @@ from hf_vlm.data.formats.columns import (
     object_fields,
     read_categories,
 )
-from hf_vlm.data.formats.splits import choose_split, common_folder, describe_folder, group_by_split, listing
-from hf_vlm.data.io.files import display, is_folder, is_remote, open_binary, reason
+from hf_vlm.data.formats.splits import choose_split, common_folder, describe_folder, group_by_split, summarise
+from hf_vlm.data.io.files import error_text, is_folder, is_remote, open_binary, redact_url
 from hf_vlm.data.io.indexed import generated_stream
 
 __all__ = ["find_parquet_files", "open_parquet"]
@@ -54,7 +54,7 @@ def open_parquet(
             column of images; or labels or categories are out of range.
     """
     paths, root = _find_paths(source)
-    splits, name = group_by_split(paths, root), display(source)
+    splits, name = group_by_split(paths, root), redact_url(source)
     files = _Files(choose_split(splits, split, name))
     parts = files.parts(num_samples)
     columns = _without_repeated_ids(files, find_columns(files.features, name), name)
@@ -106,7 +106,7 @@ class _Files:
         try:
             self.features = datasets.Features.from_arrow_schema(self.metadata[0].schema.to_arrow_schema())
         except Exception as error:  # of many kinds: what `datasets` writes of itself into a file may be damaged
-            raise ValueError(f"{display(paths[0])} has columns that make no sense: {error!r}") from error
+            raise ValueError(f"{redact_url(paths[0])} has columns that make no sense: {error!r}") from error
 
     def parts(self, num_samples: int | None) -> list[tuple[str, int, int, int]]:
         """What `_read_rows` takes, for all rows or the first few."""
@@ -119,7 +119,7 @@ class _Files:
                     parts.append((str(path), group, first, num_read))
                 first += num_rows
         if not parts:
-            raise ValueError(f"there are no rows in {listing(self.paths)}")
+            raise ValueError(f"there are no rows in {summarise(self.paths)}")
         return parts
 
     def leaves(self, columns: ColumnMap) -> tuple[str, ...]:
@@ -136,7 +136,7 @@ class _Files:
         for path, types in types_of.items():
             differing = {leaf.split(".")[0] for leaf, _ in types.items() ^ first.items()}
             if differing:
-                raise ValueError(f"{path} and {self.paths[0]} differ in their columns {listing(sorted(differing))}")
+                raise ValueError(f"{path} and {self.paths[0]} differ in their columns {summarise(sorted(differing))}")
         return tuple(first)
 
     def column(self, name: str, *, leaves: Sequence[str] | None = None) -> pa.Array:
@@ -175,7 +175,7 @@ def _open(path: object) -> Iterator[pq.ParquetFile]:
             with pq.ParquetFile(str(path)) as file:
                 yield file
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{display(path)} cannot be read as Parquet: {reason(error)}") from error
+        raise ValueError(f"{redact_url(path)} cannot be read as Parquet: {error_text(error)}") from error
 
 
 def _read_metadata(path: Path) -> pq.FileMetaData:
@@ -222,7 +222,7 @@ def _check_labels(
         logger.warning("%s: no row has a label in the column %r; it is left out", source, name)
         return None
     if len(unknown):
-        rows = listing(f"{values[row]} in row {row}" for row in unknown.tolist())
+        rows = summarise(f"{values[row]} in row {row}" for row in unknown.tolist())
         raise ValueError(f"{source}: {len(unknown)} labels are none of the {len(categories.names)} classes: {rows}")
     return categories
 
@@ -241,7 +241,7 @@ def _check_objects(
         return None, True
     unequal = np.flatnonzero(counts != category_counts)
     if len(unequal):
-        examples = listing(f"row {row}" for row in unequal.tolist())
+        examples = summarise(f"row {row}" for row in unequal.tolist())
         raise ValueError(f"{source}: {len(unequal)} rows have not as many categories as boxes: {examples}")
     feature = object_fields(files.features[name])[columns.objects["category"]]
     categories = read_categories(feature)
@@ -276,6 +276,6 @@ def _as_boxes(boxes: pa.Array, rows: Array, source: object) -> Array:
     lengths = pc.fill_null(pc.list_value_length(boxes), 0).to_numpy(zero_copy_only=False)
     wrong = np.flatnonzero(lengths != 4)
     if len(wrong):
-        examples = listing(f"{boxes[index].as_py()} in row {rows[index]}" for index in wrong.tolist())
+        examples = summarise(f"{boxes[index].as_py()} in row {rows[index]}" for index in wrong.tolist())
         raise ValueError(f"{source}: {len(wrong)} boxes are not four numbers, x, y, width, height: {examples}")
     return boxes.flatten().to_numpy(zero_copy_only=False).astype(np.float64).reshape(-1, 4)

@@ -6,17 +6,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import TypeVar
 
-from hf_vlm.data.io.files import display
+from hf_vlm.data.io.files import redact_url
 
 __all__ = [
     "canonical_split",
     "choose_split",
     "common_folder",
     "describe_folder",
+    "did_you_mean",
     "group_by_split",
-    "listing",
-    "nearest",
     "split_of",
+    "summarise",
 ]
 
 SPLIT_ALIASES = {
@@ -63,8 +63,8 @@ def group_by_split(files: Sequence[Path], root: Path) -> dict[str, list[Path]]:
     unnamed = splits.pop(None, [])
     if unnamed and splits:
         raise ValueError(
-            f"{root}: no split can be told from the names of {listing(unnamed)}, while other files name "
-            f"{listing(splits)}; rename them, as train-00000.parquet, or move them elsewhere"
+            f"{root}: no split can be told from the names of {summarise(unnamed)}, while other files name "
+            f"{summarise(splits)}; rename them, as train-00000.parquet, or move them elsewhere"
         )
     return {"train": unnamed} if unnamed else {str(split): files for split, files in splits.items()}
 
@@ -81,7 +81,7 @@ def choose_split(splits: Mapping[str, Content], split: str, source: object) -> C
     return by_name[canonical_split(split)]
 
 
-def listing(names: Iterable[object], *, num_shown: int = 5) -> str:
+def summarise(names: Iterable[object], *, num_shown: int = 5) -> str:
     """The first few names, and how many more there are."""
     texts = [str(name) for name in names]
     more = f" and {len(texts) - num_shown} more" if len(texts) > num_shown else ""
@@ -97,7 +97,7 @@ def common_folder(paths: Sequence[Path]) -> Path:
     folder = paths[0].parent
     while not all(path.is_relative_to(folder) for path in paths):
         if folder == folder.parent:
-            raise ValueError(f"{listing(map(display, paths))} have no folder in common; open them one by one")
+            raise ValueError(f"{summarise(map(redact_url, paths))} have no folder in common; open them one by one")
         folder = folder.parent
     return folder
 
@@ -105,10 +105,10 @@ def common_folder(paths: Sequence[Path]) -> Path:
 def describe_folder(folder: Path) -> str:
     """What a folder holds, for messages."""
     names = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir() if not entry.name.startswith("."))
-    return f"it holds {listing(names)}" if names else "it is empty"
+    return f"it holds {summarise(names)}" if names else "it is empty"
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
+def did_you_mean(name: str, names: Iterable[str]) -> str:
     """A question that offers the most similar name, or nothing."""
     matches = difflib.get_close_matches(name, list(names), n=1)
     return f"; did you mean {matches[0]!r}?" if matches else ""

@@ -16,7 +16,7 @@ from hf_vlm.data.formats.splits import (
     choose_split,
     describe_folder,
     group_by_split,
-    listing,
+    summarise,
 )
 from hf_vlm.data.io.files import read_bytes
 
@@ -121,7 +121,7 @@ def _find_splits(source: Path) -> dict[str, list[Path]]:
             # Test sets come without annotations.
             if files and len(missing) < len(files):
                 if missing:
-                    raise ValueError(f"{path} lists {len(missing)} images without annotations: {listing(missing)}")
+                    raise ValueError(f"{path} lists {len(missing)} images without annotations: {summarise(missing)}")
                 splits.setdefault(canonical_split(path.stem), []).extend(files)
         if not lists:
             splits.setdefault("train", []).extend(there)
@@ -145,9 +145,11 @@ def _find_images(files: list[Path], every: list[Path], source: Path) -> list[Pat
     stems = {file.stem for file in every}
     left_out = [path.name for found in folders.values() for stem, path in found.items() if stem not in stems]
     if left_out:
-        logger.warning("%s: %d images without an xml file are left out: %s", source, len(left_out), listing(left_out))
+        logger.warning(
+            "%s: %d images without an xml file are left out: %s", source, len(left_out), summarise(left_out)
+        )
     if missing:
-        raise ValueError(f"{source}: {len(missing)} of {len(files)} xml files have no image: {listing(missing)}")
+        raise ValueError(f"{source}: {len(missing)} of {len(files)} xml files have no image: {summarise(missing)}")
     return images
 
 
@@ -162,7 +164,7 @@ def _parse_all(files: list[Path], source: Path) -> dict[Path, VocImage]:
     parsed = dict(zip(files, map_files(_try_parse, files, "Reading xml")))
     problems = [str(result) for result in parsed.values() if isinstance(result, ValueError)]
     if problems:
-        raise ValueError(f"{source}: {len(problems)} of {len(files)} xml files make no sense: {listing(problems)}")
+        raise ValueError(f"{source}: {len(problems)} of {len(files)} xml files make no sense: {summarise(problems)}")
     return {file: result for file, result in parsed.items() if isinstance(result, VocImage)}
 
 

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from hf_vlm.data.formats.checks import check_boxes
 from hf_vlm.data.formats.columns import COLUMN_NAMES, OBJECT_NAMES, Categories, ColumnMap, RowReader, make_categories
 from hf_vlm.data.formats.imagefolder import IMAGE_EXTENSIONS
-from hf_vlm.data.formats.splits import choose_split, common_folder, describe_folder, group_by_split, listing
+from hf_vlm.data.formats.splits import choose_split, common_folder, describe_folder, group_by_split, summarise
 from hf_vlm.data.formats.webdataset_samples import (
     ROLES,
     LabelError,
@@ -26,7 +26,7 @@ from hf_vlm.data.formats.webdataset_samples import (
     read_member,
     walk_samples,
 )
-from hf_vlm.data.io.files import display, is_folder, is_remote, open_binary, read_bytes, reason
+from hf_vlm.data.io.files import error_text, is_folder, is_remote, open_binary, read_bytes, redact_url
 from hf_vlm.data.io.indexed import generated_stream
 from hf_vlm.data.io.tars import TarMember
 
@@ -65,7 +65,7 @@ def open_webdataset(
     paths = _find_tars(source)
     root = common_folder(paths)
     splits = group_by_split(paths, root)
-    shards = _with_names(choose_split(splits, split, display(source)), root)
+    shards = _with_names(choose_split(splits, split, redact_url(source)), root)
     first = _first_samples(shards[0])
     columns = _find_columns(first)
     everything = [shard for tars in splits.values() for shard in _with_names(tars, root)]
@@ -94,10 +94,10 @@ def _find_tars(source: Path | Sequence[Path]) -> list[Path]:
 
 def _with_names(paths: Sequence[Path], root: Path) -> list[Shard]:
     """Paths and their names without folders; with these only where names repeat."""
-    short = [display(path).rpartition("/")[2] for path in paths]
+    short = [redact_url(path).rpartition("/")[2] for path in paths]
     if len(set(short)) == len(short):
         return list(zip(paths, short))
-    return [(path, display(path).removeprefix(display(root)).strip("/")) for path in paths]
+    return [(path, redact_url(path).removeprefix(redact_url(root)).strip("/")) for path in paths]
 
 
 # ---- samples
@@ -142,16 +142,16 @@ class _Reader:
                             continue
                         yield example["image_id"], {"file": file, "images": sample.images, "example": example}
             except OSError as error:  # not of this tar: to pass over it would drop what a server has
-                raise ValueError(f"{display(path)} cannot be read: {reason(error)}") from error
+                raise ValueError(f"{redact_url(path)} cannot be read: {error_text(error)}") from error
             except ValueError as error:
-                logger.warning("%s: the rest of this tar is passed over: %s", display(path), reason(error))
+                logger.warning("%s: the rest of this tar is passed over: %s", redact_url(path), error_text(error))
             for keys, problem in (
                 (without_image, "without an image"),
                 (wrong, "whose labels or images make no sense"),
             ):
                 if keys:
                     logger.warning(
-                        "%s: %d samples %s are passed over: %s", display(path), len(keys), problem, listing(keys)
+                        "%s: %d samples %s are passed over: %s", redact_url(path), len(keys), problem, summarise(keys)
                     )
 
 
@@ -186,17 +186,17 @@ def _first_samples(shard: Shard) -> list[tuple[Sample, Shard]]:
     except (OSError, ValueError) as error:
         if not samples or isinstance(error, OSError):  # else the stream says it
             hint = "; unpack it first" if path.name.endswith(("gz", "bz2", "xz", "zst")) else ""
-            raise ValueError(f"{display(path)} cannot be read as a tar: {reason(error)}{hint}") from error
+            raise ValueError(f"{redact_url(path)} cannot be read as a tar: {error_text(error)}{hint}") from error
     if not samples:
         raise ValueError(
-            f"{display(path)} holds no images: looked for samples with {' '.join(sorted(IMAGE_EXTENSIONS))}"
+            f"{redact_url(path)} holds no images: looked for samples with {' '.join(sorted(IMAGE_EXTENSIONS))}"
         )
     return samples
 
 
 def _find_columns(samples: Sequence[tuple[Sample, Shard]]) -> ColumnMap:
     """Which parts and fields of samples are what."""
-    rows = [_explained(read_fields, sample, shard) for sample, shard in samples]
+    rows = [_as_value_error(read_fields, sample, shard) for sample, shard in samples]
     columns = {"image": "image"}
     kinds = {"label": int | float | str, "objects": dict | list, "width": int, "height": int}
     for column, kind in kinds.items():
@@ -222,12 +222,12 @@ def _object_fields(objects: Any) -> set[str]:
     return set(first) if isinstance(first, dict) else set()
 
 
-def _explained(read: Callable[..., Row], sample: Sample, shard: Shard, *args: Any) -> Row:
+def _as_value_error(read: Callable[..., Row], sample: Sample, shard: Shard, *args: Any) -> Row:
     """What is read of a sample, with its tar and key in the message of an error."""
     try:
         return read(sample, *args)
     except LabelError as error:
-        raise LabelError(f"{display(shard[0])}: the labels of {sample.key} cannot be read: {error}") from error
+        raise LabelError(f"{redact_url(shard[0])}: the labels of {sample.key} cannot be read: {error}") from error
 
 
 def _find_classes(
@@ -241,11 +241,11 @@ def _find_classes(
         return None, None
     names = _read_class_names(folders)
     if not names and is_remote(tars[0][0]):
-        logger.warning("%s: labels are left out, since there is no %s beside it", display(tars[0][0]), CLASSES_FILE)
+        logger.warning("%s: labels are left out, since there is no %s beside it", redact_url(tars[0][0]), CLASSES_FILE)
         return None, None
-    labels = _Labels(names, display(folders[-1]))
+    labels = _Labels(names, redact_url(folders[-1]))
     for sample, shard in first if names else _scan(tars, _roles(columns)):
-        labels.add(_explained(labels_of, sample, shard, columns, shard[1]), f"{sample.key} in {shard[1]}")
+        labels.add(_as_value_error(labels_of, sample, shard, columns, shard[1]), f"{sample.key} in {shard[1]}")
     return (
         labels.classes("labels") if "label" in columns.columns else None,
         labels.classes("categories") if "objects" in columns.columns else None,
@@ -258,11 +258,11 @@ def _read_class_names(folders: Sequence[Path]) -> list[str]:
         try:
             lines = read_bytes(folder / CLASSES_FILE).decode("utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
-            raise ValueError(f"{display(folder / CLASSES_FILE)} is not text in UTF-8: {error}") from error
+            raise ValueError(f"{redact_url(folder / CLASSES_FILE)} is not text in UTF-8: {error}") from error
         except Exception as error:  # servers have errors of their own kinds
             if isinstance(error, FileNotFoundError):
                 continue
-            raise ValueError(f"{display(folder / CLASSES_FILE)} cannot be read: {reason(error)}") from error
+            raise ValueError(f"{redact_url(folder / CLASSES_FILE)} cannot be read: {error_text(error)}") from error
         return [line.strip() for line in lines if line.strip()]
     return []
 
@@ -312,7 +312,7 @@ class _Labels:
         if unknown:
             raise ValueError(
                 f"{self.source}: {sum(counts[value] for value in unknown)} {what} are none of the "
-                f"{len(classes.names)} classes: {listing(f'{v!r} of {self.first_of[what, v]}' for v in unknown)}"
+                f"{len(classes.names)} classes: {summarise(f'{v!r} of {self.first_of[what, v]}' for v in unknown)}"
             )
         if what == "categories" and self.boxes:
             self._check_boxes(classes)

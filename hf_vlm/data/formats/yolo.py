@@ -12,9 +12,9 @@ import fsspec
 import numpy as np
 import yaml
 
-from hf_vlm.data.formats.boxed_images import Boxes, existing, labelled_stream, map_files
+from hf_vlm.data.formats.boxed_images import Boxes, existing_paths, labelled_stream, map_files
 from hf_vlm.data.formats.imagefolder import find_images
-from hf_vlm.data.formats.splits import CANONICAL, canonical_split, choose_split, describe_folder, listing
+from hf_vlm.data.formats.splits import CANONICAL, canonical_split, choose_split, describe_folder, summarise
 from hf_vlm.data.io.files import UnreachableError, can_list, exists, is_folder, is_remote, read_bytes, retried
 from hf_vlm.data.io.image_header import read_header
 
@@ -132,7 +132,7 @@ def _read_data_file(file: Path) -> tuple[_Splits, list[str]]:
 def _unique(names: list[str], file: Path) -> list[str]:
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if repeated:
-        raise ValueError(f"{file}: {len(repeated)} names of classes are used more than once: {listing(repeated)}")
+        raise ValueError(f"{file}: {len(repeated)} names of classes are used more than once: {summarise(repeated)}")
     return names
 
 
@@ -153,16 +153,16 @@ def _images_at(place: str, roots: Sequence[Path], file: Path) -> list[Path]:
         )
     found = next((path for path in candidates if exists(path)), None)
     if found is None:
-        raise ValueError(f"{file} names {place}, which is not there: looked for {listing(candidates)}")
+        raise ValueError(f"{file} names {place}, which is not there: looked for {summarise(candidates)}")
     if is_folder(found):
         return find_images(found)
     names = [name for name in _read_lines(found) if name]
     beside = [found.parent / name for name in names]
-    there = existing(beside)
+    there = existing_paths(beside)
     images = [image if image in there else roots[0] / name for image, name in zip(beside, names)]
-    missing = sorted(set(images) - there - existing(set(images) - there))
+    missing = sorted(set(images) - there - existing_paths(set(images) - there))
     if missing:
-        raise ValueError(f"{found} lists {len(missing)} images that are not there: {listing(missing)}")
+        raise ValueError(f"{found} lists {len(missing)} images that are not there: {summarise(missing)}")
     return images
 
 
@@ -198,13 +198,13 @@ def _label_path(image: Path) -> Path:
 
 def _read_all(labels: Sequence[Path], source: Path) -> list[list[Line]]:
     """The lines of each file of labels; none where there is no file."""
-    there = existing(labels)
+    there = existing_paths(labels)
     if labels and not there:
-        logger.warning("%s: no image has a file of labels; looked for %s", source, listing(labels, num_shown=2))
+        logger.warning("%s: no image has a file of labels; looked for %s", source, summarise(labels, num_shown=2))
     results = map_files(lambda path: _read_labels(path) if path in there else ([], []), labels, "Reading labels")
     problems = [problem for _, found in results for problem in found]
     if problems:
-        raise ValueError(f"{source}: {len(problems)} lines of labels make no sense: {listing(problems)}")
+        raise ValueError(f"{source}: {len(problems)} lines of labels make no sense: {summarise(problems)}")
     return [lines for lines, _ in results]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-__all__ = ["alike_groups", "equal_groups", "look_of"]
+__all__ = ["exact_duplicates", "near_duplicates", "perceptual_hash"]
 
 Array = np.ndarray[Any, Any]
 
@@ -19,7 +19,7 @@ NUM_BANDS = 4  # one more than two flipped bits can touch, and one to spare: see
 MAX_NEIGHBORS = 256
 
 
-def look_of(image: Array) -> tuple[int, Array, bool]:
+def perceptual_hash(image: Array) -> tuple[int, Array, bool]:
     """What pictures are compared by.
 
     Args:
@@ -36,14 +36,14 @@ def look_of(image: Array) -> tuple[int, Array, bool]:
     return bits, colors, bool(np.count_nonzero(steps) >= MIN_STEPS)
 
 
-def equal_groups(values: Array) -> list[list[int]]:
+def exact_duplicates(values: Array) -> list[list[int]]:
     """Indices of the values (n,) that occur more than once, a list for each."""
     order = np.argsort(values, kind="stable")
     starts = np.flatnonzero(np.diff(values[order])) + 1
     return sorted(group.tolist() for group in np.split(order, starts) if len(group) > 1)
 
 
-def alike_groups(hashes: Array, colors: Array) -> list[list[int]]:
+def near_duplicates(hashes: Array, colors: Array) -> list[list[int]]:
     """Indices of the pictures that look alike, a list for each; a list is closed under likeness.
 
     Args:
@@ -58,7 +58,7 @@ def alike_groups(hashes: Array, colors: Array) -> list[list[int]]:
     difference = np.abs(colors[first[pairs[:, 0]]].astype(np.int16) - colors[first[pairs[:, 1]]])
     pairs = pairs[difference.max(axis=(1, 2, 3), initial=0) <= MAX_COLOR_DIFFERENCE]
     links = coo_matrix((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(len(first), len(first)))
-    return equal_groups(connected_components(links, directed=False)[1][scene])
+    return exact_duplicates(connected_components(links, directed=False)[1][scene])
 
 
 def _close_pairs(hashes: Array) -> Array:

@@ -13,10 +13,10 @@ import numpy as np
 
 from hf_vlm.data.boxes import MIN_BOX_SIDE, clean_boxes
 from hf_vlm.data.formats.checks import TOLERANCE
-from hf_vlm.data.inspection.duplicates import alike_groups, equal_groups, look_of
-from hf_vlm.data.inspection.report import BoxReport, Finding, Report, Spread, Unreadable, format_report
+from hf_vlm.data.inspection.duplicates import exact_duplicates, near_duplicates, perceptual_hash
+from hf_vlm.data.inspection.report import BoxReport, Issue, MinMedianMax, Report, Unreadable, format_report
 from hf_vlm.data.io.decode import BadImageError, decode_image, read_image_bytes
-from hf_vlm.data.io.files import display
+from hf_vlm.data.io.files import redact_url
 from hf_vlm.data.io.image_header import read_header
 
 __all__ = ["Report", "format_report", "image_name", "inspect_stream"]
@@ -24,16 +24,19 @@ __all__ = ["Report", "format_report", "image_name", "inspect_stream"]
 Array = np.ndarray[Any, Any]
 Example = dict[str, Any]
 
-LOOK_SIZE = (64, 64)  # pixels that suffice: JPEGs are decoded at an eighth of their size where that leaves as many
+THUMBNAIL_SIZE = (
+    64,
+    64,
+)  # pixels that suffice: JPEGs are decoded at an eighth of their size where that leaves as many
 NUM_THREADS = 8  # waiting for files, and decoders outside Python's lock
 BATCH_SIZE = 64  # encoded images held at a time
 BLANK_DEVIATION = 2.0  # levels of 255, below which an image is of one colour
 TINY_SIDE = 2.0  # pixels
 SMALL_AREA, LARGE_AREA = 32**2, 96**2  # COCO's
-MIN_SMALL_SHARE = 0.05  # of the boxes, below which small ones are exceptions
-SMALLEST_SHARE = 0.1  # of the boxes, which are then taken as the small ones
+MIN_SMALL_FRACTION = 0.05  # of the boxes, below which small ones are exceptions
+SMALLEST_FRACTION = 0.1  # of the boxes, which are then taken as the small ones
 
-IMAGE = np.dtype(
+IMAGE_DTYPE = np.dtype(
     [
         ("height", "i4"),
         ("width", "i4"),
@@ -47,11 +50,11 @@ IMAGE = np.dtype(
         ("label", "i8"),
     ]
 )
-BOX = np.dtype([("image", "i8"), ("category", "i8"), ("box", "f8", (4,))])
+BOX_DTYPE = np.dtype([("image", "i8"), ("category", "i8"), ("box", "f8", (4,))])
 
 
 @dataclass
-class Gathered:
+class Accumulator:
     """What is kept of the images: a name, and some 150 bytes of figures."""
 
     names: list[str] = field(default_factory=list)
@@ -63,7 +66,7 @@ class Gathered:
 
 
 @dataclass(frozen=True)
-class Look:
+class ImageStats:
     """At one image."""
 
     row: tuple[Any, ...]  # of IMAGE
@@ -88,15 +91,15 @@ def inspect_stream(
     """
     if num_examples is not None and num_examples < 1:
         raise ValueError(f"num_examples={num_examples} must be positive")
-    gathered = Gathered()
+    gathered = Accumulator()
     examples = iter(stream)
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         for batch in _batches(itertools.islice(examples, num_examples)):
-            looks = list(pool.map(_look, batch))
+            looks = list(pool.map(_image_stats, batch))
             _gather(gathered, batch, looks)
             if on_example is not None:
                 for example, look in zip(batch, looks, strict=True):
-                    if isinstance(look, Look):
+                    if isinstance(look, ImageStats):
                         on_example(example)
     if not gathered.names and not gathered.unreadable:
         raise ValueError("the data holds no example; check its path and its split")
@@ -107,7 +110,7 @@ def inspect_stream(
 def image_name(example: Example) -> str:
     """The path of an example's image, or its id where it has none."""
     path = example["image"].get("path")
-    return display(path) if path else f"image_id {example['image_id']}"
+    return redact_url(path) if path else f"image_id {example['image_id']}"
 
 
 def _batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
@@ -116,15 +119,15 @@ def _batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
         yield batch
 
 
-def _look(example: Example) -> Look | str:
+def _image_stats(example: Example) -> ImageStats | str:
     """What is kept of an image, or why it cannot be read."""
     try:
         data = read_image_bytes(example["image"])
-        array, (height, width) = decode_image(data, at_least=LOOK_SIZE)
+        array, (height, width) = decode_image(data, at_least=THUMBNAIL_SIZE)
     except BadImageError as error:
         return str(error.__cause__ or error).removeprefix(f"{image_name(example)}: ")
     header = read_header(data)
-    bits, colors, has_structure = look_of(array)
+    bits, colors, has_structure = perceptual_hash(array)
     row = (
         height,
         width,
@@ -139,7 +142,7 @@ def _look(example: Example) -> Look | str:
     )
     masks = (example[name] for name in ("mask", "instance_mask") if name in example)
     bad_mask = any(_size_of(mask) != (height, width) for mask in masks)
-    return Look(row, f"{header.format} {header.mode}".strip() if header is not None else "other", bad_mask)
+    return ImageStats(row, f"{header.format} {header.mode}".strip() if header is not None else "other", bad_mask)
 
 
 def _size_of(mask: Any) -> tuple[int, int] | None:
@@ -150,7 +153,7 @@ def _size_of(mask: Any) -> tuple[int, int] | None:
     return None if header is None else (header.height, header.width)
 
 
-def _gather(gathered: Gathered, batch: list[Example], looks: list[Look | str]) -> None:
+def _gather(gathered: Accumulator, batch: list[Example], looks: list[ImageStats | str]) -> None:
     rows, boxes = [], []
     for example, look in zip(batch, looks, strict=True):
         name = image_name(example)
@@ -164,22 +167,22 @@ def _gather(gathered: Gathered, batch: list[Example], looks: list[Look | str]) -
         gathered.formats[look.format] += 1
         if look.has_bad_mask:
             gathered.bad_masks.append(name)
-    gathered.images.append(np.array(rows, dtype=IMAGE))
-    gathered.boxes.append(np.array(boxes, dtype=BOX))
+    gathered.images.append(np.array(rows, dtype=IMAGE_DTYPE))
+    gathered.boxes.append(np.array(boxes, dtype=BOX_DTYPE))
 
 
-def _report(gathered: Gathered, features: datasets.Features, *, is_complete: bool) -> Report:
-    images = np.concatenate([np.zeros(0, IMAGE), *gathered.images])
-    boxes = np.concatenate([np.zeros(0, BOX), *gathered.boxes])
+def _report(gathered: Accumulator, features: datasets.Features, *, is_complete: bool) -> Report:
+    images = np.concatenate([np.zeros(0, IMAGE_DTYPE), *gathered.images])
+    boxes = np.concatenate([np.zeros(0, BOX_DTYPE), *gathered.boxes])
     exact, near = _duplicates(images, gathered.names)
-    findings = _image_findings(images, gathered)
+    findings = _image_issues(images, gathered)
     label_counts, box_report = None, None
     if "label" in features:
         label_counts = _counts(images["label"], features["label"].names)
-        findings += _label_findings(images, label_counts, gathered.names)
+        findings += _label_issues(images, label_counts, gathered.names)
     if "objects" in features:
         box_report = _box_report(images, boxes, features["objects"]["category"].feature.names)
-        findings += _box_findings(images, boxes, box_report, gathered.names)
+        findings += _box_issues(images, boxes, box_report, gathered.names)
     return Report(
         num_images=len(images),
         is_complete=is_complete,
@@ -187,9 +190,9 @@ def _report(gathered: Gathered, features: datasets.Features, *, is_complete: boo
         formats=dict(gathered.formats),
         median_bytes=float(np.median(images["num_bytes"])) if len(images) else None,
         total_bytes=int(images["num_bytes"].sum()),
-        height=Spread.of(images["height"]),
-        width=Spread.of(images["width"]),
-        aspect_ratio=Spread.of(images["width"] / images["height"]),
+        height=MinMedianMax.of(images["height"]),
+        width=MinMedianMax.of(images["width"]),
+        aspect_ratio=MinMedianMax.of(images["width"] / images["height"]),
         total_pixels=int((images["width"].astype(np.int64) * images["height"]).sum()),
         label_counts=label_counts,
         boxes=box_report,
@@ -201,12 +204,12 @@ def _report(gathered: Gathered, features: datasets.Features, *, is_complete: boo
 
 
 def _duplicates(images: Array, names: list[str]) -> tuple[list[list[str]], list[list[str]]]:
-    exact = equal_groups(images["digest"])
+    exact = exact_duplicates(images["digest"])
     is_first = np.ones(len(images), dtype=bool)
     for group in exact:
         is_first[group[1:]] = False
     compared = np.flatnonzero(is_first & images["has_structure"])
-    near = alike_groups(images["hash"][compared], images["colors"][compared])
+    near = near_duplicates(images["hash"][compared], images["colors"][compared])
     near = [compared[group].tolist() for group in near]
     return [[names[index] for index in group] for group in exact], [
         [names[index] for index in group] for group in near
@@ -218,21 +221,21 @@ def _counts(indices: Array, names: list[str]) -> dict[str, int]:
     return dict(zip(names, np.bincount(known, minlength=len(names)).tolist(), strict=True))
 
 
-def _image_findings(images: Array, gathered: Gathered) -> list[Finding]:
+def _image_issues(images: Array, gathered: Accumulator) -> list[Issue]:
     blank = [gathered.names[index] for index in np.flatnonzero(images["is_blank"]).tolist()]
     found = {
         "images of one colour": blank,
         "images whose mask is not of their size, or cannot be read": gathered.bad_masks,
     }
-    return [Finding(what, len(where), where) for what, where in found.items() if where]
+    return [Issue(what, len(where), where) for what, where in found.items() if where]
 
 
-def _label_findings(images: Array, counts: dict[str, int], names: list[str]) -> list[Finding]:
+def _label_issues(images: Array, counts: dict[str, int], names: list[str]) -> list[Issue]:
     missing = np.flatnonzero((images["label"] < 0) | (images["label"] >= len(counts))).tolist()
     empty = [name for name, count in counts.items() if not count]
     findings = [
-        Finding("images without a label", len(missing), [names[index] for index in missing]),
-        Finding("classes without an image", len(empty), empty),
+        Issue("images without a label", len(missing), [names[index] for index in missing]),
+        Issue("classes without an image", len(empty), empty),
     ]
     return [finding for finding in findings if finding.count]
 
@@ -246,20 +249,20 @@ def _box_report(images: Array, boxes: Array, class_names: list[str]) -> BoxRepor
     is_small, is_large = area < SMALL_AREA, area >= LARGE_AREA
     shares = {"small": is_small, "medium": ~is_small & ~is_large, "large": is_large}
     judged = relative[is_small]
-    if len(area) and is_small.mean() < MIN_SMALL_SHARE:
-        judged = np.sort(relative)[: max(round(SMALLEST_SHARE * len(relative)), 1)]
+    if len(area) and is_small.mean() < MIN_SMALL_FRACTION:
+        judged = np.sort(relative)[: max(round(SMALLEST_FRACTION * len(relative)), 1)]
     return BoxReport(
         num_boxes=len(boxes),
         num_images_without=int((num_boxes == 0).sum()),
-        per_image=Spread.of(num_boxes),
+        per_image=MinMedianMax.of(num_boxes),
         class_counts=_counts(boxes["category"], class_names),
-        size_shares={name: float(share.mean()) if len(area) else 0.0 for name, share in shares.items()},
-        relative_size=Spread.of(relative),
+        size_fractions={name: float(share.mean()) if len(area) else 0.0 for name, share in shares.items()},
+        relative_size=MinMedianMax.of(relative),
         small_relative_size=float(np.median(judged)) if len(judged) else None,
     )
 
 
-def _box_findings(images: Array, boxes: Array, report: BoxReport, names: list[str]) -> list[Finding]:
+def _box_issues(images: Array, boxes: Array, report: BoxReport, names: list[str]) -> list[Issue]:
     """Boxes that make no sense in the image as it is decoded, whatever its annotation says of its size."""
     box, shown_in = boxes["box"], images[boxes["image"]]
     height, width = (shown_in[side].astype(np.float64) for side in ("height", "width"))
@@ -283,9 +286,9 @@ def _box_findings(images: Array, boxes: Array, report: BoxReport, names: list[st
     findings = []
     for what, mask in found.items():
         where = [names[index] for index in np.unique(boxes["image"][mask]).tolist()]
-        findings.append(Finding(what, int(mask.sum()), where))
+        findings.append(Issue(what, int(mask.sum()), where))
     empty = [name for name, count in report.class_counts.items() if not count]
-    findings.append(Finding("classes without a box", len(empty), empty))
+    findings.append(Issue("classes without a box", len(empty), empty))
     return [finding for finding in findings if finding.count]
 
 

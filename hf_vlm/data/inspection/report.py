@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import numpy as np
 
-__all__ = ["BoxReport", "Finding", "Report", "Spread", "Unreadable", "format_report"]
+__all__ = ["BoxReport", "Issue", "MinMedianMax", "Report", "Unreadable", "format_report"]
 
 PATCH_SIZES = (16, 8)
 MIN_PATCHES = 2  # that an object should span, along its side
@@ -19,7 +19,7 @@ NAMES_SHOWN = 3
 
 
 @dataclass(frozen=True)
-class Spread:
+class MinMedianMax:
     """Of a list of figures."""
 
     min: float
@@ -35,7 +35,7 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Finding:
+class Issue:
     """Something to look at: what it is, how often it occurs, and the images or classes it occurs in."""
 
     what: str
@@ -57,10 +57,10 @@ class BoxReport:
 
     num_boxes: int
     num_images_without: int
-    per_image: Spread | None
+    per_image: MinMedianMax | None
     class_counts: dict[str, int]
-    size_shares: dict[str, float]  # small, medium and large, by width x height and COCO's limits
-    relative_size: Spread | None  # sqrt(area / area of the image)
+    size_fractions: dict[str, float]  # small, medium and large, by width x height and COCO's limits
+    relative_size: MinMedianMax | None  # sqrt(area / area of the image)
     small_relative_size: float | None  # median of the small boxes; of the smallest tenth where next to none are small
 
     @property
@@ -79,16 +79,16 @@ class Report:
     formats: dict[str, int]
     median_bytes: float | None
     total_bytes: int
-    height: Spread | None
-    width: Spread | None
-    aspect_ratio: Spread | None  # width / height
+    height: MinMedianMax | None
+    width: MinMedianMax | None
+    aspect_ratio: MinMedianMax | None  # width / height
     total_pixels: int
     label_counts: dict[str, int] | None
     boxes: BoxReport | None
     exact_duplicates: list[list[str]]
     near_duplicates: list[list[str]]  # without those of which every byte is equal
     unreadable: list[Unreadable]
-    findings: list[Finding]
+    findings: list[Issue]
 
     def as_json(self) -> dict[str, Any]:
         """As values that `json` can write."""
@@ -101,7 +101,7 @@ def format_report(report: Report) -> str:
         "Images": _image_lines(report),
         "Labels": _class_lines(report.label_counts, "images") if report.label_counts is not None else [],
         "Boxes": _box_lines(report.boxes) if report.boxes is not None else [],
-        "To look at": _finding_lines(report),
+        "To look at": _issue_lines(report),
     }
     lines = []
     for title, entries in sections.items():
@@ -121,9 +121,9 @@ def _image_lines(report: Report) -> Lines:
         return lines
     formats = sorted(report.formats.items(), key=lambda item: -item[1])
     lines.append(("format", ", ".join(f"{name} ({count:,})" for name, count in formats)))
-    lines.append(("width", _spread(report.width, "px")))
-    lines.append(("height", _spread(report.height, "px")))
-    lines.append(("width / height", _spread(report.aspect_ratio)))
+    lines.append(("width", _min_median_max(report.width, "px")))
+    lines.append(("height", _min_median_max(report.height, "px")))
+    lines.append(("width / height", _min_median_max(report.aspect_ratio)))
     lines.append(("pixels", f"{_count(report.total_pixels)} in all"))
     size = _count(report.median_bytes or 0)
     lines.append(("file size", f"{size}B in the median, {_count(report.total_bytes)}B in all"))
@@ -131,15 +131,15 @@ def _image_lines(report: Report) -> Lines:
 
 
 def _box_lines(boxes: BoxReport) -> Lines:
-    lines = [("number", f"{boxes.num_boxes:,}"), ("per image", _spread(boxes.per_image))]
+    lines = [("number", f"{boxes.num_boxes:,}"), ("per image", _min_median_max(boxes.per_image))]
     lines.append(("empty images", f"{boxes.num_images_without:,}"))
     lines += _class_lines(boxes.class_counts, "boxes")
     if boxes.relative_size is None or boxes.patches_wanted is None:
         return lines
     limits = {"small": "below 32 x 32 px", "medium": "up to 96 x 96 px", "large": "above"}
-    shares = ", ".join(f"{name} {share:.0%} ({limits[name]})" for name, share in boxes.size_shares.items())
+    shares = ", ".join(f"{name} {share:.0%} ({limits[name]})" for name, share in boxes.size_fractions.items())
     lines.append(("sizes", shares))
-    lines.append(("relative size", f"{_spread(boxes.relative_size)}; 1 is as large as the image"))
+    lines.append(("relative size", f"{_min_median_max(boxes.relative_size)}; 1 is as large as the image"))
     grid = boxes.patches_wanted
     if grid > MAX_GRID:
         advice = (
@@ -178,7 +178,7 @@ def _class_lines(counts: Mapping[str, int], unit: str) -> Lines:
     return [("classes", f"{len(ranked)}{balance}"), *lines]
 
 
-def _finding_lines(report: Report) -> Lines:
+def _issue_lines(report: Report) -> Lines:
     lines = []
     if report.unreadable:
         lines.append((f"{len(report.unreadable):,}", "images that cannot be read; training skips them"))
@@ -208,16 +208,16 @@ def _where(places: Iterable[str]) -> Lines:
     return [("", f"  {name}") for name in [*names[:NAMES_SHOWN], *more]]
 
 
-def _spread(spread: Spread | None, unit: str = "") -> str:
+def _min_median_max(spread: MinMedianMax | None, unit: str = "") -> str:
     if spread is None:
         return "none"
     if spread.min == spread.max:
-        return f"{_figure(spread.min)} {unit}".strip() + ", all alike"
-    figures = f"{_figure(spread.min)} to {_figure(spread.max)} {unit}".strip()
-    return f"{figures}, median {_figure(spread.median)}"
+        return f"{_number(spread.min)} {unit}".strip() + ", all alike"
+    figures = f"{_number(spread.min)} to {_number(spread.max)} {unit}".strip()
+    return f"{figures}, median {_number(spread.median)}"
 
 
-def _figure(value: float) -> str:
+def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 or value == int(value) else f"{value:.3g}"
 
 

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
-from hf_vlm.data.io.files import display, read_bytes, reason
+from hf_vlm.data.io.files import error_text, read_bytes, redact_url
 from hf_vlm.data.io.image_header import ImageHeader, read_header, read_tiff_size
 
 __all__ = ["BadImageError", "decode_image", "read_image_bytes"]
@@ -81,7 +81,7 @@ def read_image_bytes(image: EncodedImage) -> bytes:
         try:
             data = read_bytes(data, limit=MAX_ENCODED_BYTES, num_waits=NUM_WAITS)
         except Exception as error:  # of many kinds for URLs
-            raise BadImageError(f"{_name(image)}: {reason(error)}") from error
+            raise BadImageError(f"{_name(image)}: {error_text(error)}") from error
     if not data:
         raise BadImageError(f"{_name(image)}: no bytes")
     return data
@@ -173,7 +173,7 @@ def _decode_with_pillow(data: bytes, num_channels: int) -> Array:
 def _name(image: object) -> str:
     """Path of an image for messages, or its first bytes where it has no path."""
     if isinstance(image, dict):
-        return display(image["path"]) if image.get("path") else _name(image.get("bytes"))
+        return redact_url(image["path"]) if image.get("path") else _name(image.get("bytes"))
     if isinstance(image, bytes):
         return f"image of {len(image)} bytes beginning with {image[:8]!r}"
-    return "image without bytes and path" if image is None else display(image)
+    return "image without bytes and path" if image is None else redact_url(image)

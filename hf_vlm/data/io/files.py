@@ -18,7 +18,7 @@ from upath import UPath
 __all__ = [
     "UnreachableError",
     "can_list",
-    "display",
+    "error_text",
     "exists",
     "expand_braces",
     "find_paths",
@@ -27,9 +27,9 @@ __all__ = [
     "join",
     "open_binary",
     "read_bytes",
-    "reason",
+    "redact",
+    "redact_url",
     "retried",
-    "without_secrets",
 ]
 
 logger = logging.getLogger(__name__)
@@ -59,23 +59,23 @@ def can_list(path: object) -> bool:
     return not str(path).startswith(("http://", "https://"))
 
 
-def display(path: object) -> str:
+def redact_url(path: object) -> str:
     """A path or URL for messages and records: without a password, and without the query, which may hold a key."""
     if not is_remote(path):
-        return ", ".join(map(display, path)) if isinstance(path, list) else str(path)
+        return ", ".join(map(redact_url, path)) if isinstance(path, list) else str(path)
     return URL.sub(r"\1\2", str(path))
 
 
-def without_secrets(text: str) -> str:
+def redact(text: str) -> str:
     """A text whose URLs are shown as `display` shows them."""
-    return re.sub(r"\w+://\S+", lambda found: display(found[0]), text)
+    return re.sub(r"\w+://\S+", lambda found: redact_url(found[0]), text)
 
 
-def reason(error: Exception) -> str:
+def error_text(error: Exception) -> str:
     """What an error of a file system says; URLs in it are shown as `display` shows them."""
     status = None if isinstance(error, UnreachableError) else _status(error)
     text = str(error) if status is None else f"the server answers with the status {status}"
-    return without_secrets(text or type(error).__name__)
+    return redact(text or type(error).__name__)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -121,7 +121,7 @@ def retried(path: object, read: Callable[[], Result], *, num_waits: int | None =
         except Exception as error:  # of many kinds: file systems have their own
             if not _may_pass(error):
                 raise
-            logger.warning("%s: %s; trying again in %g s", display(path), reason(error), wait)
+            logger.warning("%s: %s; trying again in %g s", redact_url(path), error_text(error), wait)
             time.sleep(wait)
     try:
         return read()
@@ -129,14 +129,14 @@ def retried(path: object, read: Callable[[], Result], *, num_waits: int | None =
         if not _may_pass(error):
             raise
         raise UnreachableError(
-            f"{reason(error)}, {len(waits) + 1} times in {sum(waits):g} s; see whether the server and the network "
+            f"{error_text(error)}, {len(waits) + 1} times in {sum(waits):g} s; see whether the server and the network "
             "are up, then start again"
         ) from error
 
 
 def is_folder(path: Path) -> bool:
     """Whether a path is a folder; of a web page with the ending of a file this is not asked: it may be sent whole."""
-    if not can_list(path) and PurePosixPath(display(path)).suffix:
+    if not can_list(path) and PurePosixPath(redact_url(path)).suffix:
         return False
     return path.is_dir()
 
@@ -190,7 +190,7 @@ def find_paths(source: str) -> list[Path]:
             for found in sorted(retried(pattern, functools.partial(file_system.glob, path)))
         ]
     if not paths:
-        raise ValueError(f"no file matches {display(source)}")
+        raise ValueError(f"no file matches {redact_url(source)}")
     return paths
 
 

@@ -11,14 +11,14 @@ import numpy as np
 __all__ = [
     "DIGITS",
     "LUMA",
-    "MIN_VISIBLE_SHARE",
+    "MIN_VISIBLE_FRACTION",
     "STRIP_WIDTH",
     "Canvas",
     "Pictures",
     "Scene",
-    "bounce",
     "load_pictures",
-    "turned",
+    "reflect",
+    "rotate_and_resize",
 ]
 
 Array = np.ndarray[Any, Any]
@@ -35,7 +35,7 @@ STRIP_WIDTH = 128  # pixels of the photograph
 CELL = 4  # pixels of a glyph for a pixel of the 8x8 digit
 GLYPH_SIZE = 10 * CELL  # the digit with an empty frame one cell wide
 SOLID = 128  # opacity from which a pixel belongs to the digit
-MIN_VISIBLE_SHARE = 0.2  # of a digit in a clip; what shows less is background
+MIN_VISIBLE_FRACTION = 0.2  # of a digit in a clip; what shows less is background
 LUMA = np.array([0.299, 0.587, 0.114])  # brightness of red, green, blue
 
 
@@ -92,7 +92,7 @@ class Canvas:
     def scene(self) -> Scene:
         """The finished image, with the truth about every digit of which enough is visible."""
         areas = np.array(self.visible)
-        shown = np.flatnonzero(areas >= np.maximum(1, MIN_VISIBLE_SHARE * np.array(self.painted)))
+        shown = np.flatnonzero(areas >= np.maximum(1, MIN_VISIBLE_FRACTION * np.array(self.painted)))
         categories, track_ids = np.array(self.digits, dtype=np.int64)[shown].T
         row_of = np.zeros(len(self.digits) + 1, dtype=np.uint8)
         row_of[shown + 1] = np.arange(1, len(shown) + 1)
@@ -154,7 +154,7 @@ def _glyph(image: Array) -> Array:
     return (np.clip((enlarged - 0.25) / 0.4, 0, 1) * 255).astype(np.uint8)
 
 
-def turned(glyph: Array, size: float, angle: float, *, shift: Array | float = 0.0) -> Array:
+def rotate_and_resize(glyph: Array, size: float, angle: float, *, shift: Array | float = 0.0) -> Array:
     """The glyph at a size and angle in a square of odd side, `shift` pixels off its centre."""
     scale = size / (8 * CELL)
     radians = math.radians(angle)
@@ -166,7 +166,7 @@ def turned(glyph: Array, size: float, angle: float, *, shift: Array | float = 0.
     return cv2.warpAffine(glyph, matrix, (2 * radius + 1, 2 * radius + 1), flags=cv2.INTER_LINEAR)
 
 
-def bounce(position: Array, length: Array | float) -> Array:
+def reflect(position: Array, length: Array | float) -> Array:
     """Fold positions into 0..length as if they were thrown back at both ends."""
     return length - np.abs(position % (2 * length) - length)
 

@@ -18,14 +18,14 @@ from hf_vlm.data.io.indexed import indexed_stream
 from hf_vlm.data.scenes.canvas import (
     DIGITS,
     LUMA,
-    MIN_VISIBLE_SHARE,
+    MIN_VISIBLE_FRACTION,
     STRIP_WIDTH,
     Canvas,
     Pictures,
     Scene,
-    bounce,
     load_pictures,
-    turned,
+    reflect,
+    rotate_and_resize,
 )
 from hf_vlm.data.schema import image_feature, objects_feature
 
@@ -47,7 +47,7 @@ SEMANTIC_CLASSES = ("background", *DIGITS)  # of the values of a semantic mask
 
 # Scenes in a split unless told otherwise: training has more than any run reads, evaluation must end.
 NUM_SAMPLES = {"train": 2**20, "validation": 1000, "test": 1000}
-NUM_TRIES = 12  # to find a free place for a digit
+MAX_PLACEMENT_ATTEMPTS = 12  # to find a free place for a digit
 JPEG_OPTIONS = (
     cv2.IMWRITE_JPEG_QUALITY,
     92,
@@ -83,7 +83,7 @@ class SceneSettings:
             (0, "max_rotation", self.max_rotation, 180),
             (0, "min_contrast", self.min_contrast, self.max_contrast),
             (0, "max_contrast", self.max_contrast, 0.8),
-            (0, "max_overlap", self.max_overlap, 1 - MIN_VISIBLE_SHARE),
+            (0, "max_overlap", self.max_overlap, 1 - MIN_VISIBLE_FRACTION),
             (8, "min_crop", self.min_crop, STRIP_WIDTH),
         ]
         for low, name, value, high in bounds:
@@ -137,16 +137,16 @@ def render_scene(seed: int, index: int, settings: SceneSettings, *, split: str =
     """
     pictures = load_pictures(split)
     rng = np.random.default_rng([list(NUM_SAMPLES).index(split), seed, index])
-    canvas = Canvas(_draw_view(rng, pictures, settings)(0.0))
+    canvas = Canvas(_sample_background(rng, pictures, settings)(0.0))
     for number in range(rng.integers(settings.min_digits, settings.max_digits, endpoint=True)):
-        category, glyph = _draw_glyph(rng, pictures, settings)
+        category, glyph = _sample_glyph(rng, pictures, settings)
         size = rng.uniform(settings.min_digit_size, settings.max_digit_size)
-        opacity = turned(glyph, size, rng.uniform(-settings.max_rotation, settings.max_rotation))
+        opacity = rotate_and_resize(glyph, size, rng.uniform(-settings.max_rotation, settings.max_rotation))
         left, top, width, height = cv2.boundingRect(opacity)
         opacity = opacity[top : top + height, left : left + width]
-        place = _draw_place(rng, canvas, opacity, settings)
+        place = _sample_position(rng, canvas, opacity, settings)
         if place is not None:
-            color = _draw_color(rng, canvas.brightness(opacity, *place), settings)
+            color = _sample_color(rng, canvas.brightness(opacity, *place), settings)
             canvas.paint(opacity, *place, color=color, category=category, track_id=number)
     return canvas.scene()
 
@@ -161,12 +161,12 @@ def render_clip(
     """
     pictures = load_pictures(split)
     rng = np.random.default_rng([len(NUM_SAMPLES) + list(NUM_SAMPLES).index(split), seed, index])
-    view = _draw_view(rng, pictures, settings)
+    view = _sample_background(rng, pictures, settings)
     pan = rng.uniform(-0.02, 0.02, 2)  # a frame, in parts of the way across the photograph
     count = int(rng.integers(settings.min_digits, settings.max_digits, endpoint=True))
-    glyphs = [_draw_glyph(rng, pictures, settings) for _ in range(count)]
+    glyphs = [_sample_glyph(rng, pictures, settings) for _ in range(count)]
     brightness = float(view(0.0).mean(axis=(0, 1)) @ LUMA)
-    colors = [_draw_color(rng, brightness, settings) for _ in range(count)]
+    colors = [_sample_color(rng, brightness, settings) for _ in range(count)]
     sizes = rng.uniform(settings.min_digit_size, settings.max_digit_size, (count, 1))
     starts = rng.uniform(0, settings.image_size, (count, 2))
     velocities = rng.uniform(-settings.max_speed, settings.max_speed, (count, 2))
@@ -176,10 +176,10 @@ def render_clip(
     frames = []
     for frame in range(num_frames):  # positions are closed forms of the frame: its rounding does not add up
         canvas = Canvas(view(frame * pan))
-        centers = sizes / 2 + bounce(starts + frame * velocities, settings.image_size - sizes)  # (count, 2)
+        centers = sizes / 2 + reflect(starts + frame * velocities, settings.image_size - sizes)  # (count, 2)
         for digit, (category, glyph) in enumerate(glyphs):
             whole, fraction = np.divmod(centers[digit], 1)
-            opacity = turned(glyph, sizes[digit, 0], angles[digit] + frame * spins[digit], shift=fraction)
+            opacity = rotate_and_resize(glyph, sizes[digit, 0], angles[digit] + frame * spins[digit], shift=fraction)
             x, y = (int(side) - opacity.shape[0] // 2 for side in whole)
             canvas.paint(opacity, x, y, color=colors[digit], category=category, track_id=digit)
         frames.append(canvas.scene())
@@ -219,11 +219,11 @@ def scenes_stream(
     )
     if masks:
         features |= {"mask": image_feature(), "instance_mask": image_feature()}
-    draw = functools.partial(_draw_example, seed=seed, settings=settings, split=split, masks=masks)
+    draw = functools.partial(_render_example, seed=seed, settings=settings, split=split, masks=masks)
     return indexed_stream(draw, num_samples, features)
 
 
-def _draw_example(index: int, *, seed: int, settings: SceneSettings, split: str, masks: bool) -> dict[str, Any]:
+def _render_example(index: int, *, seed: int, settings: SceneSettings, split: str, masks: bool) -> dict[str, Any]:
     scene = render_scene(seed, index, settings, split=split)
     example = {
         "image": _encoded(".jpg", scene.image[:, :, ::-1], JPEG_OPTIONS),
@@ -246,7 +246,7 @@ def _encoded(extension: str, image: Array, options: tuple[int, ...] = ()) -> dic
     return {"bytes": cv2.imencode(extension, image, options)[1].tobytes(), "path": None}
 
 
-def _draw_view(
+def _sample_background(
     rng: np.random.Generator, pictures: Pictures, settings: SceneSettings
 ) -> Callable[[Array | float], Array]:
     """Choose a piece of photograph and its light.
@@ -264,7 +264,7 @@ def _draw_view(
     free = np.array([STRIP_WIDTH - side, strip.shape[0] - side])
 
     def view(offset: Array | float) -> Array:
-        x, y = bounce(corner + offset, 1.0) * free
+        x, y = reflect(corner + offset, 1.0) * free
         step = side / size
         first = 0.5 * step - 0.5  # pixel centres lie on halves
         across = [-step, 0, x + side - 1 - first] if mirror else [step, 0, x + first]
@@ -277,24 +277,24 @@ def _draw_view(
     return view
 
 
-def _draw_glyph(rng: np.random.Generator, pictures: Pictures, settings: SceneSettings) -> tuple[int, Array]:
+def _sample_glyph(rng: np.random.Generator, pictures: Pictures, settings: SceneSettings) -> tuple[int, Array]:
     category = int(rng.integers(settings.num_classes))
     samples = pictures.glyphs[category]
     return category, samples[rng.integers(len(samples))]
 
 
-def _draw_place(
+def _sample_position(
     rng: np.random.Generator, canvas: Canvas, opacity: Array, settings: SceneSettings
 ) -> tuple[int, int] | None:
     limits = [settings.image_size - side for side in opacity.shape]
-    ys, xs = (rng.integers(0, limit, NUM_TRIES, endpoint=True).tolist() for limit in limits)
+    ys, xs = (rng.integers(0, limit, MAX_PLACEMENT_ATTEMPTS, endpoint=True).tolist() for limit in limits)
     for x, y in zip(xs, ys):
         if canvas.is_free(opacity, x, y, max_overlap=settings.max_overlap):
             return x, y
     return None
 
 
-def _draw_color(rng: np.random.Generator, brightness: float, settings: SceneSettings) -> Array:
+def _sample_color(rng: np.random.Generator, brightness: float, settings: SceneSettings) -> Array:
     """A colour, (3,) float32 in 0..255, whose brightness is the drawn contrast away from what lies below it."""
     contrast = 255 * rng.uniform(settings.min_contrast, settings.max_contrast)
     darker, brighter = brightness - contrast, brightness + contrast

@@ -11,17 +11,25 @@ import torch
 
 from hf_vlm.data.boxes import clean_boxes
 from hf_vlm.data.io.decode import decode_image
-from hf_vlm.data.transforms.image_ops import ColorStep, Normalizer, adjust_color, draw_color_jitter, flip, resize, turn
+from hf_vlm.data.transforms.image_ops import (
+    ColorStep,
+    Normalizer,
+    adjust_color,
+    flip,
+    resize,
+    rotate_quarter_turns,
+    sample_color_jitter,
+)
 from hf_vlm.data.transforms.objects import Objects, Span
 from hf_vlm.data.transforms.options import as_jitter, as_probability, as_range, as_size, build_settings
 
-__all__ = ["DetectionParameters", "DetectionSettings", "DetectionTransform", "draw_detection"]
+__all__ = ["DetectionParameters", "DetectionSettings", "DetectionTransform", "sample_detection"]
 
 logger = logging.getLogger(__name__)
 
 Array = np.ndarray[Any, Any]
 
-NUM_PLACES = 8  # tried for a window that keeps an object
+NUM_POSITIONS = 8  # tried for a window that keeps an object
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +37,9 @@ class DetectionSettings:
     """How training images are augmented.
 
     Args:
-        flip: Probability of a horizontal flip; 0 where left and right matter, as for digits.
-        vertical_flip: Probability of a vertical flip.
-        quarter_turns: Probability of a turn by 90, 180 or 270 degrees, for images without an up and down.
+        flip_probability: Probability of a horizontal flip; 0 where left and right matter, as for digits.
+        vertical_flip_probability: Probability of a vertical flip.
+        quarter_turn_probability: Probability of a turn by 90, 180 or 270 degrees, for images without an up and down.
         crop_probability: Of showing a window of the image instead of all of it.
         crop_scale: Range of the window's area as a share of the image's; above 1 the image is set into a larger canvas
             of the mean colour, which makes its objects small.
@@ -44,9 +52,9 @@ class DetectionSettings:
         ValueError: for a value out of its range.
     """
 
-    flip: float = 0.5
-    vertical_flip: float = 0.0
-    quarter_turns: float = 0.0
+    flip_probability: float = 0.5
+    vertical_flip_probability: float = 0.0
+    quarter_turn_probability: float = 0.0
     crop_probability: float = 0.5
     crop_scale: tuple[float, float] = (0.3, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -60,7 +68,14 @@ class DetectionSettings:
             "crop_ratio": as_range("crop_ratio", self.crop_ratio, low=0.0, high=math.inf),
             "jitter": as_jitter("jitter", self.jitter),
         }
-        names = ("flip", "vertical_flip", "quarter_turns", "crop_probability", "min_visible", "jitter_probability")
+        names = (
+            "flip_probability",
+            "vertical_flip_probability",
+            "quarter_turn_probability",
+            "crop_probability",
+            "min_visible",
+            "jitter_probability",
+        )
         for name in names:
             checked[name] = as_probability(name, getattr(self, name))
         for name, value in checked.items():
@@ -88,7 +103,7 @@ class DetectionParameters:
     color: tuple[ColorStep, ...] = ()
 
 
-def draw_detection(settings: DetectionSettings, rng: np.random.Generator) -> DetectionParameters:
+def sample_detection(settings: DetectionSettings, rng: np.random.Generator) -> DetectionParameters:
     """Draw one augmentation."""
     window = None
     places: tuple[tuple[float, float], ...] = ()
@@ -99,14 +114,14 @@ def draw_detection(settings: DetectionSettings, rng: np.random.Generator) -> Det
         window = math.sqrt(area / ratio), math.sqrt(area * ratio)
         if area <= 1:  # a crop does not stick out
             window = min(window[0], 1.0), min(window[1], 1.0)
-        places = tuple((y, x) for y, x in rng.random((NUM_PLACES, 2)).tolist())
+        places = tuple((y, x) for y, x in rng.random((NUM_POSITIONS, 2)).tolist())
     return DetectionParameters(
-        quarter_turns=int(rng.integers(1, 4)) if rng.random() < settings.quarter_turns else 0,
+        quarter_turns=int(rng.integers(1, 4)) if rng.random() < settings.quarter_turn_probability else 0,
         window=window,
         places=places,
-        flip=rng.random() < settings.flip,
-        vertical_flip=rng.random() < settings.vertical_flip,
-        color=draw_color_jitter(settings.jitter, rng) if rng.random() < settings.jitter_probability else (),
+        flip=rng.random() < settings.flip_probability,
+        vertical_flip=rng.random() < settings.vertical_flip_probability,
+        color=sample_color_jitter(settings.jitter, rng) if rng.random() < settings.jitter_probability else (),
     )
 
 
@@ -169,7 +184,7 @@ class DetectionTransform:
         return cls(size, train=train, settings=settings, **options)
 
     def __call__(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        parameters = draw_detection(self.settings, rng) if self.train else DetectionParameters()
+        parameters = sample_detection(self.settings, rng) if self.train else DetectionParameters()
         image, original_size = decode_image(
             example["image"], num_channels=self.num_channels, at_least=self._required_size(parameters)
         )
@@ -195,7 +210,7 @@ class DetectionTransform:
     def render(self, image: Array, objects: Objects, parameters: DetectionParameters) -> tuple[Array, Objects]:
         """Execute a drawn augmentation: the image (height, width, C) uint8 of the output size, and its objects."""
         if parameters.quarter_turns:
-            image = turn(image, parameters.quarter_turns)
+            image = rotate_quarter_turns(image, parameters.quarter_turns)
             objects = objects.turn(parameters.quarter_turns)
         (rows, columns), objects = self._choose_window(image, objects, parameters)
         shown = resize(

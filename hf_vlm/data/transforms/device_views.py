@@ -51,9 +51,9 @@ class DeviceViews:
         groups = {"pixel_values": transform.views, "local_pixel_values": transform.local_views}
         self.groups = {name: views for name, views in groups.items() if views}
 
-    def draw(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+    def sample(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         """The image (H, W, C) uint8 and the parameters of each group of views; draws what `ViewTransform` draws."""
-        image, drawn = self.transform.draw(example, rng)
+        image, drawn = self.transform.sample(example, rng)
         image = _bounded(image, self.transform.required_size(drawn))
         remaining = iter(drawn)
         packed = {
@@ -102,10 +102,10 @@ class DeviceViews:
         drawn = {name: values.flatten(0, 1) for name, values in drawn.items()}
         if any(view.needs_colors for view in settings):
             views = self._recolor(views, drawn, has_hue=any(view.jitter[3] > 0 for view in settings))
-        if any(view.blur > 0 for view in settings):
+        if any(view.blur_probability > 0 for view in settings):
             max_sigma = max(view.blur_sigma[1] for view in settings)
             views = _blur(views, blurred, drawn["sigma"], max_sigma, images.dtype)
-        if any(view.solarize > 0 for view in settings):
+        if any(view.solarize_probability > 0 for view in settings):
             inverted = (drawn["solarize"] > 0)[:, :, None, None] & (views >= 127.5)  # 128 when rounded
             views = torch.where(inverted, 255 - views, views)
         normalize = self.transform.normalize

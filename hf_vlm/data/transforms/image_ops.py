@@ -17,14 +17,14 @@ __all__ = [
     "ColorStep",
     "Normalizer",
     "adjust_color",
-    "draw_color_jitter",
     "flip",
     "fold_color",
     "gaussian_blur",
     "resize",
+    "rotate_quarter_turns",
+    "sample_color_jitter",
     "shrink",
     "solarize",
-    "turn",
 ]
 
 Array = np.ndarray[Any, Any]
@@ -67,13 +67,13 @@ def flip(image: Array, *, horizontal: bool, vertical: bool) -> Array:
     return cv2.flip(image, code).reshape(image.shape)
 
 
-def turn(image: Array, quarter_turns: int) -> Array:
+def rotate_quarter_turns(image: Array, quarter_turns: int) -> Array:
     """Turn counterclockwise, 1 to 3 times by 90 degrees."""
     turned = cv2.rotate(image, ROTATIONS[quarter_turns])
     return turned.reshape(*turned.shape[:2], image.shape[2])
 
 
-def draw_color_jitter(strengths: Sequence[float], rng: np.random.Generator) -> tuple[ColorStep, ...]:
+def sample_color_jitter(strengths: Sequence[float], rng: np.random.Generator) -> tuple[ColorStep, ...]:
     """Draw colour steps in random order.
 
     Args:

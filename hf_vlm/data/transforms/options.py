@@ -9,6 +9,16 @@ __all__ = ["as_jitter", "as_probability", "as_range", "as_size", "build_settings
 
 Settings = TypeVar("Settings")
 
+# Options of recipes of version 0.1 by what they are called now.
+RENAMED_OPTIONS = {
+    "flip": "flip_probability",
+    "vertical_flip": "vertical_flip_probability",
+    "quarter_turns": "quarter_turn_probability",
+    "grey": "grayscale_probability",
+    "blur": "blur_probability",
+    "solarize": "solarize_probability",
+}
+
 
 def check_keys(values: Mapping[str, Any], known: Iterable[str], *, where: str) -> None:
     """Refuse unknown names, with the nearest known one.
@@ -19,6 +29,8 @@ def check_keys(values: Mapping[str, Any], known: Iterable[str], *, where: str) -
     known = list(known)
     for key in values:
         if key not in known:
+            if (renamed := RENAMED_OPTIONS.get(key)) in known:
+                raise ValueError(f"The option {key!r} of {where} is now called {renamed!r}.")
             nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
             raise ValueError(
                 f"Unknown option {key!r} of {where}. Did you mean {nearest!r}? Known: {', '.join(known)}."

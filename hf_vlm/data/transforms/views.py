@@ -18,10 +18,10 @@ from hf_vlm.data.transforms.image_ops import (
     ColorStep,
     Normalizer,
     adjust_color,
-    draw_color_jitter,
     flip,
     gaussian_blur,
     resize,
+    sample_color_jitter,
     solarize,
 )
 from hf_vlm.data.transforms.options import as_jitter, as_probability, as_range, as_size, build_settings, check_keys
@@ -32,9 +32,9 @@ __all__ = [
     "ViewSettings",
     "ViewTransform",
     "crop_box",
-    "draw_view",
     "render_view",
     "required_size",
+    "sample_view",
 ]
 
 Array = np.ndarray[Any, Any]
@@ -48,14 +48,14 @@ class ViewSettings:
         size: Of the view, pixels or (height, width).
         crop_scale: Range of the crop's area as a share of the image's; drawn from the part of it that fits.
         crop_ratio: Range of the crop's width / height relative to the view's: how much the content is distorted.
-        flip: Probability of a horizontal flip.
-        vertical_flip: Probability of a vertical flip.
+        flip_probability: Probability of a horizontal flip.
+        vertical_flip_probability: Probability of a vertical flip.
         jitter: Strengths of brightness, contrast, saturation and hue, as in torchvision's ColorJitter.
         jitter_probability: Of the four together.
-        grey: Probability of losing the colours.
-        blur: Probability of a Gaussian blur.
+        grayscale_probability: Probability of losing the colours.
+        blur_probability: Probability of a Gaussian blur.
         blur_sigma: Range of its deviation, pixels of the view.
-        solarize: Probability of inverting all values from 128 on.
+        solarize_probability: Probability of inverting all values from 128 on.
 
     Raises:
         ValueError: for a value out of its range.
@@ -64,14 +64,14 @@ class ViewSettings:
     size: tuple[int, int]
     crop_scale: tuple[float, float] = (0.2, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: float = 0.5
-    vertical_flip: float = 0.0
+    flip_probability: float = 0.5
+    vertical_flip_probability: float = 0.0
     jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
     jitter_probability: float = 1.0
-    grey: float = 0.0
-    blur: float = 0.0
+    grayscale_probability: float = 0.0
+    blur_probability: float = 0.0
     blur_sigma: tuple[float, float] = (0.1, 2.0)
-    solarize: float = 0.0
+    solarize_probability: float = 0.0
 
     def __post_init__(self) -> None:
         checked: dict[str, Any] = {
@@ -81,14 +81,21 @@ class ViewSettings:
             "jitter": as_jitter("jitter", self.jitter),
             "blur_sigma": as_range("blur_sigma", self.blur_sigma, low=0.0, high=math.inf),
         }
-        for name in ("flip", "vertical_flip", "jitter_probability", "grey", "blur", "solarize"):
+        for name in (
+            "flip_probability",
+            "vertical_flip_probability",
+            "jitter_probability",
+            "grayscale_probability",
+            "blur_probability",
+            "solarize_probability",
+        ):
             checked[name] = as_probability(name, getattr(self, name))
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
     @property
     def needs_colors(self) -> bool:
-        return any(self.jitter) or self.grey > 0
+        return any(self.jitter) or self.grayscale_probability > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,22 +125,22 @@ class ViewParameters:
     solarize: bool = False
 
 
-def draw_view(settings: ViewSettings, rng: np.random.Generator) -> ViewParameters:
+def sample_view(settings: ViewSettings, rng: np.random.Generator) -> ViewParameters:
     """Draw one view."""
     low, high = settings.crop_ratio
-    color = draw_color_jitter(settings.jitter, rng) if rng.random() < settings.jitter_probability else ()
-    if rng.random() < settings.grey:
+    color = sample_color_jitter(settings.jitter, rng) if rng.random() < settings.jitter_probability else ()
+    if rng.random() < settings.grayscale_probability:
         color = (*color, ("saturation", 0.0))
     return ViewParameters(
         area=rng.random(),
         ratio=math.exp(rng.uniform(math.log(low), math.log(high))),
         y=rng.random(),
         x=rng.random(),
-        flip=rng.random() < settings.flip,
-        vertical_flip=rng.random() < settings.vertical_flip,
+        flip=rng.random() < settings.flip_probability,
+        vertical_flip=rng.random() < settings.vertical_flip_probability,
         color=color,
-        sigma=rng.uniform(*settings.blur_sigma) if rng.random() < settings.blur else 0.0,
-        solarize=rng.random() < settings.solarize,
+        sigma=rng.uniform(*settings.blur_sigma) if rng.random() < settings.blur_probability else 0.0,
+        solarize=rng.random() < settings.solarize_probability,
     )
 
 
@@ -188,7 +195,7 @@ class ViewTransform:
         local_views: Settings of each local (small) view; all of one size.
         image_mean: Of values in 0 to 1, one number or one a channel.
         image_std: Likewise.
-        num_channels: Of the images. Colour jitter and grey are for 3.
+        num_channels: Of the images. Colour jitter and grayscale are for 3.
 
     Raises:
         ValueError: for no view, views of different sizes, or colour operations on images without three channels.
@@ -210,8 +217,8 @@ class ViewTransform:
                 raise ValueError(f"Views of one batch must have one size, got {sorted(sizes)}.")
         if num_channels != 3 and any(settings.needs_colors for settings in (*views, *local_views)):
             raise ValueError(
-                f"jitter and grey need images of 3 channels, these have {num_channels}: set jitter to [0, 0, 0, 0] "
-                "and grey to 0."
+                f"jitter and grayscale_probability need images of 3 channels, these have {num_channels}: "
+                "set jitter to [0, 0, 0, 0] and grayscale_probability to 0."
             )
         self.views = tuple(views)
         self.local_views = tuple(local_views)
@@ -233,7 +240,7 @@ class ViewTransform:
         - `views`: a list with what is different in each view, instead of `num_views`;
         - `local`: what is different in local views, with their own `num_views`.
 
-        For example `{"num_views": 2, "size": 224, "crop_scale": [0.4, 1.0], "blur": 0.5,
+        For example `{"num_views": 2, "size": 224, "crop_scale": [0.4, 1.0], "blur_probability": 0.5,
         "local": {"num_views": 6, "size": 96, "crop_scale": [0.05, 0.4]}}`.
 
         Raises:
@@ -257,17 +264,17 @@ class ViewTransform:
         )
 
     def __call__(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        image, parameters = self.draw(example, rng)
+        image, parameters = self.sample(example, rng)
         num_views = len(self.views)
         views = {"pixel_values": self._render(image, self.views, parameters[:num_views])}
         if self.local_views:
             views["local_pixel_values"] = self._render(image, self.local_views, parameters[num_views:])
         return views
 
-    def draw(self, example: dict[str, Any], rng: np.random.Generator) -> tuple[Array, list[ViewParameters]]:
+    def sample(self, example: dict[str, Any], rng: np.random.Generator) -> tuple[Array, list[ViewParameters]]:
         """Draw all views, local ones last, and decode the image (H, W, C) uint8 as large as they need."""
         settings = (*self.views, *self.local_views)
-        parameters = [draw_view(view, rng) for view in settings]
+        parameters = [sample_view(view, rng) for view in settings]
         at_least = self.required_size(parameters)
         image, _ = decode_image(example["image"], num_channels=self.num_channels, at_least=at_least)
         return image, parameters

@@ -5,7 +5,7 @@ import json
 import fsspec
 import pytest
 
-from hf_vlm.data.formats.boxed_images import existing, map_files
+from hf_vlm.data.formats.boxed_images import existing_paths, map_files
 from hf_vlm.data.formats.coco import find_coco_files, open_coco
 
 
@@ -22,8 +22,8 @@ def test_existing_paths(tmp_path, remote):
         (root / "x").mkdir(parents=True, exist_ok=True)
         (root / "x" / "a.txt").write_text("a")
         paths = [root / "x" / "a.txt", root / "x" / "b.txt", root / "nowhere" / "a.txt"]
-        assert existing(paths) == {paths[0]}
-    assert existing([]) == set()
+        assert existing_paths(paths) == {paths[0]}
+    assert existing_paths([]) == set()
 
 
 def test_results_of_many_files_keep_their_order():

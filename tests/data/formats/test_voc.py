@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from hf_vlm.data.formats.voc import looks_like_voc, open_voc
-from hf_vlm.data.sources import class_names, guess_kind, open_stream
+from hf_vlm.data.sources import class_names, guess_format, open_stream
 
 BOX = "<bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox>"
 
@@ -56,7 +56,7 @@ def content(source, split="train"):
 @pytest.mark.parametrize("root", ["", "VOC2007", "VOCdevkit/VOC2012"])
 def test_devkit_with_splits(tmp_path, root):
     write_devkit(tmp_path / root, {"train": "ab", "val": "c", "trainval": "abc", "cat_train": "a"})
-    assert guess_kind(tmp_path) == "voc"
+    assert guess_format(tmp_path) == "voc"
     stream = open_stream(tmp_path)
     assert class_names(stream) == ["bird", "cat", "dog"]
     assert [example["image_id"] for example in stream] == [0, 1]
@@ -81,7 +81,7 @@ def test_files_beside_their_images_in_a_folder_a_split(tmp_path):
     for name, split in (("a", "train"), ("b", "train"), ("c", "valid")):
         write_image(tmp_path / split / f"{name}.jpg")
         write_xml(tmp_path / split / f"{name}.xml", OBJECTS[name])
-    assert guess_kind(tmp_path) == "voc"
+    assert guess_format(tmp_path) == "voc"
     assert content(tmp_path) == {name: EXPECTED[name] for name in "ab"}
     assert content(tmp_path, "val") == {"c": EXPECTED["c"]}
 
@@ -127,7 +127,7 @@ def test_missing_files_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"1 of 2 xml files have no image: .*b\.xml"):
         open_stream(tmp_path)
     with pytest.raises(ValueError, match="holds no xml files of Pascal VOC"):
-        open_stream(tmp_path / "JPEGImages", kind="voc")
+        open_stream(tmp_path / "JPEGImages", format="voc")
 
 
 def test_all_broken_files_are_named_at_once(tmp_path):
@@ -135,7 +135,7 @@ def test_all_broken_files_are_named_at_once(tmp_path):
         write_image(tmp_path / f"{name}.jpg")
         (tmp_path / f"{name}.xml").write_text("<annotation>")
     with pytest.raises(ValueError, match=r"2 of 2 xml files make no sense: .*a\.xml cannot .*b\.xml cannot"):
-        open_stream(tmp_path, kind="voc")
+        open_stream(tmp_path, format="voc")
 
 
 def test_entities_are_refused_in_any_encoding(tmp_path):
@@ -150,7 +150,7 @@ def test_annotations_in_small_letters(tmp_path):
     for name, objects in OBJECTS.items():
         write_image(tmp_path / "images" / f"{name}.png")
         write_xml(tmp_path / "annotations" / f"{name}.xml", objects)
-    assert guess_kind(tmp_path) == "voc"
+    assert guess_format(tmp_path) == "voc"
     assert content(tmp_path) == EXPECTED
 
 
@@ -165,7 +165,7 @@ def test_a_stray_xml_is_no_annotation(tmp_path):
     for name in ("cat/a.jpg", "dog/b.jpg"):
         write_image(tmp_path / name)
     (tmp_path / "notes.xml").write_text("<notes/>")
-    assert guess_kind(tmp_path) == "imagefolder"
+    assert guess_format(tmp_path) == "imagefolder"
 
 
 def test_a_remote_folder_opens_as_a_local_one(tmp_path):

@@ -398,7 +398,7 @@ def test_what_is_no_tar_is_named(tmp_path):
     with tarfile.open(tmp_path / "1.tar.gz", "w:gz"):
         pass
     with pytest.raises(ValueError, match="unpack it first"):
-        open_stream(tmp_path / "1.tar.gz", kind="webdataset")
+        open_stream(tmp_path / "1.tar.gz", format="webdataset")
 
 
 def test_no_tars_and_tars_without_a_common_folder_are_refused():

@@ -6,7 +6,7 @@ import yaml
 from PIL import Image
 
 from hf_vlm.data.formats.yolo import looks_like_yolo, open_yolo
-from hf_vlm.data.sources import class_names, guess_kind, open_stream
+from hf_vlm.data.sources import class_names, guess_format, open_stream
 
 LABELS = {
     "a": "1 0.5 0.5 1.0 1.0\n0 0.25 0.5 0.1 0.2\n",
@@ -48,7 +48,7 @@ def test_data_yaml(tmp_path, names, path):
     write(tmp_path, "images/train", "labels/train", "ab")
     write(tmp_path, "images/val", "labels/val", "c")
     write_yaml(tmp_path / "data.yaml", path=path, train="images/train", val=["images/val"], names=names)
-    assert guess_kind(tmp_path) == guess_kind(tmp_path / "data.yaml") == "yolo"
+    assert guess_format(tmp_path) == guess_format(tmp_path / "data.yaml") == "yolo"
     for source in (tmp_path, tmp_path / "data.yaml"):
         assert class_names(open_stream(source)) == ["cat", "dog", "bird"]
         assert content(source) == {name: EXPECTED[name] for name in "ab"}
@@ -72,7 +72,7 @@ def test_roboflow(tmp_path):
     assert content(tmp_path) == {name: EXPECTED[name] for name in "ab"}
     assert content(tmp_path, "val") == {"c": EXPECTED["c"]}
     (tmp_path / "data.yaml").unlink()
-    assert guess_kind(tmp_path) == "yolo"
+    assert guess_format(tmp_path) == "yolo"
     assert content(tmp_path, "val") == {"c": EXPECTED["c"]}
 
 
@@ -201,7 +201,7 @@ def test_what_is_not_yolo_is_not_taken_for_it(tmp_path):
     (tmp_path / "data.yaml").write_text("learning_rate: 1")
     (tmp_path / "labels").mkdir()
     Image.new("L", SIZE).save(tmp_path / "labels" / "a.png")
-    assert guess_kind(tmp_path) == "imagefolder"
+    assert guess_format(tmp_path) == "imagefolder"
 
 
 @pytest.mark.parametrize("has_yaml", [True, False])

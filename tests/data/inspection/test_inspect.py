@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hf_vlm.data.inspection.duplicates import alike_groups
+from hf_vlm.data.inspection.duplicates import near_duplicates
 from hf_vlm.data.inspection.inspect import format_report, inspect_stream
 from hf_vlm.data.schema import image_feature, objects_feature
 from hf_vlm.data.sources import open_stream
@@ -146,14 +146,14 @@ def test_pairs_within_two_bits_are_found_as_by_comparing_all():
         hashes[2000 + row] = hashes[row] ^ np.bitwise_or.reduce(np.uint64(1) << flips.astype(np.uint64), initial=0)
     colors = np.zeros((3000, 2, 2, 3), dtype=np.uint8)
     expected = [[row, 2000 + row] for row in range(1000) if row % 5 <= 2]
-    assert alike_groups(hashes, colors) == expected
+    assert near_duplicates(hashes, colors) == expected
     colors[2000:2500] += 13  # as many levels as no second copy differs by
-    assert alike_groups(hashes, colors) == [pair for pair in expected if pair[1] >= 2500]
+    assert near_duplicates(hashes, colors) == [pair for pair in expected if pair[1] >= 2500]
 
 
 def test_many_frames_of_a_still_scene_are_one_group():
     hashes = np.full(20_000, 12345, dtype=np.uint64)
-    groups = alike_groups(hashes, np.zeros((len(hashes), 2, 2, 3), dtype=np.uint8))
+    groups = near_duplicates(hashes, np.zeros((len(hashes), 2, 2, 3), dtype=np.uint8))
     assert [len(group) for group in groups] == [20_000]
 
 
@@ -178,7 +178,7 @@ def test_boxes_are_measured_against_the_decoded_image():
     assert (boxes.num_boxes, boxes.num_images_without) == (4, 1)
     assert (boxes.per_image.min, boxes.per_image.median, boxes.per_image.max) == (0, 1, 3)
     assert boxes.class_counts == {"ant": 2, "bee": 2, "cat": 0}
-    assert boxes.size_shares == {"small": 0.5, "medium": 0.25, "large": 0.25}
+    assert boxes.size_fractions == {"small": 0.5, "medium": 0.25, "large": 0.25}
     assert boxes.relative_size.min == pytest.approx(10 / 200)
     assert boxes.relative_size.median == pytest.approx((20 + 50) / 2 / 200)
     assert boxes.relative_size.max == pytest.approx(100 / 200)

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from hf_vlm.data.io.decode import decode_image
-from hf_vlm.data.sources import class_names, guess_kind, open_stream
+from hf_vlm.data.sources import class_names, guess_format, open_stream
 from hf_vlm.data.stream import ExampleStream
 
 SIZE = (40, 30)
@@ -114,7 +114,7 @@ def test_remote_folders_are_what_lies_on_disk(tmp_path, kind, upload):
     WRITERS[kind](tmp_path)
     url = upload(tmp_path)
     kind = "imagefolder" if kind == "metadata" else kind
-    assert guess_kind(url) == guess_kind(tmp_path) == kind
+    assert guess_format(url) == guess_format(tmp_path) == kind
     for split in [split for split in SPLITS if kind != "imagefolder" or (tmp_path / split).exists()] or ["train"]:
         local, remote = open_stream(tmp_path, split), open_stream(url, split)
         assert remote.features == local.features
@@ -135,7 +135,7 @@ def test_files_that_name_remote_images_are_sources_too(tmp_path, upload):
     write_yolo(tmp_path / "yolo")
     url = upload(tmp_path)
     for name in ("coco/annotations/instances_train.json", "yolo/data.yaml"):
-        assert guess_kind(f"{url}/{name}") == name.partition("/")[0]
+        assert guess_format(f"{url}/{name}") == name.partition("/")[0]
         local = list(open_stream(tmp_path / name))
         assert [example["objects"] for example in open_stream(f"{url}/{name}")] == [
             example["objects"] for example in local
@@ -159,18 +159,18 @@ def test_a_web_server_serves_what_names_its_files(tmp_path, serve):
             open_stream(f"{url}/yolo/data.yaml")
         for kind in ("imagefolder", "voc", "coco", "yolo"):
             with pytest.raises(
-                ValueError, match=rf"web servers cannot list .* of the kind '{kind}' need; give the COCO"
+                ValueError, match=rf"web servers cannot list .* of the format '{kind}' need; give the COCO"
             ):
-                open_stream(f"{url}/yolo", kind=kind)
-        with pytest.raises(ValueError, match="cannot be told from its name; give the kind of data"):
-            guess_kind(f"{url}/yolo")
+                open_stream(f"{url}/yolo", format=kind)
+        with pytest.raises(ValueError, match="cannot be told from its name; give the format"):
+            guess_format(f"{url}/yolo")
 
 
 def test_mistakes_in_remote_folders_are_named(tmp_path, upload):
     write_voc(tmp_path)
     url = upload(tmp_path)
     with pytest.raises(ValueError, match=r"memory://bucket/data\.v2 does not exist; did you mean '.*data\.v1'"):
-        open_stream("memory://bucket/data.v2", kind="voc")
+        open_stream("memory://bucket/data.v2", format="voc")
     with pytest.raises(ValueError, match=r"memory://bucket/data\.v2 does not exist"):
         open_stream("memory://bucket/data.v2")
     with pytest.raises(ValueError, match=r"memory://bucket/data\.v1 has no split 'test'; it has train, validation"):

@@ -48,7 +48,7 @@ def encoded(example, generator=None):
 def test_a_file_goes_on_where_it_failed(tmp_path, serve, write_tar, name, failure, caplog):
     contents = write_noise(tmp_path, write_tar)
     with serve(tmp_path, lambda number: failure if number % 8 > 4 else None) as (url, counts):
-        stream = open_stream(f"{url}/{name}?key=secret", kind="webdataset" if name.endswith("tar") else "parquet")
+        stream = open_stream(f"{url}/{name}?key=secret", format="webdataset" if name.endswith("tar") else "parquet")
         assert [example["image"]["bytes"] for example in stream] == contents
         assert counts["all"] > 12
     assert re.search(rf"http://127\.0\.0\.1:\d+/{name}: .*; trying again in 0\.001 s", caplog.text)
@@ -120,7 +120,7 @@ def test_images_whose_server_is_gone_are_counted_and_skipped(tmp_path, serve, ca
             open_stream(tmp_path / "0.parquet"),
             lambda example, generator: {"pixels": decode_image(example["image"])[0]},
             repeat=False,
-            max_bad_share=1.0,
+            max_bad_fraction=1.0,
         )
         assert len(list(stream)) == 1
     progress = stream.state_dict()["progress"]

@@ -10,8 +10,8 @@ from PIL import Image
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from hf_vlm.data.io.decode import decode_image
-from hf_vlm.data.io.files import display, expand_braces, find_paths, join
-from hf_vlm.data.sources import guess_kind, open_stream
+from hf_vlm.data.io.files import expand_braces, find_paths, join, redact_url
+from hf_vlm.data.sources import guess_format, open_stream
 from hf_vlm.data.stream import ExampleStream
 
 
@@ -43,9 +43,9 @@ def test_parquet_over_http_is_what_lies_on_disk(tmp_path, serve):
     write_parquet(tmp_path)
     with serve(tmp_path) as (url, _):
         source = url + "/train-{00000..00001}.parquet"
-        assert guess_kind(source) == "parquet"
+        assert guess_format(source) == "parquet"
         assert list(open_stream(source)) == list(open_stream(tmp_path))
-        assert len(list(open_stream(url + "/train-00001.parquet?key=abc", kind="parquet"))) == 20
+        assert len(list(open_stream(url + "/train-00001.parquet?key=abc", format="parquet"))) == 20
 
 
 def test_the_first_rows_are_read_without_the_rest(tmp_path, serve):
@@ -120,7 +120,7 @@ def test_images_by_url_are_decoded_and_missing_ones_counted(tmp_path, caplog, se
             open_stream(tmp_path / "0.parquet"),
             lambda example, generator: {"pixels": decode_image(example["image"])[0]},
             repeat=False,
-            max_bad_share=1.0,
+            max_bad_fraction=1.0,
         )
         images = [example["pixels"] for example in stream]
     assert len(images) == 3
@@ -140,16 +140,16 @@ def test_what_cannot_be_reached_is_named_without_keys(tmp_path, write_shards, se
         open_stream(f"{url}/train.tar")  # the server is gone
     for kind in (None, "imagefolder"):
         with pytest.raises(ValueError, match="memory://images does not exist"):
-            open_stream("memory://images", kind=kind)
+            open_stream("memory://images", format=kind)
     with pytest.raises(ValueError, match="Unsupported filesystem: 'nowhere'"):
         open_stream("nowhere://images/0.tar")
 
 
 def test_passwords_and_queries_are_not_shown():
-    assert display("https://me:secret@host:8/a.tar?sig=1#x") == "https://host:8/a.tar"
-    assert display("s3://key:secret@bucket/a.tar") == "s3://bucket/a.tar"
-    assert display("http://[broken?sig=1") == "http://[broken"
-    assert display("/folder/a?b") == "/folder/a?b"
+    assert redact_url("https://me:secret@host:8/a.tar?sig=1#x") == "https://host:8/a.tar"
+    assert redact_url("s3://key:secret@bucket/a.tar") == "s3://bucket/a.tar"
+    assert redact_url("http://[broken?sig=1") == "http://[broken"
+    assert redact_url("/folder/a?b") == "/folder/a?b"
 
 
 @pytest.mark.parametrize("kind", ["parquet", "webdataset"])
@@ -193,7 +193,7 @@ def test_relative_paths_of_images_start_from_the_folder_of_their_rows(tmp_path, 
             f"{url}/rows/0.parquet",
             "memory://remote/rows/*.parquet",
         ):
-            images = [decode_image(example["image"])[0] for example in open_stream(source, kind="parquet")]
+            images = [decode_image(example["image"])[0] for example in open_stream(source, format="parquet")]
             assert [image[0, 0, 0] for image in images] == [1, 2, 2, 2]
 
 

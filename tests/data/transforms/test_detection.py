@@ -9,7 +9,12 @@ import torch
 from PIL import Image
 
 from hf_vlm.data.io.decode import BadImageError
-from hf_vlm.data.transforms.detection import DetectionParameters, DetectionSettings, DetectionTransform, draw_detection
+from hf_vlm.data.transforms.detection import (
+    DetectionParameters,
+    DetectionSettings,
+    DetectionTransform,
+    sample_detection,
+)
 from hf_vlm.data.transforms.image_ops import adjust_color, resize
 
 NORMALIZE = {"image_mean": 0.25, "image_std": 0.25}  # a dark mean, so that padding is no rectangle
@@ -17,7 +22,12 @@ HEIGHT, WIDTH = 120, 160
 # x, y, width, height; each rectangle has a channel of its own
 BOXES = [[10, 20, 40, 30], [90, 10, 50, 60], [30, 70, 90, 40]]
 EVERYTHING = DetectionSettings(
-    flip=0.5, vertical_flip=0.5, quarter_turns=0.7, crop_probability=0.8, crop_scale=(0.1, 2.0), min_visible=0.3
+    flip_probability=0.5,
+    vertical_flip_probability=0.5,
+    quarter_turn_probability=0.7,
+    crop_probability=0.8,
+    crop_scale=(0.1, 2.0),
+    min_visible=0.3,
 )
 
 
@@ -139,7 +149,7 @@ def test_labels_are_those_of_the_source():
 
 
 def test_crowds_are_no_training_targets():
-    plain = DetectionSettings(flip=0, crop_probability=0)
+    plain = DetectionSettings(flip_probability=0, crop_probability=0)
     transform = DetectionTransform(64, train=True, settings=plain, **NORMALIZE)
     labels = transform(make_example(iscrowd=[0, 1, 0]), np.random.default_rng(0))["labels"]
     assert labels["class_labels"].tolist() == [0, 2]
@@ -179,7 +189,7 @@ def test_degenerate_boxes_are_dropped_with_all_that_is_theirs(caplog):
 
 def test_a_window_that_loses_all_objects_is_drawn_elsewhere_or_not_at_all():
     boxes = [[0, 0, 8, 8]]
-    settings = DetectionSettings(flip=0, crop_probability=1, crop_scale=(0.1, 0.1), crop_ratio=(1, 1))
+    settings = DetectionSettings(flip_probability=0, crop_probability=1, crop_scale=(0.1, 0.1), crop_ratio=(1, 1))
     transform = DetectionTransform(64, train=True, settings=settings, **NORMALIZE)
     shares = []
     for seed in range(40):
@@ -205,10 +215,12 @@ def test_a_larger_window_is_filled_with_the_mean_colour():
 def test_colours_are_those_of_the_drawn_steps():
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
-    settings = DetectionSettings(flip=0, crop_probability=0, jitter=(0.4, 0.4, 0.4, 0.1), jitter_probability=1)
+    settings = DetectionSettings(
+        flip_probability=0, crop_probability=0, jitter=(0.4, 0.4, 0.4, 0.1), jitter_probability=1
+    )
     transform = DetectionTransform((50, 70), train=True, settings=settings, **NORMALIZE)
     transformed = transform(make_example(image=image), np.random.default_rng(3))
-    steps = draw_detection(settings, np.random.default_rng(3)).color
+    steps = sample_detection(settings, np.random.default_rng(3)).color
     assert len(steps) == 4
     expected = adjust_color(resize(image, (50, 70)), steps).transpose(2, 0, 1) / 255
     np.testing.assert_allclose(denormalize(transformed["pixel_values"]), expected, atol=1e-5)
@@ -223,9 +235,11 @@ def test_transform_depends_on_the_generator_alone():
 
 
 def test_drawn_windows_have_the_area_and_shape_asked_for():
-    settings = DetectionSettings(crop_probability=0.4, crop_scale=(0.2, 0.5), crop_ratio=(0.5, 2.0), quarter_turns=0.3)
+    settings = DetectionSettings(
+        crop_probability=0.4, crop_scale=(0.2, 0.5), crop_ratio=(0.5, 2.0), quarter_turn_probability=0.3
+    )
     rng = np.random.default_rng(0)
-    drawn = [draw_detection(settings, rng) for _ in range(2000)]
+    drawn = [sample_detection(settings, rng) for _ in range(2000)]
     windows = np.array([parameters.window for parameters in drawn if parameters.window])
     assert abs(len(windows) / 2000 - 0.4) < 0.04
     assert 0.2 <= windows.prod(axis=1).min() < 0.21
@@ -270,7 +284,7 @@ def test_an_undecodable_image_is_a_bad_image():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"flips": 0.5}, "'flips' of the detection augmentation.*'flip'"),
+        ({"flip_probabilty": 0.5}, "'flip_probabilty' of the detection augmentation.*'flip_probability'"),
         ({"crop_scale": [0.0, 1.0]}, "crop_scale must be a pair"),
         ({"min_visible": 1.5}, "min_visible must lie in 0 to 1"),
         ({"jitter": 0.4}, "jitter must be four strengths"),
@@ -282,7 +296,9 @@ def test_wrong_settings_are_explained(values, message):
 
 
 def test_settings_come_from_plain_values():
-    values = {"flip": 0, "crop_scale": [0.5, 1], "jitter": [0.1, 0.2, 0.3, 0.05]}
+    values = {"flip_probability": 0, "crop_scale": [0.5, 1], "jitter": [0.1, 0.2, 0.3, 0.05]}
     transform = DetectionTransform.from_dict(values, size=[32, 64], train=True, **NORMALIZE)
     assert transform.size == (32, 64)
-    assert transform.settings == DetectionSettings(flip=0.0, crop_scale=(0.5, 1.0), jitter=(0.1, 0.2, 0.3, 0.05))
+    assert transform.settings == DetectionSettings(
+        flip_probability=0.0, crop_scale=(0.5, 1.0), jitter=(0.1, 0.2, 0.3, 0.05)
+    )

@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader
 
 from hf_vlm.data.transforms.device_views import DeviceViews, blur_matrix, resize_matrix, shift_hue
 from hf_vlm.data.transforms.image_ops import resize, shrink
-from hf_vlm.data.transforms.views import ViewTransform, draw_view, render_view, required_size
+from hf_vlm.data.transforms.views import ViewTransform, render_view, required_size, sample_view
 
 BASE = {"size": [64, 48], "num_views": 2, "local": {"num_views": 3, "size": [20, 32], "crop_scale": [0.05, 0.4]}}
-COLOR = {"jitter": [0.4, 0.4, 0.4, 0.1], "jitter_probability": 0.8, "grey": 0.2}
+COLOR = {"jitter": [0.4, 0.4, 0.4, 0.1], "jitter_probability": 0.8, "grayscale_probability": 0.2}
 
 
 def encode(image):
@@ -37,14 +37,14 @@ def both(options, images, dtype=None, num_channels=3):
     """Grey levels of all views by either executor, from the same images: {name: (B, V, C, h, w)} each."""
     transform = ViewTransform.from_dict(BASE | options, image_mean=0.0, image_std=1 / 255, num_channels=num_channels)
     views = DeviceViews(transform, dtype)
-    drawn = [views.draw(encode(image), np.random.default_rng(seed)) for seed, image in enumerate(images)]
+    drawn = [views.sample(encode(image), np.random.default_rng(seed)) for seed, image in enumerate(images)]
     rendered = {name: values.numpy().astype(float) for name, values in views.render(views.collate(drawn)).items()}
     expected = {name: [] for name in rendered}
     for seed, example in enumerate(drawn):
         rng = np.random.default_rng(seed)
         for name, settings in views.groups.items():
             image = example["image"].numpy()
-            expected[name].append([render_view(image, view, draw_view(view, rng)) for view in settings])
+            expected[name].append([render_view(image, view, sample_view(view, rng)) for view in settings])
     return rendered, {name: np.array(values).transpose(0, 1, 4, 2, 3) for name, values in expected.items()}
 
 
@@ -52,17 +52,17 @@ def both(options, images, dtype=None, num_channels=3):
 @pytest.mark.parametrize(
     "options",
     [
-        {"flip": 0.0},
-        {"flip": 0.5, "vertical_flip": 0.5},
+        {"flip_probability": 0.0},
+        {"flip_probability": 0.5, "vertical_flip_probability": 0.5},
         {"crop_ratio": [0.3, 3.0], "crop_scale": [0.01, 1.0]},
         {"jitter": [0.4, 0, 0, 0]},
         {"jitter": [0, 0.4, 0, 0]},
         {"jitter": [0, 0, 0.4, 0]},
-        {"grey": 0.5},
-        {"blur": 1.0},
-        {"blur": 0.5, "blur_sigma": [0.5, 9.0]},
-        {"solarize": 0.5},
-        {"views": [{"blur": 1.0}, {"blur": 0.1, "solarize": 0.3}]},
+        {"grayscale_probability": 0.5},
+        {"blur_probability": 1.0},
+        {"blur_probability": 0.5, "blur_sigma": [0.5, 9.0]},
+        {"solarize_probability": 0.5},
+        {"views": [{"blur_probability": 1.0}, {"blur_probability": 0.1, "solarize_probability": 0.3}]},
     ],
     ids=str,
 )
@@ -78,7 +78,7 @@ def test_views_of_a_batch_are_those_made_one_by_one(options, dtype):
 
 
 def test_steps_of_colour_amplify_what_was_rounded():
-    rendered, expected = both({"jitter": [0.4, 0.4, 0.4, 0], "grey": 0.3}, photos() * 3)
+    rendered, expected = both({"jitter": [0.4, 0.4, 0.4, 0], "grayscale_probability": 0.3}, photos() * 3)
     for name, views in rendered.items():
         difference = np.abs(views - expected[name])
         assert difference.max() <= 3  # half a level or one of the resize, times at most 1.4 for each step
@@ -88,7 +88,9 @@ def test_steps_of_colour_amplify_what_was_rounded():
 
 # One by one, hue and saturation have 8 bits: a step of hue is up to six levels of a saturated colour.
 @pytest.mark.parametrize(
-    "options", [{"jitter": [0, 0, 0, 0.5]}, COLOR, COLOR | {"blur": 0.5, "solarize": 0.2}], ids=str
+    "options",
+    [{"jitter": [0, 0, 0, 0.5]}, COLOR, COLOR | {"blur_probability": 0.5, "solarize_probability": 0.2}],
+    ids=str,
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_hue_differs_by_the_steps_of_eight_bits(options, dtype):
@@ -102,32 +104,34 @@ def test_hue_differs_by_the_steps_of_eight_bits(options, dtype):
 
 
 def test_images_of_one_channel():
-    rendered, expected = both({"blur": 0.5, "solarize": 0.5}, [image[..., :1].copy() for image in photos()], None, 1)
+    rendered, expected = both(
+        {"blur_probability": 0.5, "solarize_probability": 0.5}, [image[..., :1].copy() for image in photos()], None, 1
+    )
     for name, views in rendered.items():
         assert np.abs(views - expected[name]).max() <= 2
 
 
 def test_images_of_many_channels_are_resized_and_blurred_alike():
     transform = ViewTransform.from_dict(
-        BASE | {"blur": 1.0}, image_mean=[0.1] * 5, image_std=[0.2] * 5, num_channels=5
+        BASE | {"blur_probability": 1.0}, image_mean=[0.1] * 5, image_std=[0.2] * 5, num_channels=5
     )
     image = np.random.default_rng(0).integers(0, 256, (90, 100, 5), dtype=np.uint8)
-    transform.draw = lambda example, rng: (image, [draw_view(view, rng) for view in settings])
+    transform.sample = lambda example, rng: (image, [sample_view(view, rng) for view in settings])
     settings = (*transform.views, *transform.local_views)
     views = DeviceViews(transform)
-    rendered = views.render(views.collate([views.draw({}, np.random.default_rng(3))]))
+    rendered = views.render(views.collate([views.sample({}, np.random.default_rng(3))]))
     rng = np.random.default_rng(3)
     for name, group in views.groups.items():
         for view, setting in zip(rendered[name][0], group):
-            expected = render_view(image, setting, draw_view(setting, rng)).transpose(2, 0, 1)
+            expected = render_view(image, setting, sample_view(setting, rng)).transpose(2, 0, 1)
             assert np.abs((view.numpy() * 0.2 + 0.1) * 255 - expected).max() <= 2
 
 
 def test_batches_depend_on_their_examples_alone():
     """An image's views are the same whatever it is padded to, and in a worker's shared memory."""
-    transform = ViewTransform.from_dict(BASE | COLOR | {"blur": 0.5}, image_mean=0.5, image_std=0.25)
+    transform = ViewTransform.from_dict(BASE | COLOR | {"blur_probability": 0.5}, image_mean=0.5, image_std=0.25)
     views = DeviceViews(transform)
-    drawn = [views.draw(encode(image), np.random.default_rng(seed)) for seed, image in enumerate(photos())]
+    drawn = [views.sample(encode(image), np.random.default_rng(seed)) for seed, image in enumerate(photos())]
     together = views.render(views.collate(drawn))
     for index, example in enumerate(drawn):
         for name, values in views.render(views.collate([example])).items():
@@ -180,12 +184,12 @@ def test_large_images_are_sent_smaller_and_still_large_enough():
     views = DeviceViews(transform)
     photo = load_sample_images().images[0].copy()
     for seed in range(5):
-        sent = views.draw(encode(photo), np.random.default_rng(seed))["image"]
-        drawn = draw_view(transform.views[0], np.random.default_rng(seed))
+        sent = views.sample(encode(photo), np.random.default_rng(seed))["image"]
+        drawn = sample_view(transform.views[0], np.random.default_rng(seed))
         needed = required_size(transform.views[0], drawn)[0]
         assert needed <= sent.shape[0] < 1.5 * needed  # from a fifth on, whole parts lie close together
         assert abs(sent.shape[1] / sent.shape[0] - 640 / 427) < 0.05
     panorama = np.tile(resize(photo, (60, 90)), (1, 50, 1))
-    assert views.draw(encode(panorama), np.random.default_rng(0))["image"].shape[1] <= 4 * 64
+    assert views.sample(encode(panorama), np.random.default_rng(0))["image"].shape[1] <= 4 * 64
     line = np.zeros((1, 4000, 3), dtype=np.uint8)
-    assert views.draw(encode(line), np.random.default_rng(0))["image"].shape[0] == 1
+    assert views.sample(encode(line), np.random.default_rng(0))["image"].shape[0] == 1

@@ -12,12 +12,12 @@ from sklearn.datasets import load_sample_images
 from hf_vlm.data.transforms.image_ops import (
     Normalizer,
     adjust_color,
-    draw_color_jitter,
     flip,
     gaussian_blur,
     resize,
+    rotate_quarter_turns,
+    sample_color_jitter,
     solarize,
-    turn,
 )
 
 SLOPE = 0.7
@@ -101,7 +101,7 @@ def test_flip_and_turn_are_numpys():
         np.testing.assert_array_equal(flip(image, horizontal=True, vertical=True), image[::-1, ::-1])
         assert flip(image, horizontal=False, vertical=False) is image
         for quarter_turns in (1, 2, 3):
-            np.testing.assert_array_equal(turn(image, quarter_turns), np.rot90(image, quarter_turns))
+            np.testing.assert_array_equal(rotate_quarter_turns(image, quarter_turns), np.rot90(image, quarter_turns))
 
 
 def adjust_in_float(image, steps):
@@ -181,7 +181,7 @@ def test_contrast_after_hue_uses_the_mean_after_hue(muted):
 
 def test_jitter_is_drawn_within_its_strengths_in_every_order():
     rng = np.random.default_rng(0)
-    drawn = [draw_color_jitter((0.4, 0.3, 0.2, 0.1), rng) for _ in range(600)]
+    drawn = [sample_color_jitter((0.4, 0.3, 0.2, 0.1), rng) for _ in range(600)]
     assert len({tuple(name for name, _ in steps) for steps in drawn}) == 24
     for name, low, high in (
         ("brightness", 0.6, 1.4),
@@ -193,7 +193,7 @@ def test_jitter_is_drawn_within_its_strengths_in_every_order():
         assert low <= values.min() < low + 0.01 * (high - low) + 1e-3
         assert high >= values.max() > high - 0.01 * (high - low) - 1e-3
         assert abs(values.mean() - (low + high) / 2) < 0.05 * (high - low)
-    assert {name for name, _ in draw_color_jitter((0, 0.3, 0, 0), rng)} == {"contrast"}
+    assert {name for name, _ in sample_color_jitter((0, 0.3, 0, 0), rng)} == {"contrast"}
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.5, 1.0, 1.7, 2.0, 4.0])

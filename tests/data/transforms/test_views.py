@@ -15,9 +15,9 @@ from hf_vlm.data.transforms.views import (
     ViewSettings,
     ViewTransform,
     crop_box,
-    draw_view,
     render_view,
     required_size,
+    sample_view,
 )
 
 NORMALIZE = {"image_mean": 0.5, "image_std": 0.25}
@@ -25,11 +25,11 @@ SIMCLR = {
     "num_views": 2,
     "size": 32,
     "crop_scale": [0.2, 1.0],
-    "flip": 0.5,
+    "flip_probability": 0.5,
     "jitter": [0.4, 0.4, 0.4, 0.1],
     "jitter_probability": 0.8,
-    "grey": 0.2,
-    "blur": 0.5,
+    "grayscale_probability": 0.2,
+    "blur_probability": 0.5,
 }
 
 
@@ -63,7 +63,7 @@ def test_crops_have_the_drawn_area_shape_and_place(size, view):
     settings = ViewSettings(size=view, crop_scale=(0.2, 0.6))
     rng = np.random.default_rng(0)
     for _ in range(200):
-        parameters = draw_view(settings, rng)
+        parameters = sample_view(settings, rng)
         top, left, height, width = crop_box(settings, parameters, *size)
         assert 0 <= top <= top + height <= size[0]
         assert 0 <= left <= left + width <= size[1]
@@ -104,7 +104,7 @@ def test_crops_are_distributed_as_torchvisions(scale):
     height = width = 600
     settings = ViewSettings(size=64, crop_scale=scale)
     rng = np.random.default_rng(0)
-    ours = [crop_box(settings, draw_view(settings, rng), height, width) for _ in range(4000)]
+    ours = [crop_box(settings, sample_view(settings, rng), height, width) for _ in range(4000)]
     theirs = [random_resized_crop(scale, (3 / 4, 4 / 3), height, width, rng) for _ in range(4000)]
     expected = figures_of_crops([box for box in theirs if box is not None], height, width)
     for name, values in figures_of_crops(ours, height, width).items():
@@ -122,7 +122,7 @@ def test_required_size_is_enough_for_every_shape_and_no_waste():
         view = (int(rng.integers(16, 300)), int(rng.integers(16, 300)))
         scale = sorted(rng.uniform(0.05, 1.0, 2))
         settings = ViewSettings(size=view, crop_scale=tuple(scale), crop_ratio=(0.5, 2.0))
-        parameters = draw_view(settings, rng)
+        parameters = sample_view(settings, rng)
         height, width = required_size(settings, parameters)
         # The smallest image of any shape that satisfies the bound.
         stretch = np.exp(rng.uniform(0, 2))
@@ -140,7 +140,7 @@ def test_rendered_pixels_come_from_the_crop(view):
     rng = np.random.default_rng(1)
     image = ramp(240, 250)
     for _ in range(10):
-        parameters = draw_view(settings, rng)
+        parameters = sample_view(settings, rng)
         top, left, height, width = crop_box(settings, parameters, 240, 250)
         rendered = render_view(image, settings, parameters).astype(float)
         rows = top + (np.arange(view[0]) + 0.5) * height / view[0] - 0.5
@@ -180,23 +180,23 @@ def test_the_image_itself_is_never_changed():
 def test_probabilities_are_those_asked_for():
     settings = ViewSettings(
         size=8,
-        flip=0.3,
-        vertical_flip=0.1,
+        flip_probability=0.3,
+        vertical_flip_probability=0.1,
         jitter=(0.4, 0, 0, 0),
         jitter_probability=0.8,
-        grey=0.2,
-        blur=0.6,
-        solarize=0.4,
+        grayscale_probability=0.2,
+        blur_probability=0.6,
+        solarize_probability=0.4,
     )
     rng = np.random.default_rng(0)
-    drawn = [draw_view(settings, rng) for _ in range(4000)]
+    drawn = [sample_view(settings, rng) for _ in range(4000)]
     shares = {
-        "flip": (np.mean([view.flip for view in drawn]), 0.3),
-        "vertical_flip": (np.mean([view.vertical_flip for view in drawn]), 0.1),
+        "flip_probability": (np.mean([view.flip for view in drawn]), 0.3),
+        "vertical_flip_probability": (np.mean([view.vertical_flip for view in drawn]), 0.1),
         "jitter": (np.mean([any(name == "brightness" for name, _ in view.color) for view in drawn]), 0.8),
-        "grey": (np.mean([("saturation", 0.0) in view.color for view in drawn]), 0.2),
-        "blur": (np.mean([view.sigma > 0 for view in drawn]), 0.6),
-        "solarize": (np.mean([view.solarize for view in drawn]), 0.4),
+        "grayscale_probability": (np.mean([("saturation", 0.0) in view.color for view in drawn]), 0.2),
+        "blur_probability": (np.mean([view.sigma > 0 for view in drawn]), 0.6),
+        "solarize_probability": (np.mean([view.solarize for view in drawn]), 0.4),
     }
     for name, (share, expected) in shares.items():
         assert abs(share - expected) < 0.03, name
@@ -216,7 +216,7 @@ def test_transform_renders_and_normalises_each_view():
     assert pixel_values.dtype == torch.float32
     rng = np.random.default_rng(4)
     for view, settings in zip(pixel_values, transform.views):
-        drawn = draw_view(settings, rng)
+        drawn = sample_view(settings, rng)
         expected = render_view(image, settings, drawn).transpose(2, 0, 1)
         np.testing.assert_allclose(denormalize(view), expected, atol=1e-3)
     assert not torch.equal(pixel_values[0], pixel_values[1])
@@ -245,13 +245,13 @@ def test_views_may_differ_and_local_views_have_their_own_size():
         {
             "size": 32,
             "crop_scale": [0.4, 1.0],
-            "views": [{"blur": 1.0}, {"blur": 0.1, "solarize": 0.2}],
+            "views": [{"blur_probability": 1.0}, {"blur_probability": 0.1, "solarize_probability": 0.2}],
             "local": {"num_views": 3, "size": [16, 24], "crop_scale": [0.05, 0.4]},
         },
         **NORMALIZE,
     )
-    assert [view.blur for view in transform.views] == [1.0, 0.1]
-    assert [view.solarize for view in transform.views] == [0.0, 0.2]
+    assert [view.blur_probability for view in transform.views] == [1.0, 0.1]
+    assert [view.solarize_probability for view in transform.views] == [0.0, 0.2]
     assert {view.crop_scale for view in transform.views} == {(0.4, 1.0)}
     assert [(view.size, view.crop_scale) for view in transform.local_views] == [((16, 24), (0.05, 0.4))] * 3
     views = transform({"image": encode(noise(60, 80, 3))}, np.random.default_rng(0))
@@ -261,11 +261,13 @@ def test_views_may_differ_and_local_views_have_their_own_size():
 
 def test_grey_images():
     image = noise(60, 80, 1)
-    transform = ViewTransform.from_dict({"size": 32, "blur": 1.0, "solarize": 0.5}, num_channels=1, **NORMALIZE)
+    transform = ViewTransform.from_dict(
+        {"size": 32, "blur_probability": 1.0, "solarize_probability": 0.5}, num_channels=1, **NORMALIZE
+    )
     pixel_values = transform({"image": encode(image)}, np.random.default_rng(0))["pixel_values"]
-    expected = render_view(image, transform.views[0], draw_view(transform.views[0], np.random.default_rng(0)))
+    expected = render_view(image, transform.views[0], sample_view(transform.views[0], np.random.default_rng(0)))
     np.testing.assert_allclose(denormalize(pixel_values)[0], expected.transpose(2, 0, 1), atol=1e-3)
-    for option in ({"jitter": [0.1, 0, 0, 0]}, {"grey": 0.1}):
+    for option in ({"jitter": [0.1, 0, 0, 0]}, {"grayscale_probability": 0.1}):
         with pytest.raises(ValueError, match="3 channels"):
             ViewTransform.from_dict({"size": 32, **option}, num_channels=1, **NORMALIZE)
 
@@ -275,13 +277,17 @@ def test_grey_images():
     [
         ({"size": 32, "crop_scal": [0.2, 1]}, r"'crop_scal' of views.*'crop_scale'"),
         ({"size": 32, "local": {"siz": 16}}, r"'siz' of views.local.*'size'"),
-        ({"size": 32, "views": [{}, {"blurs": 1}]}, r"'blurs' of views.views\[1\].*'blur'"),
+        (
+            {"size": 32, "views": [{}, {"blur_probabilty": 1}]},
+            r"'blur_probabilty' of views.views\[1\].*'blur_probability'",
+        ),
         ({"num_views": 2}, "'size'.*is missing"),
         ({"size": 32, "num_views": 3, "views": [{}, {}]}, "lists 2 views but num_views is 3"),
         ({"size": 32, "num_views": 0}, "At least one view"),
         ({"size": 32, "views": [{}, {"size": 16}]}, "one size"),
         ({"size": 32, "crop_scale": [0.5, 0.2]}, "crop_scale must be a pair"),
-        ({"size": 32, "flip": 2}, "flip must lie in 0 to 1"),
+        ({"size": 32, "grey": 0.2}, "'grey' of views is now called 'grayscale_probability'"),
+        ({"size": 32, "flip_probability": 2}, "flip_probability must lie in 0 to 1"),
     ],
 )
 def test_wrong_settings_are_explained(values, message):
