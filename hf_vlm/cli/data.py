@@ -29,7 +29,7 @@ def run(words: Sequence[str]) -> None:
     from tqdm.auto import tqdm
 
     from hf_vlm.data.inspection.inspect import format_report, inspect_stream
-    from hf_vlm.data.io.files import redact_url
+    from hf_vlm.data.io.messages import redact_url
     from hf_vlm.data.sources import guess_format, open_stream
     from hf_vlm.viz.contact_sheet import Reservoir, example_sheet
 

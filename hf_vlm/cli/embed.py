@@ -54,7 +54,7 @@ def _write_features(
     path: Path, encoder: Any, processor: Any, source: Any, arguments: argparse.Namespace, *, num_expected: int | None
 ) -> None:
     """Writes the features, says how many there are and, of a file that stays, where."""
-    from hf_vlm.data.io.files import redact_url
+    from hf_vlm.data.io.messages import redact_url
     from hf_vlm.features.extraction import feature_size, write_features
 
     num_written, num_bad = write_features(

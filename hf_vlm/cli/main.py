@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         if os.environ.get("HF_VLM_TRACEBACK"):
             raise
-        from hf_vlm.data.io.files import redact
+        from hf_vlm.data.io.messages import redact
 
         print(f"hf-vlm {words[0]}: {redact(str(error))}", file=sys.stderr)
         return 2

@@ -26,7 +26,7 @@ def run(words: Sequence[str]) -> None:
 
     from tqdm.auto import tqdm
 
-    from hf_vlm.data.io.files import redact_url
+    from hf_vlm.data.io.messages import redact_url
     from hf_vlm.deploy.predict import Predictor, image_paths
     from hf_vlm.training.run import quiet_libraries
 

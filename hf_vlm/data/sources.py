@@ -17,12 +17,13 @@ from hf_vlm.data.formats.columns import Categories, ColumnMap, RowReader, find_c
 from hf_vlm.data.formats.imagefolder import IMAGE_EXTENSIONS, open_imagefolder
 from hf_vlm.data.formats.mixture import mix_streams
 from hf_vlm.data.formats.parquet import open_parquet
-from hf_vlm.data.formats.splits import canonical_split, choose_split, describe_folder, did_you_mean
+from hf_vlm.data.formats.splits import canonical_split, choose_split, describe_folder
 from hf_vlm.data.formats.voc import looks_like_voc, open_voc
 from hf_vlm.data.formats.webdataset import open_webdataset
 from hf_vlm.data.formats.yolo import looks_like_yolo, open_yolo
-from hf_vlm.data.io.files import can_list, error_text, find_paths, is_remote, redact, redact_url
+from hf_vlm.data.io.files import can_list, find_paths, is_remote
 from hf_vlm.data.io.indexed import count_examples, declare_count
+from hf_vlm.data.io.messages import did_you_mean, error_text, redact, redact_url
 from hf_vlm.data.scenes.render import scenes_stream
 from hf_vlm.data.schema import class_names, has_boxes, unlabelled
 

@@ -29,7 +29,7 @@ import torch
 from datasets.distributed import split_dataset_by_node
 
 from hf_vlm.data.io.decode import BadImageError
-from hf_vlm.data.io.files import redact_url
+from hf_vlm.data.io.messages import redact_url
 
 __all__ = ["ExampleStream", "Transform"]
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from hf_vlm.data.io.decode import decode_image
-from hf_vlm.data.io.files import error_text, redact_url
+from hf_vlm.data.io.messages import error_text, redact_url
 from hf_vlm.data.stream import ExampleStream, Transform
 from hf_vlm.data.transforms.views import EvalTransform
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor

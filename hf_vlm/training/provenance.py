@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from hf_vlm.data.io.files import redact_url
+from hf_vlm.data.io.messages import redact_url
 
 __all__ = ["RUN_FILE", "is_hub_id", "origins_of", "publishable", "recorded_origins", "write_origins"]
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from hf_vlm.data.boxes import MIN_BOX_SIDE, clean_boxes
-from hf_vlm.data.formats.splits import summarise
+from hf_vlm.data.io.messages import summarise
 
 __all__ = ["check_boxes"]
 

@@ -11,8 +11,9 @@ import datasets
 import numpy as np
 
 from hf_vlm.data.formats.boxed_images import Boxes, existing_paths, labelled_stream
-from hf_vlm.data.formats.splits import canonical_split, choose_split, describe_folder, group_by_split, summarise
+from hf_vlm.data.formats.splits import canonical_split, choose_split, describe_folder, group_by_split
 from hf_vlm.data.io.files import can_list, exists, is_folder, read_bytes
+from hf_vlm.data.io.messages import summarise
 
 __all__ = ["find_coco_files", "open_coco"]
 

@@ -10,8 +10,8 @@ import datasets
 import numpy as np
 
 from hf_vlm.data.boxes import clean_boxes
-from hf_vlm.data.formats.splits import summarise
 from hf_vlm.data.io.files import join
+from hf_vlm.data.io.messages import summarise
 from hf_vlm.data.schema import image_feature, objects_feature
 
 __all__ = [

@@ -9,8 +9,9 @@ import datasets
 import pyarrow as pa
 
 from hf_vlm.data.formats.metadata import find_metadata, metadata_stream
-from hf_vlm.data.formats.splits import CANONICAL, choose_split, describe_folder, summarise
+from hf_vlm.data.formats.splits import CANONICAL, choose_split, describe_folder
 from hf_vlm.data.io.indexed import TableReader, indexed_stream
+from hf_vlm.data.io.messages import summarise
 from hf_vlm.data.schema import image_feature
 
 __all__ = ["IMAGE_EXTENSIONS", "find_images", "open_imagefolder"]

@@ -23,9 +23,9 @@ from hf_vlm.data.formats.columns import (
     find_columns,
     make_categories,
 )
-from hf_vlm.data.formats.splits import summarise
 from hf_vlm.data.io.files import read_bytes
 from hf_vlm.data.io.indexed import TableReader, indexed_stream
+from hf_vlm.data.io.messages import summarise
 from hf_vlm.data.schema import image_feature
 
 __all__ = ["find_metadata", "metadata_stream"]

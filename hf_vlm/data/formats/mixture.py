@@ -8,7 +8,7 @@ from typing import Any
 
 import datasets
 
-from hf_vlm.data.formats.splits import summarise
+from hf_vlm.data.io.messages import summarise
 from hf_vlm.data.schema import COLUMNS
 
 __all__ = ["mix_streams"]

@@ -25,9 +25,10 @@ from hf_vlm.data.formats.columns import (
     object_fields,
     read_categories,
 )
-from hf_vlm.data.formats.splits import choose_split, common_folder, describe_folder, group_by_split, summarise
-from hf_vlm.data.io.files import error_text, is_folder, is_remote, open_binary, redact_url
+from hf_vlm.data.formats.splits import choose_split, common_folder, describe_folder, group_by_split
+from hf_vlm.data.io.files import is_folder, is_remote, open_binary
 from hf_vlm.data.io.indexed import generated_stream
+from hf_vlm.data.io.messages import error_text, redact_url, summarise
 
 __all__ = ["find_parquet_files", "open_parquet"]
 

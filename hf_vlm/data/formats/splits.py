@@ -1,22 +1,19 @@
 """Which split a file belongs to, by its name."""
 
-import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import TypeVar
 
-from hf_vlm.data.io.files import redact_url
+from hf_vlm.data.io.messages import redact_url, summarise
 
 __all__ = [
     "canonical_split",
     "choose_split",
     "common_folder",
     "describe_folder",
-    "did_you_mean",
     "group_by_split",
     "split_of",
-    "summarise",
 ]
 
 SPLIT_ALIASES = {
@@ -81,13 +78,6 @@ def choose_split(splits: Mapping[str, Content], split: str, source: object) -> C
     return by_name[canonical_split(split)]
 
 
-def summarise(names: Iterable[object], *, num_shown: int = 5) -> str:
-    """The first few names, and how many more there are."""
-    texts = [str(name) for name in names]
-    more = f" and {len(texts) - num_shown} more" if len(texts) > num_shown else ""
-    return ", ".join(texts[:num_shown]) + more
-
-
 def common_folder(paths: Sequence[Path]) -> Path:
     """The innermost folder that holds all paths.
 
@@ -106,9 +96,3 @@ def describe_folder(folder: Path) -> str:
     """What a folder holds, for messages."""
     names = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir() if not entry.name.startswith("."))
     return f"it holds {summarise(names)}" if names else "it is empty"
-
-
-def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """A question that offers the most similar name, or nothing."""
-    matches = difflib.get_close_matches(name, list(names), n=1)
-    return f"; did you mean {matches[0]!r}?" if matches else ""

@@ -10,15 +10,9 @@ import numpy as np
 
 from hf_vlm.data.formats.boxed_images import Boxes, labelled_stream, map_files
 from hf_vlm.data.formats.imagefolder import IMAGE_EXTENSIONS, find_images
-from hf_vlm.data.formats.splits import (
-    CANONICAL,
-    canonical_split,
-    choose_split,
-    describe_folder,
-    group_by_split,
-    summarise,
-)
+from hf_vlm.data.formats.splits import CANONICAL, canonical_split, choose_split, describe_folder, group_by_split
 from hf_vlm.data.io.files import read_bytes
+from hf_vlm.data.io.messages import summarise
 
 __all__ = ["looks_like_voc", "open_voc"]
 

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from hf_vlm.data.formats.checks import check_boxes
 from hf_vlm.data.formats.columns import COLUMN_NAMES, OBJECT_NAMES, Categories, ColumnMap, RowReader, make_categories
 from hf_vlm.data.formats.imagefolder import IMAGE_EXTENSIONS
-from hf_vlm.data.formats.splits import choose_split, common_folder, describe_folder, group_by_split, summarise
+from hf_vlm.data.formats.splits import choose_split, common_folder, describe_folder, group_by_split
 from hf_vlm.data.formats.webdataset_samples import (
     ROLES,
     LabelError,
@@ -26,8 +26,9 @@ from hf_vlm.data.formats.webdataset_samples import (
     read_member,
     walk_samples,
 )
-from hf_vlm.data.io.files import error_text, is_folder, is_remote, open_binary, read_bytes, redact_url
+from hf_vlm.data.io.files import is_folder, is_remote, open_binary, read_bytes
 from hf_vlm.data.io.indexed import generated_stream
+from hf_vlm.data.io.messages import error_text, redact_url, summarise
 from hf_vlm.data.io.tars import TarMember
 
 __all__ = ["open_webdataset"]

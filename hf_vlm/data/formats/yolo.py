@@ -14,9 +14,10 @@ import yaml
 
 from hf_vlm.data.formats.boxed_images import Boxes, existing_paths, labelled_stream, map_files
 from hf_vlm.data.formats.imagefolder import find_images
-from hf_vlm.data.formats.splits import CANONICAL, canonical_split, choose_split, describe_folder, summarise
-from hf_vlm.data.io.files import UnreachableError, can_list, exists, is_folder, is_remote, read_bytes, retried
+from hf_vlm.data.formats.splits import CANONICAL, canonical_split, choose_split, describe_folder
+from hf_vlm.data.io.files import can_list, exists, is_folder, is_remote, read_bytes, retried
 from hf_vlm.data.io.image_header import read_header
+from hf_vlm.data.io.messages import UnreachableError, summarise
 
 __all__ = ["looks_like_yolo", "open_yolo"]
 

@@ -16,8 +16,8 @@ from hf_vlm.data.formats.checks import TOLERANCE
 from hf_vlm.data.inspection.duplicates import exact_duplicates, near_duplicates, perceptual_hash
 from hf_vlm.data.inspection.report import BoxReport, Issue, MinMedianMax, Report, Unreadable, format_report
 from hf_vlm.data.io.decode import BadImageError, decode_image, read_image_bytes
-from hf_vlm.data.io.files import redact_url
 from hf_vlm.data.io.image_header import read_header
+from hf_vlm.data.io.messages import redact_url
 
 __all__ = ["Report", "format_report", "image_name", "inspect_stream"]
 

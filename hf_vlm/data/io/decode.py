@@ -12,8 +12,9 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
-from hf_vlm.data.io.files import error_text, read_bytes, redact_url
+from hf_vlm.data.io.files import read_bytes
 from hf_vlm.data.io.image_header import ImageHeader, read_header, read_tiff_size
+from hf_vlm.data.io.messages import error_text, redact_url
 
 __all__ = ["BadImageError", "decode_image", "read_image_bytes"]
 

@@ -15,10 +15,10 @@ import aiohttp
 import fsspec
 from upath import UPath
 
+from hf_vlm.data.io.messages import UnreachableError, error_causes, error_text, redact_url, server_status
+
 __all__ = [
-    "UnreachableError",
     "can_list",
-    "error_text",
     "exists",
     "expand_braces",
     "find_paths",
@@ -27,8 +27,6 @@ __all__ = [
     "join",
     "open_binary",
     "read_bytes",
-    "redact",
-    "redact_url",
     "retried",
 ]
 
@@ -38,15 +36,10 @@ Result = TypeVar("Result")
 
 # Seconds between tries; together they outlast the restart of a server.
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
-URL = re.compile(r"(\w[\w+.-]*://)(?:[^/?#]*@)?([^?#]*).*", re.DOTALL)  # without user and password; without query
 BRACES = re.compile(r"\{([^{}]*)\}")
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 BLOCK_SIZE = 2**22  # bytes of a request: a pass over a file makes few of them
-
-
-class UnreachableError(OSError):
-    """What a server has could not be read in any of several tries."""
 
 
 def is_remote(path: object) -> bool:
@@ -59,48 +52,15 @@ def can_list(path: object) -> bool:
     return not str(path).startswith(("http://", "https://"))
 
 
-def redact_url(path: object) -> str:
-    """A path or URL for messages and records: without a password, and without the query, which may hold a key."""
-    if not is_remote(path):
-        return ", ".join(map(redact_url, path)) if isinstance(path, list) else str(path)
-    return URL.sub(r"\1\2", str(path))
-
-
-def redact(text: str) -> str:
-    """A text whose URLs are shown as `display` shows them."""
-    return re.sub(r"\w+://\S+", lambda found: redact_url(found[0]), text)
-
-
-def error_text(error: Exception) -> str:
-    """What an error of a file system says; URLs in it are shown as `display` shows them."""
-    status = None if isinstance(error, UnreachableError) else _status(error)
-    text = str(error) if status is None else f"the server answers with the status {status}"
-    return redact(text or type(error).__name__)
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An error and those that led to it."""
-    cause: BaseException | None = error
-    while cause is not None:
-        yield cause
-        cause = None if isinstance(cause, ImportError) else cause.__cause__
-
-
-def _status(error: Exception) -> int | None:
-    """The status that a server answered with, where it did."""
-    statuses = (getattr(cause, "status", None) for cause in _causes(error))
-    return next((status for status in statuses if isinstance(status, int)), None)
-
-
 def _may_pass(error: Exception) -> bool:
     """Whether the next try may succeed: the server is busy, restarting or was not reached."""
-    status = _status(error)
+    status = server_status(error)
     if status is not None and status >= 400:
         return status == 429 or status >= 500
     passing = (ConnectionError, TimeoutError, aiohttp.ClientConnectionError, aiohttp.ClientPayloadError)
     return any(
         isinstance(cause, passing) and not isinstance(cause, aiohttp.ClientConnectorCertificateError)
-        for cause in _causes(error)
+        for cause in error_causes(error)
     )
 
 

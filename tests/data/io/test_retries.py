@@ -13,6 +13,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from hf_vlm.data.inspection.inspect import image_name
 from hf_vlm.data.io import files
 from hf_vlm.data.io.decode import BadImageError, decode_image, read_image_bytes
+from hf_vlm.data.io.messages import UnreachableError
 from hf_vlm.data.sources import open_stream
 from hf_vlm.data.stream import ExampleStream
 
@@ -137,7 +138,7 @@ def test_waits_grow_and_errors_of_other_kinds_pass_at_once(monkeypatch):
     def fail():
         raise ConnectionResetError("reset")
 
-    with pytest.raises(files.UnreachableError, match=r"reset, 7 times in 63 s"):
+    with pytest.raises(UnreachableError, match=r"reset, 7 times in 63 s"):
         files.retried("s3://a/b", fail)
     assert waits == [1, 2, 4, 8, 16, 32]
     with pytest.raises(ZeroDivisionError):

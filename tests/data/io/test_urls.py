@@ -10,7 +10,8 @@ from PIL import Image
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from hf_vlm.data.io.decode import decode_image
-from hf_vlm.data.io.files import expand_braces, find_paths, join, redact_url
+from hf_vlm.data.io.files import expand_braces, find_paths, join
+from hf_vlm.data.io.messages import redact_url
 from hf_vlm.data.sources import guess_format, open_stream
 from hf_vlm.data.stream import ExampleStream
 
