@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 
 from hf_vlm.data.io.decode import decode_image
-from hf_vlm.data.sources import open_stream, unlabelled
+from hf_vlm.data.sources import open_source
 from hf_vlm.data.stream import ExampleStream, Transform
 from hf_vlm.data.transforms.views import ViewTransform
 from hf_vlm.models.modeling_simclr import SimCLRForPreTraining
@@ -23,7 +23,7 @@ from hf_vlm.models.modeling_simclr import SimCLRForPreTraining
 
 def microseconds(source: str, transform: Transform, num_images: int) -> float:
     """CPU time of an image, the filling of the shuffle left out."""
-    examples = iter(ExampleStream(unlabelled(open_stream(source)), transform))
+    examples = iter(ExampleStream(open_source(source).unlabelled().dataset, transform))
     for _ in range(50):
         next(examples)
     started = time.process_time()

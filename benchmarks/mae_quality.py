@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from hf_vlm import MAEConfig, MAEForPreTraining, VLMViTConfig, VLMViTModel
 from hf_vlm.data.io.decode import decode_image
-from hf_vlm.data.sources import open_stream
+from hf_vlm.data.sources import open_source
 from hf_vlm.data.transforms.image_ops import resize
 from hf_vlm.features.device import use_fast_cpu_matmul
 from hf_vlm.metrics import knn_accuracy
@@ -40,7 +40,7 @@ ARMS: dict[str, dict[str, Any] | None] = {
 def load(source: str, split: str, num_images: int, side: int = SIDE) -> tuple[Tensor, Tensor]:
     """Images (n, 3, side, side) uint8 and labels (n,)."""
     images, labels = [], []
-    stream = open_stream(source, split, num_samples=num_images)
+    stream = open_source(source, split, num_samples=num_images)
     for example in tqdm(stream, desc=f"Reading {split}", total=num_images, leave=False):
         images.append(resize(decode_image(example["image"])[0], (side, side)))
         labels.append(example["label"])

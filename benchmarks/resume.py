@@ -30,7 +30,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArg
 from hf_vlm.data.io.decode import decode_image
 from hf_vlm.data.io.indexed import indexed_stream
 from hf_vlm.data.schema import image_feature
-from hf_vlm.data.sources import open_stream
+from hf_vlm.data.sources import open_source
 from hf_vlm.data.stream import ExampleStream
 
 BATCH_SIZE = 64
@@ -76,9 +76,9 @@ def identity(example: dict[str, Any], generator: np.random.Generator) -> dict[st
     return {"image_id": example["image_id"]}
 
 
-def time_resume(open_source: Callable[[], datasets.IterableDataset], position: int, *, repeats: int) -> list[float]:
+def time_resume(open_stream: Callable[[], datasets.IterableDataset], position: int, *, repeats: int) -> list[float]:
     """Seconds from a saved state to the first batch, each time with a source that is opened anew."""
-    passed = ExampleStream(open_source(), identity)
+    passed = ExampleStream(open_stream(), identity)
     examples = iter(passed)
     for _ in tqdm(range(position), desc=f"Reading {position:,} examples", mininterval=2.0):
         next(examples)
@@ -86,7 +86,7 @@ def time_resume(open_source: Callable[[], datasets.IterableDataset], position: i
     expected = [next(examples)["image_id"] for _ in range(BATCH_SIZE)]
     seconds = []
     for _ in range(repeats):
-        stream = ExampleStream(open_source(), pixels)
+        stream = ExampleStream(open_stream(), pixels)
         started = time.perf_counter()
         stream.load_state_dict(state)
         batch = next(iter(StatefulDataLoader(stream, batch_size=BATCH_SIZE, num_workers=0)))
@@ -153,13 +153,13 @@ def main() -> None:
         tars = write_tars(folder / "tars", num_files)
         table = {
             "index": (lambda: indexed_stream(read, 12_000_000, FEATURES), (10_000, late)),
-            "parquet": (lambda: open_stream(parquet), (10_000, num_files - 5_000)),
-            "webdataset": (lambda: open_stream(tars), (10_000, num_files - 5_000)),
+            "parquet": (lambda: open_source(parquet).dataset, (10_000, num_files - 5_000)),
+            "webdataset": (lambda: open_source(tars).dataset, (10_000, num_files - 5_000)),
         }
         figures = {}
-        for name, (open_source, positions) in table.items():
+        for name, (open_stream, positions) in table.items():
             for position in positions:
-                seconds = time_resume(open_source, position, repeats=repeats)
+                seconds = time_resume(open_stream, position, repeats=repeats)
                 middle = figures[name, position] = statistics.median(seconds)
                 print(f"{name:<11} {position:>10,}  {middle:.3f} s  ({min(seconds):.3f} to {max(seconds):.3f})")
         replay = time_trainer(folder, parquet, 10_000)

@@ -193,7 +193,7 @@ def run_one(method: str, seed: int, folder: Path, options: argparse.Namespace) -
 
 def accuracy_of_pixels(folder: Path, options: argparse.Namespace) -> dict[str, float]:
     """kNN and linear accuracy of the images themselves, at 16 x 16 pixels."""
-    from hf_vlm.data.sources import open_stream
+    from hf_vlm.data.sources import open_source
     from hf_vlm.data.stream import ExampleStream
     from hf_vlm.data.transforms.views import EvalTransform
     from hf_vlm.metrics import knn_accuracy, linear_accuracy
@@ -201,8 +201,8 @@ def accuracy_of_pixels(folder: Path, options: argparse.Namespace) -> dict[str, f
     transform = EvalTransform(16, image_mean=0.5, image_std=0.25)
     data: list[torch.Tensor] = []
     for split in ("train", "test"):
-        source = open_stream(options.data, split, num_samples=options.num_labelled)
-        examples = list(ExampleStream(source, transform, shuffle=False, repeat=False))
+        source = open_source(options.data, split, num_samples=options.num_labelled)
+        examples = list(ExampleStream(source.dataset, transform, shuffle=False, repeat=False))
         data += [
             torch.stack([example["pixel_values"].flatten() for example in examples]),
             torch.tensor([example["label"] for example in examples]),

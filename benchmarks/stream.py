@@ -32,7 +32,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from tqdm.auto import tqdm
 
 from hf_vlm.data.io.decode import decode_image
-from hf_vlm.data.sources import open_stream
+from hf_vlm.data.sources import open_source
 from hf_vlm.data.stream import ExampleStream
 from hf_vlm.data.transforms.collate import stack
 from hf_vlm.data.transforms.image_ops import resize
@@ -86,7 +86,7 @@ def pixels(example: dict[str, Any], generator: np.random.Generator) -> np.ndarra
 
 
 def ours(folder: Path, num_workers: int = 0) -> Iterator[torch.Tensor]:
-    stream: Any = ExampleStream(open_stream(folder / "parquet"), pixels, block_size=SHUFFLE)
+    stream: Any = ExampleStream(open_source(folder / "parquet").dataset, pixels, block_size=SHUFFLE)
     return iter(StatefulDataLoader(stream, batch_size=BATCH_SIZE, collate_fn=stacked, num_workers=num_workers))
 
 
@@ -149,7 +149,7 @@ def compare(folder: Path, *, rounds: int, num_batches: int) -> dict[str, float]:
 def check_pixels(folder: Path) -> float:
     """Mean difference, in grey levels, of our pixels from Pillow's with the same resize."""
     differences = []
-    for example in islice(open_stream(folder / "parquet"), 20):
+    for example in islice(open_source(folder / "parquet"), 20):
         with Image.open(io.BytesIO(example["image"]["bytes"])) as image:
             expected = np.asarray(image.convert("RGB").resize(SIZE[::-1], Image.Resampling.BILINEAR)).astype(float)
         differences.append(np.abs(pixels(example, np.random.default_rng(0)) - expected).mean())
@@ -184,7 +184,7 @@ def soak(folder: Path, num_examples: int) -> float:
     rows = datasets.Dataset.from_dict({"image": [file.getvalue()] * 100_000})
     folder.mkdir()
     rows.to_parquet(folder / "train.parquet", batch_size=1000)
-    stream = ExampleStream(open_stream(folder), lambda example, generator: decode_image(example["image"])[0])
+    stream = ExampleStream(open_source(folder).dataset, lambda example, generator: decode_image(example["image"])[0])
     used = []
     for index, _ in enumerate(tqdm(islice(stream, num_examples), total=num_examples, mininterval=2.0)):
         if index % (num_examples // 100) == 0:

@@ -30,11 +30,10 @@ from PIL import Image
 from transformers import set_seed
 
 from hf_vlm.data.io.decode import decode_image
-from hf_vlm.data.sources import unlabelled
 from hf_vlm.registry import find_model
 from hf_vlm.training.arguments import parse_arguments
 from hf_vlm.training.build import build_config, build_processor
-from hf_vlm.training.run import open_source, train_stream
+from hf_vlm.training.run import open_recipe_source, train_stream
 
 from .base import Peer
 from .of_lightly import LightlyDINOv2, LightlyLeJEPA, LightlySimCLR
@@ -75,7 +74,7 @@ def pretrain(name: str, recipe: dict[str, Any]) -> float:
     def transform(example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         return {"views": peer.transform(Image.fromarray(decode_image(example["image"])[0]))}
 
-    stream = train_stream(args, unlabelled(open_source(args, args.train_split, None)), transform)
+    stream = train_stream(args, open_recipe_source(args, args.train_split, None).unlabelled(), transform)
     started = time.perf_counter()
     encoder = peer.fit(stream)
     seconds = time.perf_counter() - started

@@ -28,16 +28,16 @@ def run(words: Sequence[str]) -> None:
 
     from tqdm.auto import tqdm
 
-    from hf_vlm.data.inspection.inspect import format_report, inspect_stream
+    from hf_vlm.data.inspection.inspect import format_report, inspect_source
     from hf_vlm.data.io.messages import redact_url
-    from hf_vlm.data.sources import guess_format, open_stream
+    from hf_vlm.data.sources import guess_format, open_source
     from hf_vlm.viz.contact_sheet import Reservoir, example_sheet
 
     prepare_picture(arguments.save, like="contact_sheet.png")
     if arguments.json is not None:
         prepare_file(arguments.json)
     format = guess_format(arguments.data) if arguments.format is None else arguments.format
-    stream = open_stream(arguments.data, arguments.split, format=format)
+    source = open_source(arguments.data, arguments.split, format=format)
     num_examples = images_to_read(format, arguments.num_examples)
     reservoir = Reservoir(24)
     with tqdm(desc="Looking", total=num_examples, unit=" images", disable=None) as bar:
@@ -46,20 +46,20 @@ def run(words: Sequence[str]) -> None:
             reservoir.add(example)
             bar.update()
 
-        report = inspect_stream(stream, num_examples, on_example)
+        report = inspect_source(source, num_examples, on_example)
 
-    source = redact_url(arguments.data)
-    print(f"{source}: {format}, split {arguments.split}\n")
+    name = redact_url(arguments.data)
+    print(f"{name}: {format}, split {arguments.split}\n")
     print(format_report(report))
     if arguments.json is not None:
-        content = {"data": source, "format": format, "split": arguments.split, **report.as_json()}
+        content = {"data": name, "format": format, "split": arguments.split, **report.as_json()}
         arguments.json.write_text(json.dumps(content, indent=2) + "\n")
         print(f"All figures and names: {arguments.json}")
     if reservoir.examples:
-        example_sheet(reservoir.examples, stream.features).save(arguments.save)
+        example_sheet(reservoir.examples, source.features).save(arguments.save)
         print(f"Examples to look at:   {arguments.save}")
         print("\nTo train on it:")
-        for command in _training_commands(source, arguments.format, arguments.split, report.boxes is not None):
+        for command in _training_commands(name, arguments.format, arguments.split, report.boxes is not None):
             print(f"  {command}")
 
 

@@ -93,13 +93,12 @@ def synthesise_unlabelled(path: Path, *, num_images: int) -> None:
     from datasets import Dataset
     from tqdm.auto import tqdm
 
-    from hf_vlm.data.scenes.render import scenes_stream
-    from hf_vlm.data.sources import unlabelled
+    from hf_vlm.data.scenes.render import scenes_source
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    stream = unlabelled(scenes_stream("easy", "train", num_samples=num_images, masks=False))
-    scenes = list(tqdm(stream, desc="Drawing scenes", total=num_images))
-    Dataset.from_list(scenes, features=stream.features).to_parquet(path, batch_size=1000)
+    source = scenes_source("easy", "train", num_samples=num_images, masks=False).unlabelled()
+    scenes = list(tqdm(source, desc="Drawing scenes", total=num_images))
+    Dataset.from_list(scenes, features=source.features).to_parquet(path, batch_size=1000)
 
 
 def write_report(folder: Path, results: dict[str, Any]) -> None:

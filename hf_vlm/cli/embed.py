@@ -15,7 +15,7 @@ def run(words: Sequence[str]) -> None:
     """Writes the features of images, and draws what an encoder finds alike and what it makes of each patch."""
     arguments = _parse(words)
 
-    from hf_vlm.data.sources import guess_format, open_stream
+    from hf_vlm.data.sources import guess_format, open_source
     from hf_vlm.deploy.embed import first_images, images_at, plot_feature_maps, plot_stored_neighbors
     from hf_vlm.features.device import to_best_device
     from hf_vlm.features.neighbors import evenly_spaced_in_file
@@ -27,7 +27,7 @@ def run(words: Sequence[str]) -> None:
     to_best_device(encoder)
     format = arguments.format or guess_format(arguments.data)
     num_examples = images_to_read(format, arguments.num_examples)
-    source = open_stream(arguments.data, arguments.split, format=format, num_samples=num_examples)
+    source = open_source(arguments.data, arguments.split, format=format, num_samples=num_examples)
     queries = arguments.queries
     if queries and num_examples is not None and max(queries) >= num_examples:
         raise ValueError(f"--queries {max(queries)}: only {num_examples} images are read, numbered from 0 on")

@@ -1,10 +1,10 @@
-"""The columns of a stream, and questions about them."""
+"""The columns of a stream and their types."""
 
 from collections.abc import Sequence
 
 import datasets
 
-__all__ = ["COLUMNS", "class_names", "has_boxes", "image_feature", "objects_feature", "unlabelled"]
+__all__ = ["COLUMNS", "image_feature", "objects_feature"]
 
 # Every column a stream may have; `image` and `image_id` are always there.
 COLUMNS = ("image", "image_id", "label", "objects", "mask", "instance_mask")
@@ -23,23 +23,3 @@ def objects_feature(class_names: Sequence[str]) -> dict[str, datasets.List]:
         "area": datasets.List(datasets.Value("float32")),
         "iscrowd": datasets.List(datasets.Value("int64")),
     }
-
-
-def class_names(stream: datasets.IterableDataset) -> list[str] | None:
-    """Names of the objects' categories, or else of the labels; None where a stream has neither."""
-    features = stream.features or {}
-    if "objects" in features:
-        return list(features["objects"]["category"].feature.names)
-    if "label" in features:
-        return list(features["label"].names)
-    return None
-
-
-def has_boxes(stream: datasets.IterableDataset) -> bool:
-    """Whether the stream has the column `objects`."""
-    return "objects" in (stream.features or {})
-
-
-def unlabelled(stream: datasets.IterableDataset) -> datasets.IterableDataset:
-    """The stream with nothing but `image` and `image_id`."""
-    return stream.select_columns(["image", "image_id"])

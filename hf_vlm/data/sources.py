@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
@@ -15,24 +16,23 @@ from upath import UPath
 from hf_vlm.data.formats.coco import find_coco_files, open_coco
 from hf_vlm.data.formats.columns import Categories, ColumnMap, RowReader, find_columns, object_fields, read_categories
 from hf_vlm.data.formats.imagefolder import IMAGE_EXTENSIONS, open_imagefolder
-from hf_vlm.data.formats.mixture import mix_streams
+from hf_vlm.data.formats.mixture import mix_sources
 from hf_vlm.data.formats.parquet import open_parquet
 from hf_vlm.data.formats.splits import canonical_split, choose_split, describe_folder
 from hf_vlm.data.formats.voc import looks_like_voc, open_voc
 from hf_vlm.data.formats.webdataset import open_webdataset
 from hf_vlm.data.formats.yolo import looks_like_yolo, open_yolo
 from hf_vlm.data.io.files import can_list, find_paths, is_remote
-from hf_vlm.data.io.indexed import count_examples, declare_count
 from hf_vlm.data.io.messages import did_you_mean, error_text, redact, redact_url
-from hf_vlm.data.scenes.render import scenes_stream
-from hf_vlm.data.schema import class_names, has_boxes, unlabelled
+from hf_vlm.data.scenes.render import scenes_source
+from hf_vlm.data.source import Source
 
-__all__ = ["FORMATS", "class_names", "count_examples", "guess_format", "has_boxes", "open_stream", "unlabelled"]
+__all__ = ["FORMATS", "guess_format", "open_source"]
 
 logger = logging.getLogger(__name__)
 
 # Of files.
-OPENERS: dict[str, Callable[..., datasets.IterableDataset]] = {
+OPENERS: dict[str, Callable[..., Source]] = {
     "parquet": open_parquet,
     "webdataset": open_webdataset,
     "coco": open_coco,
@@ -45,7 +45,7 @@ FILE_FORMATS = ("parquet", "webdataset")  # of which several files make a source
 SUFFIXES = {".parquet": "parquet", ".tar": "webdataset", ".json": "coco", ".yaml": "yolo", ".yml": "yolo"}
 
 
-def open_stream(
+def open_source(
     source: str | Path | Mapping[str, float],
     split: str = "train",
     *,
@@ -53,8 +53,8 @@ def open_stream(
     num_samples: int | None = None,
     name: str | None = None,
     revision: str | None = None,
-) -> datasets.IterableDataset:
-    """Open a source as a stream of examples whose images are still encoded.
+) -> Source:
+    """Open a source, whose images stay encoded.
 
     Args:
         source: `scenes`, `scenes:easy` or `scenes:hard` (the built-in images); a Parquet file, a WebDataset tar, or a
@@ -62,7 +62,7 @@ def open_stream(
             folder; a folder of images; or the id of a dataset on the Hub. Files and folders may also be URLs of any
             protocol that fsspec knows (https, s3, gs, ...), with credentials from its configuration; web servers alone
             have no folders. Of Parquet files and tars, `{00..31}` and `*` name several. A mapping of sources to
-            weights mixes them (see `mix_streams`).
+            weights mixes them (see `mix_sources`).
         split: Of the source; `val` and `valid` are `validation`.
         format: One of `FORMATS`; None tells it from the source.
         num_samples: Only so many examples: the first, but of class folders ones that are evenly spread.
@@ -70,7 +70,7 @@ def open_stream(
         revision: Of a dataset on the Hub.
 
     Returns:
-        A stream with the columns `image` ({"bytes", "path"}) and `image_id`, and as the source has them `label`,
+        A source with the columns `image` ({"bytes", "path"}) and `image_id`, and as the source has them `label`,
         `objects` {bbox, category, area, iscrowd}, `mask` and `instance_mask`.
 
     Raises:
@@ -79,7 +79,8 @@ def open_stream(
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"num_samples={num_samples} must be positive")
     if isinstance(source, Mapping):
-        return _open_mixture(source, split, format=format, num_samples=num_samples)
+        mixture = _open_mixture(source, split, format=format, num_samples=num_samples)
+        return replace(mixture, name=", ".join(map(redact_url, source)), format="mixture", split=split)
     format = guess_format(source) if format is None else format
     if format not in FORMATS:
         raise ValueError(f"unknown format {format!r}; the formats are {', '.join(FORMATS)}")
@@ -87,22 +88,22 @@ def open_stream(
         raise ValueError(f"name and revision belong to datasets on the Hub; {source} is of the format {format!r}")
     if format == "scenes":
         preset = str(source).removeprefix("scenes").removeprefix(":") or "easy"
-        return scenes_stream(preset, canonical_split(split), num_samples=num_samples)
-    if format == "hub":
-        return _open_hub(str(source), split, num_samples=num_samples, name=name, revision=revision)
-    return _open_files(str(source), split, format=format, num_samples=num_samples)
+        opened = scenes_source(preset, canonical_split(split), num_samples=num_samples)
+    elif format == "hub":
+        opened = _open_hub(str(source), split, num_samples=num_samples, name=name, revision=revision)
+    else:
+        opened = _open_files(str(source), split, format=format, num_samples=num_samples)
+    return replace(opened, name=redact_url(source), format=format, split=split)
 
 
-def _open_mixture(
-    source: Mapping[str, float], split: str, *, format: str | None, num_samples: int | None
-) -> datasets.IterableDataset:
+def _open_mixture(source: Mapping[str, float], split: str, *, format: str | None, num_samples: int | None) -> Source:
     if not source:
         raise ValueError("a mixture needs at least one source with its weight")
-    mixture = mix_streams({part: open_stream(part, split, format=format) for part in source}, source)
-    return mixture if num_samples is None else mixture.take(num_samples)
+    mixture = mix_sources({part: open_source(part, split, format=format) for part in source}, source)
+    return mixture if num_samples is None else replace(mixture, dataset=mixture.dataset.take(num_samples))
 
 
-def _open_files(source: str, split: str, *, format: str, num_samples: int | None) -> datasets.IterableDataset:
+def _open_files(source: str, split: str, *, format: str, num_samples: int | None) -> Source:
     """Open what lies on disk or behind a URL."""
     with _as_value_error(source):
         paths = find_paths(source)
@@ -200,9 +201,7 @@ def _format_of_folder(folder: Path) -> str:
     )
 
 
-def _open_hub(
-    source: str, split: str, *, num_samples: int | None, name: str | None, revision: str | None
-) -> datasets.IterableDataset:
+def _open_hub(source: str, split: str, *, num_samples: int | None, name: str | None, revision: str | None) -> Source:
     # A stream that is closed early would sleep for seconds; nothing here needs that.
     datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
     try:
@@ -227,9 +226,10 @@ def _open_hub(
         stream = stream.take(num_samples)
     raw = list(columns.source_names)
     examples = stream.select_columns(raw).map(reader, remove_columns=raw, features=reader.features)
-    if declared is not None and declared.num_examples:
-        declare_count(examples, min(declared.num_examples, num_samples or declared.num_examples))
-    return examples
+    num_examples = (declared.num_examples if declared is not None else None) or None
+    if num_examples is not None and num_samples is not None:
+        num_examples = min(num_examples, num_samples)
+    return Source(dataset=examples, num_examples=num_examples)
 
 
 def _declared(features: datasets.Features, columns: ColumnMap, column: str, source: str) -> Categories | None:

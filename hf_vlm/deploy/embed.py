@@ -9,7 +9,6 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from PIL import Image
@@ -17,6 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_vlm.data.io.decode import decode_image
+from hf_vlm.data.source import Source
 from hf_vlm.data.stream import ExampleStream
 from hf_vlm.deploy.predict import ImageLike, expand_images, load_image
 from hf_vlm.features.extraction import encode, feature_size
@@ -99,7 +99,7 @@ def plot_neighbors(
 
 
 def plot_stored_neighbors(
-    path: Path, source: datasets.IterableDataset, queries: Sequence[int], *, num_neighbors: int = 8
+    path: Path, source: Source, queries: Sequence[int], *, num_neighbors: int = 8
 ) -> Image.Image:
     """The picture of `draw_neighbors` for features that `write_features` made of a source, which is read again.
 
@@ -143,18 +143,18 @@ def plot_feature_maps(
     return map_sheet(arrays, feature_maps(encoder, pixel_values, patch=patch, foreground=foreground))
 
 
-def images_at(source: datasets.IterableDataset, indices: Sequence[int], *, num_channels: int = 3) -> list[Array]:
-    """The images of a stream at some positions, (height, width, num_channels) uint8.
+def images_at(source: Source, indices: Sequence[int], *, num_channels: int = 3) -> list[Array]:
+    """The images of a source at some positions, (height, width, num_channels) uint8.
 
     Raises:
-        ValueError: The stream ends before one of them, or one cannot be read.
+        ValueError: The source ends before one of them, or one cannot be read.
     """
     examples = _examples_at(source, indices)
     return [decode_image(examples[index]["image"], num_channels=num_channels)[0] for index in indices]
 
 
-def first_images(source: datasets.IterableDataset, num_images: int, *, num_channels: int = 3) -> list[Array]:
-    """The first images of a stream that can be read, (height, width, num_channels) uint8.
+def first_images(source: Source, num_images: int, *, num_channels: int = 3) -> list[Array]:
+    """The first images of a source that can be read, (height, width, num_channels) uint8.
 
     Raises:
         ValueError: There is none, or too many cannot be read.
@@ -163,12 +163,12 @@ def first_images(source: datasets.IterableDataset, num_images: int, *, num_chann
     def decoded(example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         return {"image": decode_image(example["image"], num_channels=num_channels)[0]}
 
-    stream = ExampleStream(source, decoded, shuffle=False, repeat=False, block_size=num_images)
+    stream = ExampleStream(source.dataset, decoded, shuffle=False, repeat=False, block_size=num_images)
     return [example["image"] for example in itertools.islice(stream, num_images)]
 
 
-def _examples_at(source: datasets.IterableDataset, indices: Collection[int]) -> dict[int, dict[str, Any]]:
-    """The examples of a stream at some positions, by position; it is read from its beginning, the others not decoded.
+def _examples_at(source: Source, indices: Collection[int]) -> dict[int, dict[str, Any]]:
+    """The examples of a source at some positions, by position; it is read from its beginning, the others not decoded.
 
     So pictures of a few of a million images cost time alone. Which they are is known when all have been compared, and
     to keep thumbnails of all until then would fill memory or disk.

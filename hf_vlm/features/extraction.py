@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from hf_vlm.data.io.decode import decode_image
 from hf_vlm.data.io.messages import error_text, redact_url
+from hf_vlm.data.source import Source
 from hf_vlm.data.stream import ExampleStream, Transform
 from hf_vlm.data.transforms.views import EvalTransform
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
@@ -109,7 +110,7 @@ def write_features(
     path: Path,
     encoder: VLMViTModel,
     processor: VLMViTImageProcessor,
-    source: datasets.IterableDataset,
+    source: Source,
     *,
     pooling: str = "mean",
     batch_size: int = 64,
@@ -117,7 +118,7 @@ def write_features(
     about: dict[str, Any] | None = None,
     num_expected: int | None = None,
 ) -> tuple[int, int]:
-    """Write the features of all images of a stream to a Parquet file, a row an image, in the order of the stream.
+    """Write the features of all images of a source to a Parquet file, one row per image, in the order of the source.
 
     The columns are `index` (the position in the source, from 0), `image_id`, `path` (null where images have none),
     `label` where the source has it, and `features` (hidden_size) float32. Which encoder made them stands in the
@@ -125,7 +126,7 @@ def write_features(
     their number, and under another name, so that no file is there before all are written.
 
     Args:
-        source: Of `open_stream`.
+        source: The images.
         max_bad_fraction: See `ExampleStream`.
         about: JSON values that are added to the metadata.
         num_expected: Images of the source, for the progress bar.
@@ -138,7 +139,7 @@ def write_features(
             is not finite, or the encoder has no such pooling.
     """
     stream = ExampleStream(
-        with_index(source),
+        with_index(source.dataset),
         WithMetadata(eval_transform_for(encoder, processor)),
         shuffle=False,
         repeat=False,

@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_vlm.data.sources import unlabelled
 from hf_vlm.data.transforms.views import ViewTransform, crop_box
 from hf_vlm.registry import find_model
 from hf_vlm.training.arguments import parse_arguments
 from hf_vlm.training.build import build_config, build_processor
-from hf_vlm.training.run import open_source, train_stream, view_transform
+from hf_vlm.training.run import open_recipe_source, train_stream, view_transform
 
 __all__ = ["SampledViews", "sample_first_views"]
 
@@ -68,7 +67,7 @@ def sample_first_views(recipe: dict[str, Any], num_images: int) -> list[SampledV
         hidden = [mask.repeat(patch_size[0], axis=0).repeat(patch_size[1], axis=1) for mask in masks]  # (H, W) each
         return {"drawn": SampledViews(**views, hidden=hidden)}
 
-    source = unlabelled(open_source(args, args.train_split, args.num_train_examples))
+    source = open_recipe_source(args, args.train_split, args.num_train_examples).unlabelled()
     return [example["drawn"] for example in islice(train_stream(args, source, drawn), num_images)]
 
 

@@ -7,11 +7,10 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -20,7 +19,8 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from hf_vlm.data.sources import open_stream
+from hf_vlm.data.source import Source
+from hf_vlm.data.sources import open_source
 from hf_vlm.data.stream import ExampleStream, Transform
 from hf_vlm.data.transforms.views import ViewTransform
 from hf_vlm.features.extraction import encode, eval_transform_for
@@ -185,7 +185,7 @@ def build_probe(
     trainer: VisionTrainer,
     transform: ViewTransform,
     processor: VLMViTImageProcessor,
-    source: datasets.IterableDataset,
+    source: Source,
 ) -> Probe:
     """The probe of a training on `source` with views of `transform`. ValueError where its data cannot be opened."""
     args = trainer.args
@@ -196,7 +196,7 @@ def build_probe(
         num_channels=len(processor.image_mean),
     )
     images = ExampleStream(
-        open_probe_source(args, source),
+        open_probe_source(args, source).dataset,
         ProbeTransform(views, eval_transform_for(trainer.model.trained_encoder, processor)),
         seed=SEED,
         repeat=False,
@@ -206,17 +206,20 @@ def build_probe(
     return Probe(trainer, images, num_examples=args.num_probe_examples, every=probe_interval(args))
 
 
-def open_probe_source(args: VisionTrainingArguments, source: datasets.IterableDataset) -> datasets.IterableDataset:
+def open_probe_source(args: VisionTrainingArguments, source: Source) -> Source:
     """The images to look at: `eval_split` of `probe_data`, or else of the data; `train_split` where there is none.
 
     `source` is the training's, whose images are not listed a second time.
     """
     data, format = (args.probe_data, None) if args.probe_data else (args.data, args.format)
     try:
-        return open_stream(data, args.eval_split, format=format, num_samples=args.num_eval_examples)
+        return open_source(data, args.eval_split, format=format, num_samples=args.num_eval_examples)
     except ValueError as error:
         # One shard of one is all of the source, with a position of its own: iterating moves that of a stream.
-        images = open_stream(data, args.train_split) if args.probe_data else source.shard(num_shards=1, index=0)
+        if args.probe_data:
+            images = open_source(data, args.train_split)
+        else:
+            images = replace(source, dataset=source.dataset.shard(num_shards=1, index=0))
         logger.info("Probes look at images of the split %r: %s", args.train_split, error)
         return images
 

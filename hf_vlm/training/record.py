@@ -11,10 +11,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import datasets
 import yaml
 
-from hf_vlm.data.sources import class_names
+from hf_vlm.data.source import Source
 from hf_vlm.training.arguments import VisionTrainingArguments
 from hf_vlm.training.provenance import RUN_FILE, origins_of, publishable
 
@@ -29,7 +28,7 @@ class RunRecord:
         self,
         args: VisionTrainingArguments,
         recipe: dict[str, Any],
-        source: datasets.IterableDataset,
+        source: Source,
         write_card: Callable[[Path], Any] | None,
     ):
         ours = {name: getattr(args, name) for name in VisionTrainingArguments.__annotations__}
@@ -49,7 +48,7 @@ class RunRecord:
                 "split": args.train_split,
                 "fingerprint": fingerprint(source),
                 "num_examples": args.num_train_examples,
-                "class_names": class_names(source),
+                "class_names": source.label_names if source.object_names is None else source.object_names,
             },
             "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
             "git": git_state(),
@@ -87,10 +86,10 @@ def as_json(values: Any) -> str:
     return json.dumps(plain(values), indent=2)
 
 
-def fingerprint(source: datasets.IterableDataset, num_examples: int = 16) -> str:
+def fingerprint(source: Source, num_examples: int = 16) -> str:
     """A short hash of a source's columns and first encoded images, to tell later whether data changed."""
     digest = hashlib.sha256(repr(source.features).encode())
-    for example in source.take(num_examples):
+    for example in source.dataset.take(num_examples):
         image = example["image"]
         content = image["bytes"] if image["bytes"] is not None else str(image["path"]).encode()
         digest.update(hashlib.sha256(content).digest())

@@ -11,7 +11,8 @@ import datasets
 import transformers
 from transformers import PreTrainedConfig, set_seed
 
-from hf_vlm.data.sources import class_names, count_examples, has_boxes, open_stream, unlabelled
+from hf_vlm.data.source import Source
+from hf_vlm.data.sources import open_source
 from hf_vlm.data.stream import ExampleStream
 from hf_vlm.data.transforms.collate import collate_detection, collate_views
 from hf_vlm.data.transforms.detection import DetectionTransform
@@ -52,8 +53,8 @@ def pretrain(
     """
     args = parse_arguments(recipe)
     set_seed(args.seed)
-    source = open_source(args, args.train_split, args.num_train_examples)
-    args.see_images_of(count_examples(source))
+    source = open_recipe_source(args, args.train_split, args.num_train_examples)
+    args.see_images_of(source.num_examples)
     model = build_model(args, task="pretraining")
     processor = build_processor(args, model.config.backbone_config.num_channels)
     transform = view_transform(args, model.default_views, processor)
@@ -62,7 +63,7 @@ def pretrain(
     trainer = VisionTrainer(
         model=model,
         args=args,
-        train_dataset=train_stream(args, unlabelled(source), on_device.sample if on_device else transform),
+        train_dataset=train_stream(args, source.unlabelled(), on_device.sample if on_device else transform),
         data_collator=on_device.collate if on_device else collate_views,
         render=on_device.render if on_device else None,
         processing_class=processor,
@@ -101,15 +102,15 @@ def finetune(recipe: dict[str, Any], *, write_card: Callable[[Path], Any] | None
     """
     args = parse_arguments(recipe)
     set_seed(args.seed)
-    source = open_source(args, args.train_split, args.num_train_examples)
-    args.see_images_of(count_examples(source))
-    names = class_names(source)
-    if not has_boxes(source) or names is None:
+    source = open_recipe_source(args, args.train_split, args.num_train_examples)
+    args.see_images_of(source.num_examples)
+    names = source.object_names
+    if names is None:
         raise ValueError(f"{args.data} has no boxes in split {args.train_split!r}: detection needs labelled images.")
     model = build_model(args, task="object-detection", class_names=names)
     processor = build_processor(args, model.config.backbone_config.num_channels)
     transform = detection_transform(processor, train=True, augmentation=args.augmentation, num_classes=len(names))
-    held_out = _eval_stream(args, open_source(args, args.eval_split, args.num_eval_examples), processor, names)
+    held_out = _eval_stream(args, open_recipe_source(args, args.eval_split, args.num_eval_examples), processor, names)
     evaluator = functools.partial(
         evaluate_detection, processor=processor, class_names=names, batch_size=args.per_device_eval_batch_size
     )
@@ -153,7 +154,7 @@ def evaluate_run(
         ValueError: if the folder holds neither, the classes of the data are not the detector's, there are no class
             labels for an encoder, or more than `max_bad_fraction` of the images cannot be read.
     """
-    open_split = functools.partial(open_stream, data, format=format, num_samples=num_examples)
+    open_split = functools.partial(open_source, data, format=format, num_samples=num_examples)
     plain_stream = functools.partial(ExampleStream, shuffle=False, repeat=False, max_bad_fraction=max_bad_fraction)
     if _holds_encoder(run_dir):
         encoder, processor = load_frozen_encoder(run_dir)
@@ -163,15 +164,15 @@ def evaluate_run(
             source = open_split(name)
             if "label" not in source.features:
                 raise ValueError(f"{data} has no class labels in split {name!r}: kNN and linear accuracy need them.")
-            streams.append(plain_stream(source, transform))
+            streams.append(plain_stream(source.dataset, transform))
         return evaluate_features(to_best_device(encoder), *streams)
     model, processor = load_detector(run_dir)
     source = open_split(split)
     names = [model.config.id2label[index] for index in range(model.config.num_labels)]
-    found = class_names(source)
+    found = source.label_names if source.object_names is None else source.object_names
     if found != names:
         raise ValueError(f"{data} has the classes {found}, but the detector {run_dir} knows {names}.")
-    stream = plain_stream(source, detection_transform(processor, train=False, num_classes=len(names)))
+    stream = plain_stream(source.dataset, detection_transform(processor, train=False, num_classes=len(names)))
     return evaluate_detection(model, stream, processor, class_names=names, per_class=True)
 
 
@@ -221,19 +222,19 @@ def detection_transform(
     )
 
 
-def open_source(args: VisionTrainingArguments, split: str, num_examples: int | None) -> datasets.IterableDataset:
+def open_recipe_source(args: VisionTrainingArguments, split: str, num_examples: int | None) -> Source:
     """The recipe's data; ValueError where it names none."""
     if not args.data:
         raise ValueError("No data: name a folder, a file, a Hub id or scenes with --data or in the recipe.")
-    return open_stream(args.data, split, format=args.format, num_samples=num_examples)
+    return open_source(args.data, split, format=args.format, num_samples=num_examples)
 
 
 def train_stream(
-    args: VisionTrainingArguments, source: datasets.IterableDataset, transform: Callable[..., dict[str, Any]]
+    args: VisionTrainingArguments, source: Source, transform: Callable[..., dict[str, Any]]
 ) -> ExampleStream:
     """What this rank trains on, in its order."""
     return ExampleStream(
-        source,
+        source.dataset,
         transform,
         seed=args.data_seed if args.data_seed is not None else args.seed,
         block_size=args.shuffle_block,
@@ -245,18 +246,19 @@ def train_stream(
 
 def _eval_stream(
     args: VisionTrainingArguments,
-    source: datasets.IterableDataset,
+    source: Source,
     processor: VLMViTImageProcessor,
     names: list[str],
 ) -> ExampleStream:
-    if class_names(source) != names:
+    found = source.label_names if source.object_names is None else source.object_names
+    if found != names:
         raise ValueError(
-            f"Split {args.eval_split!r} of {args.data} has the classes {class_names(source)}, "
+            f"Split {args.eval_split!r} of {args.data} has the classes {found}, "
             f"but split {args.train_split!r} has {names}."
         )
     transform = detection_transform(processor, train=False, num_classes=len(names))
     return ExampleStream(
-        source,
+        source.dataset,
         transform,
         shuffle=False,
         repeat=False,
@@ -298,7 +300,7 @@ __all__ = [
     "evaluate_run",
     "finetune",
     "load_detector",
-    "open_source",
+    "open_recipe_source",
     "pretrain",
     "quiet_libraries",
     "train_stream",

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from hf_vlm.cli.main import main
-from hf_vlm.data.sources import open_stream
+from hf_vlm.data.sources import open_source
 from hf_vlm.deploy.embed import embed_images, images_at, plot_feature_maps, plot_stored_neighbors
 from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
@@ -36,7 +36,7 @@ def test_features_and_both_pictures(run, tmp_path, capsys):
     assert "12 images, 32 features each\n" in printed
     assert all(str(path) in printed for path in (path, neighbors, maps))
 
-    source = open_stream("scenes:easy", "test", num_samples=12)
+    source = open_source("scenes:easy", "test", num_samples=12)
     encoder, processor = load_frozen_encoder(run)
     dataset = datasets.load_dataset("parquet", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
     assert dataset.features["label"] == source.features["label"]
@@ -61,7 +61,7 @@ def test_pictures_of_chosen_images_leave_nothing_else(run, tmp_path, capsys):
     assert "Features:" not in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["maps.png", "neighbors.png"]
     encoder, processor = load_frozen_encoder(run)
-    images = images_at(open_stream("scenes:easy"), [7, 2])
+    images = images_at(open_source("scenes:easy"), [7, 2])
     with Image.open(maps) as picture:
         np.testing.assert_array_equal(picture, plot_feature_maps(encoder, images, processor, patch=(1, 2)))
 

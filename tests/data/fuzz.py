@@ -23,7 +23,7 @@ from datasets import Dataset, IterableDataset, disable_progress_bars
 from PIL import Image
 
 from hf_vlm.data.io.decode import decode_image
-from hf_vlm.data.sources import open_stream
+from hf_vlm.data.sources import open_source
 from hf_vlm.data.stream import ExampleStream
 
 MEMORY = 6 * 2**30  # bytes of address space
@@ -223,7 +223,7 @@ def fuzz_annotations(seed, count, folder):
         file.write_bytes(mutate(content, [content], rng))
         shutil.copy(file, folder / "current")
         try:
-            for _ in open_stream(source, format=name.partition(" ")[0]):
+            for _ in open_source(source, format=name.partition(" ")[0]):
                 pass
             num_read += 1
         except ValueError as error:

@@ -11,9 +11,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from hf_vlm.data.io.decode import decode_image
-from hf_vlm.data.scenes.render import scenes_stream
+from hf_vlm.data.scenes.render import scenes_source
 from hf_vlm.data.schema import image_feature, objects_feature
-from hf_vlm.data.sources import class_names, guess_format, has_boxes, open_stream, unlabelled
+from hf_vlm.data.sources import guess_format, open_source
 
 WIDTH, HEIGHT = 16, 12
 
@@ -108,7 +108,7 @@ def assert_coco_examples(stream, num_images=10):
     examples = list(stream)
     assert [example["image_id"] for example in examples] == [50 + 3 * row for row in range(num_images)]
     assert [value_of(example) for example in examples] == list(range(num_images))
-    assert class_names(stream) == ["bee", "ant", "cat"]
+    assert stream.object_names == ["bee", "ant", "cat"]
     for row, example in enumerate(examples):
         expected = make_objects(row)
         expected["category"] = [[1, 0, 2][category] for category in expected["category"]]
@@ -130,9 +130,9 @@ FORMATS = ["imagefolder", "parquet", "coco", "scenes", "hub"]
 
 def open_kind(kind, folders):
     if kind == "scenes":
-        return open_stream("scenes", num_samples=20)
+        return open_source("scenes", num_samples=20)
     # A folder of Parquet files opens as a dataset on the Hub does.
-    return open_stream(folders["parquet" if kind == "hub" else kind], format=kind)
+    return open_source(folders["parquet" if kind == "hub" else kind], format=kind)
 
 
 # Resuming, sharding and workers
@@ -142,10 +142,11 @@ def open_kind(kind, folders):
 def test_streams_resume_exactly_and_twice(kind, folders):
     everything = list(open_kind(kind, folders))
     assert len(everything) == 20
+    assert open_kind(kind, folders).num_examples == (None if kind == "hub" else 20)
     for read in (iter, lambda stream: stream.iter(batch_size=1)):
         seen, state = [], None
         for stop in (3, 9, 15, 21):
-            stream = pickle.loads(pickle.dumps(open_kind(kind, folders)))
+            stream = pickle.loads(pickle.dumps(open_kind(kind, folders))).dataset
             if state is not None:
                 stream.load_state_dict(json.loads(json.dumps(state)))
             for example in read(stream):
@@ -159,7 +160,7 @@ def test_streams_resume_exactly_and_twice(kind, folders):
 @pytest.mark.parametrize("kind", FORMATS)
 def test_mapped_and_filtered_streams_resume_exactly(kind, folders):
     def build():
-        stream = unlabelled(open_kind(kind, folders)).map(lambda example: {"twice": 2 * example["image_id"]})
+        stream = open_kind(kind, folders).unlabelled().dataset.map(lambda example: {"twice": 2 * example["image_id"]})
         return stream.filter(lambda example: example["twice"] % 4 == 0)
 
     everything = [example["twice"] for example in build()]
@@ -174,7 +175,7 @@ def test_mapped_and_filtered_streams_resume_exactly(kind, folders):
 
 @pytest.mark.parametrize("kind", ["imagefolder", "parquet", "coco", "scenes"])
 def test_shards_divide_the_stream(kind, folders):
-    stream = open_kind(kind, folders)
+    stream = open_kind(kind, folders).dataset
     assert stream.num_shards >= 3
     parts = [[example["image_id"] for example in stream.shard(num_shards=2, index=index)] for index in range(2)]
     assert all(parts)
@@ -183,7 +184,7 @@ def test_shards_divide_the_stream(kind, folders):
 
 @pytest.mark.parametrize("kind", ["parquet", "coco"])
 def test_streams_serve_data_workers(kind, folders):
-    stream = unlabelled(open_kind(kind, folders))
+    stream = open_kind(kind, folders).unlabelled().dataset
     loader = DataLoader(stream, batch_size=None, num_workers=2)
     assert sorted(example["image_id"] for example in loader) == sorted(example["image_id"] for example in stream)
 
@@ -192,17 +193,19 @@ def test_streams_serve_data_workers(kind, folders):
 def test_num_samples_are_the_first(kind, folders):
     whole = [example["image_id"] for example in open_kind(kind, folders)]
     source = {"scenes": "scenes", "hub": folders["parquet"]}.get(kind) or folders[kind]
-    few = open_stream(source, format=kind, num_samples=9)
+    few = open_source(source, format=kind, num_samples=9)
     assert [example["image_id"] for example in few] == whole[:9]
     with pytest.raises(ValueError, match="num_samples=0 must be positive"):
-        open_stream(source, format=kind, num_samples=0)
+        open_source(source, format=kind, num_samples=0)
 
 
 def test_unlabelled_keeps_the_images(folders):
     for kind in FORMATS:
-        stream = unlabelled(open_kind(kind, folders))
+        stream = open_kind(kind, folders).unlabelled()
         assert set(next(iter(stream))) == set(stream.features) == {"image", "image_id"}
-        assert class_names(stream) is None
+        assert stream.object_names is None
+        assert stream.label_names is None
+        assert stream.mask_names is None
 
 
 def test_the_kind_is_guessed(folders, tmp_path):
@@ -218,8 +221,8 @@ def test_the_kind_is_guessed(folders, tmp_path):
 
 def test_scenes_by_name():
     for source, preset in (("scenes", "easy"), ("scenes:easy", "easy"), ("scenes:hard", "hard")):
-        expected = next(iter(scenes_stream(preset, "validation")))
-        assert next(iter(open_stream(source, "val"))) == expected
+        expected = next(iter(scenes_source(preset, "validation")))
+        assert next(iter(open_source(source, "val"))) == expected
 
 
 # Parquet
@@ -230,18 +233,18 @@ def test_parquet_round_trip(tmp_path):
     later = {"image_id": [200 + row for row in range(20)]}
     write_detection_parquet(tmp_path / "data" / "train-00001-of-00002.parquet", **later)
     write_detection_parquet(tmp_path / "data" / "validation-00000-of-00001.parquet", num_rows=2)
-    stream = open_stream(tmp_path)
+    stream = open_source(tmp_path)
     examples = list(stream)
     assert [example["image_id"] for example in examples] == [*range(100, 120), *range(200, 220)]
-    assert stream.num_shards == 6
+    assert stream.dataset.num_shards == 6
     for row, example in enumerate(examples):
         assert example["image"] == {"bytes": png(row % 20), "path": None}
         assert example["objects"] == make_objects(row % 20)
         assert stream.features.encode_example(example) == example
     assert stream.features == datasets.Features(DETECTION)
-    assert class_names(stream) == ["ant", "bee", "cat"]
-    assert has_boxes(stream)
-    assert len(list(open_stream(tmp_path, "valid"))) == 2
+    assert stream.object_names == ["ant", "bee", "cat"]
+    assert stream.object_names is not None
+    assert len(list(open_source(tmp_path, "valid"))) == 2
 
 
 @pytest.mark.parametrize(
@@ -257,7 +260,7 @@ def test_parquet_round_trip(tmp_path):
 def test_parquet_layouts(tmp_path, names, split):
     for number, name in enumerate(names):
         write_parquet(tmp_path / name, {"image": [png(number)]})
-    assert [value_of(example) for example in open_stream(tmp_path, split)] == [0]
+    assert [value_of(example) for example in open_source(tmp_path, split)] == [0]
 
 
 def test_parquet_columns_of_other_names_and_types(tmp_path):
@@ -267,9 +270,9 @@ def test_parquet_columns_of_other_names_and_types(tmp_path):
     )
     write_parquet(tmp_path / "struct" / "a.parquet", {"photo": [{"bytes": png(3), "path": "p"}], "path": ["q"]})
     write_parquet(tmp_path / "path.parquet", {"file_name": ["photos/a.png", str(tmp_path / "photos/b.png")]})
-    assert [value_of(example) for example in open_stream(tmp_path / "bytes")] == [1, 2]
-    assert [value_of(example) for example in open_stream(tmp_path / "struct")] == [3]
-    stream = open_stream(tmp_path / "path.parquet")
+    assert [value_of(example) for example in open_source(tmp_path / "bytes")] == [1, 2]
+    assert [value_of(example) for example in open_source(tmp_path / "struct")] == [3]
+    stream = open_source(tmp_path / "path.parquet")
     assert [value_of(example) for example in stream] == [40, 41]
     assert [example["image_id"] for example in stream] == [0, 1]
     assert set(stream.features) == {"image", "image_id"}
@@ -281,7 +284,7 @@ def test_parquet_image_feature_is_not_decoded(tmp_path):
     )
     rows = {"image": [{"bytes": png(5), "path": None}], "mask": [{"bytes": png(6), "path": None}], "note": ["n"]}
     write_parquet(tmp_path / "a.parquet", rows, features)
-    (example,) = open_stream(tmp_path)
+    (example,) = open_source(tmp_path)
     assert example == {"image": rows["image"][0], "image_id": 0, "mask": rows["mask"][0]}
 
 
@@ -296,8 +299,8 @@ def test_labels_without_names_are_those_of_all_splits(tmp_path, train, test, nam
     write_parquet(tmp_path / "train.parquet", {"image": [png(0)] * len(train), "label": train})
     write_parquet(tmp_path / "test.parquet", {"image": [png(0)], "label": test})
     write_parquet(tmp_path / "dev.parquet", {"image": [png(0)]})
-    stream = open_stream(tmp_path)
-    assert class_names(stream) == class_names(open_stream(tmp_path, "test")) == names
+    stream = open_source(tmp_path)
+    assert stream.label_names == open_source(tmp_path, "test").label_names == names
     assert [example["label"] for example in stream] == expected
 
 
@@ -307,8 +310,8 @@ def test_objects_as_a_list_of_structs(tmp_path):
         [],
     ]
     write_parquet(tmp_path / "a.parquet", {"image": [png(0), png(1)], "annotations": objects})
-    stream = open_stream(tmp_path)
-    assert class_names(stream) == ["ant", "bee"]
+    stream = open_source(tmp_path)
+    assert stream.object_names == ["ant", "bee"]
     first, second = (example["objects"] for example in stream)
     expected = {"bbox": [[1, 1, 4, 2], [0, 0, 2, 2]], "category": [1, 0], "area": [8, 4], "iscrowd": [0, 0]}
     assert first == expected
@@ -325,7 +328,7 @@ def test_empty_boxes_are_dropped_with_one_warning(tmp_path, caplog):
     }
     write_parquet(tmp_path / "a.parquet", rows)
     with caplog.at_level(logging.WARNING):
-        stream = open_stream(tmp_path)
+        stream = open_source(tmp_path)
     (message,) = caplog.messages
     assert "2 of 4 boxes are dropped" in message
     assert "row 0 [1.0, 1.0, 0.0, 5.0], row 1 [99.0, 0.0, 3.0, 3.0]" in message
@@ -343,7 +346,7 @@ def test_boxes_that_look_like_corners_are_doubted(tmp_path, caplog):
     columns = {"image": [png(0)] * 3, "width": [WIDTH] * 3, "height": [HEIGHT] * 3, "objects": objects}
     write_parquet(tmp_path / "a.parquet", columns)
     with caplog.at_level(logging.WARNING):
-        open_stream(tmp_path)
+        open_source(tmp_path)
     assert "may be corners; a bbox must be [x, y, width, height]" in caplog.text
 
 
@@ -357,7 +360,7 @@ def test_hidden_labels_and_no_objects_leave_the_columns_out(tmp_path, caplog):
     rows = {"image": [{"bytes": png(0), "path": None}] * 2, "label": [-1, -1], "objects": [empty, empty]}
     write_parquet(tmp_path / "test.parquet", rows, features)
     with caplog.at_level(logging.WARNING):
-        stream = open_stream(tmp_path, "test")
+        stream = open_source(tmp_path, "test")
     assert set(stream.features) == {"image", "image_id"} == set(next(iter(stream)))
     assert "no row has a label in the column 'label'" in caplog.text
     assert "no row has an object" in caplog.text
@@ -366,7 +369,7 @@ def test_hidden_labels_and_no_objects_leave_the_columns_out(tmp_path, caplog):
 def test_repeated_ids_become_positions(tmp_path, caplog):
     write_parquet(tmp_path / "a.parquet", {"image": [png(0)] * 3, "image_id": [4, 4, 5]})
     with caplog.at_level(logging.WARNING):
-        stream = open_stream(tmp_path)
+        stream = open_source(tmp_path)
     assert [example["image_id"] for example in stream] == [0, 1, 2]
     assert "'image_id' is not unique" in caplog.text
 
@@ -374,38 +377,38 @@ def test_repeated_ids_become_positions(tmp_path, caplog):
 def test_parquet_mistakes_are_named(tmp_path):
     write_parquet(tmp_path / "none" / "a.parquet", {"text": ["x"], "number": [1]})
     with pytest.raises(ValueError, match=r"no column of images; its columns are text, number\. Name it 'image'"):
-        open_stream(tmp_path / "none")
+        open_source(tmp_path / "none")
     objects = {"bbox": [[0.0, 0.0, 2.0, 2.0]], "category": [3], "area": [4.0], "iscrowd": [0]}
     write_detection_parquet(tmp_path / "range.parquet", objects=[objects, *map(make_objects, range(1, 20))])
     with pytest.raises(ValueError, match=r"1 boxes have a category outside 0\.\.2, which .* 3 classes: 3 of row 0"):
-        open_stream(tmp_path / "range.parquet")
+        open_source(tmp_path / "range.parquet")
     label = {"image": image_feature(), "label": datasets.ClassLabel(names=["a", "b"])}
     images = [{"bytes": png(0), "path": None}] * 3
     write_parquet(tmp_path / "label.parquet", {"image": images, "label": [0, -1, 1]}, label)
     with pytest.raises(ValueError, match=r"1 labels are none of the 2 classes: -1 in row 1"):
-        open_stream(tmp_path / "label.parquet")
+        open_source(tmp_path / "label.parquet")
     uneven = {"bbox": [[0.0, 0.0, 2.0, 2.0]], "category": [0, 1]}
     write_parquet(tmp_path / "uneven.parquet", {"image": [png(0)], "objects": [uneven]})
     with pytest.raises(ValueError, match="1 rows have not as many categories as boxes: row 0"):
-        open_stream(tmp_path / "uneven.parquet")
+        open_source(tmp_path / "uneven.parquet")
     short = {"bbox": [[0.0, 2.0, 2.0]], "category": [0]}
     write_parquet(tmp_path / "short.parquet", {"image": [png(0)], "objects": [short]})
     with pytest.raises(ValueError, match=r"1 boxes are not four numbers.*\[0.0, 2.0, 2.0\] in row 0"):
-        open_stream(tmp_path / "short.parquet")
+        open_source(tmp_path / "short.parquet")
     (tmp_path / "broken.parquet").write_bytes(b"no parquet at all")
     with pytest.raises(ValueError, match=r"broken\.parquet cannot be read as Parquet"):
-        open_stream(tmp_path / "broken.parquet")
+        open_source(tmp_path / "broken.parquet")
     write_parquet(tmp_path / "two" / "train-0.parquet", {"image": [png(0)], "label": [1]})
     write_parquet(tmp_path / "two" / "train-1.parquet", {"image": [png(0)], "label": ["x"]})
     with pytest.raises(ValueError, match=r"train-1\.parquet and .*train-0\.parquet differ in their columns label"):
-        open_stream(tmp_path / "two")
+        open_source(tmp_path / "two")
     write_parquet(tmp_path / "zero.parquet", {"image": pa.array([], pa.binary())})
     with pytest.raises(ValueError, match=r"there are no rows in .*zero\.parquet"):
-        open_stream(tmp_path / "zero.parquet")
+        open_source(tmp_path / "zero.parquet")
     write_parquet(tmp_path / "mixed" / "train.parquet", {"image": [png(0)]})
     write_parquet(tmp_path / "mixed" / "more.parquet", {"image": [png(0)]})
     with pytest.raises(ValueError, match=r"no split can be told from the names of .*more\.parquet.* other files name"):
-        open_stream(tmp_path / "mixed")
+        open_source(tmp_path / "mixed")
 
 
 # Image folders
@@ -415,8 +418,8 @@ def test_imagefolder_with_classes_and_splits(tmp_path):
     write_images(tmp_path, ["train/dog/1.png", "train/cat/2.JPG", "train/cat/1.png", "val/dog/9.png", "val/ant/1.png"])
     (tmp_path / "train" / "cat" / "notes.txt").write_text("no image")
     write_images(tmp_path, ["train/.hidden/1.png", "train/cat/.2.png"])
-    stream = open_stream(tmp_path)
-    assert class_names(stream) == class_names(open_stream(tmp_path, "validation")) == ["ant", "cat", "dog"]
+    stream = open_source(tmp_path)
+    assert stream.label_names == open_source(tmp_path, "validation").label_names == ["ant", "cat", "dog"]
     examples = list(stream)
     names = ["cat/1.png", "cat/2.JPG", "dog/1.png"]
     assert [example["image"] for example in examples] == [
@@ -425,7 +428,7 @@ def test_imagefolder_with_classes_and_splits(tmp_path):
     assert [example["label"] for example in examples] == [1, 1, 2]
     assert [example["image_id"] for example in examples] == [0, 1, 2]
     assert [value_of(example) for example in examples] == [2, 1, 0]
-    assert not has_boxes(stream)
+    assert stream.object_names is None
 
 
 @pytest.mark.parametrize(
@@ -434,7 +437,7 @@ def test_imagefolder_with_classes_and_splits(tmp_path):
 )
 def test_imagefolder_without_classes(tmp_path, names):
     write_images(tmp_path, names)
-    stream = open_stream(tmp_path)
+    stream = open_source(tmp_path)
     assert [example["image"]["path"] for example in stream] == sorted(str(tmp_path / name) for name in names)
     assert set(stream.features) == {"image", "image_id"}
 
@@ -444,27 +447,27 @@ def test_so_many_images_of_class_folders_are_of_all_classes(tmp_path):
         (tmp_path / name).mkdir()
         for index in range(count):
             Image.new("RGB", (4, 4)).save(tmp_path / name / f"{index}.png")
-    labels = [example["label"] for example in open_stream(tmp_path, num_samples=4)]
+    labels = [example["label"] for example in open_source(tmp_path, num_samples=4)]
     assert labels == [0, 0, 1, 2]
-    assert len(list(open_stream(tmp_path, num_samples=100))) == 12
+    assert len(list(open_source(tmp_path, num_samples=100))) == 12
 
 
 def test_imagefolder_mistakes_are_named(tmp_path, caplog):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty holds no Parquet files, .* no images; it is empty"):
-        open_stream(tmp_path / "empty")
+        open_source(tmp_path / "empty")
     (tmp_path / "texts" / "inner").mkdir(parents=True)
     (tmp_path / "texts" / "a.txt").touch()
     with pytest.raises(ValueError, match=r"no images: looked .* \.jpg .*; it holds a\.txt, inner/"):
-        open_stream(tmp_path / "texts", format="imagefolder")
+        open_source(tmp_path / "texts", format="imagefolder")
     write_images(tmp_path, ["images/train/a.png", "images/test/a.png", "images/extra/a.png"])
     with pytest.raises(ValueError, match=r"has no split 'validation'; it has test, train"):
-        open_stream(tmp_path / "images", "validation")
+        open_source(tmp_path / "images", "validation")
     with caplog.at_level(logging.WARNING):
-        open_stream(tmp_path / "images")
+        open_source(tmp_path / "images")
     assert "images in extra are ignored" in caplog.text
     with pytest.raises(ValueError, match="is a file; give the folder"):
-        open_stream(tmp_path / "images" / "train" / "a.png", format="imagefolder")
+        open_source(tmp_path / "images" / "train" / "a.png", format="imagefolder")
 
 
 # COCO
@@ -486,28 +489,28 @@ def test_imagefolder_mistakes_are_named(tmp_path, caplog):
 def test_coco_layouts(tmp_path, file, images):
     write_coco(tmp_path / file, tmp_path / images)
     (tmp_path / "dataset_infos.json").write_text('{"default": 1}')
-    assert_coco_examples(open_stream(tmp_path))
-    assert_coco_examples(open_stream(tmp_path / file, format="coco"))
+    assert_coco_examples(open_source(tmp_path))
+    assert_coco_examples(open_source(tmp_path / file, format="coco"))
 
 
 def test_coco_splits(tmp_path):
     write_coco(tmp_path / "annotations" / "instances_train2017.json", tmp_path / "train2017", num_images=4)
     write_coco(tmp_path / "annotations" / "instances_val2017.json", tmp_path / "val2017", num_images=2)
     (tmp_path / "annotations" / "captions_val2017.json").write_text("{}")
-    assert_coco_examples(open_stream(tmp_path), 4)
-    assert_coco_examples(open_stream(tmp_path, "val"), 2)
-    assert_coco_examples(open_stream(tmp_path / "annotations" / "instances_val2017.json", "validation"), 2)
+    assert_coco_examples(open_source(tmp_path), 4)
+    assert_coco_examples(open_source(tmp_path, "val"), 2)
+    assert_coco_examples(open_source(tmp_path / "annotations" / "instances_val2017.json", "validation"), 2)
     with pytest.raises(ValueError, match=r"has no split 'test'; it has train, validation"):
-        open_stream(tmp_path, "test")
+        open_source(tmp_path, "test")
     with pytest.raises(ValueError, match=r"instances_val2017\.json has no split 'train'; it has validation"):
-        open_stream(tmp_path / "annotations" / "instances_val2017.json")
+        open_source(tmp_path / "annotations" / "instances_val2017.json")
 
 
 def test_coco_images_without_boxes_stay(tmp_path):
     content = make_coco(3)
     content["annotations"] = [item for item in content["annotations"] if item["image_id"] != 53]
     write_coco(tmp_path / "a.json", tmp_path, content, num_images=3)
-    examples = list(open_stream(tmp_path))
+    examples = list(open_source(tmp_path))
     assert [len(example["objects"]["bbox"]) for example in examples] == [1, 0, 3]
 
 
@@ -516,7 +519,7 @@ def test_coco_without_annotations_is_unlabelled(tmp_path, caplog):
     del content["annotations"]
     write_coco(tmp_path / "a.json", tmp_path, content, num_images=3)
     with caplog.at_level(logging.WARNING):
-        stream = open_stream(tmp_path)
+        stream = open_source(tmp_path)
     assert set(stream.features) == {"image", "image_id"}
     assert "has no annotations: it serves as images without labels" in caplog.text
 
@@ -527,7 +530,7 @@ def test_coco_group_of_roboflow_is_no_class(tmp_path):
         category["supercategory"] = "bee"
     content["categories"].insert(0, {"id": 0, "name": "bee", "supercategory": "none"})
     write_coco(tmp_path / "train" / "_annotations.coco.json", tmp_path / "train", content, num_images=4)
-    assert_coco_examples(open_stream(tmp_path), 4)
+    assert_coco_examples(open_source(tmp_path), 4)
 
 
 def test_coco_boxes_are_checked(tmp_path, caplog):
@@ -538,7 +541,7 @@ def test_coco_boxes_are_checked(tmp_path, caplog):
     content["categories"].append({"id": 100, "name": "dog"})
     write_coco(tmp_path / "a.json", tmp_path, content, num_images=4)
     with caplog.at_level(logging.WARNING):
-        stream = open_stream(tmp_path)
+        stream = open_source(tmp_path)
     (message,) = caplog.messages
     assert "2 of 7 boxes are dropped" in message
     assert "annotation 1 [3.0, 3.0, 0.0, 5.0], annotation 2 [-20.0, 0.0, 5.0, 5.0]" in message
@@ -574,22 +577,22 @@ def change(content, key, index, **values):
 def test_coco_mistakes_are_named(tmp_path, content, message):
     write_coco(tmp_path / "a.json", tmp_path, content)
     with pytest.raises(ValueError, match=message):
-        open_stream(tmp_path / "a.json")
+        open_source(tmp_path / "a.json")
 
 
 def test_coco_files_that_do_not_fit(tmp_path):
     write_coco(tmp_path / "a.json", tmp_path / "elsewhere", num_images=2)
     with pytest.raises(ValueError, match=r"the image 0\.png is in none of the folders .*images"):
-        open_stream(tmp_path / "a.json")
+        open_source(tmp_path / "a.json")
     (tmp_path / "b.json").write_text("{broken")
     with pytest.raises(ValueError, match=r"b\.json is not json: Expecting property name"):
-        open_stream(tmp_path / "b.json")
+        open_source(tmp_path / "b.json")
     with pytest.raises(ValueError, match=r"elsewhere holds no COCO json; it holds 0\.png, 1\.png"):
-        open_stream(tmp_path / "elsewhere", format="coco")
+        open_source(tmp_path / "elsewhere", format="coco")
     write_coco(tmp_path / "two" / "a.json", tmp_path / "two")
     write_coco(tmp_path / "two" / "b.json", tmp_path / "two")
     with pytest.raises(ValueError, match=r"several COCO files for the split 'train': .*a\.json, .*b\.json"):
-        open_stream(tmp_path / "two")
+        open_source(tmp_path / "two")
 
 
 # Hub
@@ -606,14 +609,14 @@ def test_hub_streams_have_the_schema(tmp_path, monkeypatch):
         return load(str(tmp_path), **{**options, "revision": None})
 
     monkeypatch.setattr(datasets, "load_dataset", load_from_disk)
-    stream = open_stream("my-org/cells", "val", name="small", revision="v1")
+    stream = open_source("my-org/cells", "val", name="small", revision="v1")
     assert asked == [("my-org/cells", "small", "v1")]
     assert stream.features == datasets.Features(DETECTION)
     for row, example in enumerate(stream):
         assert example["image"]["bytes"] == png(row)
         assert (example["image_id"], example["objects"]) == (100 + row, make_objects(row))
     with pytest.raises(ValueError, match=r"my-org/cells has no split 'test'; it has train, validation"):
-        open_stream("my-org/cells", "test")
+        open_source("my-org/cells", "test")
 
 
 def test_hub_rows_without_id_get_one_from_their_content(tmp_path, caplog):
@@ -621,7 +624,7 @@ def test_hub_rows_without_id_get_one_from_their_content(tmp_path, caplog):
     features = {"image": image_feature(), "label": datasets.Value("string")}
     write_parquet(tmp_path / "train-00000-of-00001.parquet", rows, features)
     with caplog.at_level(logging.WARNING):
-        stream = open_stream(tmp_path, format="hub")
+        stream = open_source(tmp_path, format="hub")
     ids = [example["image_id"] for example in stream]
     assert len(set(ids)) == 6
     assert ids == [example["image_id"] for example in stream]
@@ -635,7 +638,7 @@ def test_hub_failures_are_named(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(ValueError, match=r"scene is no folder or file here.*the Hub cannot be reached.*mean 'scenes'"):
-        open_stream("scene")
+        open_source("scene")
 
 
 # What is not there
@@ -644,24 +647,24 @@ def test_hub_failures_are_named(monkeypatch):
 def test_mistakes_in_the_source_are_named(tmp_path, folders):
     (tmp_path / "notes.txt").touch()
     with pytest.raises(ValueError, match=rf"does not exist; did you mean '{tmp_path}/images'\?"):
-        open_stream(tmp_path / "imagse")
+        open_source(tmp_path / "imagse")
     with pytest.raises(ValueError, match=r"/no/such/folder does not exist$"):
-        open_stream("/no/such/folder")
+        open_source("/no/such/folder")
     with pytest.raises(ValueError, match=r"data\.parquet does not exist"):
-        open_stream("data.parquet")
+        open_source("data.parquet")
     with pytest.raises(ValueError, match=r"notes\.txt is neither Parquet, a tar, a COCO json nor a data.yaml"):
-        open_stream(tmp_path / "notes.txt")
+        open_source(tmp_path / "notes.txt")
     with pytest.raises(ValueError, match=r"unknown format 'vok'; the formats are scenes, parquet, .*hub"):
-        open_stream(folders["coco"], format="vok")
+        open_source(folders["coco"], format="vok")
     with pytest.raises(ValueError, match=r"unknown preset of scenes 'hrad'; there are easy, hard"):
-        open_stream("scenes:hrad")
+        open_source("scenes:hrad")
     with pytest.raises(ValueError, match=r"name and revision belong to datasets on the Hub"):
-        open_stream(folders["parquet"], revision="main")
+        open_source(folders["parquet"], revision="main")
     with pytest.raises(ValueError, match=r"has no split 'test'; it has train"):
-        open_stream(folders["parquet"], "test")
+        open_source(folders["parquet"], "test")
 
 
 def test_home_folders_are_expanded(folders, monkeypatch):
     monkeypatch.setenv("HOME", str(folders["imagefolder"].parent))
-    assert len(list(open_stream("~/images"))) == 20
+    assert len(list(open_source("~/images"))) == 20
     assert guess_format("~/coco") == "coco"

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from hf_vlm.data.io.decode import decode_image
-from hf_vlm.data.sources import open_stream
+from hf_vlm.data.sources import open_source
 from hf_vlm.deploy.embed import (
     embed_images,
     first_images,
@@ -45,7 +45,7 @@ def processor():
 
 @pytest.fixture
 def source():
-    return open_stream("scenes:easy", num_samples=NUM_IMAGES)
+    return open_source("scenes:easy", num_samples=NUM_IMAGES)
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_neighbors_in_memory_and_in_a_file_are_drawn_alike(encoder, processor, s
 def test_neighbors_are_the_right_images_where_others_cannot_be_read(encoder, processor, arrays, tmp_path):
     rows = [{"image": b"no image" if index in (0, 3) else encoded(array)} for index, array in enumerate(arrays)]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "images.parquet")
-    source = open_stream(tmp_path / "images.parquet")
+    source = open_source(tmp_path / "images.parquet")
     path = tmp_path / "features.parquet"
     assert write_features(path, encoder, processor, source, max_bad_fraction=0.5) == (5, 2)
     good = [1, 2, 4, 5, 6]

@@ -1,4 +1,4 @@
-"""Data sets on the Hub stream through `open_stream`, private ones with a token, and resume exactly."""
+"""Data sets on the Hub stream through `open_source`, private ones with a token, and resume exactly."""
 
 import json
 
@@ -21,20 +21,20 @@ for private in (False, True):
 READ = """
 import json
 from hf_vlm.data.io.decode import decode_image
-from hf_vlm.data.sources import count_examples, open_stream
+from hf_vlm.data.sources import open_source
 
 def value(example):
     return int(decode_image(example["image"])[0][0, 0, 0])
 
 try:
-    stream = open_stream("NAME")
+    stream = open_source("NAME")
     found = {"values": [value(example) for example in stream], "classes": stream.features["label"].names}
-    found["counts"] = [count_examples(stream), count_examples(open_stream("NAME", num_samples=7))]
+    found["counts"] = [stream.num_examples, open_source("NAME", num_samples=7).num_examples]
     for stop in (1, 10, 17):
-        first = open_stream("NAME")
+        first = open_source("NAME").dataset
         examples = iter(first)
         seen = [value(next(examples)) for _ in range(stop)]
-        second = open_stream("NAME")
+        second = open_source("NAME").dataset
         second.load_state_dict(json.loads(json.dumps(first.state_dict())))
         found[str(stop)] = seen + [value(example) for example in second]
 except ValueError as error:

@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 
 from hf_vlm.data.io.indexed import generated_stream
-from hf_vlm.data.sources import open_stream
+from hf_vlm.data.source import Source
+from hf_vlm.data.sources import open_source
 from hf_vlm.features.extraction import encode, eval_transform_for, write_features
 from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
@@ -86,7 +87,7 @@ def test_pooled_features_are_those_of_a_direct_forward():
 
 def test_rows_are_the_images_that_can_be_read_with_names_and_labels(folder, processor, tmp_path, caplog):
     encoder, path = make_encoder(), tmp_path / "features.parquet"
-    found = write_features(path, encoder, processor, open_stream(folder), batch_size=4, max_bad_fraction=0.1)
+    found = write_features(path, encoder, processor, open_source(folder), batch_size=4, max_bad_fraction=0.1)
     assert found == (9, 1)
     assert "2.png" in caplog.text
     dataset = read(path, tmp_path)
@@ -101,11 +102,11 @@ def test_rows_are_the_images_that_can_be_read_with_names_and_labels(folder, proc
         expected = encoder.eval()(pixels).last_hidden_state[:, 1:].mean(1)
     np.testing.assert_allclose(np.array(dataset["features"]), expected, atol=1e-5)
     with pytest.raises(ValueError, match="1 of 10 images could not be decoded"):
-        write_features(tmp_path / "other.parquet", encoder, processor, open_stream(folder))
+        write_features(tmp_path / "other.parquet", encoder, processor, open_source(folder))
 
 
 def test_both_kinds_of_features_are_written(processor, tmp_path):
-    encoder, source = make_encoder(), open_stream("scenes:easy", num_samples=2)
+    encoder, source = make_encoder(), open_source("scenes:easy", num_samples=2)
     write_features(tmp_path / "both.parquet", encoder, processor, source, pooling="both")
     found = np.array(datasets.load_dataset("parquet", data_files=str(tmp_path / "both.parquet"))["train"]["features"])
     for pooling, part in (("class", found[:, :32]), ("mean", found[:, 32:])):
@@ -115,7 +116,7 @@ def test_both_kinds_of_features_are_written(processor, tmp_path):
 
 
 def test_the_file_says_which_encoder_made_it(processor, tmp_path):
-    source, path = open_stream("scenes:easy", num_samples=2), tmp_path / "features.parquet"
+    source, path = open_source("scenes:easy", num_samples=2), tmp_path / "features.parquet"
     known = []
     for seed_of_change in (0.0, 0.0, 0.01):
         encoder = make_encoder()
@@ -130,16 +131,16 @@ def test_the_file_says_which_encoder_made_it(processor, tmp_path):
 
 
 def test_a_source_without_labels_and_behind_a_url(processor, tmp_path):
-    scenes = list(open_stream("scenes:easy", num_samples=3))
+    scenes = list(open_source("scenes:easy", num_samples=3))
     file_system = fsspec.filesystem("memory")
     try:
         with file_system.open("/photos.parquet", "wb") as file:
             datasets.Dataset.from_list([{"image": scene["image"]["bytes"]} for scene in scenes]).to_parquet(file)
         path = tmp_path / "features.parquet"
-        write_features(path, make_encoder(), processor, open_stream("memory://photos.parquet"))
+        write_features(path, make_encoder(), processor, open_source("memory://photos.parquet"))
     finally:
         file_system.rm("/", recursive=True)
-    write_features(tmp_path / "scenes.parquet", make_encoder(), processor, open_stream("scenes:easy", num_samples=3))
+    write_features(tmp_path / "scenes.parquet", make_encoder(), processor, open_source("scenes:easy", num_samples=3))
     found, expected = pq.read_table(path), pq.read_table(tmp_path / "scenes.parquet")
     assert found.column_names == ["index", "image_id", "path", "features"]
     assert found["features"] == expected["features"]
@@ -147,7 +148,7 @@ def test_a_source_without_labels_and_behind_a_url(processor, tmp_path):
 
 def counted_stream(num_images, on_image):
     """Scenes that call a function with their position before they are given."""
-    scene = next(iter(open_stream("scenes:easy", num_samples=1)))
+    scene = next(iter(open_source("scenes:easy", num_samples=1)))
     features = datasets.Features({"image": datasets.Image(decode=False), "image_id": datasets.Value("int64")})
 
     def generate():
@@ -156,7 +157,7 @@ def counted_stream(num_images, on_image):
             yield index, {"image": scene["image"], "image_id": index}
 
     stream = generated_stream(generate)
-    return stream.cast(features) if stream.features is None else stream
+    return Source(dataset=stream.cast(features) if stream.features is None else stream)
 
 
 @pytest.mark.parametrize("name", ["processor", "bicubic"])
@@ -165,7 +166,7 @@ def test_images_are_prepared_as_the_processor_does(request, name):
         request.getfixturevalue(name),
         eval_transform_for(make_encoder(), request.getfixturevalue(name)),
     )
-    for example in open_stream("scenes:easy", num_samples=3):
+    for example in open_source("scenes:easy", num_samples=3):
         prepared = transform_of(example, np.random.default_rng(0))
         expected = processor(Image.open(io.BytesIO(example["image"]["bytes"])), return_tensors="pt")["pixel_values"][0]
         torch.testing.assert_close(prepared["pixel_values"], expected, atol=0.02, rtol=0)  # a level
@@ -206,10 +207,10 @@ def test_what_stops_in_the_middle_leaves_no_file(processor, tmp_path, error, mon
 
 def test_a_file_from_before_outlives_a_failure(folder, processor, tmp_path):
     path = tmp_path / "features.parquet"
-    write_features(path, make_encoder(), processor, open_stream("scenes:easy", num_samples=2))
+    write_features(path, make_encoder(), processor, open_source("scenes:easy", num_samples=2))
     before = path.read_bytes()
     with pytest.raises(ValueError, match="could not be decoded"):
-        write_features(path, make_encoder(), processor, open_stream(folder))
+        write_features(path, make_encoder(), processor, open_source(folder))
     assert path.read_bytes() == before
 
 
@@ -217,7 +218,7 @@ def test_a_kill_in_the_middle_leaves_nothing_under_the_name(tmp_path):
     program = """
         import os, signal, sys
         from pathlib import Path
-        from hf_vlm.data.scenes.render import scenes_stream
+        from hf_vlm.data.scenes.render import scenes_source
         from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
         from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
         from hf_vlm.models.modeling_vlm_vit import VLMViTModel
@@ -233,7 +234,7 @@ def test_a_kill_in_the_middle_leaves_nothing_under_the_name(tmp_path):
         encoder = VLMViTModel(VLMViTConfig(image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=1,
                                            num_attention_heads=2))
         processor = VLMViTImageProcessor(size={"height": 32, "width": 32})
-        extraction.write_features(Path("features.parquet"), encoder, processor, scenes_stream(num_samples=50),
+        extraction.write_features(Path("features.parquet"), encoder, processor, scenes_source(num_samples=50),
                                 batch_size=4)
     """
     done = subprocess.run(
@@ -248,7 +249,7 @@ def test_a_kill_in_the_middle_leaves_nothing_under_the_name(tmp_path):
 
 def test_what_cannot_be_written_is_said(processor, tmp_path):
     (tmp_path / "file").touch()
-    source = open_stream("scenes:easy", num_samples=2)
+    source = open_source("scenes:easy", num_samples=2)
     with pytest.raises(ValueError, match=r"file/features\.parquet cannot be written"):
         write_features(tmp_path / "file" / "features.parquet", make_encoder(), processor, source)
     broken = make_encoder()

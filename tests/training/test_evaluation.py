@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from hf_vlm.data.scenes.render import render_scene, scene_settings
-from hf_vlm.data.sources import open_stream
+from hf_vlm.data.sources import open_source
 from hf_vlm.data.stream import ExampleStream
 from hf_vlm.data.transforms.views import EvalTransform
 from hf_vlm.metrics import coco_detection_metrics, knn_accuracy, linear_accuracy
@@ -45,9 +45,9 @@ def processor():
 
 
 def held_out(processor):
-    source = open_stream("scenes:easy", "test", num_samples=7)
+    source = open_source("scenes:easy", "test", num_samples=7)
     return ExampleStream(
-        source, detection_transform(processor, train=False, num_classes=5), shuffle=False, repeat=False
+        source.dataset, detection_transform(processor, train=False, num_classes=5), shuffle=False, repeat=False
     )
 
 
@@ -76,7 +76,9 @@ def test_frozen_features_are_judged_by_what_the_encoder_has(use_class_token):
     transform = EvalTransform(48, image_mean=0.5, image_std=0.5)
 
     def stream(split, n):
-        return ExampleStream(open_stream("scenes:easy", split, num_samples=n), transform, shuffle=False, repeat=False)
+        return ExampleStream(
+            open_source("scenes:easy", split, num_samples=n).dataset, transform, shuffle=False, repeat=False
+        )
 
     figures = evaluate_features(encoder, stream("train", 60), stream("test", 40), batch_size=16)
     features, labels = {}, {}

@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 
-from hf_vlm.data.scenes.render import scenes_stream
+from hf_vlm.data.scenes.render import scenes_source
 from hf_vlm.training.callbacks import read_log
 
 PROGRAM = Path(__file__).with_name("traced_run.py")
@@ -23,14 +23,14 @@ NUM_IMAGES, NUM_STEPS, SAVE_STEPS = 52, 30, 4  # an epoch is 13 steps of one ran
 
 
 def write_parquet(folder):
-    scenes = list(scenes_stream("easy", "train", num_samples=NUM_IMAGES, masks=False))
+    scenes = list(scenes_source("easy", "train", num_samples=NUM_IMAGES, masks=False))
     for part in range(4):  # row groups of 5, so that blocks, shards and epochs end at odd places
         rows = Dataset.from_list([{"image": scene["image"]["bytes"]} for scene in scenes[part::4]])
         rows.to_parquet(folder / f"train-{part:05d}-of-00004.parquet", batch_size=5)
 
 
 def write_webdataset(folder):
-    scenes = list(scenes_stream("easy", "train", num_samples=NUM_IMAGES, masks=False))
+    scenes = list(scenes_source("easy", "train", num_samples=NUM_IMAGES, masks=False))
     for part in range(4):
         with tarfile.open(folder / f"train-{part:05d}.tar", "w") as tar:
             for index, scene in enumerate(scenes[part::4]):

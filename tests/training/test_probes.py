@@ -22,8 +22,8 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from hf_vlm import metrics
-from hf_vlm.data.scenes.render import scenes_stream
-from hf_vlm.data.sources import open_stream
+from hf_vlm.data.scenes.render import scenes_source
+from hf_vlm.data.sources import open_source
 from hf_vlm.data.stream import ExampleStream
 from hf_vlm.data.transforms.views import EvalTransform, ViewTransform
 from hf_vlm.features.extraction import frozen
@@ -79,8 +79,8 @@ def test_figures_are_those_of_the_encoder_on_fixed_views(make_recipe, tmp_path, 
     encoder = VLMViTModel.from_pretrained(folder).eval()
     features = {}
     for name, transform in transforms.items():
-        source = open_stream("scenes:easy", "validation", num_samples=30)
-        examples = list(ExampleStream(source, transform, seed=0, repeat=False, block_size=40))
+        source = open_source("scenes:easy", "validation", num_samples=30)
+        examples = list(ExampleStream(source.dataset, transform, seed=0, repeat=False, block_size=40))
         pixels = torch.stack([example["pixel_values"] for example in examples])
         with torch.no_grad():
             tokens = encoder(pixels.reshape(-1, *pixels.shape[-3:])).last_hidden_state
@@ -219,7 +219,7 @@ def test_one_rank_probes_for_all_and_a_sharded_model_is_run_by_all(tmp_path):
 
 
 def write_folder(folder, num_images, *, classes):
-    for index, scene in enumerate(islice(scenes_stream("easy", "train", masks=False), num_images)):
+    for index, scene in enumerate(islice(scenes_source("easy", "train", masks=False), num_images)):
         path = folder / classes[index % len(classes)] / f"{index:03d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(scene["image"]["bytes"])
@@ -242,17 +242,17 @@ def test_images_of_training_are_not_listed_again(make_recipe, tmp_path, monkeypa
 
     def counted(*args, **kwargs):
         opened.append(args)
-        return open_stream(*args, **kwargs)
+        return open_source(*args, **kwargs)
 
-    monkeypatch.setattr(probes, "open_stream", counted)
-    source, expected = open_stream(folder), list(open_stream(folder))
+    monkeypatch.setattr(probes, "open_source", counted)
+    source, expected = open_source(folder), list(open_source(folder))
     images = open_probe_source(parse_arguments(make_recipe("mae", data=folder)), source)
     assert opened == [(folder, "validation")]  # which is not there
     training = iter(source)
     found = [next(training) for _ in range(10)]
-    state = source.state_dict()
+    state = source.dataset.state_dict()
     assert list(images) == expected
-    assert source.state_dict() == state  # the position is the training's own
+    assert source.dataset.state_dict() == state  # the position is the training's own
     assert found + list(training) == expected
 
 

@@ -10,7 +10,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from hf_vlm.data.sources import open_stream
+from hf_vlm.data.sources import open_source
 from hf_vlm.data.transforms.views import ViewTransform
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_detection import VLMViTForObjectDetection
@@ -184,7 +184,7 @@ def test_pretraining_leaves_an_encoder_and_its_objective(make_recipe, tmp_path):
 
 def test_saved_recipes_hold_no_token(make_recipe, tmp_path):
     args = parse_arguments(make_recipe("mae", probe_data="https://me:hf_secret@host/x.parquet?key=hf_secret"))
-    record = RunRecord(args, {}, open_stream("scenes:easy"), None)
+    record = RunRecord(args, {}, open_source("scenes:easy"), None)
     assert record.recipe["probe_data"] == "https://host/x.parquet"
     pretrain(make_recipe("mae", hub_token="hf_secret", max_steps=1))
     assert not [p for p in (tmp_path / "mae").rglob("*") if p.is_file() and b"hf_secret" in p.read_bytes()]
@@ -203,7 +203,7 @@ def test_records_tell_no_folders_from_the_root_on(make_recipe, tmp_path, monkeyp
     }
     (tmp_path / "runs" / "mae").mkdir(parents=True)  # a name as on the Hub, but of a folder
     given = {name: value for name, (value, _) in told.items()}
-    record = RunRecord(parse_arguments(make_recipe("mae", **given)), given, open_stream("scenes:easy"), None)
+    record = RunRecord(parse_arguments(make_recipe("mae", **given)), given, open_source("scenes:easy"), None)
     assert {name: record.recipe[name] for name in told} == {name: expected for name, (_, expected) in told.items()}
     assert record.summary["data"]["source"] == told["data"][1]
     assert publishable({"/a/images": 0.7, "/b/images": 0.3}) == {"images": 0.7, "images (2)": 0.3}
@@ -218,14 +218,14 @@ def test_records_name_the_models_of_others_whose_weights_went_in(tmp_path, make_
     for name, expected in origins.items():
         source = name if "/" in name else str(tmp_path / name)
         args = parse_arguments(make_recipe("mae", encoder=source))
-        record = RunRecord(args, {}, open_stream("scenes:easy"), None)
+        record = RunRecord(args, {}, open_source("scenes:easy"), None)
         assert record.summary["origins"] == expected
         (tmp_path / "next").mkdir(exist_ok=True)
         record.write(tmp_path / "next")  # what is made of that model has the same origins, and its own teacher's
         args = parse_arguments(
             make_recipe("detection", encoder=str(tmp_path / "next"), model_config={"teacher": "org/teacher"})
         )
-        record = RunRecord(args, {}, open_stream("scenes:easy"), None)
+        record = RunRecord(args, {}, open_source("scenes:easy"), None)
         assert record.summary["origins"] == [*expected, "org/teacher"]
 
 
@@ -418,5 +418,5 @@ def test_a_teacher_gets_images_as_it_knows_them(make_recipe):
 
 
 def test_the_fingerprint_tells_data_apart():
-    easy, again, hard = (fingerprint(open_stream(name)) for name in ("scenes:easy", "scenes:easy", "scenes:hard"))
+    easy, again, hard = (fingerprint(open_source(name)) for name in ("scenes:easy", "scenes:easy", "scenes:hard"))
     assert easy == again != hard

@@ -15,8 +15,9 @@ from hf_vlm.data.formats.checks import check_boxes
 from hf_vlm.data.io.files import can_list
 from hf_vlm.data.io.indexed import TableReader, indexed_stream
 from hf_vlm.data.schema import image_feature, objects_feature
+from hf_vlm.data.source import Source
 
-__all__ = ["Boxes", "existing_paths", "labelled_stream", "map_files"]
+__all__ = ["Boxes", "boxed_images_source", "existing_paths", "map_files"]
 
 Array = np.ndarray[Any, Any]
 Record = dict[str, Any]
@@ -78,10 +79,10 @@ class Boxes:
         return objects
 
 
-def labelled_stream(
+def boxed_images_source(
     paths: Sequence[object], image_ids: Sequence[int], boxes: Boxes | None, source: object
-) -> datasets.IterableDataset:
-    """The stream of image files, with `objects` where there are boxes.
+) -> Source:
+    """The source of image files, with `objects` where there are boxes.
 
     Raises:
         ValueError: A category is out of range.
@@ -95,7 +96,7 @@ def labelled_stream(
         columns["objects"] = boxes.objects(len(paths), source)
         features["objects"] = objects_feature(boxes.class_names)
     table = pa.Table.from_pydict(columns, schema=features.arrow_schema)
-    return indexed_stream(TableReader(table), len(table), features)
+    return Source(dataset=indexed_stream(TableReader(table), len(table), features), num_examples=len(table))
 
 
 def existing_paths(paths: Iterable[Path]) -> set[Path]:

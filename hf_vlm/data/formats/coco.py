@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 
-from hf_vlm.data.formats.boxed_images import Boxes, existing_paths, labelled_stream
+from hf_vlm.data.formats.boxed_images import Boxes, boxed_images_source, existing_paths
 from hf_vlm.data.formats.splits import canonical_split, choose_split, describe_folder, group_by_split
 from hf_vlm.data.io.files import can_list, exists, is_folder, read_bytes
 from hf_vlm.data.io.messages import summarise
+from hf_vlm.data.source import Source
 
 __all__ = ["find_coco_files", "open_coco"]
 
@@ -24,7 +24,7 @@ Record = dict[str, Any]
 ROBOFLOW_NAME = "_annotations.coco.json"
 
 
-def open_coco(source: Path, split: str, *, num_samples: int | None = None) -> datasets.IterableDataset:
+def open_coco(source: Path, split: str, *, num_samples: int | None = None) -> Source:
     """Stream the images and boxes of a COCO json, in the order of the json.
 
     Layouts: one json beside its images or beside a folder `images`; `annotations/instances_<split>*.json` with a
@@ -51,7 +51,7 @@ def open_coco(source: Path, split: str, *, num_samples: int | None = None) -> da
     if not content["annotations"]:
         logger.warning("%s has no annotations: it serves as images without labels", chosen[0])
     boxes = _boxes(content, chosen[0]) if content["annotations"] else None
-    return labelled_stream(paths, image_ids, boxes, chosen[0])
+    return boxed_images_source(paths, image_ids, boxes, chosen[0])
 
 
 def find_coco_files(folder: Path) -> list[Path]:

@@ -8,11 +8,12 @@ from pathlib import Path
 import datasets
 import pyarrow as pa
 
-from hf_vlm.data.formats.metadata import find_metadata, metadata_stream
+from hf_vlm.data.formats.metadata import find_metadata, metadata_source
 from hf_vlm.data.formats.splits import CANONICAL, choose_split, describe_folder
 from hf_vlm.data.io.indexed import TableReader, indexed_stream
 from hf_vlm.data.io.messages import summarise
 from hf_vlm.data.schema import image_feature
+from hf_vlm.data.source import Source
 
 __all__ = ["IMAGE_EXTENSIONS", "find_images", "open_imagefolder"]
 
@@ -23,7 +24,7 @@ IMAGE_EXTENSIONS = frozenset(
 )
 
 
-def open_imagefolder(folder: Path, split: str, *, num_samples: int | None = None) -> datasets.IterableDataset:
+def open_imagefolder(folder: Path, split: str, *, num_samples: int | None = None) -> Source:
     """Stream the images of a folder, in the order of their paths.
 
     Subfolders named as splits (`train`, `val`, `valid`, `validation`, `test`) are splits; without them all is `train`.
@@ -51,7 +52,7 @@ def open_imagefolder(folder: Path, split: str, *, num_samples: int | None = None
     metadata = find_metadata([folder, *roots.values()])
     if metadata:
         everything = {str(path) for path in find_images(folder)}
-        return metadata_stream(metadata, everything, chosen, folder, num_samples=num_samples)
+        return metadata_source(metadata, everything, chosen, folder, num_samples=num_samples)
     names = _class_names([path.relative_to(roots.get(name, folder)) for name in images for path in images[name]])
     paths = chosen[:num_samples]
     if names and num_samples is not None:  # sorted by class: the first would be all of one
@@ -65,7 +66,7 @@ def open_imagefolder(folder: Path, split: str, *, num_samples: int | None = None
         features["label"] = datasets.ClassLabel(names=names)
         columns["label"] = features["label"].str2int([path.parent.name for path in paths])
     table = pa.Table.from_pydict(columns, schema=features.arrow_schema)
-    return indexed_stream(TableReader(table), len(table), features)
+    return Source(dataset=indexed_stream(TableReader(table), len(table), features), num_examples=len(table))
 
 
 def find_images(folder: Path) -> list[Path]:

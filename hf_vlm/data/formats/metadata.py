@@ -27,8 +27,9 @@ from hf_vlm.data.io.files import read_bytes
 from hf_vlm.data.io.indexed import TableReader, indexed_stream
 from hf_vlm.data.io.messages import summarise
 from hf_vlm.data.schema import image_feature
+from hf_vlm.data.source import Source
 
-__all__ = ["find_metadata", "metadata_stream"]
+__all__ = ["find_metadata", "metadata_source"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +46,9 @@ def find_metadata(folders: Iterable[Path]) -> list[Path]:
     return [folder / name for folder in folders for name in METADATA_FILES if (folder / name).is_file()]
 
 
-def metadata_stream(
+def metadata_source(
     files: Sequence[Path], images: Collection[str], chosen: Sequence[Path], source: Path, *, num_samples: int | None
-) -> datasets.IterableDataset:
+) -> Source:
     """Stream the images of a split that metadata name.
 
     Args:
@@ -83,7 +84,7 @@ def metadata_stream(
     empty = dict.fromkeys(columns.source_names)
     examples = [reader({POSITION: position, **empty, **row}) for position, row in enumerate(named)]
     table = pa.Table.from_pylist(examples, schema=reader.features.arrow_schema)
-    return indexed_stream(TableReader(table), len(table), reader.features)
+    return Source(dataset=indexed_stream(TableReader(table), len(table), reader.features), num_examples=len(table))
 
 
 # ---- rows

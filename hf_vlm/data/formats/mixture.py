@@ -1,4 +1,4 @@
-"""Several streams mixed by weight."""
+"""Several sources mixed by weight."""
 
 import logging
 import math
@@ -10,23 +10,22 @@ import datasets
 
 from hf_vlm.data.io.messages import summarise
 from hf_vlm.data.schema import COLUMNS
+from hf_vlm.data.source import Source
 
-__all__ = ["mix_streams"]
+__all__ = ["mix_sources"]
 
 logger = logging.getLogger(__name__)
 
 MAX_ID = 2**63  # ids that are hashes may be large
-SEED = 0  # of the draws in the first epoch; the training stream sets another one each epoch
+SEED = 0  # of the choices in the first epoch; the training stream sets another one each epoch
 
 
-def mix_streams(
-    streams: Mapping[str, datasets.IterableDataset], weights: Mapping[str, float]
-) -> datasets.IterableDataset:
-    """Draw each example from one of several streams, with probabilities in proportion to their weights.
+def mix_sources(sources: Mapping[str, Source], weights: Mapping[str, float]) -> Source:
+    """Sample each example from one of several sources, with probabilities in proportion to their weights.
 
-    An epoch ends when every stream has been read to its end; until then shorter ones begin again. The mixture has the
+    An epoch ends when every source has been read to its end; until then shorter ones begin again. The mixture has the
     columns that all of them have, without the labels where their classes differ. Its image_ids are theirs times the
-    number of streams, plus the position of the stream.
+    number of sources, plus the position of the source.
 
     Raises:
         ValueError: A weight is not positive.
@@ -34,22 +33,26 @@ def mix_streams(
     wrong = [f"{name}: {weight!r}" for name, weight in weights.items() if not _is_weight(weight)]
     if wrong:
         raise ValueError(f"the weights of a mixture must be positive numbers, not {summarise(wrong)}")
-    shared = [name for name in COLUMNS if all(name in stream.features for stream in streams.values())]
-    columns = [name for name in shared if _is_alike(name, streams)]
+    shared = [name for name in COLUMNS if all(name in source.features for source in sources.values())]
+    columns = [name for name in shared if _has_equal_classes(name, sources)]
     numbered = [
-        stream.select_columns(columns).map(
-            _Renumber(index, len(streams)),
+        source.dataset.select_columns(columns).map(
+            _Renumber(index, len(sources)),
             input_columns=["image_id"],
-            features=datasets.Features({name: stream.features[name] for name in columns}),
+            features=datasets.Features({name: source.features[name] for name in columns}),
         )
-        for index, stream in enumerate(streams.values())
+        for index, source in enumerate(sources.values())
     ]
     total = sum(weights.values())
-    return datasets.interleave_datasets(
+    dataset = datasets.interleave_datasets(
         numbered,
-        probabilities=[weights[name] / total for name in streams],
+        probabilities=[weights[name] / total for name in sources],
         seed=SEED,
         stopping_strategy="all_exhausted",
+    )
+    mask_class_names = {source.mask_class_names for source in sources.values()}
+    return Source(
+        dataset=dataset, mask_class_names=next(iter(mask_class_names)) if len(mask_class_names) == 1 else None
     )
 
 
@@ -57,9 +60,9 @@ def _is_weight(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
-def _is_alike(column: str, streams: Mapping[str, datasets.IterableDataset]) -> bool:
-    """Whether a column is of the same classes in all streams; that it is not is said."""
-    (first, expected), *others = ((name, stream.features[column]) for name, stream in streams.items())
+def _has_equal_classes(column: str, sources: Mapping[str, Source]) -> bool:
+    """Whether a column has the same classes in all sources; a warning names two that differ."""
+    (first, expected), *others = ((name, source.features[column]) for name, source in sources.items())
     for name, found in others:
         if found != expected:
             logger.warning(
@@ -81,7 +84,7 @@ def _classes(feature: Any) -> list[str]:
 
 @dataclass(frozen=True)
 class _Renumber:
-    """Makes ids unique among the streams of a mixture."""
+    """Makes ids unique among the sources of a mixture."""
 
     index: int
     count: int

@@ -29,6 +29,7 @@ from hf_vlm.data.formats.splits import choose_split, common_folder, describe_fol
 from hf_vlm.data.io.files import is_folder, is_remote, open_binary
 from hf_vlm.data.io.indexed import generated_stream
 from hf_vlm.data.io.messages import error_text, redact_url, summarise
+from hf_vlm.data.source import Source
 
 __all__ = ["find_parquet_files", "open_parquet"]
 
@@ -39,9 +40,7 @@ Array = np.ndarray[Any, Any]
 BATCH_SIZE = 64  # rows read at a time
 
 
-def open_parquet(
-    source: Path | Sequence[Path], split: str, *, num_samples: int | None = None
-) -> datasets.IterableDataset:
+def open_parquet(source: Path | Sequence[Path], split: str, *, num_samples: int | None = None) -> Source:
     """Stream the rows of Parquet files, of one, of several or of the files of a split in a folder.
 
     A row group is a shard.
@@ -62,9 +61,9 @@ def open_parquet(
     label = _check_labels(files, splits, columns, name)
     category, is_clean = _check_objects(files, splits, columns, name)
     reader = RowReader(map=columns, label=label, category=category, folder=str(root), cleans_boxes=not is_clean)
-    num_rows = sum(count for *_, count in parts)
-    rows = generated_stream(_read_rows, num_examples=num_rows, parts=parts, leaves=files.leaves(columns))
-    return rows.map(reader, remove_columns=[POSITION, *columns.source_names], features=reader.features)
+    rows = generated_stream(_read_rows, parts=parts, leaves=files.leaves(columns))
+    examples = rows.map(reader, remove_columns=[POSITION, *columns.source_names], features=reader.features)
+    return Source(dataset=examples, num_examples=sum(count for *_, count in parts))
 
 
 def _find_paths(source: Path | Sequence[Path]) -> tuple[list[Path], Path]:

@@ -5,14 +5,14 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import NamedTuple
 
-import datasets
 import numpy as np
 
-from hf_vlm.data.formats.boxed_images import Boxes, labelled_stream, map_files
+from hf_vlm.data.formats.boxed_images import Boxes, boxed_images_source, map_files
 from hf_vlm.data.formats.imagefolder import IMAGE_EXTENSIONS, find_images
 from hf_vlm.data.formats.splits import CANONICAL, canonical_split, choose_split, describe_folder, group_by_split
 from hf_vlm.data.io.files import read_bytes
 from hf_vlm.data.io.messages import summarise
+from hf_vlm.data.source import Source
 
 __all__ = ["looks_like_voc", "open_voc"]
 
@@ -38,7 +38,7 @@ class VocImage(NamedTuple):
     objects: list[VocObject]
 
 
-def open_voc(source: Path, split: str, *, num_samples: int | None = None) -> datasets.IterableDataset:
+def open_voc(source: Path, split: str, *, num_samples: int | None = None) -> Source:
     """Stream the images and boxes of Pascal VOC annotations, in the order of their names.
 
     Layouts: `Annotations/*.xml` beside `JPEGImages` or `images`, with the splits in `ImageSets/Main/<split>.txt`, also
@@ -68,7 +68,7 @@ def open_voc(source: Path, split: str, *, num_samples: int | None = None) -> dat
         name_of=lambda index: f"{found[index][2].name} of {found[index][1].name}",
         crowds=np.array([item.is_difficult for _, _, item in found]),
     )
-    return labelled_stream(paths, range(len(paths)), boxes if names else None, source)
+    return boxed_images_source(paths, range(len(paths)), boxes if names else None, source)
 
 
 def looks_like_voc(folder: Path) -> bool:

@@ -8,7 +8,6 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-import datasets
 import numpy as np
 from tqdm.auto import tqdm
 
@@ -30,6 +29,7 @@ from hf_vlm.data.io.files import is_folder, is_remote, open_binary, read_bytes
 from hf_vlm.data.io.indexed import generated_stream
 from hf_vlm.data.io.messages import error_text, redact_url, summarise
 from hf_vlm.data.io.tars import TarMember
+from hf_vlm.data.source import Source
 
 __all__ = ["open_webdataset"]
 
@@ -43,9 +43,7 @@ LABEL_NAMES = ("cls", *COLUMN_NAMES["label"])
 NUM_FIRST = 100  # samples that tell what a tar holds
 
 
-def open_webdataset(
-    source: Path | Sequence[Path], split: str, *, num_samples: int | None = None
-) -> datasets.IterableDataset:
+def open_webdataset(source: Path | Sequence[Path], split: str, *, num_samples: int | None = None) -> Source:
     """Stream the samples of tar files: of one, of several, or of a folder of them. A tar is a shard.
 
     A sample is the files that follow each other with the same name up to the first dot. `jpg`, `png` and so on is the
@@ -76,8 +74,8 @@ def open_webdataset(
     reader = _Reader(ColumnMap(kept, columns.objects), label, category)
     samples = generated_stream(reader, shards=[(str(path), name) for path, name in shards])
     names = ["file", "images", "example"]
-    stream = samples.map(_with_images, input_columns=names, remove_columns=names, features=reader.rows.features)
-    return stream if num_samples is None else stream.take(num_samples)
+    examples = samples.map(_with_images, input_columns=names, remove_columns=names, features=reader.rows.features)
+    return Source(dataset=examples if num_samples is None else examples.take(num_samples))
 
 
 def _find_tars(source: Path | Sequence[Path]) -> list[Path]:

@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import fsspec
 import numpy as np
 import yaml
 
-from hf_vlm.data.formats.boxed_images import Boxes, existing_paths, labelled_stream, map_files
+from hf_vlm.data.formats.boxed_images import Boxes, boxed_images_source, existing_paths, map_files
 from hf_vlm.data.formats.imagefolder import find_images
 from hf_vlm.data.formats.splits import CANONICAL, canonical_split, choose_split, describe_folder
 from hf_vlm.data.io.files import can_list, exists, is_folder, is_remote, read_bytes, retried
 from hf_vlm.data.io.image_header import read_header
 from hf_vlm.data.io.messages import UnreachableError, summarise
+from hf_vlm.data.source import Source
 
 __all__ = ["looks_like_yolo", "open_yolo"]
 
@@ -32,7 +32,7 @@ HEADER_BYTES = 2**16  # hold the size of an image but for few
 TOLERANCE = 0.01  # by which coordinates may leave 0 to 1: tools round
 
 
-def open_yolo(source: Path, split: str, *, num_samples: int | None = None) -> datasets.IterableDataset:
+def open_yolo(source: Path, split: str, *, num_samples: int | None = None) -> Source:
     """Stream the images and boxes of a YOLO data set, in the order of the image files' names.
 
     The source is a `data.yaml` with `train`, `val`, `test` (folders of images, text files that list images, or lists
@@ -52,7 +52,7 @@ def open_yolo(source: Path, split: str, *, num_samples: int | None = None) -> da
     labels = [_label_path(image) for image in images]
     lines = [(row, *line) for row, found in enumerate(_read_all(labels, source)) for line in found]
     if not lines and not names:
-        return labelled_stream(images, range(len(images)), None, source)
+        return boxed_images_source(images, range(len(images)), None, source)
     if not names:  # numbers, those of all splits, which must agree
         others = [_label_path(image) for name in splits.places for image in splits.images(name, source)]
         classes = [line[0] for found in _read_all(others, source) for _, line in found]
@@ -68,7 +68,7 @@ def open_yolo(source: Path, split: str, *, num_samples: int | None = None) -> da
         sizes=sizes,
         name_of=lambda index: f"{labels[rows[index]].name}, line {lines[index][1]}",
     )
-    return labelled_stream(images, range(len(images)), boxes, source)
+    return boxed_images_source(images, range(len(images)), boxes, source)
 
 
 def looks_like_yolo(folder: Path) -> bool:

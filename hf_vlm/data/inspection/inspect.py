@@ -1,4 +1,4 @@
-"""One quick look at every image of a stream: what is there, and what is wrong with it."""
+"""One quick look at every image of a source: what is there, and what is wrong with it."""
 
 import hashlib
 import itertools
@@ -18,8 +18,9 @@ from hf_vlm.data.inspection.report import BoxReport, Issue, MinMedianMax, Report
 from hf_vlm.data.io.decode import BadImageError, decode_image, read_image_bytes
 from hf_vlm.data.io.image_header import read_header
 from hf_vlm.data.io.messages import redact_url
+from hf_vlm.data.source import Source
 
-__all__ = ["Report", "format_report", "image_name", "inspect_stream"]
+__all__ = ["Report", "format_report", "image_name", "inspect_source"]
 
 Array = np.ndarray[Any, Any]
 Example = dict[str, Any]
@@ -74,25 +75,25 @@ class ImageStats:
     has_bad_mask: bool
 
 
-def inspect_stream(
-    stream: datasets.IterableDataset,
+def inspect_source(
+    source: Source,
     num_examples: int | None = None,
     on_example: Callable[[Example], None] | None = None,
 ) -> Report:
-    """Read every image of a stream once, decoded small, and report on images, labels and boxes.
+    """Read every image of a source once, decoded small, and report on images, labels and boxes.
 
     Args:
-        stream: Of `open_stream`.
+        source: The opened source.
         num_examples: Look at the first so many only.
         on_example: Called with each example whose image can be read, in their order.
 
     Raises:
-        ValueError: The stream gives no example, or num_examples is not positive.
+        ValueError: The source gives no example, or num_examples is not positive.
     """
     if num_examples is not None and num_examples < 1:
         raise ValueError(f"num_examples={num_examples} must be positive")
     gathered = Accumulator()
-    examples = iter(stream)
+    examples = iter(source)
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         for batch in _batches(itertools.islice(examples, num_examples)):
             looks = list(pool.map(_image_stats, batch))
@@ -104,7 +105,7 @@ def inspect_stream(
     if not gathered.names and not gathered.unreadable:
         raise ValueError("the data holds no example; check its path and its split")
     is_complete = num_examples is None or next(examples, None) is None
-    return _report(gathered, stream.features, is_complete=is_complete)
+    return _report(gathered, source.features, is_complete=is_complete)
 
 
 def image_name(example: Example) -> str:

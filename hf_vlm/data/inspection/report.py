@@ -71,7 +71,7 @@ class BoxReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What `inspect_stream` found. Sizes are in pixels, of upright images; names of images are paths or ids."""
+    """What `inspect_source` found. Sizes are in pixels, of upright images; names of images are paths or ids."""
 
     num_images: int  # that can be read
     is_complete: bool  # whether the whole stream was looked at

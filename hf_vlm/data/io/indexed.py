@@ -7,7 +7,7 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
-from datasets.iterable_dataset import ExamplesIterable, TakeExamplesIterable
+from datasets.iterable_dataset import ExamplesIterable
 
 __all__ = ["TableReader", "generated_stream", "indexed_stream"]
 
@@ -19,34 +19,13 @@ MAX_SHARDS = 2**14  # more of them would make the start of an epoch slow
 
 
 def generated_stream(
-    generate: Callable[..., Iterator[tuple[int, dict[str, Any]]]], *, num_examples: int | None = None, **kwargs: Any
+    generate: Callable[..., Iterator[tuple[int, dict[str, Any]]]], **kwargs: Any
 ) -> datasets.IterableDataset:
     """The examples that a generator yields as (position, example); lists among its arguments are shards.
 
-    `num_examples` is their number, where it is known.
-
     `IterableDataset.from_generator` does the same, and leaves a lock file in the cache each time.
     """
-    examples = datasets.IterableDataset(ExamplesIterable(generate, kwargs))
-    if num_examples is not None:
-        declare_count(examples, num_examples)
-    return examples
-
-
-def declare_count(stream: datasets.IterableDataset, num_examples: int) -> None:
-    """Notes the number of a stream's examples for `count_examples`."""
-    inner: Any = stream._ex_iterable
-    inner.num_examples = num_examples
-
-
-def count_examples(stream: datasets.IterableDataset) -> int | None:
-    """Examples of an opened source, where it says so without being read; None for tars and mixtures."""
-    inner: Any = stream._ex_iterable
-    while not hasattr(inner, "num_examples"):
-        if isinstance(inner, TakeExamplesIterable) or not hasattr(inner, "ex_iterable"):
-            return None
-        inner = inner.ex_iterable
-    return inner.num_examples  # type: ignore[no-any-return]
+    return datasets.IterableDataset(ExamplesIterable(generate, kwargs))
 
 
 def indexed_stream(
@@ -62,7 +41,7 @@ def indexed_stream(
     num_shards = min(max(num_examples // SHARD_LENGTH // SHARDS_DIVISOR, 1) * SHARDS_DIVISOR, MAX_SHARDS)
     edges = [num_examples * shard // num_shards for shard in range(num_shards + 1)]
     shards = [(start, stop) for start, stop in itertools.pairwise(edges) if start < stop]
-    positions = generated_stream(_count, num_examples=num_examples, shards=shards)
+    positions = generated_stream(_count, shards=shards)
     return positions.map(read, input_columns=["position"], remove_columns=["position"], features=features)
 
 

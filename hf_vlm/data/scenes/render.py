@@ -28,6 +28,7 @@ from hf_vlm.data.scenes.canvas import (
     rotate_and_resize,
 )
 from hf_vlm.data.schema import image_feature, objects_feature
+from hf_vlm.data.source import Source
 
 __all__ = [
     "NUM_SAMPLES",
@@ -38,7 +39,7 @@ __all__ = [
     "render_clip",
     "render_scene",
     "scene_settings",
-    "scenes_stream",
+    "scenes_source",
 ]
 
 Array = np.ndarray[Any, Any]
@@ -186,19 +187,19 @@ def render_clip(
     return frames
 
 
-def scenes_stream(
+def scenes_source(
     preset: str | SceneSettings = "easy",
     split: str = "train",
     *,
     num_samples: int | None = None,
     seed: int = 0,
     masks: bool = True,
-) -> datasets.IterableDataset:
-    """Scenes as a stream of examples; the index is the `image_id`.
+) -> Source:
+    """Scenes as a source; the index is the `image_id`.
 
     Args:
         num_samples: Scenes from position 0 on; None means `NUM_SAMPLES` of the split.
-        masks: Whether the stream has the columns `mask` and `instance_mask`; without them it is faster.
+        masks: Whether the source has the columns `mask` and `instance_mask`; without them it is faster.
 
     Raises:
         ValueError: There is no such preset or split, or num_samples is not positive.
@@ -219,8 +220,12 @@ def scenes_stream(
     )
     if masks:
         features |= {"mask": image_feature(), "instance_mask": image_feature()}
-    draw = functools.partial(_render_example, seed=seed, settings=settings, split=split, masks=masks)
-    return indexed_stream(draw, num_samples, features)
+    render = functools.partial(_render_example, seed=seed, settings=settings, split=split, masks=masks)
+    return Source(
+        dataset=indexed_stream(render, num_samples, features),
+        num_examples=num_samples,
+        mask_class_names=SEMANTIC_CLASSES[: len(names) + 1] if masks else None,
+    )
 
 
 def _render_example(index: int, *, seed: int, settings: SceneSettings, split: str, masks: bool) -> dict[str, Any]:

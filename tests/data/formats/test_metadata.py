@@ -10,7 +10,6 @@ from PIL import Image
 
 from hf_vlm.data.formats.imagefolder import find_images, open_imagefolder
 from hf_vlm.data.io.decode import decode_image
-from hf_vlm.data.schema import class_names
 
 BOXES = [
     {"file_name": "b.png", "objects": {"bbox": [[1, 2, 3.5, 4], [0, 0, 5, 6]], "categories": [2, 0]}},
@@ -60,7 +59,7 @@ def test_boxes_come_from_the_rows(root):
     assert names_of(stream, root) == ["b.png", "sub/a.png"]
     assert values_of(stream) == [0, 1]
     assert [first["image_id"], second["image_id"]] == [0, 1]
-    assert class_names(stream) == ["0", "1", "2"]
+    assert stream.object_names == ["0", "1", "2"]
     expected = {"bbox": [[1, 2, 3.5, 4], [0, 0, 5, 6]], "category": [2, 0], "area": [14, 30], "iscrowd": [0, 0]}
     assert first["objects"] == expected
     assert second["objects"] == {"bbox": [], "category": [], "area": [], "iscrowd": []}
@@ -77,7 +76,7 @@ def test_objects_may_be_a_list_with_names_of_classes(root):
     write(root, [{"file_name": "b.png", "objects": objects, "id": 70}, {"file_name": "sub/a.png", "id": 71}])
     stream = open_imagefolder(root, "train")
     first, second = stream
-    assert class_names(stream) == ["ant", "bee"]
+    assert stream.object_names == ["ant", "bee"]
     assert first["objects"] == {
         "bbox": [[1, 1, 4, 2], [0, 0, 2, 2]],
         "category": [1, 0],
@@ -91,7 +90,7 @@ def test_each_split_has_metadata_of_its_own(root):
     write(root / "train", [{"file_name": "./b.png", "label": "dog"}, {"file_name": "sub/a.png", "label": "cat"}])
     write(root / "val", [{"file_name": "b.png", "label": "ant"}, {"file_name": "sub/a.png", "label": "dog"}])
     train, validation = (open_imagefolder(root, split) for split in ("train", "validation"))
-    assert class_names(train) == class_names(validation) == ["ant", "cat", "dog"]
+    assert train.label_names == validation.label_names == ["ant", "cat", "dog"]
     assert [example["label"] for example in train] == [2, 1]
     assert [example["label"] for example in validation] == [0, 2]
     assert names_of(train, root) == ["train/b.png", "train/sub/a.png"]
@@ -101,7 +100,7 @@ def test_metadata_in_the_root_serve_all_splits(root):
     names = ["train/x/1.png", "train/y/2.png", "test/x/3.png"]
     write(root, [{"file_name": name, "label": 2 - row} for row, name in enumerate(names)], names)
     assert [example["label"] for example in open_imagefolder(root, "train")] == [2, 1]
-    assert class_names(open_imagefolder(root, "test")) == ["0", "1", "2"]
+    assert open_imagefolder(root, "test").label_names == ["0", "1", "2"]
     assert len(list(open_imagefolder(root, "train", num_samples=1))) == 1
 
 
@@ -112,7 +111,7 @@ def test_csv(root, labels, classes, expected):
     text = f'\ufefffile_name,label,text\r\nb.png,{labels[0]},"two\nlines"\r\nsub/a.png,{labels[1]},\r\n'
     write(root, text, metadata="metadata.csv")
     stream = open_imagefolder(root, "train")
-    assert class_names(stream) == classes
+    assert stream.label_names == classes
     assert [example["label"] for example in stream] == expected
 
 
@@ -239,6 +238,6 @@ def test_remote_folders_list_as_local_ones(root):
     found = [str(path).removeprefix(f"{root}/") for path in find_images(root)]
     assert found == ["train/cat/1.png", "train/cat-1/1.JPG", "train/dog/2.png", "val/dog/9.png"]
     stream = open_imagefolder(root, "train")
-    assert class_names(stream) == ["cat", "cat-1", "dog"]
+    assert stream.label_names == ["cat", "cat-1", "dog"]
     assert [example["label"] for example in stream] == [0, 1, 2]
     assert values_of(stream) == [2, 1, 0]

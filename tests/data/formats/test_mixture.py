@@ -9,7 +9,7 @@ import yaml
 from datasets import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from hf_vlm.data.sources import class_names, open_stream
+from hf_vlm.data.sources import open_source
 from hf_vlm.data.stream import ExampleStream
 from hf_vlm.training.run import pretrain
 
@@ -30,7 +30,7 @@ def name_of(example, generator=None):
 
 
 def test_shares_are_the_weights_and_nothing_is_left_out(sources):
-    examples = [name_of(example) for example in open_stream(sources)]
+    examples = [name_of(example) for example in open_source(sources)]
     counts = collections.Counter(example["name"] for example in examples)
     assert set(counts) == {f"{name}{index}" for name, size in SIZES.items() for index in range(size)}
     assert max(counts[f"a{index}"] for index in range(SIZES["a"])) == 1  # the longer one makes the epoch
@@ -39,7 +39,7 @@ def test_shares_are_the_weights_and_nothing_is_left_out(sources):
 
 def test_ids_are_unique(sources):
     by_id = collections.defaultdict(set)
-    for example in map(name_of, open_stream(sources)):
+    for example in map(name_of, open_source(sources)):
         by_id[example["image_id"]].add(example["name"])
     assert len(by_id) == sum(SIZES.values())
     assert all(len(names) == 1 for names in by_id.values())
@@ -52,7 +52,7 @@ def test_ranks_and_workers_see_every_example_in_an_epoch(sources, world_size, nu
     seen = set()
     for rank in range(world_size):
         stream = ExampleStream(
-            open_stream(sources), name_of, repeat=False, block_size=16, rank=rank, world_size=world_size
+            open_source(sources).dataset, name_of, repeat=False, block_size=16, rank=rank, world_size=world_size
         )
         loader = StatefulDataLoader(stream, batch_size=None, num_workers=num_workers)
         seen |= {example["name"] for example in loader}
@@ -61,7 +61,7 @@ def test_ranks_and_workers_see_every_example_in_an_epoch(sources, world_size, nu
 
 def test_resumes_exactly(sources):
     def stream():
-        return ExampleStream(open_stream(sources), name_of, block_size=16)
+        return ExampleStream(open_source(sources).dataset, name_of, block_size=16)
 
     iterator = iter(stream())
     expected = [next(iterator)["name"] for _ in range(900)]  # more than two epochs
@@ -77,11 +77,11 @@ def test_resumes_exactly(sources):
 
 
 def test_labels_stay_where_classes_are_equal(sources, tmp_path, caplog):
-    stream = open_stream(sources)
-    assert class_names(stream) == ["0", "1"]
+    stream = open_source(sources)
+    assert stream.label_names == ["0", "1"]
     assert all(example["label"] == int(name_of(example)["name"][1:]) % 2 for example in stream)
     Dataset.from_list([{"image": b"c0", "label": "dog"}]).to_parquet(tmp_path / "c.parquet")
-    stream = open_stream({**sources, str(tmp_path / "c.parquet"): 1})
+    stream = open_source({**sources, str(tmp_path / "c.parquet"): 1})
     assert list(stream.features) == ["image", "image_id"]
     assert "the column 'label' is left out, since its classes differ" in caplog.text
 
@@ -95,27 +95,27 @@ def test_columns_are_judged_each_by_itself(tmp_path):
         return str(tmp_path / name)
 
     first, other = write("a.parquet", "cat", True), write("b.parquet", "dog", True)
-    assert set(open_stream({first: 1, other: 1}).features) == {"image", "image_id", "objects"}
+    assert set(open_source({first: 1, other: 1}).features) == {"image", "image_id", "objects"}
     third = write("c.parquet", "cat", False)
-    examples = list(open_stream({first: 1, third: 1}))
+    examples = list(open_source({first: 1, third: 1}))
     assert set(examples[0]) == {"image", "image_id", "label"}
     assert all(0 <= example["image_id"] < 2**63 for example in examples)
 
 
 def test_an_endless_source_among_them():
-    stream = iter(open_stream({"scenes:easy": 1, "scenes:hard": 1}))
+    stream = iter(open_source({"scenes:easy": 1, "scenes:hard": 1}))
     assert len([next(stream) for _ in range(20)]) == 20
 
 
 @pytest.mark.parametrize("weight", [0, -1, float("nan"), float("inf"), "1", True])
 def test_weights_must_be_positive(sources, weight):
     with pytest.raises(ValueError, match=r"weights of a mixture must be positive numbers, not .*b\.parquet"):
-        open_stream({**sources, list(sources)[1]: weight})
+        open_source({**sources, list(sources)[1]: weight})
 
 
 def test_an_empty_mixture_is_named():
     with pytest.raises(ValueError, match="at least one source"):
-        open_stream({})
+        open_source({})
 
 
 def test_a_recipe_trains_on_a_mixture_and_says_so(tmp_path):

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from hf_vlm.data.formats.voc import looks_like_voc, open_voc
-from hf_vlm.data.sources import class_names, guess_format, open_stream
+from hf_vlm.data.sources import guess_format, open_source
 
 BOX = "<bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox>"
 
@@ -49,7 +49,7 @@ def write_devkit(root, splits, images="JPEGImages"):
 
 def content(source, split="train"):
     return {
-        example["image"]["path"].rpartition("/")[2][0]: example["objects"] for example in open_stream(source, split)
+        example["image"]["path"].rpartition("/")[2][0]: example["objects"] for example in open_source(source, split)
     }
 
 
@@ -57,19 +57,19 @@ def content(source, split="train"):
 def test_devkit_with_splits(tmp_path, root):
     write_devkit(tmp_path / root, {"train": "ab", "val": "c", "trainval": "abc", "cat_train": "a"})
     assert guess_format(tmp_path) == "voc"
-    stream = open_stream(tmp_path)
-    assert class_names(stream) == ["bird", "cat", "dog"]
+    stream = open_source(tmp_path)
+    assert stream.object_names == ["bird", "cat", "dog"]
     assert [example["image_id"] for example in stream] == [0, 1]
     assert content(tmp_path) == {name: EXPECTED[name] for name in "ab"}
     assert content(tmp_path, "validation") == {"c": EXPECTED["c"]}
     assert content(tmp_path, "trainval") == EXPECTED
-    assert len(list(open_stream(tmp_path, num_samples=1))) == 1
+    assert len(list(open_source(tmp_path, num_samples=1))) == 1
 
 
 def test_several_years_are_joined(tmp_path):
     for year in ("VOC2007", "VOC2012"):
         write_devkit(tmp_path / year, {"train": "ab"})
-    assert len(list(open_stream(tmp_path))) == 4
+    assert len(list(open_source(tmp_path))) == 4
 
 
 def test_all_is_train_without_image_sets(tmp_path):
@@ -115,19 +115,19 @@ def test_mistakes_are_named(tmp_path, xml, message):
     write_image(tmp_path / "a.jpg")
     (tmp_path / "a.xml").write_text(xml)
     with pytest.raises(ValueError, match=message):
-        open_stream(tmp_path)
+        open_source(tmp_path)
 
 
 def test_missing_files_are_named(tmp_path):
     write_devkit(tmp_path, {"train": "abz"})
     with pytest.raises(ValueError, match=r"train\.txt lists 1 images without annotations: .*z\.xml"):
-        open_stream(tmp_path)
+        open_source(tmp_path)
     write_devkit(tmp_path, {"train": "ab"})
     (tmp_path / "JPEGImages" / "b.jpg").unlink()
     with pytest.raises(ValueError, match=r"1 of 2 xml files have no image: .*b\.xml"):
-        open_stream(tmp_path)
+        open_source(tmp_path)
     with pytest.raises(ValueError, match="holds no xml files of Pascal VOC"):
-        open_stream(tmp_path / "JPEGImages", format="voc")
+        open_source(tmp_path / "JPEGImages", format="voc")
 
 
 def test_all_broken_files_are_named_at_once(tmp_path):
@@ -135,7 +135,7 @@ def test_all_broken_files_are_named_at_once(tmp_path):
         write_image(tmp_path / f"{name}.jpg")
         (tmp_path / f"{name}.xml").write_text("<annotation>")
     with pytest.raises(ValueError, match=r"2 of 2 xml files make no sense: .*a\.xml cannot .*b\.xml cannot"):
-        open_stream(tmp_path, format="voc")
+        open_source(tmp_path, format="voc")
 
 
 def test_entities_are_refused_in_any_encoding(tmp_path):
@@ -143,7 +143,7 @@ def test_entities_are_refused_in_any_encoding(tmp_path):
     text = '<?xml version="1.0" encoding="utf-16"?><!DOCTYPE a [<!ENTITY b "c">]><annotation>&b;</annotation>'
     (tmp_path / "a.xml").write_bytes(text.encode("utf-16"))
     with pytest.raises(ValueError, match=r"a\.xml .*it declares a DOCTYPE"):
-        open_stream(tmp_path)
+        open_source(tmp_path)
 
 
 def test_annotations_in_small_letters(tmp_path):

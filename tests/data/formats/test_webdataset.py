@@ -15,7 +15,7 @@ from upath import UPath
 from hf_vlm.data.formats import webdataset
 from hf_vlm.data.formats.webdataset import open_webdataset
 from hf_vlm.data.io.tars import walk_tar
-from hf_vlm.data.sources import class_names, open_stream, unlabelled
+from hf_vlm.data.sources import open_source
 from hf_vlm.data.stream import ExampleStream
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
@@ -70,73 +70,73 @@ def test_members_of_many_gigabytes(tmp_path, format):
 
 def test_images_in_the_order_of_the_tars(tmp_path, write_shards):
     count = write_shards(tmp_path)
-    stream = open_stream(tmp_path)
+    stream = open_source(tmp_path)
     examples = list(stream)
     assert [value_of(example)["value"] for example in examples] == list(range(count))
     assert examples[5]["image"]["path"] == "train-00001.tar/000005.png"
     assert len({example["image_id"] for example in examples}) == count
     assert list(stream.features) == ["image", "image_id"]
-    assert [value_of(example)["value"] for example in open_stream(tmp_path, num_samples=6)] == list(range(6))
+    assert [value_of(example)["value"] for example in open_source(tmp_path, num_samples=6)] == list(range(6))
 
 
 def test_ids_do_not_depend_on_where_the_tars_lie(tmp_path, write_shards):
     for name in ("here", "there"):
         write_shards(tmp_path / name)
-    ids = [[example["image_id"] for example in open_stream(tmp_path / name)] for name in ("here", "there")]
+    ids = [[example["image_id"] for example in open_source(tmp_path / name)] for name in ("here", "there")]
     assert ids[0] == ids[1]
 
 
 def test_labels_as_numbers_names_and_json(tmp_path, write_tar, png):
     members = [("0.png", png(0)), ("0.cls", b"2"), ("1.cls", b"0"), ("1.png", png(1)), ("1.txt", b"a caption")]
     write_tar(tmp_path / "numbers" / "0.tar", members)
-    stream = open_stream(tmp_path / "numbers")
-    assert class_names(stream) == ["0", "1", "2"]
+    stream = open_source(tmp_path / "numbers")
+    assert stream.label_names == ["0", "1", "2"]
     assert [example["label"] for example in stream] == [2, 0]
 
     (tmp_path / "numbers" / "classes.txt").write_text("cat\ndog\nbird\n")
-    stream = open_stream(tmp_path / "numbers")
-    assert class_names(stream) == ["cat", "dog", "bird"]
+    stream = open_source(tmp_path / "numbers")
+    assert stream.label_names == ["cat", "dog", "bird"]
     assert [example["label"] for example in stream] == [2, 0]
 
     write_tar(
         tmp_path / "names" / "0.tar", [("0.png", png(0)), ("0.cls", b"dog\n"), ("1.png", png(1)), ("1.cls", b"cat")]
     )
-    stream = open_stream(tmp_path / "names")
-    assert class_names(stream) == ["cat", "dog"]
+    stream = open_source(tmp_path / "names")
+    assert stream.label_names == ["cat", "dog"]
     assert [example["label"] for example in stream] == [1, 0]
 
     members = [("0.json", b'{"label": "dog"}'), ("0.png", png(0)), ("1.png", png(1)), ("1.json", b"{}")]
     write_tar(tmp_path / "json" / "0.tar", members)
-    assert [example["label"] for example in open_stream(tmp_path / "json")] == [0, -1]
+    assert [example["label"] for example in open_source(tmp_path / "json")] == [0, -1]
 
 
 def test_labels_that_are_numbers_and_names_are_all_names(tmp_path, write_tar):
     labels = [b"2", b"cat", b"", b"5000000000"]
     write_tar(tmp_path / "0.tar", labelled(range(4), labels.__getitem__))
-    stream = open_stream(tmp_path)
-    assert class_names(stream) == ["2", "5000000000", "cat"]
+    stream = open_source(tmp_path)
+    assert stream.label_names == ["2", "5000000000", "cat"]
     assert [example["label"] for example in stream] == [0, 2, -1, 1]
 
 
 def test_large_numbers_do_not_make_as_many_classes(tmp_path, write_tar):
     write_tar(tmp_path / "0.tar", labelled(range(2), [b"0", b"5000000000"].__getitem__))
-    assert class_names(open_stream(tmp_path)) == ["0", "5000000000"]
+    assert open_source(tmp_path).label_names == ["0", "5000000000"]
 
 
 def test_labels_of_all_splits_number_alike(tmp_path, write_tar):
     write_tar(tmp_path / "train" / "0.tar", labelled("a", lambda key: b"dog"))
     write_tar(tmp_path / "val" / "0.tar", labelled("a", lambda key: b"cat"))
-    assert class_names(open_stream(tmp_path)) == class_names(open_stream(tmp_path, "val")) == ["cat", "dog"]
-    assert [example["label"] for example in open_stream(tmp_path)] == [1]
+    assert open_source(tmp_path).label_names == open_source(tmp_path, "val").label_names == ["cat", "dog"]
+    assert [example["label"] for example in open_source(tmp_path)] == [1]
     (tmp_path / "classes.txt").write_text("ant\ncat\ndog\n")
-    assert [example["label"] for example in open_stream(tmp_path)] == [2]
+    assert [example["label"] for example in open_source(tmp_path)] == [2]
 
 
 def test_with_names_of_classes_opening_reads_the_first_samples_alone(tmp_path, caplog, write_tar):
     write_tar(tmp_path / "0.tar", labelled(range(120), lambda key: b"dog"))
     write_tar(tmp_path / "1.tar", labelled("ab", {"a": b"fish", "b": b"cat"}.get))
     (tmp_path / "classes.txt").write_text("cat\ndog\n")
-    stream = open_stream(tmp_path)
+    stream = open_source(tmp_path)
     assert not caplog.text
     assert [example["label"] for example in stream] == [1] * 120 + [0]
     assert (
@@ -147,21 +147,21 @@ def test_with_names_of_classes_opening_reads_the_first_samples_alone(tmp_path, c
 def test_ids_of_json_are_used_where_they_tell_images_apart(tmp_path, write_tar):
     write_tar(tmp_path / "own" / "0.tar", labelled([42, 7], lambda key: b'{"image_id": %d}' % key, "json"))
     write_tar(tmp_path / "same" / "0.tar", labelled([42, 7], lambda key: b'{"image_id": 1}', "json"))
-    assert [example["image_id"] for example in open_stream(tmp_path / "own")] == [42, 7]
-    assert len({example["image_id"] for example in open_stream(tmp_path / "same")} - {1}) == 2
+    assert [example["image_id"] for example in open_source(tmp_path / "own")] == [42, 7]
+    assert len({example["image_id"] for example in open_source(tmp_path / "same")} - {1}) == 2
 
 
 def test_tars_with_the_same_name_have_different_ids(tmp_path, write_tar, png):
     for folder in ("a", "b"):
         write_tar(tmp_path / folder / "0.tar", [("0.png", png(0))])
-    examples = list(open_stream(tmp_path))
+    examples = list(open_source(tmp_path))
     assert [example["image"]["path"] for example in examples] == ["a/0.tar/0.png", "b/0.tar/0.png"]
     assert len({example["image_id"] for example in examples}) == 2
 
 
 def test_files_of_macos_do_not_part_a_sample(tmp_path, write_tar, png):
     write_tar(tmp_path / "0.tar", [("._0.png", b"x"), ("0.png", png(4)), ("._0.cls", b"x"), ("0.cls", b"3")])
-    (example,) = open_stream(tmp_path)
+    (example,) = open_source(tmp_path)
     assert (value_of(example), example["label"]) == ({"value": 4}, 3)
 
 
@@ -174,8 +174,8 @@ def test_objects_of_json(tmp_path, as_list, write_tar, png):
     members = [("0.png", png(0)), ("0.json", json.dumps({"objects": []}).encode())]
     members += [("1.png", png(1)), ("1.json", json.dumps({"objects": objects, "width": 10, "height": 8}).encode())]
     write_tar(tmp_path / "0.tar", members)
-    stream = open_stream(tmp_path)
-    assert class_names(stream) == ["cat", "dog"]
+    stream = open_source(tmp_path)
+    assert stream.object_names == ["cat", "dog"]
     empty, filled = (example["objects"] for example in stream)
     assert empty["bbox"] == []
     assert filled == {"bbox": boxes, "category": [1, 0], "area": [12.0, 25.0], "iscrowd": [0, 0]}
@@ -183,7 +183,7 @@ def test_objects_of_json(tmp_path, as_list, write_tar, png):
 
 def test_masks(tmp_path, write_tar, png):
     write_tar(tmp_path / "0.tar", [("0.jpg", png(0)), ("0.seg.png", png(3))])
-    (example,) = open_stream(tmp_path)
+    (example,) = open_source(tmp_path)
     assert example["mask"]["bytes"] == png(3)
 
 
@@ -194,7 +194,7 @@ def test_ranks_and_workers_see_each_image_once(tmp_path, world_size, num_workers
     seen = []
     for rank in range(world_size):
         stream = ExampleStream(
-            open_stream(tmp_path), value_of, repeat=False, block_size=4, rank=rank, world_size=world_size
+            open_source(tmp_path).dataset, value_of, repeat=False, block_size=4, rank=rank, world_size=world_size
         )
         seen += [example["value"] for example in StatefulDataLoader(stream, batch_size=None, num_workers=num_workers)]
     assert sorted(seen) == list(range(count))
@@ -205,7 +205,7 @@ def test_ranks_and_workers_see_each_image_once(tmp_path, world_size, num_workers
 )
 def test_resumes_at_every_position_twice_in_a_row(tmp_path, num_workers, rank, world_size, write_shards):
     def loader():
-        source = unlabelled(open_stream(tmp_path))
+        source = open_source(tmp_path).unlabelled().dataset
         stream = ExampleStream(source, value_of, block_size=4, rank=rank, world_size=world_size)
         return StatefulDataLoader(stream, batch_size=3, num_workers=num_workers)
 
@@ -227,11 +227,11 @@ def test_resumes_at_every_position_twice_in_a_row(tmp_path, num_workers, rank, w
 
 def test_resuming_reads_no_image_before_the_position(tmp_path, monkeypatch, write_shards):
     write_shards(tmp_path, [20])
-    stream = open_webdataset(tmp_path, "train")
+    stream = open_webdataset(tmp_path, "train").dataset
     iterator = iter(stream)
     for _ in range(15):
         next(iterator)
-    resumed = open_webdataset(tmp_path, "train")
+    resumed = open_webdataset(tmp_path, "train").dataset
     resumed.load_state_dict(stream.state_dict())
     read, names = webdataset.read_member, []
     monkeypatch.setattr(
@@ -243,7 +243,7 @@ def test_resuming_reads_no_image_before_the_position(tmp_path, monkeypatch, writ
 
 def test_a_pickled_stream_goes_on(tmp_path, write_shards):
     write_shards(tmp_path, [6])
-    stream = open_webdataset(tmp_path, "train")
+    stream = open_webdataset(tmp_path, "train").dataset
     iterator = iter(stream)
     first = [value_of(next(iterator))["value"] for _ in range(2)]
     copy = pickle.loads(pickle.dumps(stream))
@@ -301,10 +301,10 @@ def test_a_damaged_tar_ends_with_a_warning_and_the_others_go_on(tmp_path, caplog
     with path.open("rb") as file:
         third = list(walk_tar(file))[3]
     path.write_bytes(path.read_bytes()[: third.offset + 10])  # 8 and 9 are whole; 10 may have lost a label
-    assert [value_of(example)["value"] for example in open_stream(tmp_path)] == [*range(10), 15, 16]
+    assert [value_of(example)["value"] for example in open_source(tmp_path)] == [*range(10), 15, 16]
     assert "train-00002.tar: the rest of this tar is passed over: it is cut short within 000011.png" in caplog.text
     path.write_bytes(b"\x7fgarbage" * 200)
-    assert [value_of(example)["value"] for example in open_stream(tmp_path)] == [*range(8), 15, 16]
+    assert [value_of(example)["value"] for example in open_source(tmp_path)] == [*range(8), 15, 16]
     assert "there is no tar header at byte 0" in caplog.text
 
 
@@ -313,15 +313,15 @@ def test_damage_among_labelled_tars_is_passed_over(tmp_path, caplog, write_tar):
         path = write_tar(tmp_path / f"{shard}.tar", labelled(range(4), lambda key: b"%d" % key))
         if shard < 2:
             path.write_bytes(path.read_bytes()[: 2 * 2048 + 520])  # 0 is whole, after which 1 may have lost a file
-    stream = open_stream(tmp_path)
-    assert class_names(stream) == ["0", "1", "2", "3"]
+    stream = open_source(tmp_path)
+    assert stream.label_names == ["0", "1", "2", "3"]
     assert [example["label"] for example in stream] == [0, 0, 0, 1, 2, 3]
     assert "1.tar: labels are read up to a damage: it is cut short within 2.png at byte 4096" in caplog.text
 
 
 def test_a_tar_that_vanishes_after_opening_stops_the_stream(tmp_path, write_shards):
     write_shards(tmp_path)
-    stream = open_stream(tmp_path)
+    stream = open_source(tmp_path)
     (tmp_path / "train-00001.tar").unlink()
     with pytest.raises(ValueError, match=r"train-00001\.tar cannot be read: .*No such file"):
         list(stream)
@@ -344,14 +344,14 @@ def test_images_too_large_are_passed_over_without_being_read(tmp_path, caplog, p
             file.truncate(end)  # without blocks on disk
             file.seek(end)
         file.write(bytes(1024))
-    stream = open_stream(f"{protocol}{path}")
+    stream = open_source(f"{protocol}{path}")
     assert [value_of(example)["value"] for example in stream] == [0, 2]
     assert f"1.png has {size} bytes, more than the {2**29} that are read" in caplog.text
 
 
 def test_samples_without_an_image_are_passed_over_and_counted(tmp_path, caplog, write_tar, png):
     write_tar(tmp_path / "0.tar", [("0.txt", b"text"), ("1.png", png(1)), ("2.txt", b"text")])
-    assert [value_of(example)["value"] for example in open_stream(tmp_path)] == [1]
+    assert [value_of(example)["value"] for example in open_source(tmp_path)] == [1]
     assert "0.tar: 2 samples without an image are passed over: 0, 2" in caplog.text
 
 
@@ -371,34 +371,34 @@ def test_samples_without_an_image_are_passed_over_and_counted(tmp_path, caplog, 
 def test_mistakes_are_named(tmp_path, labels, message, write_tar, png):
     write_tar(tmp_path / "0.tar", [("0.png", png(0)), labels])
     with pytest.raises(ValueError, match=message) as caught:
-        open_stream(tmp_path)
+        open_source(tmp_path)
     assert str(tmp_path) in str(caught.value)
 
 
 def test_tars_without_images_are_named(tmp_path, write_tar):
     write_tar(tmp_path / "0.tar", [("0.txt", b"text")])
     with pytest.raises(ValueError, match="holds no images"):
-        open_stream(tmp_path)
+        open_source(tmp_path)
 
 
 def test_classes_that_are_not_listed_are_named(tmp_path, write_tar, png):
     write_tar(tmp_path / "0.tar", [("0.png", png(0)), ("0.cls", b"fish")])
     (tmp_path / "classes.txt").write_text("cat\ndog\n")
     with pytest.raises(ValueError, match=r"1 labels are none of the 2 classes: 'fish' of 0 in 0\.tar"):
-        open_stream(tmp_path)
+        open_source(tmp_path)
 
 
 def test_what_is_no_tar_is_named(tmp_path):
     (tmp_path / "0.tar").write_bytes(b"no tar" * 200)
     with pytest.raises(ValueError, match=r"0\.tar cannot be read as a tar: there is no tar header at byte 0"):
-        open_stream(tmp_path)
+        open_source(tmp_path)
     (tmp_path / "0.tar").write_bytes(b"")
     with pytest.raises(ValueError, match=r"0\.tar holds no images"):
-        open_stream(tmp_path)
+        open_source(tmp_path)
     with tarfile.open(tmp_path / "1.tar.gz", "w:gz"):
         pass
     with pytest.raises(ValueError, match="unpack it first"):
-        open_stream(tmp_path / "1.tar.gz", format="webdataset")
+        open_source(tmp_path / "1.tar.gz", format="webdataset")
 
 
 def test_no_tars_and_tars_without_a_common_folder_are_refused():

@@ -6,7 +6,7 @@ import yaml
 from PIL import Image
 
 from hf_vlm.data.formats.yolo import looks_like_yolo, open_yolo
-from hf_vlm.data.sources import class_names, guess_format, open_stream
+from hf_vlm.data.sources import guess_format, open_source
 
 LABELS = {
     "a": "1 0.5 0.5 1.0 1.0\n0 0.25 0.5 0.1 0.2\n",
@@ -35,7 +35,7 @@ def write_yaml(file, **values):
 
 def content(source, split="train"):
     found = {}
-    for example in open_stream(source, split):
+    for example in open_source(source, split):
         objects = example["objects"]
         boxes = [pytest.approx(box, abs=1e-4) for box in objects["bbox"]]
         found[example["image"]["path"].rpartition("/")[2][0]] = list(zip(objects["category"], boxes))
@@ -50,7 +50,7 @@ def test_data_yaml(tmp_path, names, path):
     write_yaml(tmp_path / "data.yaml", path=path, train="images/train", val=["images/val"], names=names)
     assert guess_format(tmp_path) == guess_format(tmp_path / "data.yaml") == "yolo"
     for source in (tmp_path, tmp_path / "data.yaml"):
-        assert class_names(open_stream(source)) == ["cat", "dog", "bird"]
+        assert open_source(source).object_names == ["cat", "dog", "bird"]
         assert content(source) == {name: EXPECTED[name] for name in "ab"}
         assert content(source, "validation") == {"c": EXPECTED["c"]}
 
@@ -62,7 +62,7 @@ def test_lists_of_images(tmp_path):
     assert content(tmp_path) == {name: EXPECTED[name] for name in "ac"}
     (tmp_path / "train.txt").write_text("images/a.jpg\nimages/z.jpg\n")
     with pytest.raises(ValueError, match=r"train\.txt lists 1 images that are not there: .*z\.jpg"):
-        open_stream(tmp_path)
+        open_source(tmp_path)
 
 
 def test_roboflow(tmp_path):
@@ -78,16 +78,16 @@ def test_roboflow(tmp_path):
 
 def test_classes_without_data_yaml(tmp_path):
     write(tmp_path, "images", "labels", "ab")
-    assert class_names(open_stream(tmp_path)) == ["0", "1"]
+    assert open_source(tmp_path).object_names == ["0", "1"]
     (tmp_path / "classes.txt").write_text("cat\ndog\nbird\n")
-    assert class_names(open_stream(tmp_path)) == ["cat", "dog", "bird"]
+    assert open_source(tmp_path).object_names == ["cat", "dog", "bird"]
     assert content(tmp_path) == {name: EXPECTED[name] for name in "ab"}
 
 
 def test_classes_without_names_are_those_of_all_splits(tmp_path):
     write(tmp_path, "images/train", "labels/train", "a")
     write(tmp_path, "images/val", "labels/val", "c")
-    assert class_names(open_stream(tmp_path)) == class_names(open_stream(tmp_path, "val")) == ["0", "1", "2"]
+    assert open_source(tmp_path).object_names == open_source(tmp_path, "val").object_names == ["0", "1", "2"]
 
 
 def test_images_that_are_stored_turned(tmp_path):
@@ -122,14 +122,14 @@ def test_wrong_lines_are_named(tmp_path, line, message):
     write(tmp_path, "images", "labels", "a")
     (tmp_path / "labels" / "a.txt").write_text(f"0 0.5 0.5 0.1 0.1\n\n{line}\n")
     with pytest.raises(ValueError, match=rf"a\.txt, line 3: .*{message}"):
-        open_stream(tmp_path)
+        open_source(tmp_path)
 
 
 def test_classes_out_of_range_are_named(tmp_path):
     write(tmp_path, "images", "labels")
     write_yaml(tmp_path / "data.yaml", train="images", names=["cat", "dog"])
     with pytest.raises(ValueError, match=r"1 boxes have a category outside 0\.\.1, .*: 2 of c\.txt"):
-        open_stream(tmp_path)
+        open_source(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_wrong_data_files_are_named(tmp_path, text, message):
     write(tmp_path, "images", "labels")
     (tmp_path / "data.yaml").write_text(text)
     with pytest.raises(ValueError, match=rf"data\.yaml.*{message}"):
-        open_stream(tmp_path)
+        open_source(tmp_path)
 
 
 def test_all_wrong_lines_are_named_at_once(tmp_path):
@@ -155,7 +155,7 @@ def test_all_wrong_lines_are_named_at_once(tmp_path):
     for name in "ab":
         (tmp_path / "labels" / f"{name}.txt").write_text("x\n")
     with pytest.raises(ValueError, match=r"2 lines of labels make no sense: .*a\.txt, line 1: .*b\.txt, line 1: "):
-        open_stream(tmp_path)
+        open_source(tmp_path)
 
 
 def test_a_split_that_is_not_there_matters_when_it_is_opened(tmp_path):
@@ -163,13 +163,13 @@ def test_a_split_that_is_not_there_matters_when_it_is_opened(tmp_path):
     write_yaml(tmp_path / "data.yaml", train="images", test="../test/images")
     assert content(tmp_path) == {"a": EXPECTED["a"]}
     with pytest.raises(ValueError, match=r"data\.yaml names \.\./test/images, which is not there"):
-        open_stream(tmp_path, "test")
+        open_source(tmp_path, "test")
 
 
 def test_numbers_name_the_classes_where_names_are_missing(tmp_path):
     write(tmp_path, "images", "labels", "a")
     (tmp_path / "data.yaml").write_text("train: images\nnc: 4\n")
-    assert class_names(open_stream(tmp_path)) == ["0", "1", "2", "3"]
+    assert open_source(tmp_path).object_names == ["0", "1", "2", "3"]
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_wrong_texts_are_named(tmp_path, file, text, message):
     write(tmp_path, "images", "labels", "a")
     (tmp_path / file).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=message):
-        open_stream(tmp_path)
+        open_source(tmp_path)
 
 
 def test_no_file_of_labels_at_all_is_said(tmp_path, caplog):

@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 
 from hf_vlm.data.inspection.duplicates import near_duplicates
-from hf_vlm.data.inspection.inspect import format_report, inspect_stream
+from hf_vlm.data.inspection.inspect import format_report, inspect_source
 from hf_vlm.data.schema import image_feature, objects_feature
-from hf_vlm.data.sources import open_stream
+from hf_vlm.data.source import Source
+from hf_vlm.data.sources import open_source
 
 BASE = {"image": image_feature(), "image_id": datasets.Value("int64")}
 
@@ -28,8 +29,8 @@ def encoded(image, format="PNG", **options):
     return buffer.getvalue()
 
 
-def stream_of(images, features=None, **columns):
-    """A stream of encoded images named 0.png, 1.png, ..., or of (name, bytes)."""
+def source_of(images, features=None, **columns):
+    """A source of encoded images named 0.png, 1.png, ..., or of (name, bytes)."""
     named = [image if isinstance(image, tuple) else (f"{row}.png", image) for row, image in enumerate(images)]
     examples = [
         {
@@ -40,7 +41,7 @@ def stream_of(images, features=None, **columns):
         for row, (name, data) in enumerate(named)
     ]
     schema = datasets.Features(BASE | (features or {}))
-    return datasets.IterableDataset.from_generator(lambda: iter(examples), features=schema)
+    return Source(dataset=datasets.IterableDataset.from_generator(lambda: iter(examples), features=schema))
 
 
 def objects_of(*boxes):
@@ -63,7 +64,7 @@ def test_sizes_formats_and_bytes_are_those_of_the_files():
         encoded(picture(2, 40, 120).convert("L")),
         encoded(picture(3, 600, 300), "JPEG", exif=turned_exif()),
     ]
-    report = inspect_stream(stream_of(files))
+    report = inspect_source(source_of(files))
     assert (report.num_images, report.is_complete, report.columns) == (4, True, ["image", "image_id"])
     assert report.formats == {"PNG RGB": 1, "JPEG RGB": 2, "PNG L": 1}
     assert (report.width.min, report.width.median, report.width.max) == (40, 90, 300)  # the last one is upright
@@ -89,8 +90,8 @@ def test_files_that_cannot_be_read_are_named_with_the_reason(tmp_path):
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
     readable = []
-    report = inspect_stream(
-        open_stream(tmp_path), on_example=lambda example: readable.append(example["image"]["path"])
+    report = inspect_source(
+        open_source(tmp_path), on_example=lambda example: readable.append(example["image"]["path"])
     )
     assert report.num_images == 1
     assert readable == [str(tmp_path / "good.jpg")]
@@ -102,7 +103,7 @@ def test_files_that_cannot_be_read_are_named_with_the_reason(tmp_path):
 
 
 def test_data_of_bad_files_alone_is_reported_too():
-    report = inspect_stream(stream_of([("a.png", b"x"), ("b.png", b"y")]))
+    report = inspect_source(source_of([("a.png", b"x"), ("b.png", b"y")]))
     assert (report.num_images, len(report.unreadable), report.width) == (0, 2, None)
     json.dumps(report.as_json(), allow_nan=False)
     assert "a.png" in format_report(report)
@@ -119,7 +120,7 @@ def test_equal_files_and_pictures_that_look_alike_are_told_apart():
         "mirrored.png": encoded(original.transpose(Image.Transpose.FLIP_LEFT_RIGHT)),
         "recoloured.png": encoded(Image.merge("RGB", [band.point(lambda v: v // 2) for band in original.split()])),
     }
-    report = inspect_stream(stream_of(list(files.items())))
+    report = inspect_source(source_of(list(files.items())))
     assert report.exact_duplicates == [["original.png", "copy.png"]]
     assert report.near_duplicates == [["original.png", "again.jpg", "small.png"]]
     text = format_report(report)
@@ -133,7 +134,7 @@ def test_images_of_one_colour_are_named_and_no_duplicates_of_each_other():
     other = Image.new("RGB", (64, 64), "black")
     other.paste("white", (50, 40, 54, 44))
     files = [encoded(Image.new("RGB", (64, 64), (9, 9, value))) for value in (10, 11)]
-    report = inspect_stream(stream_of([*files, encoded(dot), encoded(other)]))
+    report = inspect_source(source_of([*files, encoded(dot), encoded(other)]))
     assert found(report) == {"images of one colour": (2, ["0.png", "1.png"])}
     assert not report.near_duplicates
 
@@ -160,7 +161,7 @@ def test_many_frames_of_a_still_scene_are_one_group():
 def test_labels_are_counted_and_their_gaps_named():
     features = {"label": datasets.ClassLabel(names=["cat", "dog", "emu"])}
     files = [encoded(picture(row)) for row in range(5)]
-    report = inspect_stream(stream_of(files, features, label=[1, 1, 0, -1, 1]))
+    report = inspect_source(source_of(files, features, label=[1, 1, 0, -1, 1]))
     assert report.label_counts == {"cat": 1, "dog": 3, "emu": 0}
     assert found(report) == {"images without a label": (1, ["3.png"]), "classes without an image": (1, ["emu"])}
     assert "3; the largest has 3 times the images of the smallest" in format_report(report)
@@ -174,7 +175,7 @@ def test_boxes_are_measured_against_the_decoded_image():
         objects_of(),
         objects_of((1, (390, 90, 20, 20))),  # of which 10 x 10 remain
     ]
-    boxes = inspect_stream(stream_of(files, features, objects=objects)).boxes
+    boxes = inspect_source(source_of(files, features, objects=objects)).boxes
     assert (boxes.num_boxes, boxes.num_images_without) == (4, 1)
     assert (boxes.per_image.min, boxes.per_image.median, boxes.per_image.max) == (0, 1, 3)
     assert boxes.class_counts == {"ant": 2, "bee": 2, "cat": 0}
@@ -199,7 +200,7 @@ def test_advice_shows_the_small_objects(sides, advice):
     features = {"objects": objects_feature(["ant"])}
     files = [encoded(picture(row, 200, 200)) for row in range(len(sides))]
     objects = [objects_of((0, (0, 0, side, side))) for side in sides]
-    assert advice in format_report(inspect_stream(stream_of(files, features, objects=objects)))
+    assert advice in format_report(inspect_source(source_of(files, features, objects=objects)))
 
 
 def test_boxes_that_make_no_sense_are_found():
@@ -215,7 +216,7 @@ def test_boxes_that_make_no_sense_are_found():
     fine = [(0, (0, 0, 80, 60)), (0, (71.4, 0, 9, 9))]  # the second one sticks out by less than rounding may
     files = [encoded(picture(row)) for row in range(len(wrong) + 2)]
     objects = [objects_of(*boxes) for boxes in [*wrong.values(), fine, [(0, (1, 2, 3, 4))]]]
-    report = inspect_stream(stream_of(files, features, objects=objects))
+    report = inspect_source(source_of(files, features, objects=objects))
     counts = {what: len(boxes) for what, boxes in wrong.items()} | {"boxes drawn twice, of one class at one place": 1}
     assert found(report) == {what: (counts[what], [f"{row}.png"]) for row, what in enumerate(wrong)}
 
@@ -224,7 +225,7 @@ def test_boxes_of_the_unturned_picture_are_explained():
     features = {"objects": objects_feature(["ant"])}
     files = [encoded(picture(row), "JPEG", exif=turned_exif()) for row in range(2)]  # 60 pixels wide when upright
     objects = [objects_of((0, (50, 5, 25, 30))), objects_of((0, (5, 5, 25, 30)))]
-    (what,) = found(inspect_stream(stream_of(files, features, objects=objects)))
+    (what,) = found(inspect_source(source_of(files, features, objects=objects)))
     assert what.startswith("boxes that stick out")
     assert "EXIF" in what
 
@@ -234,7 +235,7 @@ def test_masks_of_another_size_are_named():
     files = [encoded(picture(row)) for row in range(3)]
     masks = [Image.new("L", (80, 60)), Image.new("L", (60, 80)), None]
     encoded_masks = [{"bytes": encoded(mask) if mask else b"nothing", "path": None} for mask in masks]
-    report = inspect_stream(stream_of(files, features, mask=encoded_masks))
+    report = inspect_source(source_of(files, features, mask=encoded_masks))
     what = "images whose mask is not of their size, or cannot be read"
     assert found(report) == {what: (2, ["1.png", "2.png"])}
 
@@ -242,18 +243,18 @@ def test_masks_of_another_size_are_named():
 def test_the_first_examples_are_those_of_the_stream():
     files = [encoded(picture(row)) for row in range(70)]
     seen = []
-    report = inspect_stream(stream_of(files), 66, lambda example: seen.append(example["image_id"]))
+    report = inspect_source(source_of(files), 66, lambda example: seen.append(example["image_id"]))
     assert (report.num_images, report.is_complete, seen) == (66, False, list(range(66)))
     assert "66, the first of the data" in format_report(report)
-    assert inspect_stream(stream_of(files), 70).is_complete
+    assert inspect_source(source_of(files), 70).is_complete
     with pytest.raises(ValueError, match="num_examples=0"):
-        inspect_stream(stream_of(files), 0)
+        inspect_source(source_of(files), 0)
     with pytest.raises(ValueError, match="no example"):
-        inspect_stream(stream_of([]))
+        inspect_source(source_of([]))
 
 
 def test_examples_without_a_path_are_named_by_id():
-    report = inspect_stream(stream_of([(None, b"x"), (None, encoded(Image.new("L", (9, 9))))]))
+    report = inspect_source(source_of([(None, b"x"), (None, encoded(Image.new("L", (9, 9))))]))
     assert report.unreadable[0].name == "image_id 0"
     assert report.findings[0].where == ["image_id 1"]
 
@@ -262,7 +263,7 @@ def test_of_many_classes_the_largest_and_the_smallest_are_shown():
     names = [f"class{index:02}" for index in range(40)]
     labels = [index for index in range(40) for _ in range(40 - index)]
     files = [encoded(picture(0, 8, 8))] * len(labels)
-    report = inspect_stream(stream_of(files, {"label": datasets.ClassLabel(names=names)}, label=labels))
+    report = inspect_source(source_of(files, {"label": datasets.ClassLabel(names=names)}, label=labels))
     text = format_report(report)
     assert text.count("class0") == 10
     assert "... 25 more classes" in text
@@ -270,7 +271,7 @@ def test_of_many_classes_the_largest_and_the_smallest_are_shown():
 
 
 def test_the_report_is_plain_json(tmp_path):
-    report = inspect_stream(open_stream("scenes:easy", num_samples=5))
+    report = inspect_source(open_source("scenes:easy", num_samples=5))
     content = json.loads(json.dumps(report.as_json(), allow_nan=False))
     assert content == report.as_json()
     assert content["width"] == {"min": 48, "median": 48, "max": 48}

@@ -4,8 +4,7 @@ import datasets
 import numpy as np
 import pytest
 
-from hf_vlm.data.io.indexed import MAX_SHARDS, count_examples, indexed_stream
-from hf_vlm.data.sources import open_stream, unlabelled
+from hf_vlm.data.io.indexed import MAX_SHARDS, indexed_stream
 from hf_vlm.data.stream import ExampleStream
 
 FEATURES = datasets.Features({"image_id": datasets.Value("int64")})
@@ -35,15 +34,3 @@ def test_shards_are_bounded_and_divide_by_the_usual_numbers():
     assert indexed_stream(read, 10_000_000, FEATURES).num_shards == MAX_SHARDS
     for num_examples in (600, 1000, 12345):
         assert indexed_stream(read, num_examples, FEATURES).num_shards % 64 == 0
-
-
-def test_streams_say_how_many_examples_they_have(tmp_path):
-    assert count_examples(indexed_stream(read, 5000, FEATURES)) == 5000
-    assert count_examples(open_stream("scenes:easy", num_samples=7)) == 7
-    assert count_examples(unlabelled(open_stream("scenes:easy", num_samples=7))) == 7
-    scenes = datasets.Dataset.from_list(list(open_stream("scenes:easy", num_samples=12)))
-    scenes.to_parquet(tmp_path / "train-0.parquet", batch_size=5)
-    scenes.to_parquet(tmp_path / "train-1.parquet", batch_size=5)
-    assert count_examples(open_stream(tmp_path)) == 24
-    assert count_examples(open_stream(tmp_path, num_samples=17)) == 17
-    assert count_examples(open_stream({str(tmp_path): 1.0, "scenes:easy": 1.0})) is None

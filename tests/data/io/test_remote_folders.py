@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from hf_vlm.data.io.decode import decode_image
-from hf_vlm.data.sources import class_names, guess_format, open_stream
+from hf_vlm.data.sources import guess_format, open_source
 from hf_vlm.data.stream import ExampleStream
 
 SIZE = (40, 30)
@@ -116,15 +116,15 @@ def test_remote_folders_are_what_lies_on_disk(tmp_path, kind, upload):
     kind = "imagefolder" if kind == "metadata" else kind
     assert guess_format(url) == guess_format(tmp_path) == kind
     for split in [split for split in SPLITS if kind != "imagefolder" or (tmp_path / split).exists()] or ["train"]:
-        local, remote = open_stream(tmp_path, split), open_stream(url, split)
+        local, remote = open_source(tmp_path, split), open_source(url, split)
         assert remote.features == local.features
-        assert class_names(remote) == class_names(local)
+        assert (remote.label_names, remote.object_names) == (local.label_names, local.object_names)
         expected = list(local)
         assert expected
         for example in expected:
             example["image"]["path"] = example["image"]["path"].replace(str(tmp_path), url)
         assert list(remote) == expected
-        streams = [ExampleStream(stream, decoded, repeat=False, block_size=2) for stream in (remote, local)]
+        streams = [ExampleStream(source.dataset, decoded, repeat=False, block_size=2) for source in (remote, local)]
         for one, other in zip(*streams, strict=True):
             np.testing.assert_array_equal(one.pop("image"), other.pop("image"))
             assert one == other
@@ -136,8 +136,8 @@ def test_files_that_name_remote_images_are_sources_too(tmp_path, upload):
     url = upload(tmp_path)
     for name in ("coco/annotations/instances_train.json", "yolo/data.yaml"):
         assert guess_format(f"{url}/{name}") == name.partition("/")[0]
-        local = list(open_stream(tmp_path / name))
-        assert [example["objects"] for example in open_stream(f"{url}/{name}")] == [
+        local = list(open_source(tmp_path / name))
+        assert [example["objects"] for example in open_source(f"{url}/{name}")] == [
             example["objects"] for example in local
         ]
 
@@ -149,19 +149,19 @@ def test_a_web_server_serves_what_names_its_files(tmp_path, serve):
     write(tmp_path / "yolo" / "listed.yaml", "train: list.txt\nnames: [ant, bee]\n")
     with serve(tmp_path, lambda number: 503 if number % 9 == 8 else None) as (url, _):
         for name in ("coco/annotations/instances_train.json", "yolo/listed.yaml"):
-            local = list(open_stream(tmp_path / name))
-            remote = list(open_stream(f"{url}/{name}"))
+            local = list(open_source(tmp_path / name))
+            remote = list(open_source(f"{url}/{name}"))
             assert [example["objects"] for example in remote] == [example["objects"] for example in local]
             assert [len(example["objects"]["bbox"]) for example in remote] == [2, 2, 2 if "coco" in name else 0]
             for one, other in zip(remote, local, strict=True):
                 np.testing.assert_array_equal(decode_image(one["image"])[0], decode_image(other["image"])[0])
         with pytest.raises(ValueError, match=r"names the folder images/train, which a web server cannot list; name a"):
-            open_stream(f"{url}/yolo/data.yaml")
+            open_source(f"{url}/yolo/data.yaml")
         for kind in ("imagefolder", "voc", "coco", "yolo"):
             with pytest.raises(
                 ValueError, match=rf"web servers cannot list .* of the format '{kind}' need; give the COCO"
             ):
-                open_stream(f"{url}/yolo", format=kind)
+                open_source(f"{url}/yolo", format=kind)
         with pytest.raises(ValueError, match="cannot be told from its name; give the format"):
             guess_format(f"{url}/yolo")
 
@@ -170,12 +170,12 @@ def test_mistakes_in_remote_folders_are_named(tmp_path, upload):
     write_voc(tmp_path)
     url = upload(tmp_path)
     with pytest.raises(ValueError, match=r"memory://bucket/data\.v2 does not exist; did you mean '.*data\.v1'"):
-        open_stream("memory://bucket/data.v2", format="voc")
+        open_source("memory://bucket/data.v2", format="voc")
     with pytest.raises(ValueError, match=r"memory://bucket/data\.v2 does not exist"):
-        open_stream("memory://bucket/data.v2")
+        open_source("memory://bucket/data.v2")
     with pytest.raises(ValueError, match=r"memory://bucket/data\.v1 has no split 'test'; it has train, validation"):
-        open_stream(url, "test")
+        open_source(url, "test")
     with pytest.raises(ValueError, match=r"holds no Parquet files, .*; it holds train\.txt, val\.txt"):
-        open_stream(url + "/ImageSets/Main")
+        open_source(url + "/ImageSets/Main")
     with pytest.raises(ValueError, match=r"s3://bucket/images cannot be read: .*s3fs"):
-        open_stream("s3://me:secret@bucket/images")
+        open_source("s3://me:secret@bucket/images")

@@ -14,7 +14,7 @@ from hf_vlm.data.inspection.inspect import image_name
 from hf_vlm.data.io import files
 from hf_vlm.data.io.decode import BadImageError, decode_image, read_image_bytes
 from hf_vlm.data.io.messages import UnreachableError
-from hf_vlm.data.sources import open_stream
+from hf_vlm.data.sources import open_source
 from hf_vlm.data.stream import ExampleStream
 
 # Three in a row each: aiohttp itself asks again after a closed connection, and fsspec after a HEAD.
@@ -49,7 +49,7 @@ def encoded(example, generator=None):
 def test_a_file_goes_on_where_it_failed(tmp_path, serve, write_tar, name, failure, caplog):
     contents = write_noise(tmp_path, write_tar)
     with serve(tmp_path, lambda number: failure if number % 8 > 4 else None) as (url, counts):
-        stream = open_stream(f"{url}/{name}?key=secret", format="webdataset" if name.endswith("tar") else "parquet")
+        stream = open_source(f"{url}/{name}?key=secret", format="webdataset" if name.endswith("tar") else "parquet")
         assert [example["image"]["bytes"] for example in stream] == contents
         assert counts["all"] > 12
     assert re.search(rf"http://127\.0\.0\.1:\d+/{name}: .*; trying again in 0\.001 s", caplog.text)
@@ -61,7 +61,7 @@ def test_resuming_from_a_server_that_fails_is_exact(tmp_path, serve, write_tar, 
     write_noise(tmp_path, write_tar)
 
     def loader(url):
-        stream = ExampleStream(open_stream(url), encoded, block_size=4)
+        stream = ExampleStream(open_source(url).dataset, encoded, block_size=4)
         return StatefulDataLoader(stream, batch_size=None, num_workers=1)
 
     with serve(tmp_path) as (url, _):
@@ -79,7 +79,7 @@ def test_a_server_that_stays_away_stops_the_stream(tmp_path, serve, write_tar, n
     write_noise(tmp_path, write_tar)
     with serve(tmp_path, lambda number: 503 if number > counts_at_opening else None) as (url, counts):
         counts_at_opening = 10**6
-        stream = open_stream(f"{url}/{name}")
+        stream = open_source(f"{url}/{name}")
         counts_at_opening = counts["all"] + 2
         with pytest.raises(ValueError, match=rf"{name} cannot be read.*status 503, 7 times in .* then start again"):
             list(stream)
@@ -100,7 +100,7 @@ def test_a_busy_server_of_class_names_does_not_drop_labels(tmp_path, serve, writ
     (tmp_path / "classes.txt").write_text("cat\ndog\n")
     failing = range(3, 7)  # the tar takes a HEAD and a GET
     with serve(tmp_path, lambda number: 503 if number in failing else None) as (url, _):
-        assert [example["label"] for example in open_stream(f"{url}/0.tar")] == [1]
+        assert [example["label"] for example in open_source(f"{url}/0.tar")] == [1]
 
 
 def test_images_whose_server_fails_now_and_then_are_read(tmp_path, serve):
@@ -118,7 +118,7 @@ def test_images_whose_server_is_gone_are_counted_and_skipped(tmp_path, serve, ca
         rows = [{"image_path": f"{url}/a.png"}, {"image_path": f"{gone}/a.png?key=secret"}]
         Dataset.from_list(rows).to_parquet(tmp_path / "0.parquet")
         stream = ExampleStream(
-            open_stream(tmp_path / "0.parquet"),
+            open_source(tmp_path / "0.parquet").dataset,
             lambda example, generator: {"pixels": decode_image(example["image"])[0]},
             repeat=False,
             max_bad_fraction=1.0,

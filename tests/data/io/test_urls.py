@@ -12,7 +12,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from hf_vlm.data.io.decode import decode_image
 from hf_vlm.data.io.files import expand_braces, find_paths, join
 from hf_vlm.data.io.messages import redact_url
-from hf_vlm.data.sources import guess_format, open_stream
+from hf_vlm.data.sources import guess_format, open_source
 from hf_vlm.data.stream import ExampleStream
 
 
@@ -45,15 +45,15 @@ def test_parquet_over_http_is_what_lies_on_disk(tmp_path, serve):
     with serve(tmp_path) as (url, _):
         source = url + "/train-{00000..00001}.parquet"
         assert guess_format(source) == "parquet"
-        assert list(open_stream(source)) == list(open_stream(tmp_path))
-        assert len(list(open_stream(url + "/train-00001.parquet?key=abc", format="parquet"))) == 20
+        assert list(open_source(source)) == list(open_source(tmp_path))
+        assert len(list(open_source(url + "/train-00001.parquet?key=abc", format="parquet"))) == 20
 
 
 def test_the_first_rows_are_read_without_the_rest(tmp_path, serve):
     write_parquet(tmp_path, size=(256, 256))
     whole = (tmp_path / "train-00000.parquet").stat().st_size
     with serve(tmp_path) as (url, counts):
-        next(iter(open_stream(url + "/train-00000.parquet").iter(batch_size=1)))
+        next(iter(open_source(url + "/train-00000.parquet").dataset.iter(batch_size=1)))
         assert counts["bytes"] < 0.5 * whole
         assert counts["requests"] < 30
 
@@ -62,7 +62,7 @@ def test_a_pass_over_parquet_reads_each_byte_about_once(tmp_path, serve):
     write_parquet(tmp_path, size=(256, 256))
     whole = (tmp_path / "train-00000.parquet").stat().st_size
     with serve(tmp_path) as (url, counts):
-        assert len(list(open_stream(url + "/train-00000.parquet"))) == 20
+        assert len(list(open_source(url + "/train-00000.parquet"))) == 20
         assert counts["bytes"] < 1.4 * whole
 
 
@@ -71,10 +71,10 @@ def test_remote_tars_stream_and_resume(tmp_path, num_workers, write_shards, serv
     count = write_shards(tmp_path)
     with serve(tmp_path) as (url, _):
         source = url + "/train-{00000..00003}.tar"
-        assert [value_of(example)["value"] for example in open_stream(source)] == list(range(count))
+        assert [value_of(example)["value"] for example in open_source(source)] == list(range(count))
 
         def loader():
-            stream = ExampleStream(open_stream(source), value_of, block_size=4)
+            stream = ExampleStream(open_source(source).dataset, value_of, block_size=4)
             return StatefulDataLoader(stream, batch_size=3, num_workers=num_workers)
 
         first, expected = loader(), [batch["value"].tolist() for batch, _ in zip(loader(), range(6))]
@@ -89,10 +89,10 @@ def test_remote_tars_stream_and_resume(tmp_path, num_workers, write_shards, serv
 def test_labels_of_remote_tars_need_their_names(tmp_path, memory, caplog, write_tar, png):
     path = write_tar(tmp_path / "0.tar", [("0.png", png(0)), ("0.cls", b"dog")])
     memory.pipe("/data/0.tar", path.read_bytes())
-    assert "label" not in open_stream("memory://data/0.tar").features
+    assert "label" not in open_source("memory://data/0.tar").features
     assert "labels are left out, since there is no classes.txt" in caplog.text
     memory.pipe("/data/classes.txt", b"cat\ndog\n")
-    assert [example["label"] for example in open_stream("memory://data/0.tar")] == [1]
+    assert [example["label"] for example in open_source("memory://data/0.tar")] == [1]
 
 
 def test_stars_name_files_on_disk_and_remote(tmp_path, memory, write_shards):
@@ -100,10 +100,10 @@ def test_stars_name_files_on_disk_and_remote(tmp_path, memory, write_shards):
     for path in tmp_path.glob("*.tar"):
         memory.pipe(f"/data/{path.name}", path.read_bytes())
     for source in (f"{tmp_path}/train-*.tar", "memory://data/*.tar", "memory://data/train-{00000,0000[1-3]}*.tar"):
-        assert len(list(open_stream(source))) == count
+        assert len(list(open_source(source))) == count
     for source in (f"{tmp_path}/test-*.tar", "memory://data/no-*.tar"):
         with pytest.raises(ValueError, match="no file matches"):
-            open_stream(source)
+            open_source(source)
 
 
 def test_braces():
@@ -118,7 +118,7 @@ def test_images_by_url_are_decoded_and_missing_ones_counted(tmp_path, caplog, se
         rows = [{"image_path": f"{url}/a.png"}] * 3 + [{"image_path": f"{url}/b.png"}]
         Dataset.from_list(rows).to_parquet(tmp_path / "0.parquet")
         stream = ExampleStream(
-            open_stream(tmp_path / "0.parquet"),
+            open_source(tmp_path / "0.parquet").dataset,
             lambda example, generator: {"pixels": decode_image(example["image"])[0]},
             repeat=False,
             max_bad_fraction=1.0,
@@ -135,15 +135,15 @@ def test_what_cannot_be_reached_is_named_without_keys(tmp_path, write_shards, se
     with serve(tmp_path) as (url, _):
         for name in ("missing.tar", "missing.parquet", "forbidden.parquet"):
             with pytest.raises(ValueError, match=rf"{name} cannot be read .*status 40[34]") as caught:
-                open_stream(f"{url}/{name}?token=hf_secret")
+                open_source(f"{url}/{name}?token=hf_secret")
             assert "hf_secret" not in str(caught.value) + repr(caught.value)
     with pytest.raises(ValueError, match=r"train\.tar cannot be read"):
-        open_stream(f"{url}/train.tar")  # the server is gone
+        open_source(f"{url}/train.tar")  # the server is gone
     for kind in (None, "imagefolder"):
         with pytest.raises(ValueError, match="memory://images does not exist"):
-            open_stream("memory://images", format=kind)
+            open_source("memory://images", format=kind)
     with pytest.raises(ValueError, match="Unsupported filesystem: 'nowhere'"):
-        open_stream("nowhere://images/0.tar")
+        open_source("nowhere://images/0.tar")
 
 
 def test_passwords_and_queries_are_not_shown():
@@ -173,10 +173,10 @@ def test_files_of_several_folders_are_split_by_where_they_lie(tmp_path, memory, 
             ("{train,val}/*", "validation"): [5],
         }
         for (pattern, split), values in expected.items():
-            stream = open_stream(f"{base}/{pattern}.{suffix}", split)
+            stream = open_source(f"{base}/{pattern}.{suffix}", split)
             assert [value_of(example)["value"] for example in stream] == values
         with pytest.raises(ValueError, match="has no split 'test'; it has train, validation"):
-            open_stream(f"{base}/*/*-*.{suffix}", "test")
+            open_source(f"{base}/*/*-*.{suffix}", "test")
 
 
 def test_relative_paths_of_images_start_from_the_folder_of_their_rows(tmp_path, memory, serve):
@@ -194,7 +194,7 @@ def test_relative_paths_of_images_start_from_the_folder_of_their_rows(tmp_path, 
             f"{url}/rows/0.parquet",
             "memory://remote/rows/*.parquet",
         ):
-            images = [decode_image(example["image"])[0] for example in open_stream(source, format="parquet")]
+            images = [decode_image(example["image"])[0] for example in open_source(source, format="parquet")]
             assert [image[0, 0, 0] for image in images] == [1, 2, 2, 2]
 
 

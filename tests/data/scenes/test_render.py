@@ -16,9 +16,8 @@ from hf_vlm.data.scenes.render import (
     render_clip,
     render_scene,
     scene_settings,
-    scenes_stream,
+    scenes_source,
 )
-from hf_vlm.data.schema import class_names, has_boxes, unlabelled
 
 
 def box_of(mask):
@@ -171,7 +170,7 @@ def test_clips_move_and_keep_their_tracks():
 
 
 def test_stream_holds_what_the_scenes_hold():
-    stream = scenes_stream("easy", "validation", num_samples=70, seed=5)
+    stream = scenes_source("easy", "validation", num_samples=70, seed=5)
     examples = list(stream)
     assert [example["image_id"] for example in examples] == list(range(70))
     for example in examples[::23]:
@@ -186,27 +185,29 @@ def test_stream_holds_what_the_scenes_hold():
         assert example["objects"]["area"] == scene.areas.tolist()
         assert example["objects"]["iscrowd"] == [0] * len(scene.boxes)
         assert example["label"] == scene.label
-    assert class_names(stream) == list("01234")
-    assert has_boxes(stream)
+    assert stream.object_names == stream.label_names == list("01234")
+    assert stream.mask_names == ["background", *"01234"]
+    assert stream.num_examples == 70
     # The stored form must be the one that the declared features have, or saving and casting would fail.
     assert stream.features.encode_example(examples[0]) == examples[0]
 
 
 def test_stream_without_masks_and_without_labels():
-    stream = scenes_stream("easy", num_samples=3, masks=False)
+    stream = scenes_source("easy", num_samples=3, masks=False)
     assert set(next(iter(stream))) == set(stream.features) == {"image", "image_id", "label", "objects"}
-    bare = unlabelled(stream)
+    bare = stream.unlabelled()
     assert set(next(iter(bare))) == set(bare.features) == {"image", "image_id"}
-    assert class_names(bare) is None
-    assert not has_boxes(bare)
+    assert bare.object_names is None
+    assert bare.label_names is None
+    assert stream.mask_names is None  # there are no masks
 
 
 def test_stream_resumes_exactly_and_twice():
-    stream = scenes_stream("easy", num_samples=130, masks=False)
+    stream = scenes_source("easy", num_samples=130, masks=False)
     everything = [example["image"]["bytes"] for example in stream]
     seen, state = [], None
     for stop in (1, 50, 70, 130):
-        resumed = pickle.loads(pickle.dumps(scenes_stream("easy", num_samples=130, masks=False)))
+        resumed = pickle.loads(pickle.dumps(scenes_source("easy", num_samples=130, masks=False))).dataset
         if state is not None:
             resumed.load_state_dict(state)
         for example in resumed:
@@ -220,7 +221,7 @@ def test_stream_resumes_exactly_and_twice():
 def test_resuming_does_not_draw_what_was_seen(monkeypatch):
     import hf_vlm.data.scenes.render as scenes
 
-    stream = scenes_stream("easy", num_samples=6400, masks=False)
+    stream = scenes_source("easy", num_samples=6400, masks=False).dataset
     iterator = iter(stream)
     for _ in range(30):
         next(iterator)
@@ -234,20 +235,20 @@ def test_resuming_does_not_draw_what_was_seen(monkeypatch):
 
 
 def test_shards_divide_the_stream():
-    stream = scenes_stream("easy", num_samples=100, masks=False)
+    stream = scenes_source("easy", num_samples=100, masks=False).dataset
     assert stream.num_shards == 64
     parts = [[example["image_id"] for example in stream.shard(num_shards=4, index=index)] for index in range(4)]
     assert sorted(itertools.chain(*parts)) == list(range(100))
-    assert scenes_stream("easy", num_samples=5).num_shards == 5
+    assert scenes_source("easy", num_samples=5).dataset.num_shards == 5
 
 
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match=r"scenes have no split 'val'; there are train, validation, test"):
-        scenes_stream("easy", "val")
+        scenes_source("easy", "val")
     with pytest.raises(ValueError, match="unknown preset of scenes 'eazy'; there are easy, hard"):
         scene_settings("eazy")
     with pytest.raises(ValueError, match="num_samples=0 must be positive"):
-        scenes_stream("easy", num_samples=0)
+        scenes_source("easy", num_samples=0)
     with pytest.raises(ValueError, match=r"max_digit_size=60 must lie in 4..35.5"):
         SceneSettings(max_digit_size=60)
     with pytest.raises(ValueError, match=r"num_classes=11 must lie in 1..10"):
