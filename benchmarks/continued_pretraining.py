@@ -21,9 +21,10 @@ from mae_quality import BATCH_SIZE, SIDE, augment, features, load, train
 from torch import Tensor
 
 from hf_vlm import VLMViTConfig, VLMViTImageProcessor, VLMViTModel
+from hf_vlm.features.loading import quiet_transformers
 from hf_vlm.metrics import knn_accuracy
 from hf_vlm.models.convert_vlm_vit import convert_checkpoint
-from hf_vlm.training.build import architecture, quiet_transformers
+from hf_vlm.training.build import architecture
 from hf_vlm.training.run import pretrain, quiet_libraries
 
 Labelled = tuple[Tensor, Tensor]

@@ -27,8 +27,9 @@ from hf_vlm.features.device import to_best_device
 from hf_vlm.models import loss_detection
 from hf_vlm.models.loss_detection import DetectionTargets, match, matching_cost
 from hf_vlm.models.modeling_detection import VLMViTDetectionConfig, VLMViTForObjectDetection
-from hf_vlm.training.arguments import load_recipe, parse_arguments
+from hf_vlm.registry import find_model
 from hf_vlm.training.build import build_model
+from hf_vlm.training.recipe import load_recipe, parse_arguments
 
 BATCH_SIZE, NUM_BOXES, NUM_CLASSES = 16, 20, 80
 ROWS: dict[str, tuple[str, Any]] = {
@@ -150,7 +151,7 @@ def random_labels(batch_size: int, num_classes: int, device: torch.device) -> li
 def build(recipe: str, image_size: Any) -> VLMViTForObjectDetection:
     values = load_recipe(recipe) | {"image_size": image_size, "data": "scenes:easy", "use_cpu": True}
     names = [str(index) for index in range(NUM_CLASSES)]
-    return build_model(parse_arguments(values), task="object-detection", class_names=names)
+    return build_model(parse_arguments(values), find_model("detection"), class_names=names)
 
 
 def shares_of_a_step(name: str, device: torch.device, num_steps: int) -> dict[str, float]:

@@ -38,13 +38,15 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from hf_vlm import MAEForPreTraining, VLMViTModel
 from hf_vlm.features.device import use_fast_cpu_matmul
+from hf_vlm.features.loading import quiet_transformers
 from hf_vlm.metrics import knn_accuracy
 from hf_vlm.models.ssl_perceptual import features_of_layers, perceptual_distance
-from hf_vlm.training.arguments import parse_arguments
-from hf_vlm.training.build import build_model, quiet_transformers
+from hf_vlm.registry import find_model
+from hf_vlm.training.build import build_model
 from hf_vlm.training.callbacks import LogFile, read_log
+from hf_vlm.training.recipe import parse_arguments
 from hf_vlm.training.run import pretrain, quiet_libraries
-from hf_vlm.viz.draw import titled_rows
+from hf_vlm.viz.sheets import titled_rows
 
 FROZEN = {"perceptual_weight": 30.0, "perceptual_encoder": "frozen"}
 ADVERSARIAL = {"adversarial_weight": 0.1}
@@ -75,7 +77,8 @@ def step_times(options: argparse.Namespace, num_rounds: int = 8) -> dict[str, fl
     """Median CPU time of a step over that of plain MAE, arms taking turns, on noise."""
     images, steps = torch.randn(options.batch_size, 3, options.image_size, options.image_size), {}
     for arm in dict.fromkeys(("plain", *options.arms)):
-        model = build_model(parse_arguments(recipe(arm, 0, Path(), options)), task="pretraining").train()
+        args = parse_arguments(recipe(arm, 0, Path(), options))
+        model = build_model(args, find_model(args.method)).train()
         use_fast_cpu_matmul(model)
         learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
         steps[arm] = model, torch.optim.AdamW(learned, lr=1e-3, fused=True)

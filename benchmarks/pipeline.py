@@ -42,8 +42,8 @@ from transformers.utils import logging as transformers_logging
 from hf_vlm.features.device import enable_fast_matmul
 from hf_vlm.models.configuration_vlm_vit import PRESETS
 from hf_vlm.training import run
-from hf_vlm.training.arguments import load_recipe
 from hf_vlm.training.callbacks import read_log
+from hf_vlm.training.recipe import load_recipe
 from hf_vlm.training.trainer import VisionTrainer
 
 SIZE = 224

@@ -165,9 +165,11 @@ def recipe_of(method: str, seed: int, folder: Path, options: argparse.Namespace)
 def run_one(method: str, seed: int, folder: Path, options: argparse.Namespace) -> None:
     """Trains and judges one encoder in this process, and writes `figures.json`."""
     from hf_vlm import VLMViTModel
+    from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
+    from hf_vlm.tasks.evaluation import evaluate_run
     from hf_vlm.training import run
-    from hf_vlm.training.arguments import check_recipe, parse_arguments
     from hf_vlm.training.build import build_encoder_config, build_processor
+    from hf_vlm.training.recipe import check_recipe, parse_arguments
 
     torch.set_num_threads(1)
     recipe = check_recipe(recipe_of(method, seed, folder, options), "ssl_quality.py")
@@ -183,11 +185,11 @@ def run_one(method: str, seed: int, folder: Path, options: argparse.Namespace) -
         torch.manual_seed(seed)
         args = parse_arguments(recipe)
         VLMViTModel(build_encoder_config(args)).save_pretrained(folder)
-        build_processor(args, 3).save_pretrained(folder)
+        build_processor(args, VLMViTImageProcessor, 3).save_pretrained(folder)
     if method == "pixels":
         figures = accuracy_of_pixels(folder, options)
     else:
-        figures = run.evaluate_run(folder, options.data, "test", num_examples=options.num_labelled)
+        figures = evaluate_run(folder, options.data, "test", num_examples=options.num_labelled).metrics
     (folder / "figures.json").write_text(json.dumps({**figures, "seconds": seconds}))
 
 

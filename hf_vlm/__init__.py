@@ -1,6 +1,7 @@
 """Self-supervised Vision Transformers for your own images. Importing the package registers its Auto classes."""
 
 from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
+from hf_vlm.models.image_processing_detection import VLMViTDetectionImageProcessor
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_detection import VLMViTDetectionConfig, VLMViTForObjectDetection
 from hf_vlm.models.modeling_dinov2 import DINOv2Config, DINOv2ForPreTraining
@@ -37,6 +38,7 @@ __all__ = [
     "VLMViTBackbone",
     "VLMViTConfig",
     "VLMViTDetectionConfig",
+    "VLMViTDetectionImageProcessor",
     "VLMViTForObjectDetection",
     "VLMViTImageProcessor",
     "VLMViTModel",

@@ -5,6 +5,7 @@ Importing this module registers every row with transformers' Auto classes and ma
 """
 
 import difflib
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +19,9 @@ from transformers import (
 )
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
 
 from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
+from hf_vlm.models.image_processing_detection import VLMViTDetectionImageProcessor
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_detection import VLMViTDetectionConfig, VLMViTForObjectDetection
 from hf_vlm.models.modeling_dinov2 import DINOv2Config, DINOv2ForPreTraining
@@ -36,18 +37,19 @@ from hf_vlm.models.modeling_vlm_vit import VLMViTBackbone, VLMViTModel
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """A row: its name in recipes, what it does, its configuration, its class, and the Auto class that loads it."""
+    """A row: its name in recipes, its task, its configuration and class, and what loads and prepares images for it."""
 
     name: str
-    task: str  # "features", "pretraining" or a task name of transformers' pipelines
+    task: str  # "pretraining", or a task of `hf_vlm.tasks`, named as transformers' pipelines are
     config_class: type[PreTrainedConfig]
     model_class: type[PreTrainedModel]
     auto_class: Any
+    processor_class: type[VLMViTImageProcessor] = VLMViTImageProcessor
 
 
 MODELS = (
-    ModelEntry("encoder", "features", VLMViTConfig, VLMViTModel, AutoModel),
-    ModelEntry("backbone", "features", VLMViTConfig, VLMViTBackbone, AutoBackbone),
+    ModelEntry("encoder", "image-feature-extraction", VLMViTConfig, VLMViTModel, AutoModel),
+    ModelEntry("backbone", "image-feature-extraction", VLMViTConfig, VLMViTBackbone, AutoBackbone),
     ModelEntry("simclr", "pretraining", SimCLRConfig, SimCLRForPreTraining, AutoModelForPreTraining),
     ModelEntry("moco_v3", "pretraining", MoCoV3Config, MoCoV3ForPreTraining, AutoModelForPreTraining),
     ModelEntry("mae", "pretraining", MAEConfig, MAEForPreTraining, AutoModelForPreTraining),
@@ -57,37 +59,49 @@ MODELS = (
     ModelEntry("ijepa", "pretraining", IJEPAConfig, IJEPAForPreTraining, AutoModelForPreTraining),
     ModelEntry("distill", "pretraining", DistillConfig, DistillForPreTraining, AutoModelForPreTraining),
     ModelEntry(
-        "detection", "object-detection", VLMViTDetectionConfig, VLMViTForObjectDetection, AutoModelForObjectDetection
+        "detection",
+        "object-detection",
+        VLMViTDetectionConfig,
+        VLMViTForObjectDetection,
+        AutoModelForObjectDetection,
+        VLMViTDetectionImageProcessor,
     ),
 )
 
 
-def find_model(name: str, task: str | None = None) -> ModelEntry:
-    """The row of a name; ValueError with the nearest name when there is none (of the task, where one is given)."""
-    names = [entry.name for entry in MODELS if task in (None, entry.task)]
+def find_model(name: str, tasks: Collection[str] | None = None) -> ModelEntry:
+    """The row of a name; ValueError with the nearest name when there is none (of the tasks, where some are given)."""
+    names = [entry.name for entry in MODELS if tasks is None or entry.task in tasks]
     if name not in names:
         near = difflib.get_close_matches(name, names, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"There is no {task or 'model'} method {name!r}.{hint} There are: {', '.join(names)}.")
+        what = " or ".join(tasks) if tasks else "model"
+        raise ValueError(f"There is no {what} method {name!r}.{hint} There are: {', '.join(names)}.")
     return next(entry for entry in MODELS if entry.name == name)
+
+
+def find_model_type(model_type: str | None) -> ModelEntry | None:
+    """The row of a checkpoint's `model_type`; None for a model that is not of this package."""
+    return next((entry for entry in MODELS if entry.config_class.model_type == model_type), None)
 
 
 def _register() -> None:
     for entry in MODELS:
-        AutoConfig.register(entry.config_class.model_type, entry.config_class, exist_ok=True)
+        model_type = entry.config_class.model_type
+        AutoConfig.register(model_type, entry.config_class, exist_ok=True)
         AutoImageProcessor.register(
-            entry.config_class, image_processor_classes={"pil": VLMViTImageProcessor}, exist_ok=True
+            entry.config_class, image_processor_classes={"pil": entry.processor_class}, exist_ok=True
         )
         entry.auto_class.register(entry.config_class, entry.model_class, exist_ok=True)
         if entry.task == "pretraining":  # user code that says AutoModel means the same
             AutoModel.register(entry.config_class, entry.model_class, exist_ok=True)
         entry.config_class.register_for_auto_class()
         entry.model_class.register_for_auto_class(entry.auto_class.__name__)
-        if entry.task == "object-detection":  # the pipeline looks a class up here before it says "supported"
-            MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES[entry.config_class.model_type] = entry.model_class.__name__
-    VLMViTImageProcessor.register_for_auto_class()
+        entry.processor_class.register_for_auto_class()
+        # Where a pipeline looks a class up before it says "supported".
+        entry.auto_class._model_mapping._model_mapping[model_type] = entry.model_class.__name__
 
 
 _register()
 
-__all__ = ["MODELS", "ModelEntry", "find_model"]
+__all__ = ["MODELS", "ModelEntry", "find_model", "find_model_type"]

@@ -30,6 +30,7 @@ DATA_LEVELS = {
     "transforms": 3,
     "scenes": 3,
     "sources": 4,
+    "images": 4,
     "inspection": 4,
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))

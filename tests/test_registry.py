@@ -127,4 +127,4 @@ def test_unknown_names_are_answered_with_the_nearest():
     with pytest.raises(ValueError, match="Did you mean 'simclr'"):
         find_model("simcrl")
     with pytest.raises(ValueError, match="no pretraining method 'encoder'"):
-        find_model("encoder", "pretraining")
+        find_model("encoder", ["pretraining"])

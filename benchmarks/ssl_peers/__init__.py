@@ -31,8 +31,8 @@ from transformers import set_seed
 
 from hf_vlm.data.io.decode import decode_image
 from hf_vlm.registry import find_model
-from hf_vlm.training.arguments import parse_arguments
 from hf_vlm.training.build import build_config, build_processor
+from hf_vlm.training.recipe import parse_arguments
 from hf_vlm.training.run import open_recipe_source, train_stream
 
 from .base import Peer
@@ -66,7 +66,8 @@ def pretrain(name: str, recipe: dict[str, Any]) -> float:
     """Trains a peer by the recipe of our row, leaves encoder and image processor in `output_dir`, returns seconds."""
     args = parse_arguments(recipe)
     set_seed(args.seed)
-    processor, entry = build_processor(args, 3), find_model(args.method, "pretraining")
+    entry = find_model(args.method, ["pretraining"])
+    processor = build_processor(args, entry.processor_class, 3)
     args.views = {**entry.model_class.default_views, **args.views}
     normalise = {"mean": processor.image_mean, "std": processor.image_std}
     peer = PEERS[name](build_config(args, entry), args, normalise)

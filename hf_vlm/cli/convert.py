@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 
-def run(words: Sequence[str]) -> None:
-    """Converts an encoder of transformers to one of ours, or back, and says what became of its weights."""
+def run(argv: Sequence[str]) -> None:
+    """Converts an encoder of transformers to one of ours, or back, and reports what became of its weights."""
     parser = argparse.ArgumentParser(
         prog="hf-vlm convert",
         description="Converts an encoder of transformers (ViT, DeiT, ViT-MAE, DINOv2, DINOv3, SigLIP), alone or in a "
@@ -18,7 +18,7 @@ def run(words: Sequence[str]) -> None:
     parser.add_argument(
         "--to", help="vit, deit, vit_mae, dinov2, dinov2_with_registers, dinov3_vit or siglip_vision_model"
     )
-    arguments = parser.parse_args(words)
+    arguments = parser.parse_args(argv)
     source, folder = arguments.source, arguments.output_dir
     if folder.exists() and (not folder.is_dir() or Path(source).resolve() == folder.resolve()):
         raise ValueError(f"{folder}: name a folder of its own for what is converted")
@@ -26,8 +26,9 @@ def run(words: Sequence[str]) -> None:
         raise ValueError(f"{folder} holds a model already (config.json): name another folder, or delete it")
 
     import hf_vlm.registry  # noqa: F401  marks the code for being saved beside the weights
+    from hf_vlm.deploy.next_steps import next_command
+    from hf_vlm.features.loading import quiet_transformers
     from hf_vlm.models.convert_vlm_vit import convert_checkpoint
-    from hf_vlm.training.build import next_command, quiet_transformers
     from hf_vlm.training.provenance import write_origins
     from hf_vlm.training.run import quiet_libraries
 
@@ -36,9 +37,9 @@ def run(words: Sequence[str]) -> None:
         conversion = convert_checkpoint(source, folder, to=arguments.to)
     write_origins(folder, source)
     print("\n".join(f"{name:<8} {text}" for name, text in conversion.rows().items()))
-    print(f"\nThe encoder stands in {folder}. The licence of {source} goes with its weights.")
+    print(f"\nThe encoder is in {folder}. The licence of {source} goes with its weights.")
     if arguments.to is None:
         # Continued pretraining that keeps the features as good as they are: heads first, then small steps.
-        words = ["--frozen_encoder_steps", "0.1", "--layer_decay", "0.75", "--encoder_lr_multiplier", "0.1"]
-        words = ["--data", "YOUR_IMAGES", "--encoder", str(folder), *words]
-        print(f"Next: {next_command(conversion.model.config, 'simclr/vit_small.yaml', words)}")
+        options = ["--frozen_encoder_steps", "0.1", "--layer_decay", "0.75", "--encoder_lr_multiplier", "0.1"]
+        options = ["--data", "YOUR_IMAGES", "--encoder", str(folder), *options]
+        print(f"Next: {next_command(conversion.model.config, 'simclr/vit_small.yaml', options)}")

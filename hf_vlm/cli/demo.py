@@ -15,7 +15,7 @@ VARIANTS = ("pretrained", "random")
 NUM_UNLABELLED = 16_000
 
 
-def run(words: Sequence[str]) -> None:
+def run(argv: Sequence[str]) -> None:
     """Runs the demo and says what it showed."""
     parser = argparse.ArgumentParser(
         prog="hf-vlm demo",
@@ -24,7 +24,7 @@ def run(words: Sequence[str]) -> None:
     )
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"))
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args(words)
+    arguments = parser.parse_args(argv)
     started = time.perf_counter()
     results = run_demo(arguments.output_dir, seed=arguments.seed)
     results["seconds"] = round(time.perf_counter() - started, 1)
@@ -41,7 +41,8 @@ def run_demo(folder: Path, *, seed: int = 0, overrides: dict[str, Any] | None = 
     Raises:
         ValueError: if one of the commands fails; it has said why.
     """
-    from hf_vlm.training.run import evaluate_run, quiet_libraries
+    from hf_vlm.tasks.evaluation import evaluate_run
+    from hf_vlm.training.run import quiet_libraries
 
     quiet_libraries()
     images, encoder = folder / "unlabelled.parquet", folder / "encoder"
@@ -64,7 +65,8 @@ def run_demo(folder: Path, *, seed: int = 0, overrides: dict[str, Any] | None = 
     print("\n[3/3] Evaluating both on scenes that neither has seen", flush=True)
     num_test = (overrides or {}).get("num_eval_examples", 500)
     return {
-        arm: evaluate_run(folder / f"detector_{arm}", "scenes:easy", "test", num_examples=num_test) for arm in VARIANTS
+        variant: evaluate_run(folder / f"detector_{variant}", "scenes:easy", "test", num_examples=num_test).metrics
+        for variant in VARIANTS
     }
 
 
@@ -168,7 +170,8 @@ def render_predictions(folder: Path, num_images: int = 8) -> None:
 
     from hf_vlm.data.scenes.render import render_scene, scene_settings
     from hf_vlm.deploy.predict import Predictor
-    from hf_vlm.viz.draw import contact_sheet, render_detections, side_by_side
+    from hf_vlm.viz.detections import render_detections
+    from hf_vlm.viz.sheets import contact_sheet, side_by_side
 
     predictor = Predictor.from_pretrained(folder / "detector_pretrained")
     pictures = []

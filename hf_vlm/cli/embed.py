@@ -11,16 +11,18 @@ from hf_vlm.cli.data import images_to_read
 from hf_vlm.cli.outputs import prepare_file, prepare_picture
 
 
-def run(words: Sequence[str]) -> None:
+def run(argv: Sequence[str]) -> None:
     """Writes the features of images, and draws what an encoder finds alike and what it makes of each patch."""
-    arguments = _parse(words)
+    arguments = _parse(argv)
 
+    from hf_vlm.data.images import first_images, images_at
     from hf_vlm.data.sources import guess_format, open_source
-    from hf_vlm.deploy.embed import first_images, images_at, plot_feature_maps, plot_stored_neighbors
     from hf_vlm.features.device import to_best_device
+    from hf_vlm.features.loading import load_frozen_encoder
     from hf_vlm.features.neighbors import evenly_spaced_in_file
-    from hf_vlm.training.build import load_frozen_encoder
     from hf_vlm.training.run import quiet_libraries
+    from hf_vlm.viz.map_sheet import plot_feature_maps
+    from hf_vlm.viz.neighbor_sheet import plot_stored_neighbors
 
     quiet_libraries()
     encoder, processor = load_frozen_encoder(arguments.run)
@@ -74,10 +76,10 @@ def _write_features(
         print(f"Features:           {path}")
 
 
-def _parse(words: Sequence[str]) -> argparse.Namespace:
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="hf-vlm embed",
-        description="Writes the features of all images of a source to Parquet, a row an image. Draws images beside "
+        description="Writes the features of all images of a source to Parquet, one row per image. Draws images beside "
         "their nearest neighbours, and maps of their patches: principal components as colours, attention of the class "
         "token. Writes features.parquet when nothing is named.",
     )
@@ -101,7 +103,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--max_bad_fraction", type=float, default=0.01, help="of images that cannot be read; above, stop"
     )
-    arguments = parser.parse_args(words)
+    arguments = parser.parse_args(argv)
     _check(arguments)
     return arguments
 

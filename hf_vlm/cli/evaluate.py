@@ -1,36 +1,45 @@
-"""`hf-vlm evaluate RUN --data SOURCE --split test`"""
+"""`hf-vlm evaluate RUN --data SOURCE --split test [--plot confusion.png]`"""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from hf_vlm.cli.outputs import prepare_file
+from hf_vlm.cli.outputs import prepare_file, prepare_picture
+
+if TYPE_CHECKING:
+    from hf_vlm.tasks import Evaluation
 
 
-def run(words: Sequence[str]) -> None:
-    """Prints the figures of a detector or an encoder as a table."""
+def run(argv: Sequence[str]) -> None:
+    """Prints the metrics of a model as a table."""
     parser = argparse.ArgumentParser(
         prog="hf-vlm evaluate",
-        description="COCO figures of a detector; kNN and linear accuracy of an encoder's frozen features.",
+        description="Metrics of a model by its task: COCO's of a detector, accuracies of a classifier, kNN and linear "
+        "accuracy of an encoder's frozen features.",
     )
-    parser.add_argument("run", help="folder of a detector or an encoder, or its name on the Hub")
+    parser.add_argument("run", help="folder of a model, or its name on the Hub")
     parser.add_argument("--data", required=True, help="labelled images: folder, file, Hub id or scenes")
     parser.add_argument("--format", help="format of the source, guessed when not given")
     parser.add_argument("--split", default="test")
     parser.add_argument(
-        "--num_examples", type=int, help="the first so many images of a split, of class folders evenly spread ones"
+        "--num_examples", type=int, help="the first N images of a split, of class folders evenly spread ones"
     )
-    parser.add_argument("--max_bad_fraction", type=float, default=0.01, help="unreadable images that are passed over")
-    parser.add_argument("--save", type=Path, help="a JSON file for the figures")
-    arguments = parser.parse_args(words)
+    parser.add_argument("--max_bad_fraction", type=float, default=0.01, help="unreadable images that are skipped")
+    parser.add_argument("--save", type=Path, help="JSON file for the metrics")
+    parser.add_argument("--plot", type=Path, help="picture of the confusion matrix, for tasks that have one")
+    arguments = parser.parse_args(argv)
 
+    from hf_vlm.tasks.evaluation import evaluate_run
     from hf_vlm.training.record import as_json
-    from hf_vlm.training.run import evaluate_run, quiet_libraries
+    from hf_vlm.training.run import quiet_libraries
 
     if arguments.save is not None:
         prepare_file(arguments.save)
+    if arguments.plot is not None:
+        prepare_picture(arguments.plot, like="confusion.png", option="--plot")
     quiet_libraries()
-    metrics = evaluate_run(
+    evaluation = evaluate_run(
         arguments.run,
         arguments.data,
         arguments.split,
@@ -38,7 +47,18 @@ def run(words: Sequence[str]) -> None:
         num_examples=arguments.num_examples,
         max_bad_fraction=arguments.max_bad_fraction,
     )
-    width = max(map(len, metrics))
-    print("\n".join(f"{name:<{width}}  {value:.4f}" for name, value in metrics.items()))
+    width = max(map(len, evaluation.metrics))
+    print("\n".join(f"{name:<{width}}  {value:.4f}" for name, value in evaluation.metrics.items()))
     if arguments.save:
-        arguments.save.write_text(as_json(metrics) + "\n")
+        arguments.save.write_text(as_json(evaluation.metrics) + "\n")
+    if arguments.plot:
+        _plot(arguments.plot, evaluation)
+
+
+def _plot(path: Path, evaluation: "Evaluation") -> None:
+    from hf_vlm.viz.confusion import plot_confusion
+
+    if evaluation.confusion is None:
+        raise ValueError("--plot: this model's task has no confusion matrix.")
+    plot_confusion(path, evaluation.confusion, evaluation.class_names)
+    print(f"Confusion matrix: {path}")

@@ -4,26 +4,29 @@ import argparse
 from collections.abc import Sequence
 
 
-def run(words: Sequence[str]) -> None:
-    """Fine-tunes a detector."""
+def run(argv: Sequence[str]) -> None:
+    """Fine-tunes a model for the recipe's task."""
     parser = argparse.ArgumentParser(
         prog="hf-vlm finetune",
-        description="Fine-tunes a detector on labelled images by a recipe, from a pretrained encoder or from none.",
+        description="Fine-tunes a model on labelled images by a recipe, from a pretrained encoder or from scratch.",
         epilog="Every key of the recipe can be overridden: --data ./coco --encoder runs/pretrain --max_steps 2000.",
     )
     parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe such as detection/vit_small.yaml")
-    arguments, overrides = parser.parse_known_args(words)
+    arguments, overrides = parser.parse_known_args(argv)
 
     from accelerate import PartialState
 
     from hf_vlm.deploy.model_card import write_model_card
-    from hf_vlm.training.arguments import load_recipe
+    from hf_vlm.registry import find_model
+    from hf_vlm.tasks import TASKS
+    from hf_vlm.training.recipe import load_recipe
     from hf_vlm.training.run import finetune, quiet_libraries
 
     quiet_libraries()
     recipe = load_recipe(arguments.recipe, overrides)
-    summary = finetune(recipe, write_card=write_model_card)
-    metrics, folder = summary["metrics"], recipe["output_dir"]
-    say = PartialState().print  # once, not by every rank
-    say(f"\nThe detector stands in {folder}: AP {metrics['ap']:.3f}, AP50 {metrics['ap50']:.3f} on held-out images.")
-    say(f"Next: hf-vlm predict {folder} PHOTO.jpg --save out.png")
+    metrics, folder = finetune(recipe, write_card=write_model_card)["metrics"], recipe["output_dir"]
+    task = TASKS[find_model(recipe["method"]).task]
+    headline = ", ".join(f"{label} {metrics[name]:.3f}" for name, label in task.headline.items() if name in metrics)
+    print0 = PartialState().print  # once, not by every rank
+    print0(f"\nThe model is in {folder}: {headline} on held-out images.")
+    print0(f"Next: hf-vlm predict {folder} PHOTO.jpg --save out.png")

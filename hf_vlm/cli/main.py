@@ -12,26 +12,27 @@ COMMANDS = {
     "views": "see what a recipe makes of images:         hf-vlm views RECIPE --data SOURCE --save views.png",
     "convert": "bring in an encoder of transformers:       hf-vlm convert facebook/dinov2-small runs/dinov2",
     "pretrain": "pretrain an encoder on unlabelled images:  hf-vlm pretrain RECIPE --data SOURCE",
-    "finetune": "fine-tune a detector on labelled images:   hf-vlm finetune RECIPE --data SOURCE --encoder RUN",
-    "evaluate": "figures of a detector or an encoder:       hf-vlm evaluate RUN --data SOURCE --split test",
+    "finetune": "fine-tune a model on labelled images:      hf-vlm finetune RECIPE --data SOURCE --encoder RUN",
+    "evaluate": "metrics of a model on a split:             hf-vlm evaluate RUN --data SOURCE --split test",
     "embed": "features, neighbours and maps of images:   hf-vlm embed RUN --data SOURCE --neighbors neighbors.png",
-    "predict": "find objects in images:                    hf-vlm predict RUN photo.jpg --save out.png",
+    "predict": "objects or classes of images:              hf-vlm predict RUN photo.jpg --save out.png",
     "push": "publish a run on the Hub:                  hf-vlm push RUN my-org/my-detector",
     "demo": "all of it on built-in images, offline:     hf-vlm demo",
 }
 RESUMABLE = ("pretrain", "finetune")
-RESUME = " What is saved stays; once there is a checkpoint, --resume_from_checkpoint last goes on from it."
+RESUME = " What is saved stays; once there is a checkpoint, --resume_from_checkpoint last resumes from it."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status: 0, or 2 for something the user can mend, said in one message."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] in ("-h", "--help"):
-        print("Usage: hf-vlm COMMAND ... ; hf-vlm COMMAND --help says more.\n")
+    """Runs a command; returns the exit status: 0, or 2 for something the user can fix, reported in one message."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = arguments[0] if arguments else "--help"
+    if command in ("-h", "--help"):
+        print("Usage: hf-vlm COMMAND ... ; hf-vlm COMMAND --help explains it.\n")
         print("\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items()))
         return 0
-    if words[0] not in COMMANDS:
-        print(f"hf-vlm: there is no command {words[0]!r}. There are: {', '.join(COMMANDS)}.", file=sys.stderr)
+    if command not in COMMANDS:
+        print(f"hf-vlm: there is no command {command!r}. There are: {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for library in (
@@ -49,16 +50,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     warnings.filterwarnings("ignore", message=".*set_vital.*")  # torchdata, on import
     try:
-        importlib.import_module(f"hf_vlm.cli.{words[0]}").run(words[1:])
+        importlib.import_module(f"hf_vlm.cli.{command}").run(arguments[1:])
     except ValueError as error:
         if os.environ.get("HF_VLM_TRACEBACK"):
             raise
         from hf_vlm.data.io.messages import redact
 
-        print(f"hf-vlm {words[0]}: {redact(str(error))}", file=sys.stderr)
+        print(f"hf-vlm {command}: {redact(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\nhf-vlm {words[0]}: stopped.{RESUME if words[0] in RESUMABLE else ''}", file=sys.stderr)
+        print(f"\nhf-vlm {command}: stopped.{RESUME if command in RESUMABLE else ''}", file=sys.stderr)
         return 130
     leave_process_group()
     return 0

@@ -13,21 +13,22 @@ from hf_vlm.cli.outputs import is_picture, prepare_file, prepare_picture
 BATCH_SIZE = 8
 
 
-def run(words: Sequence[str]) -> None:
-    """Finds objects in images; prints JSON lines, and draws what was found where asked to."""
+def run(argv: Sequence[str]) -> None:
+    """Predicts on images; prints JSON lines, and renders the predictions where asked to."""
     parser = argparse.ArgumentParser(
-        prog="hf-vlm predict", description="Finds objects in images; prints one line of JSON an image."
+        prog="hf-vlm predict", description="Objects or classes of images; prints one line of JSON per image."
     )
-    parser.add_argument("run", help="folder of a detector, or its name on the Hub")
+    parser.add_argument("run", help="folder of a fine-tuned model, or its name on the Hub")
     parser.add_argument("images", nargs="+", help="image files, folders or wildcards")
     parser.add_argument("--threshold", type=float, default=0.5, help="lowest score that counts, 0 to 1")
     parser.add_argument("--save", type=Path, help="picture to write; a folder where there are several images")
-    arguments = parser.parse_args(words)
+    arguments = parser.parse_args(argv)
 
     from tqdm.auto import tqdm
 
+    from hf_vlm.data.images import image_paths
     from hf_vlm.data.io.messages import redact_url
-    from hf_vlm.deploy.predict import Predictor, image_paths
+    from hf_vlm.deploy.predict import Predictor
     from hf_vlm.training.run import quiet_libraries
 
     if not 0 <= arguments.threshold <= 1:

@@ -4,24 +4,25 @@ import argparse
 from collections.abc import Sequence
 
 
-def run(words: Sequence[str]) -> None:
+def run(argv: Sequence[str]) -> None:
     """Pretrains an encoder."""
     parser = argparse.ArgumentParser(
         prog="hf-vlm pretrain",
         description="Pretrains an encoder on unlabelled images by a recipe.",
         epilog="Every key of the recipe can be overridden: --data ./images --max_steps 1000 "
         "--views.blur_probability 0. "
-        "--encoder starts from weights, --resume_from_checkpoint last goes on with a run that was stopped.",
+        "--encoder starts from weights, --resume_from_checkpoint last resumes a run that was stopped.",
     )
     parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe such as mae/vit_small.yaml")
-    arguments, overrides = parser.parse_known_args(words)
+    arguments, overrides = parser.parse_known_args(argv)
 
     from accelerate import PartialState
 
     from hf_vlm.deploy.model_card import write_model_card
+    from hf_vlm.deploy.next_steps import finetune_command
     from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
-    from hf_vlm.training.arguments import load_recipe
-    from hf_vlm.training.build import detection_command
+    from hf_vlm.tasks.detection import DETECTION
+    from hf_vlm.training.recipe import load_recipe
     from hf_vlm.training.run import pretrain, quiet_libraries
     from hf_vlm.viz.curves import plot_probes
 
@@ -31,5 +32,6 @@ def run(words: Sequence[str]) -> None:
     folder = recipe["output_dir"]
     if not PartialState().is_main_process:  # the others are done while it still writes
         return
-    print(f"\nThe encoder stands in {folder}: {summary['num_images_seen']:,} images in {summary['seconds']:,.0f} s.")
-    print(f"Next: {detection_command(VLMViTConfig.from_pretrained(folder), folder, 'YOUR_LABELLED_IMAGES')}")
+    print(f"\nThe encoder is in {folder}: {summary['num_images_seen']:,} images in {summary['seconds']:,.0f} s.")
+    encoder = VLMViTConfig.from_pretrained(folder)
+    print(f"Next: {finetune_command(DETECTION, encoder, folder, 'YOUR_LABELLED_IMAGES')}")

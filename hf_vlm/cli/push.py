@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 
-def run(words: Sequence[str]) -> None:
+def run(argv: Sequence[str]) -> None:
     """Publishes a run on the Hub."""
     parser = argparse.ArgumentParser(
         prog="hf-vlm push", description="Publishes model, code, image processor, recipe and card of a run on the Hub."
@@ -15,7 +15,7 @@ def run(words: Sequence[str]) -> None:
     parser.add_argument("--revision", help="branch to push to")
     parser.add_argument("--message", default="Upload model", help="commit message")
     parser.add_argument("--license", help="of the weights, for the card (default: apache-2.0 for weights of your own)")
-    arguments = parser.parse_args(words)
+    arguments = parser.parse_args(argv)
 
     from hf_vlm.deploy.push import push
 

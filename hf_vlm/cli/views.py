@@ -7,7 +7,7 @@ from pathlib import Path
 from hf_vlm.cli.outputs import prepare_picture
 
 
-def run(words: Sequence[str]) -> None:
+def run(argv: Sequence[str]) -> None:
     """Draws what a pretraining by a recipe would see first."""
     parser = argparse.ArgumentParser(
         prog="hf-vlm views",
@@ -19,13 +19,13 @@ def run(words: Sequence[str]) -> None:
     parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe such as simclr/vit_small.yaml")
     parser.add_argument("--num_images", type=int, default=4, help="rows of the picture")
     parser.add_argument("--save", type=Path, default=Path("views.png"), help="the picture to write")
-    arguments, overrides = parser.parse_known_args(words)
+    arguments, overrides = parser.parse_known_args(argv)
     prepare_picture(arguments.save, like="views.png")
     if arguments.num_images < 1:
         raise ValueError(f"--num_images {arguments.num_images}: at least one image is needed")
 
-    from hf_vlm.training.arguments import load_recipe
     from hf_vlm.training.preview import sample_first_views
+    from hf_vlm.training.recipe import load_recipe
     from hf_vlm.training.run import quiet_libraries
     from hf_vlm.viz.view_sheet import view_sheet
 

@@ -1,4 +1,4 @@
-"""The model card of a run: every figure in it is read from the run's own files."""
+"""The model card of a run: every metric in it is read from the run's own files."""
 
 import json
 import math
@@ -16,27 +16,12 @@ from hf_vlm.training.provenance import is_hub_id, recorded_origins
 if TYPE_CHECKING:
     from transformers.configuration_utils import PreTrainedConfig
 
+    from hf_vlm.tasks import Task
+
 __all__ = ["CARD_MARKER", "write_model_card"]
 
 # push() rewrites a card that carries this line, and leaves alone one without it.
 CARD_MARKER = "<!-- Written by hf_vlm from the run's files. Delete this line to keep your own edits when pushing. -->"
-METRIC_NAMES = {
-    "ap": "AP (IoU 0.50:0.95)",
-    "ap50": "AP50",
-    "ap75": "AP75",
-    "ap_small": "AP, small objects (under 32 x 32 pixels)",
-    "ap_medium": "AP, medium objects",
-    "ap_large": "AP, large objects (96 x 96 pixels and more)",
-    "ar_1": "AR, 1 detection an image",
-    "ar_10": "AR, 10 detections",
-    "ar_100": "AR, 100 detections",
-    "knn": "accuracy of nearest neighbours on its features",
-    "linear": "accuracy of a linear classifier on its features",
-    "knn_class": "accuracy of nearest neighbours on its class token",
-    "linear_class": "accuracy of a linear classifier on its class token",
-    "knn_both": "accuracy of nearest neighbours on its class token and features",
-    "linear_both": "accuracy of a linear classifier on its class token and features",
-}
 
 
 def write_model_card(run_dir: str | Path, *, repo_id: str | None = None, license: str | None = None) -> Path:
@@ -56,23 +41,25 @@ def write_model_card(run_dir: str | Path, *, repo_id: str | None = None, license
     Raises:
         ValueError: Where the folder holds no `config.json`, or a file of it cannot be read.
     """
-    from hf_vlm.training.arguments import shipped_folder
-    from hf_vlm.training.build import detection_command
+    from hf_vlm.deploy.next_steps import finetune_command
+    from hf_vlm.tasks import TASKS, TRAINABLE_TASKS
+    from hf_vlm.training.recipe import shipped_folder
 
     run_dir = Path(run_dir)
     config = _read_config(run_dir)
     recipe, run = _read(run_dir / "recipe.yaml"), _read(run_dir / "run.json")
     repo_id = repo_id or recipe.get("hub_model_id")  # where the Trainer pushes to
-    is_detector = any(name.endswith("ForObjectDetection") for name in config.architectures or [])
-    values = _values(run_dir, config, recipe, run) | {
+    task = _task(config)
+    values = _values(run_dir, config, recipe, run, task) | {
         "model_path": repo_id or f"./{run_dir.resolve().name}",
         "model_name": (repo_id or run_dir.resolve().name).split("/")[-1],
         "license": license or (None if recorded_origins(run) else "apache-2.0"),
     }
-    if not is_detector:
-        encoder = getattr(config, "backbone_config", config)
-        values["detection_command"] = detection_command(encoder, values["model_path"], "./my-coco-folder")
-    values["card_data"] = _metadata(values, run, is_detector=is_detector).to_yaml()
+    if task.name not in TRAINABLE_TASKS:  # an encoder, to be fine-tuned
+        encoder, detection = getattr(config, "backbone_config", config), TASKS["object-detection"]
+        command = finetune_command(detection, encoder, values["model_path"], "./my-coco-folder")
+        values["detection_command"] = command
+    values["card_data"] = _metadata(values, run, task).to_yaml()
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(shipped_folder("model_cards")),
         undefined=jinja2.StrictUndefined,
@@ -80,7 +67,7 @@ def write_model_card(run_dir: str | Path, *, repo_id: str | None = None, license
         lstrip_blocks=True,
         autoescape=False,
     )
-    text = environment.get_template("detector.md" if is_detector else "encoder.md").render(values)
+    text = environment.get_template(task.card).render(values)
     path = run_dir / "README.md"
     path.write_text(re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n", encoding="utf-8")
     return path
@@ -110,7 +97,18 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _values(run_dir: Path, config: "PreTrainedConfig", recipe: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
+def _task(config: "PreTrainedConfig") -> "Task":
+    """The task of a model; of a pretraining model that of its encoder."""
+    from hf_vlm.registry import find_model_type
+    from hf_vlm.tasks import TASKS
+
+    entry = find_model_type(config.model_type)
+    return TASKS.get(entry.task if entry else "", TASKS["image-feature-extraction"])
+
+
+def _values(
+    run_dir: Path, config: "PreTrainedConfig", recipe: dict[str, Any], run: dict[str, Any], task: "Task"
+) -> dict[str, Any]:
     """Every variable of the templates; None, or empty, where it is unknown."""
     encoder = getattr(config, "backbone_config", config)
     size = _read(run_dir / "preprocessor_config.json").get("size")
@@ -123,7 +121,7 @@ def _values(run_dir: Path, config: "PreTrainedConfig", recipe: dict[str, Any], r
         "encoder": _describe_encoder(run["encoder"]) if run.get("encoder") else None,
         "origins": _describe_models(recorded_origins(run)),
         "from_scratch": "encoder" in run and not run["encoder"],
-        "metrics": _metric_rows(run.get("metrics") or {}),
+        "metrics": _metric_rows(run.get("metrics") or {}, task),
         "data": _describe_data(source) if source else None,
         "train_split": data.get("split"),
         "eval_split": recipe.get("eval_split"),
@@ -143,18 +141,17 @@ def _values(run_dir: Path, config: "PreTrainedConfig", recipe: dict[str, Any], r
     }
 
 
-def _metadata(values: Mapping[str, Any], run: dict[str, Any], *, is_detector: bool) -> ModelCardData:
-    task = "object-detection" if is_detector else "image-feature-extraction"
+def _metadata(values: Mapping[str, Any], run: dict[str, Any], task: "Task") -> ModelCardData:
     source = _source(run.get("data") or {})
     models = [name for name in recorded_origins(run) if is_hub_id(name)]
     results = [
         EvalResult(
-            task_type=task,
+            task_type=task.name,
             dataset_type=source if source and is_hub_id(source) else "unknown",
             dataset_name=Path(source).name if source else "unknown",
             dataset_split=values["eval_split"],
             metric_type=key,
-            metric_name=_metric_name(key),
+            metric_name=_metric_name(key, task),
             metric_value=round(value, 4),
         )
         for key, value in (run.get("metrics") or {}).items()
@@ -163,7 +160,7 @@ def _metadata(values: Mapping[str, Any], run: dict[str, Any], *, is_detector: bo
     return ModelCardData(
         model_name=values["model_name"],
         library_name="transformers",
-        pipeline_tag=task,
+        pipeline_tag=task.name,
         license=values["license"],
         tags=["hf_vlm", "vision-transformer", "self-supervised-learning"],
         datasets=[source] if source and is_hub_id(source) else None,
@@ -199,7 +196,7 @@ def _describe_data(source: str) -> str:
         )
     if is_hub_id(source):
         return f"the data set [{source}](https://huggingface.co/datasets/{source})"
-    return f"a data set of the publisher (`{Path(source).name}`)"  # the folders above it are nobody's business
+    return f"a data set of the publisher (`{Path(source).name}`)"  # the folders above it are private
 
 
 def _describe_encoder(encoder: str) -> str:
@@ -237,12 +234,15 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
 
 
-def _metric_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(_metric_name(key), f"{value:.3f}") for key, value in metrics.items() if _is_number(value)]
+def _metric_rows(metrics: Mapping[str, Any], task: "Task") -> list[tuple[str, str]]:
+    return [(_metric_name(key, task), f"{value:.3f}") for key, value in metrics.items() if _is_number(value)]
 
 
-def _metric_name(key: str) -> str:
-    return f"AP of {key.removeprefix('ap/')}" if key.startswith("ap/") else METRIC_NAMES.get(key, key)
+def _metric_name(key: str, task: "Task") -> str:
+    """The task's name of a metric; those of `ap/` are followed by a class."""
+    metric, slash, class_name = key.partition("/")
+    name = task.metric_names.get(metric + slash, metric)
+    return f"{name} of {class_name}" if slash else name
 
 
 def _is_number(value: Any) -> bool:

@@ -59,7 +59,7 @@ def push(
     files = files_to_push(run_dir)
     if license is None and (origins := recorded_origins(_json(run_dir / "run.json"))) and writes_card(run_dir):
         raise ValueError(
-            f"Weights of {' and '.join(origins)} went into {run_dir}: say with --license under which licence their "
+            f"Weights of {' and '.join(origins)} went into {run_dir}: name with --license the licence that their "
             "terms let you publish it."
         )
     with _as_value_error(repo_id):
@@ -85,7 +85,7 @@ def push(
 
 
 def writes_card(run_dir: Path) -> bool:
-    """Whether the card is ours to write: there is none, or one that nobody has claimed by deleting our line."""
+    """Whether the card is ours to write: there is none, or one that still has our line."""
     card = run_dir / "README.md"
     return not card.is_file() or CARD_MARKER in card.read_text(encoding="utf-8")
 
@@ -169,14 +169,14 @@ def _as_value_error(repo_id: str) -> Iterator[None]:
     except RevisionNotFoundError as error:
         raise ValueError(f"{repo_id} has no such branch: {error.server_message or error}") from error
     except HfHubHTTPError as error:
-        status, said = error.response.status_code, error.server_message or str(error)
+        status, text = error.response.status_code, error.server_message or str(error)
         if status == 401:
-            message = f"The Hub does not accept the token ({said}): run `hf auth login`, or set HF_TOKEN."
+            message = f"The Hub does not accept the token ({text}): run `hf auth login`, or set HF_TOKEN."
         elif status in (403, 404):
             owner = repo_id.split("/")[0]
-            message = f"The token may not write to {repo_id} ({said}): use a token with write access to {owner!r}."
+            message = f"The token may not write to {repo_id} ({text}): use a token with write access to {owner!r}."
         else:
-            message = f"The Hub refused {repo_id} with status {status}: {said}"
+            message = f"The Hub refused {repo_id} with status {status}: {text}"
         raise ValueError(message) from error
     except (httpx2.TransportError, OfflineModeIsEnabled) as error:
         raise ValueError(

@@ -16,14 +16,14 @@ __all__ = ["enable_fast_matmul", "to_best_device", "use_fast_cpu_matmul"]
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 MAX_ERROR = 2e-6  # relative to the result: float32 gives 2e-7, bfloat16 3e-3
-MIN_GAIN = 1.2  # as many times faster must the other kernels be
+MIN_GAIN = 1.2  # times faster that the other kernels must be
 ATTENTION = "sdpa_ieee_matmul"
 
 _setting: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
 
 
 def to_best_device(model: Model, device: str | torch.device | None = None) -> Model:
-    """Move a model to a device, by default the accelerator where there is one, with the kernels that suit it there."""
+    """Move a model to a device, by default the accelerator where there is one, with its fastest exact kernels."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     model.to(torch.device(device or accelerator or "cpu"))
     if model.device.type == "cpu":
@@ -82,7 +82,7 @@ def _ieee_matmul() -> Iterator[None]:
 class _FusedAttention(torch.autograd.Function):
     """Fused attention by the usual products, forwards and backwards.
 
-    It multiplies small pieces, for each of which oneDNN would be called anew: that is eight times as slow.
+    It multiplies small pieces, for each of which oneDNN would be called again: that is eight times as slow.
     """
 
     @staticmethod

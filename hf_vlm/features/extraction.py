@@ -28,7 +28,7 @@ from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 __all__ = ["METADATA_KEY", "POOLINGS", "encode", "eval_transform_for", "feature_size", "frozen", "write_features"]
 
 POOLINGS = ("mean", "class", "both")
-METADATA_KEY = b"hf_vlm"  # of the Parquet file: which encoder made the features, and of what
+METADATA_KEY = b"hf_vlm"  # in the Parquet file: which encoder made the features, from which data
 FIXED_PROCESSOR_FIELDS = (
     "resample",
     "do_rescale",
@@ -81,12 +81,11 @@ def feature_size(encoder: VLMViTModel, pooling: str) -> int:
     return encoder.config.hidden_size * (2 if pooling == "both" else 1)
 
 
-def eval_transform_for(encoder: VLMViTModel, processor: VLMViTImageProcessor) -> Transform:
-    """The transform that prepares images of a stream as the processor of the encoder does."""
-    size = processor.size["height"], processor.size["width"]
-    num_channels = encoder.config.num_channels
-    usual = VLMViTImageProcessor()
-    if any(getattr(processor, name) != getattr(usual, name) for name in FIXED_PROCESSOR_FIELDS):
+def eval_transform_for(processor: VLMViTImageProcessor) -> Transform:
+    """The transform that prepares images of a stream as an image processor does."""
+    size, num_channels = (processor.size["height"], processor.size["width"]), processor.num_channels
+    defaults = VLMViTImageProcessor()
+    if any(getattr(processor, name) != getattr(defaults, name) for name in FIXED_PROCESSOR_FIELDS):
         return ProcessorTransform(processor, size, num_channels)
     return EvalTransform(  # several times as fast
         size, image_mean=processor.image_mean, image_std=processor.image_std, num_channels=num_channels
@@ -118,15 +117,15 @@ def write_features(
     about: dict[str, Any] | None = None,
     num_expected: int | None = None,
 ) -> tuple[int, int]:
-    """Write the features of all images of a source to a Parquet file, one row per image, in the order of the source.
+    """Write the features of all images of a source to a Parquet file, one row per image, in its order.
 
     The columns are `index` (the position in the source, from 0), `image_id`, `path` (null where images have none),
-    `label` where the source has it, and `features` (hidden_size) float32. Which encoder made them stands in the
+    `label` where the source has it, and `features` (hidden_size) float32. Which encoder made them is in the
     metadata of the file, as JSON under the key `hf_vlm`. Rows are written in groups, so that memory does not grow with
     their number, and under another name, so that no file is there before all are written.
 
     Args:
-        source: The images.
+        source: Images.
         max_bad_fraction: See `ExampleStream`.
         about: JSON values that are added to the metadata.
         num_expected: Images of the source, for the progress bar.
@@ -140,7 +139,7 @@ def write_features(
     """
     stream = ExampleStream(
         with_index(source.dataset),
-        WithMetadata(eval_transform_for(encoder, processor)),
+        WithMetadata(eval_transform_for(processor)),
         shuffle=False,
         repeat=False,
         block_size=batch_size,  # nothing is shuffled: more would only fill the memory
@@ -176,7 +175,7 @@ def _add_index(example: dict[str, Any], index: int) -> dict[str, Any]:
 
 
 class WithMetadata:
-    """A transform whose views say what they were made of."""
+    """A transform whose views carry index, id and path of their image."""
 
     def __init__(self, transform: Transform) -> None:
         self.transform = transform

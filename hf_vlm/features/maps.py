@@ -51,11 +51,11 @@ def feature_maps(
     """Maps of the patches of images (n, channels, height, width), of any size that the patches divide.
 
     The colours are the first three principal components of the patch features of all images together, as in DINOv2
-    (https://arxiv.org/abs/2304.07193, figures 1 and 9): equal colours mean like features, also in different images.
+    (https://arxiv.org/abs/2304.07193, figures 1 and 9): equal colours mean similar features, also across images.
 
     Args:
         encoder: On any device.
-        patch: Row and column of a patch: similarity to it takes the place of the class token's attention.
+        patch: Row and column of a patch: similarity to it replaces the class token's attention.
         foreground: Leave the background black, as in DINOv2: patches on that side of the mean of the first component
             on which the images' borders lie. The colours are then the components of the other patches.
 
@@ -135,7 +135,7 @@ def _colors(features: Tensor, *, foreground: bool) -> Array:
     if not is_shown.any():  # all patches are equal
         return np.zeros((*is_shown.shape, 3), dtype=np.float32)
     components = principal_components(features[is_shown])  # (shown, 3)
-    low, high = np.quantile(components, SHOWN, axis=0)  # (3,) each; torch refuses to sort so many
+    low, high = np.quantile(components, SHOWN, axis=0)  # (3,) each; torch refuses to sort that many
     spread = np.maximum(high - low, 1e-6 * max(float(components.abs().max()), 1e-6))  # noise about 0 is no colour
     colors = np.zeros((*is_shown.shape, 3), dtype=np.float32)
     colors[is_shown.numpy()] = np.clip((components.numpy() - low) / spread, 0, 1)

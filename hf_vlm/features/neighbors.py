@@ -36,7 +36,7 @@ def find_neighbors(features: Tensor, queries: Sequence[int], *, num_neighbors: i
 
     Args:
         queries: Rows of the features. No image is its own neighbour.
-        num_neighbors: Of each query; where there are fewer images, all others.
+        num_neighbors: Number of neighbours of each query; where there are fewer images, all others.
 
     Raises:
         ValueError: There is no such row, or num_neighbors is not positive.
@@ -64,7 +64,7 @@ def search_file(path: Path, queries: Sequence[int], *, num_neighbors: int = 8) -
 
 
 def evenly_spaced_in_file(path: Path, num_chosen: int) -> list[int]:
-    """The indices of so many images of a file of `write_features`; see `evenly_spaced`."""
+    """The indices of `num_chosen` images of a file of `write_features`; see `evenly_spaced`."""
     with pq.ParquetFile(path) as file:
         indices = _indices(file)
     return [int(indices[row]) for row in evenly_spaced(len(indices), num_chosen)]
@@ -99,15 +99,15 @@ def nearest_rows(
         if excluded is not None:
             similarities[numbers == excluded[:, None]] = -torch.inf
         joined = torch.cat([best, similarities], dim=1)
-        best, places = joined.topk(min(num_neighbors, joined.shape[1]), dim=1)
-        rows = torch.cat([rows, numbers.expand(len(queries), -1)], dim=1).gather(1, places)
+        best, columns = joined.topk(min(num_neighbors, joined.shape[1]), dim=1)
+        rows = torch.cat([rows, numbers.expand(len(queries), -1)], dim=1).gather(1, columns)
         first += len(chunk)
     num_found = min(num_neighbors, first - (excluded is not None))
     return best[:, :num_found], rows[:, :num_found]
 
 
 def evenly_spaced(num_images: int, num_chosen: int) -> list[int]:
-    """Positions of so many of the images, or of all where there are fewer: the middles of equal parts.
+    """Positions of `num_chosen` images, or of all where there are fewer: the middles of equal parts.
 
     Raises:
         ValueError: num_chosen is not positive.

@@ -29,9 +29,9 @@ def coco_detection_metrics(
     max_detections: int = 100,
     per_class: bool = False,
 ) -> dict[str, float]:
-    """COCO box AP and AR of `predictions` against `references`, one entry an image in the same order.
+    """COCO box AP and AR of `predictions` against `references`, one entry per image in the same order.
 
-    The figures are those of pycocotools (Lin et al. 2014, https://cocodataset.org/#detection-eval): AP is the mean of
+    The metrics are those of pycocotools (Lin et al. 2014, https://cocodataset.org/#detection-eval): AP is the mean of
     101 interpolated precisions, averaged over the IoU thresholds 0.50:0.05:0.95 and over the classes.
 
     Args:
@@ -45,7 +45,7 @@ def coco_detection_metrics(
 
     Returns:
         `ap`, `ap50`, `ap75`, `ap_small`, `ap_medium`, `ap_large`, `ar_1`, `ar_10`, `ar_<max_detections>`, `ar_small`,
-        `ar_medium`, `ar_large`, each 0 to 1. A figure over no object at all is NaN (pycocotools returns -1), and a
+        `ar_medium`, `ar_large`, each 0 to 1. A metric over no object at all is NaN (pycocotools returns -1), and a
         class without objects does not enter the mean; objects without predictions score 0.
 
     Raises:
@@ -85,7 +85,7 @@ class CocoDetectionMetric:
         """Add a batch of images; see `coco_detection_metrics` for the entries and the errors raised."""
         if len(predictions) != len(references):
             raise ValueError(
-                f"{len(predictions)} predictions for {len(references)} references: give one entry an image in both, "
+                f"{len(predictions)} predictions for {len(references)} references: give one entry per image in both, "
                 "with empty arrays where an image has no boxes."
             )
         first = len(self)
@@ -101,7 +101,7 @@ class CocoDetectionMetric:
         self._references += expected
 
     def compute(self, *, per_class: bool = False) -> dict[str, float]:
-        """The figures over all images added so far, which stay; see `coco_detection_metrics`."""
+        """The metrics over all images added so far, which are kept; see `coco_detection_metrics`."""
         limits = [limit for limit in (1, 10) if limit < self.max_detections] + [self.max_detections]
         classes = self._classes()
         precision, recall = self._evaluate(classes, limits)

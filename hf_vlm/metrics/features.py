@@ -1,4 +1,4 @@
-"""How far features spread over their space, without labels: what tells a healthy encoder from a collapsed one."""
+"""How far features spread over their space, without labels: healthy against collapsed encoders."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ def effective_rank(features: Any, *, chunk_size: int = 4096) -> float:
     """How many dimensions features use, from 1 (all are multiples of one vector) to min(n, D): RankMe.
 
     exp of the entropy of the singular values, divided by their sum (Garrido et al. 2023,
-    https://arxiv.org/abs/2210.02885, equation 1, with its 1e-7 added to each share). As there, features are neither
+    https://arxiv.org/abs/2210.02885, equation 1, with its 1e-7 added to each fraction). As there, features are neither
     centred nor normalised. The singular values are roots of the eigenvalues of the smaller of both Gram matrices.
 
     Args:
@@ -33,14 +33,14 @@ def effective_rank(features: Any, *, chunk_size: int = 4096) -> float:
             chunk = chunk.double()
             gram += chunk.T @ chunk
     singular_values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()  # (min(n, D),)
-    shares = singular_values / singular_values.sum().clamp(min=1e-300) + 1e-7
-    return float((-shares * shares.log()).sum().exp())
+    fractions = singular_values / singular_values.sum().clamp(min=1e-300) + 1e-7
+    return float((-fractions * fractions.log()).sum().exp())
 
 
 def feature_std(features: Any, *, chunk_size: int = 4096) -> float:
     """Standard deviation of L2-normalised features, mean over the dimensions, times sqrt(D).
 
-    1 where features are spread over the sphere alike in all directions, 0 where all point the same way (Chen and He
+    1 where features are spread evenly over the sphere, 0 where all point the same way (Chen and He
     2021, https://arxiv.org/abs/2011.10566, section 4.1, where 1 / sqrt(D) is the ideal).
 
     Args:

@@ -20,15 +20,15 @@ def knn_accuracy(
     temperature: float = 0.07,
     chunk_size: int = 1024,
 ) -> float:
-    """Share of test features whose nearest train features vote for the right class.
+    """Fraction of test features whose nearest train features vote for the right class.
 
     The weighted vote of DINO (Caron et al. 2021, https://arxiv.org/abs/2104.14294, `eval_knn.py`, after Wu et al.
     2018): each of the `num_neighbors` most similar train features votes for its class with the weight
     exp(cosine similarity / temperature). 20 neighbours and 0.07 are DINO's values.
 
     Args:
-        train_features: (n, D) tensor, array or lists; `test_features` likewise. They need not be normalised.
-        train_labels: (n,) integers from 0; `test_labels` likewise.
+        train_features: (n, D) tensor, array or lists, not necessarily normalised; `test_features` in the same form.
+        train_labels: (n,) integers from 0; `test_labels` in the same form.
         chunk_size: Test features compared at a time, which bounds the memory to (chunk_size, n) similarities.
 
     Returns:
@@ -49,7 +49,7 @@ def knn_accuracy(
     num_right = 0
     for features, labels in zip(test.split(chunk_size), test_classes.split(chunk_size), strict=True):
         similarities, neighbors = (features @ train.T).topk(num_neighbors, dim=1)  # (chunk, K)
-        # Subtracting the best similarity scales all votes of a row alike, and keeps exp finite at any temperature.
+        # Subtracting the best similarity scales all votes of a row equally, and keeps exp finite at any temperature.
         weights = ((similarities - similarities[:, :1]) / temperature).exp()
         votes = weights.new_zeros(len(features), num_classes)
         votes.scatter_add_(1, train_classes[neighbors], weights)  # (chunk, num_classes)
@@ -66,14 +66,14 @@ def linear_accuracy(
     inverse_regularization: float = 0.1,
     max_iter: int = 1000,
 ) -> float:
-    """Share of test features that a multinomial logistic regression over the train features classifies rightly.
+    """Fraction of test features that a multinomial logistic regression over the train features classifies rightly.
 
     Features are standardised by the train set's mean and deviation, so that one regularisation fits encoders of any
     scale.
 
     Args:
-        train_features: (n, D) tensor, array or lists; `test_features` likewise.
-        train_labels: (n,) integers from 0; `test_labels` likewise.
+        train_features: (n, D) tensor, array or lists; `test_features` in the same form.
+        train_labels: (n,) integers from 0; `test_labels` in the same form.
         inverse_regularization: scikit-learn's `C`, the weight of the summed loss against half the squared weights.
             Of 0.0001 to 10 in powers of ten, 0.1 was at most 0.011 below the best at 200, 1,000 and 5,000 CIFAR-10
             images with 384 features (random patches as filters).

@@ -1,11 +1,9 @@
-"""Image processor of every model of the package: resize, rescale, normalise; boxes back to pixels."""
+"""Image processor of the encoder and base of every task's own: resize, rescale, normalise."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
@@ -38,6 +36,11 @@ class VLMViTImageProcessor(PilBackend):
     do_rescale = True
     do_normalize = True
     do_convert_rgb = True
+
+    @property
+    def num_channels(self) -> int:
+        """Channels of the images that models of this processor take."""
+        return 3 if isinstance(self.image_mean, float | int) else len(self.image_mean)
 
     def process_image(
         self,
@@ -76,45 +79,6 @@ class VLMViTImageProcessor(PilBackend):
         batch = torch.from_numpy(image).float()[None]
         resized = F.interpolate(batch, (size.height, size.width), mode=TORCH_MODES[resample], antialias=True)
         return resized[0].numpy()
-
-    def post_process_object_detection(
-        self,
-        outputs: Any,
-        threshold: float = 0.5,
-        target_sizes: Tensor | Sequence[tuple[int, int]] | None = None,
-        max_detections: int = 300,
-    ) -> list[dict[str, Tensor]]:
-        """Detections of each image from the `logits` and `pred_boxes` of a [`VLMViTForObjectDetection`].
-
-        The best pairs of query and class are kept, so one query may give two classes, as COCO's evaluation wants it.
-
-        Args:
-            threshold: lowest score kept, 0 to 1.
-            target_sizes: (height, width) of each original image in pixels. Without it boxes are fractions.
-            max_detections: most detections kept an image.
-
-        Returns:
-            a dict an image: `scores` (n,) falling, `labels` (n,), `boxes` (n, 4) (x0, y0, x1, y1) within the image.
-
-        Raises:
-            ValueError: if there are not as many target sizes as images.
-        """
-        logits, boxes = outputs.logits.float(), outputs.pred_boxes.float()
-        num_labels = logits.shape[-1]
-        scores, index = logits.sigmoid().flatten(1).topk(min(max_detections, logits[0].numel()))  # (batch, kept)
-        centre, size = boxes[..., :2], boxes[..., 2:]
-        corners = torch.cat([centre - size / 2, centre + size / 2], dim=-1).clamp(0, 1)
-        corners = corners.gather(1, (index // num_labels)[..., None].expand(-1, -1, 4))  # (batch, kept, 4)
-        if target_sizes is not None:
-            if len(target_sizes) != len(logits):
-                raise ValueError(f"{len(target_sizes)} target_sizes are given for {len(logits)} images.")
-            height_width = torch.as_tensor(target_sizes, dtype=torch.float32, device=corners.device)  # (batch, 2)
-            corners = corners * height_width.flip(1).repeat(1, 2)[:, None]
-        keep = scores > threshold
-        return [
-            {"scores": s[k], "labels": i[k] % num_labels, "boxes": b[k]}
-            for s, i, b, k in zip(scores, index, corners, keep)
-        ]
 
 
 __all__ = ["VLMViTImageProcessor"]

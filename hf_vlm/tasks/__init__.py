@@ -1,1 +1,10 @@
-"""One file per task: what its data must hold, its transform, evaluation and post-processing."""
+"""One visible table of the tasks; a new one is one file here and one row."""
+
+from hf_vlm.tasks.detection import DETECTION
+from hf_vlm.tasks.feature_extraction import FEATURE_EXTRACTION
+from hf_vlm.tasks.task import Evaluation, Task
+
+__all__ = ["TASKS", "TRAINABLE_TASKS", "Evaluation", "Task"]
+
+TASKS: dict[str, Task] = {task.name: task for task in (FEATURE_EXTRACTION, DETECTION)}
+TRAINABLE_TASKS = tuple(name for name, task in TASKS.items() if task.recipes)  # what `finetune` makes models for

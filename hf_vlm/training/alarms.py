@@ -14,8 +14,8 @@ logger = logging.getLogger(__name__)
 
 Entry = dict[str, float]
 
-LEVEL_FROM = 0.25  # share of a run before which figures may be low, since they are of a fresh model
-MARKEDLY_WORSE = 1 / 4  # of what was warned of
+LEVEL_FROM = 0.25  # fraction of a run before which metrics may be low, since they are of a fresh model
+MARKEDLY_WORSE = 1 / 4  # of the distance at the last warning
 
 
 def _is_number(value: Any) -> bool:
@@ -24,20 +24,20 @@ def _is_number(value: Any) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Sign:
-    """A figure of the log that collapse brings near 0.
+    """A metric of the log that collapse brings near 0.
 
-    Features of a fresh encoder may be nearly constant too, and those of images that are all alike stay so in a healthy
-    run. So a figure is compared with the highest that it has been in its run, and with a fixed level only late.
+    Features of a fresh encoder may be nearly constant too, and those of near-identical images stay so in a healthy
+    run. So a metric is compared with its highest value of the run, and with a fixed level only late.
 
     Args:
-        name: What has happened, in plain words.
+        name: Plain description of what has happened.
         metric: Name in the log.
         advice: What to try.
-        distance: From collapse, of the figure's value; by default the value itself.
-        fall: The sign is given below this share of the highest distance so far.
-        level: And late in a run below this distance.
-        matters_from: Highest distance so far that makes a fall worth mentioning.
-        shown: Other figures that help to judge.
+        distance: Function from the metric's value to its distance from collapse; the absolute value by default.
+        fall: Fraction of the highest distance so far below which the sign is reported.
+        level: Distance below which it is reported late in a run.
+        matters_from: Highest distance so far that makes a fall worth reporting.
+        shown: Other metrics that are reported with it.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Sign:
 
 @dataclass(frozen=True, kw_only=True)
 class NotFinite:
-    """A figure that must be a number and is none."""
+    """A metric that must be a number and is none."""
 
     name: str
     metric: str
@@ -87,13 +87,13 @@ DIVERGED = (
 )
 
 # Where the thresholds come from: runs of 75 to 2500 steps of encoders of 3 to 6 layers on built-in scenes, CIFAR-10,
-# photographs of groceries, blood cells that all look alike, and nuclei, at usual and at too high learning rates; and
+# photographs of groceries, blood cells that look the same, and nuclei, at usual and at too high learning rates; and
 # the same with losses that only pull views together. Each lies between the worst healthy run and the collapsed ones.
 #   probe_feature_std       healthy >= 0.10 of the highest (MAE on blood cells; elsewhere >= 0.36), collapsed <= 0.044
 #   probe_effective_rank    healthy >= 0.43 of the highest where that is 10 or more, collapsed <= 0.09; where images
 #                           use few dimensions it falls in healthy runs too
 #   feature_std             healthy >= 0.16 of the highest, collapsed <= 0.05 (SimCLR's projections, while the
-#                           encoder's features stayed as they were); of images all alike 0.04 in I-JEPA
+#                           encoder's features stayed as they were); of near-identical images 0.04 in I-JEPA
 #   loss                    healthy >= 0.05 of the highest, collapsed <= 0.0015; I-JEPA on blood cells came to 0.0032
 #   teacher_marginal_entropy  healthy >= 0.64 of the highest, one-hot collapse <= 0.2 (a DINO without centring)
 #   1 - teacher_entropy     healthy >= 0.068 of the highest (DINOv2, few prototypes), uniform collapse <= 0.008 (a DINO
@@ -152,7 +152,7 @@ SIGNS: tuple[Sign | NotFinite, ...] = (
 
 
 class CollapseAlarm(TrainerCallback):
-    """Reads every log entry and tells when training collapses: once a sign, and again when it got markedly worse.
+    """Reads every log entry and warns when training collapses: once per sign, and again when it got markedly worse.
 
     With `stop` it ends training at the first sign: a checkpoint is saved, all earlier ones are kept, and `train()`
     raises a ValueError.
@@ -160,7 +160,7 @@ class CollapseAlarm(TrainerCallback):
 
     def __init__(self, *, stop: bool = False) -> None:
         self.stop = stop
-        self._told: dict[str, float] = {}  # distance from collapse of each sign when it was told
+        self._reported: dict[str, float] = {}  # distance from collapse of each sign when it was last reported
         self._reason: str | None = None
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -169,8 +169,8 @@ class CollapseAlarm(TrainerCallback):
             if found is None or self._reason is not None:
                 continue
             distance, values = found
-            if distance < MARKEDLY_WORSE * self._told.get(sign.name, math.inf):
-                self._told[sign.name] = distance
+            if distance < MARKEDLY_WORSE * self._reported.get(sign.name, math.inf):
+                self._reported[sign.name] = distance
                 message = f"Step {state.global_step}: {sign.name}: {values}. {sign.advice}"
                 if self.stop:
                     self._reason = message
@@ -184,12 +184,12 @@ class CollapseAlarm(TrainerCallback):
     def _stop(self, args: Any, control: TrainerControl) -> None:
         if self._reason is not None:
             control.should_save = control.should_training_stop = True
-            args.save_total_limit = None  # the checkpoints before the collapse are what one goes back to
+            args.save_total_limit = None  # the checkpoints before the collapse are the ones to return to
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._reason is not None:
             raise ValueError(
-                f"Training has stopped, since it collapses. {self._reason} It is saved as "
-                f"{args.output_dir}/checkpoint-{state.global_step}; to go on from there all the same: "
+                f"Training was stopped because it collapses. {self._reason} It is saved as "
+                f"{args.output_dir}/checkpoint-{state.global_step}; to continue from there all the same: "
                 "--resume_from_checkpoint last --on_collapse warn"
             )

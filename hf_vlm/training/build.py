@@ -1,27 +1,21 @@
-"""Builds what a recipe names: encoder, method, image processor; loads encoder weights and says what became of them."""
+"""Builds what a recipe names: encoder, method, image processor; loads encoder weights and reports them."""
 
 import contextlib
 import json
 import logging
-import math
 import shlex
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
-from hf_vlm.data.transforms.options import as_size
+from hf_vlm.features.loading import quiet_transformers, read_own_config
 from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
-from hf_vlm.models.convert_families import ALIASES, FAMILIES
-from hf_vlm.models.convert_vlm_vit import is_ours, read_config
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
-from hf_vlm.models.ssl_frozen import nearest_hw
-from hf_vlm.registry import ModelEntry, find_model
-from hf_vlm.training.arguments import VisionTrainingArguments, load_recipe
+from hf_vlm.registry import ModelEntry
+from hf_vlm.training.arguments import VisionTrainingArguments
 from hf_vlm.training.scaling import scaled_momentum
 
 logger = logging.getLogger(__name__)
@@ -44,8 +38,10 @@ ARCHITECTURE = (
     "qkv_bias",
 )
 
-REGULARISATION = ("drop_path_rate", "attention_dropout")  # what a recipe's encoder_config says of training alone
-DETECTION_RECIPES = {"nano": "detection/vit_nano_cpu.yaml", "small": "detection/vit_small.yaml"}  # by preset
+REGULARISATION = (
+    "drop_path_rate",
+    "attention_dropout",
+)  # fields of encoder_config that concern training alone
 
 
 def build_encoder_config(args: VisionTrainingArguments) -> VLMViTConfig:
@@ -57,17 +53,23 @@ def build_encoder_config(args: VisionTrainingArguments) -> VLMViTConfig:
 
 
 def build_model(
-    args: VisionTrainingArguments, *, task: str, class_names: Sequence[str] | None = None
+    args: VisionTrainingArguments,
+    entry: ModelEntry,
+    *,
+    class_names: Sequence[str] | None = None,
+    head_fields: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """The model of a recipe, its encoder loaded from `args.encoder` where one is given.
+    """The model of a recipe's row, its encoder loaded from `args.encoder` where one is given.
+
+    Args:
+        class_names: Names of the classes of a model with a head for classes.
+        head_fields: Fields of its configuration that the data decide; the recipe's `model_config` overrides them.
 
     Raises:
-        ValueError: if the method is no row of the registry for the task, its configuration is refused, or the encoder
-            does not fit.
+        ValueError: if its configuration is refused, or the encoder does not fit.
     """
-    entry = find_model(args.method, task)
     encoder = load_encoder(args) if args.encoder else None
-    config = build_config(args, entry, None if encoder is None else encoder.config, class_names)
+    config = build_config(args, entry, None if encoder is None else encoder.config, class_names, head_fields)
     options = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
     model = _build(
         "attn_implementation", lambda: entry.auto_class.from_config(config, **options), entry.config_class, {}
@@ -84,12 +86,13 @@ def build_config(
     entry: ModelEntry,
     encoder: VLMViTConfig | None = None,
     class_names: Sequence[str] | None = None,
+    head_fields: Mapping[str, Any] | None = None,
 ) -> Any:
     """The configuration of a recipe's model; its encoder as the recipe describes it where none is given."""
     encoder = encoder or build_encoder_config(args)
-    fields = {"backbone_config": encoder.to_dict(), **args.model_config}
+    fields = {"backbone_config": encoder.to_dict(), **(head_fields or {}), **args.model_config}
     if "image_mean" in entry.config_class.__dataclass_fields__:  # of a method that normalises images anew
-        processor = build_processor(args, encoder.num_channels)
+        processor = build_processor(args, entry.processor_class, encoder.num_channels)
         fields = {"image_mean": list(processor.image_mean), "image_std": list(processor.image_std), **fields}
     declared = entry.config_class.__dataclass_fields__.get("momentum")
     if declared is not None and args.reference_batch_size is not None:
@@ -116,7 +119,7 @@ def _build(key: str, construct: Any, config_class: Any, fields: dict[str, Any]) 
 
 
 def architecture(config: VLMViTConfig, *, unlike: str) -> dict[str, Any]:
-    """What `encoder_config` must say for an encoder of this configuration, beside the preset `unlike`."""
+    """The `encoder_config` that turns the preset `unlike` into an encoder of this configuration."""
     preset = VLMViTConfig.from_preset(unlike)
     fields = {name: _plain(getattr(config, name)) for name in ARCHITECTURE}
     return {name: value for name, value in fields.items() if value != _plain(getattr(preset, name))}
@@ -128,26 +131,6 @@ def fitting_encoder_config(config: VLMViTConfig, *, preset: str, given: dict[str
     return kept | architecture(config, unlike=preset)
 
 
-def next_command(config: VLMViTConfig, recipe: str, words: Sequence[str]) -> str:
-    """A command to type that gives an encoder to a shipped recipe, which is told how it is built where they differ."""
-    values = load_recipe(recipe)
-    preset, given = values["encoder_preset"], values.get("encoder_config", {})
-    if architecture(config, unlike=preset) != architecture(VLMViTConfig.from_preset(preset, **given), unlike=preset):
-        words = [*words, "--encoder_config", json.dumps(fitting_encoder_config(config, preset=preset, given=given))]
-    size = as_size("image_size", values["image_size"])
-    if (whole := nearest_hw(size, config.patch_hw)) != size:
-        words = [*words, "--image_size", json.dumps(_plain(whole))]
-    command = "finetune" if values["method"] == "detection" else "pretrain"
-    return shlex.join(["hf-vlm", command, recipe, *words])
-
-
-def detection_command(config: VLMViTConfig, encoder: str, data: str) -> str:
-    """The command that makes a detector of an encoder, by the recipe for encoders of about its width."""
-    width = {preset: VLMViTConfig.from_preset(preset).hidden_size for preset in DETECTION_RECIPES}
-    nearest = min(width, key=lambda preset: abs(math.log(config.hidden_size / width[preset])))
-    return next_command(config, DETECTION_RECIPES[nearest], ["--data", data, "--encoder", encoder])
-
-
 def load_encoder(args: VisionTrainingArguments) -> VLMViTModel:
     """Loads `args.encoder` (a run's folder, any checkpoint of ours, a Hub id) loudly.
 
@@ -157,10 +140,13 @@ def load_encoder(args: VisionTrainingArguments) -> VLMViTModel:
     """
     assert args.encoder is not None
     wanted = build_encoder_config(args)
-    _read_origin(args.encoder)
+    try:
+        read_own_config(args.encoder)
+    except ValueError as error:
+        raise ValueError(f"encoder: {error}") from error
     found = VLMViTConfig.from_pretrained(args.encoder)
     differences = [
-        f"{name}: weights have {_plain(getattr(found, name))}, the recipe says {_plain(getattr(wanted, name))}"
+        f"{name}: weights have {_plain(getattr(found, name))}, the recipe has {_plain(getattr(wanted, name))}"
         for name in ARCHITECTURE
         if _plain(getattr(found, name)) != _plain(getattr(wanted, name))
     ]
@@ -188,49 +174,8 @@ def load_encoder(args: VisionTrainingArguments) -> VLMViTModel:
     return encoder
 
 
-def load_frozen_encoder(run_dir: str | Path) -> tuple[VLMViTModel, VLMViTImageProcessor]:
-    """The encoder of a folder or of the Hub, also out of a detector or a pretraining model, and its image processor.
-
-    Raises:
-        ValueError: if there is none, it has to be converted first, or weights are missing.
-    """
-    if not is_ours(config := _read_origin(str(run_dir))):
-        raise ValueError(
-            f"{run_dir} holds no encoder of hf_vlm, but a model of the type {config.get('model_type')!r}."
-        )
-    try:
-        with quiet_transformers():
-            encoder, report = VLMViTModel.from_pretrained(run_dir, output_loading_info=True)
-        processor = VLMViTImageProcessor.from_pretrained(run_dir)
-    except OSError as error:
-        raise ValueError(f"{run_dir} holds no encoder: {str(error).splitlines()[0]}") from error
-    refuse_missing(run_dir, report, "encoder")
-    return encoder.eval(), processor
-
-
-def refuse_missing(source: str | Path, report: dict[str, Any], what: str) -> None:
-    """ValueError where transformers' report of a loaded model names weights that the checkpoint lacks."""
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"{source} lacks {len(missing)} of the {what}'s weights, such as {missing[0]}.")
-
-
-def _read_origin(source: str) -> dict[str, Any]:
-    """A checkpoint's configuration; ValueError where there is none, or one that has to be converted first."""
-    try:
-        config = read_config(source)
-    except ValueError as error:
-        raise ValueError(f"encoder: {error}") from error
-    if (model_type := config.get("model_type")) in {**FAMILIES, **ALIASES}:
-        folder = f"runs/{Path(source).name}"
-        raise ValueError(
-            f"encoder: {source} is a checkpoint of transformers ({model_type}). Convert it, and give what comes out:\n"
-            f"  {shlex.join(['hf-vlm', 'convert', source, folder])}\n  --encoder {shlex.quote(folder)}"
-        )
-    return config
-
-
 def _report(args: VisionTrainingArguments, encoder: VLMViTModel, report: dict[str, Any]) -> None:
-    """Says in one table which weights were loaded; refuses an encoder that is only partly there."""
+    """Reports in one table which weights were loaded; refuses an encoder with missing ones."""
     missing = sorted(report["missing_keys"])
     reshaped = sorted(str(key[0] if isinstance(key, tuple) else key) for key in report["mismatched_keys"])
     left_out = sorted({key.split(".")[0] for key in report["unexpected_keys"]})
@@ -254,21 +199,12 @@ def _plain(value: Any) -> Any:
     return value
 
 
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Our report replaces the one that transformers prints, whose every head weight looks like a fault."""
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-
-
-def build_processor(args: VisionTrainingArguments, num_channels: int) -> VLMViTImageProcessor:
+def build_processor(
+    args: VisionTrainingArguments, processor_class: type[VLMViTImageProcessor], num_channels: int
+) -> VLMViTImageProcessor:
     """The image processor that prepares images as training does.
 
-    Mean and standard deviation are those that the encoder's weights were trained with, where these say it; else
+    Mean and standard deviation are those of the encoder's own image processor where there is one; else
     ImageNet's for colour images, and 0.5 for others.
     """
     height, width = args.image_hw
@@ -280,18 +216,15 @@ def build_processor(args: VisionTrainingArguments, num_channels: int) -> VLMViTI
             given = VLMViTImageProcessor.from_pretrained(args.encoder)
             if np.size(given.image_mean) == num_channels:
                 statistics = {"image_mean": given.image_mean, "image_std": given.image_std}
-    return VLMViTImageProcessor(size={"height": height, "width": width}, **statistics)
+    return processor_class(size={"height": height, "width": width}, **statistics)
 
 
 __all__ = [
+    "architecture",
     "build_config",
     "build_encoder_config",
     "build_model",
     "build_processor",
-    "detection_command",
+    "fitting_encoder_config",
     "load_encoder",
-    "load_frozen_encoder",
-    "next_command",
-    "quiet_transformers",
-    "refuse_missing",
 ]

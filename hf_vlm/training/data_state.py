@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def save_data_state(checkpoint: Path, loader: StatefulDataLoader[Any], args: VisionTrainingArguments) -> None:
-    """Write where this rank stands in the data into a checkpoint's folder."""
+    """Write this rank's position in the data into a checkpoint's folder."""
     checkpoint.mkdir(parents=True, exist_ok=True)
     torch.save({**_layout(args), "loader": loader.state_dict()}, _path(checkpoint, args.process_index))
 
@@ -32,7 +32,7 @@ def load_data_state(checkpoint: Path, stream: ExampleStream, args: VisionTrainin
     """The state of this rank's loader in a checkpoint.
 
     None where the position cannot be kept, since the numbers of processes or workers differ, and `approximate_resume`
-    allows that: the stream then goes on with the next epoch.
+    allows that: the stream then continues with the next epoch.
 
     Raises:
         ValueError: The numbers differ and that is not allowed, or the checkpoint holds no position.
@@ -49,12 +49,12 @@ def load_data_state(checkpoint: Path, stream: ExampleStream, args: VisionTrainin
         return dict(state["loader"])
     if not args.approximate_resume:
         raise ValueError(
-            f"{checkpoint} holds the data positions of {summarise(changed)}. Resume with as many, or accept with "
-            "--approximate_resume true that the images that were left of the epoch are passed over."
+            f"{checkpoint} holds the data positions of {summarise(changed)}. Resume with the same numbers, or accept "
+            "with --approximate_resume true that the remaining images of the epoch are skipped."
         )
     epoch = 1 + max(epoch for path in paths for epoch in _epochs(_load(path)))
     logger.warning(
-        "%s holds the data positions of %s: the data goes on at the beginning of epoch %d, not where it stood.",
+        "%s holds the data positions of %s: the data continues at the start of epoch %d, not at its exact position.",
         checkpoint,
         summarise(changed),
         epoch,
@@ -64,7 +64,7 @@ def load_data_state(checkpoint: Path, stream: ExampleStream, args: VisionTrainin
 
 
 def check_run_folder(args: VisionTrainingArguments) -> None:
-    """Makes sure that a run that begins anew has a folder where only its own checkpoints are found later.
+    """Makes sure that a new run has a folder in which only its own checkpoints are found later.
 
     Raises:
         ValueError: if `output_dir` holds a run or a model that is not to be overwritten.
@@ -73,13 +73,13 @@ def check_run_folder(args: VisionTrainingArguments) -> None:
     found = [*_complete_checkpoints(folder), *filter(Path.exists, (folder / RUN_FILE, folder / CONFIG_NAME))]
     if found and not args.overwrite_output_dir:
         raise ValueError(
-            f"{folder} holds a run already ({found[0].name}). Name another folder with --output_dir, go on with that "
-            "run with --resume_from_checkpoint last, or lose it with --overwrite_output_dir true."
+            f"{folder} holds a run already ({found[0].name}). Name another folder with --output_dir, resume that "
+            "run with --resume_from_checkpoint last, or delete it with --overwrite_output_dir true."
         )
 
 
 def clear_run_folder(folder: Path) -> None:
-    """Deletes what would pass for the work of a run that begins anew: an earlier one's checkpoints and record."""
+    """Deletes an earlier run's checkpoints and record, which would pass for those of the new run."""
     for path in _checkpoints(folder):
         shutil.rmtree(path)
     (folder / RUN_FILE).unlink(missing_ok=True)

@@ -17,7 +17,7 @@ from hf_vlm.training.arguments import VisionTrainingArguments
 
 logger = logging.getLogger(__name__)
 
-MAX_DATA_WAIT_FRACTION = 0.2  # share of the time above which waiting for data is worth a warning
+MAX_DATA_WAIT_FRACTION = 0.2  # fraction of the time above which waiting for data is worth a warning
 
 # Dense matrix TFLOP/s of accelerators by what the products are computed in, boost clock, from the makers' data sheets.
 # Where a sheet gives the rate with 2:4 sparsity, this is half of it. More special names come first.
@@ -45,7 +45,7 @@ KNOWN_NAMESPACES = ("aten", "prim", "c10d", "_c10d_functional", "fsdp", "profile
 
 
 class ThroughputMeter:
-    """Figures of a training log entry: `images_per_second`, `data_wait`, `mfu`, `peak_memory_gib`.
+    """Speed and memory of a training log entry: `images_per_second`, `data_wait`, `mfu`, `peak_memory_gib`.
 
     `mfu` is model FLOPs / (time x peak FLOP/s of the device), on this rank. Model FLOPs are those of the matrix
     products, convolutions and attention of forward and backward, two a multiply-add; element-wise work, the optimiser
@@ -53,7 +53,7 @@ class ThroughputMeter:
     are counted once, before the first training step, which is never part of a timed interval.
 
     Attributes:
-        num_flops: Of forward and backward of a batch on this rank; 0 where unknown.
+        num_flops: FLOPs of forward and backward of a batch on this rank; 0 where unknown.
     """
 
     def __init__(self, args: VisionTrainingArguments):
@@ -111,35 +111,35 @@ class ThroughputMeter:
         self._peak_flops = peak_flops(device, precision(self.args, next(model.parameters()).dtype))
 
     def metrics(self, step: int) -> dict[str, float]:
-        """Figures since the last call; of the first interval, which makes ready what is needed once, memory alone."""
+        """Metrics since the last call; of the first interval, which includes one-time preparations, memory alone."""
         (since, last_step), now, waited = self._last_log, time.perf_counter(), self._wait_seconds
         self._last_log, self._wait_seconds = (now, step), 0.0
         memory = peak_memory_gib(self.args.device)
-        figures = {} if memory is None else {"peak_memory_gib": round(memory, 3)}
+        metrics = {} if memory is None else {"peak_memory_gib": round(memory, 3)}
         if not last_step:
-            return figures
+            return metrics
         seconds = now - since
         num_batches = (step - last_step) * self.args.gradient_accumulation_steps  # of this rank
         num_images = num_batches * self.args.train_batch_size * self.args.world_size
-        figures |= {
+        metrics |= {
             "images_per_second": round(num_images / seconds, 2),
             "data_wait": round(waited / seconds, 4),
         }
         if self.num_flops:
-            figures["mfu"] = round(num_batches * self.num_flops / seconds / self._peak_flops, 4)
+            metrics["mfu"] = round(num_batches * self.num_flops / seconds / self._peak_flops, 4)
         self._warn_of_waiting(waited / seconds)
-        return figures
+        return metrics
 
-    def _warn_of_waiting(self, share: float) -> None:
-        if share > MAX_DATA_WAIT_FRACTION and not self._warned_of_waiting:
+    def _warn_of_waiting(self, fraction: float) -> None:
+        if fraction > MAX_DATA_WAIT_FRACTION and not self._warned_of_waiting:
             self._warned_of_waiting = True
             logger.warning(
-                "Training waits for data %.0f %% of the time. %s", 100 * share, remedy_for_waiting(self.args)
+                "Training waits for data %.0f %% of the time. %s", 100 * fraction, remedy_for_waiting(self.args)
             )
 
 
 class FlopCounter(FlopCounterMode):
-    """Counts the model FLOPs of what runs inside; `problem` says why the count is not to be used, if so."""
+    """Counts the model FLOPs of what runs inside; `problem` says why the count cannot be used, if so."""
 
     def __init__(self) -> None:
         aten = torch.ops.aten
@@ -170,7 +170,7 @@ class FlopCounter(FlopCounterMode):
             self.problem = f"there is no formula for the FLOPs of {name}."
         try:
             return super()._count_flops(func_packet, out, args, kwargs)
-        except Exception as error:  # whatever a formula makes of an unusual call, training goes on
+        except Exception as error:  # whatever a formula makes of an unusual call, training continues
             self.problem = f"the FLOPs of {name} cannot be counted: {error!r}"
             return out
 
@@ -209,9 +209,9 @@ def listed_peak(name: str, precision: str) -> float | None:
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the best of some matrix products, on as many threads as training has."""
+    """FLOP/s of the best of some matrix products, on the threads that training has."""
     size = 1024 if device.type == "cpu" else 4096
-    matrix = torch.linspace(-1, 1, size * size, device=device).view(size, size).to(dtype)  # draws no random numbers
+    matrix = torch.linspace(-1, 1, size * size, device=device).view(size, size).to(dtype)  # uses no random numbers
     seconds = []
     for _ in range(6):
         started = time.perf_counter()
@@ -223,7 +223,7 @@ def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def peak_memory_gib(device: torch.device) -> float | None:
-    """The most memory so far: allocated on an accelerator, else of this process; None where it cannot be told."""
+    """The most memory so far: allocated on an accelerator, else of this process; None where it is not known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     if device.type != "cpu":

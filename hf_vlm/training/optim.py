@@ -35,7 +35,7 @@ def parameter_groups(
     encoder_lr_multiplier: float = 1.0,
     patch_projection_lr_multiplier: float = 1.0,
 ) -> list[dict[str, Any]]:
-    """Groups for the optimiser: one a depth and kind of decay.
+    """Groups for the optimiser: one per depth and per weight decay.
 
     The top encoder layer learns at `learning_rate x encoder_lr_multiplier`, each layer below at `layer_decay` times
     the rate above it (BEiT, arXiv 2106.08254), all else at `learning_rate`. The patch projection's rate is that of its

@@ -10,8 +10,8 @@ import torch
 
 from hf_vlm.data.transforms.views import ViewTransform, crop_box
 from hf_vlm.registry import find_model
-from hf_vlm.training.arguments import parse_arguments
 from hf_vlm.training.build import build_config, build_processor
+from hf_vlm.training.recipe import parse_arguments
 from hf_vlm.training.run import open_recipe_source, train_stream, view_transform
 
 __all__ = ["SampledViews", "sample_first_views"]
@@ -24,9 +24,9 @@ class SampledViews:
     """An image and what is made of it, all (height, width, C) uint8.
 
     Args:
-        image: As decoded.
-        views: As the model gets them, before normalisation.
-        local_views: Likewise.
+        image: Decoded image.
+        views: Views as the model gets them, before normalisation.
+        local_views: Local views, in the same form.
         boxes: (top, left, height, width) in the image, of the views and then of the local views.
         hidden: For each view (height, width), True where the method masks it; empty for methods that do not.
     """
@@ -41,34 +41,34 @@ class SampledViews:
 def sample_first_views(recipe: dict[str, Any], num_images: int) -> list[SampledViews]:
     """The first images that a pretraining by the recipe reads, with their views.
 
-    The masks are drawn as the method draws them, but are not those of the run.
+    The masks are sampled as the method samples them, but are not those of the run.
 
     Raises:
         ValueError: for a recipe or data that cannot be used, with what to do about it.
     """
     args = parse_arguments(recipe)
-    entry = find_model(args.method, "pretraining")
+    entry = find_model(args.method, ["pretraining"])
     config = build_config(args, entry)
-    processor = build_processor(args, config.backbone_config.num_channels)
+    processor = build_processor(args, entry.processor_class, config.backbone_config.num_channels)
     transform = view_transform(args, entry.model_class.default_views, processor)
     patch_size = config.backbone_config.patch_hw
 
     draw_masks = getattr(entry.model_class, "sample_mask", None)
 
-    def drawn(example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+    def sampled(example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         views = _render(transform, example, rng)
         if draw_masks is None:
-            return {"drawn": SampledViews(**views, hidden=[])}
+            return {"views": SampledViews(**views, hidden=[])}
         size = transform.views[0].size
         grid_hw = size[0] // patch_size[0], size[1] // patch_size[1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(rng.integers(2**31)))
             masks = draw_masks(config, grid_hw, len(transform.views)).unflatten(1, grid_hw).numpy()
         hidden = [mask.repeat(patch_size[0], axis=0).repeat(patch_size[1], axis=1) for mask in masks]  # (H, W) each
-        return {"drawn": SampledViews(**views, hidden=hidden)}
+        return {"views": SampledViews(**views, hidden=hidden)}
 
     source = open_recipe_source(args, args.train_split, args.num_train_examples).unlabelled()
-    return [example["drawn"] for example in islice(train_stream(args, source, drawn), num_images)]
+    return [example["views"] for example in islice(train_stream(args, source, sampled), num_images)]
 
 
 def _render(transform: ViewTransform, example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:

@@ -23,11 +23,11 @@ from hf_vlm.data.source import Source
 from hf_vlm.data.sources import open_source
 from hf_vlm.data.stream import ExampleStream, Transform
 from hf_vlm.data.transforms.views import ViewTransform
+from hf_vlm.features.accuracy import classify
 from hf_vlm.features.extraction import encode, eval_transform_for
 from hf_vlm.metrics import alignment, effective_rank, feature_std, mean_cosine, uniformity
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.training.arguments import VisionTrainingArguments
-from hf_vlm.training.evaluation import classify
 from hf_vlm.training.trainer import VisionTrainer
 
 __all__ = ["Probe", "build_probe", "last_probe"]
@@ -35,8 +35,8 @@ __all__ = ["Probe", "build_probe", "last_probe"]
 logger = logging.getLogger(__name__)
 
 PREFIX = "probe_"
-NUM_PROBES = 10  # in a run that does not say how often
-MAX_COST = 1 / 30  # share of a run that these may take
+NUM_PROBES = 10  # in a run whose recipe does not set their number
+MAX_COST = 1 / 30  # fraction of a run that these may take
 SEED = 0  # of the choice of images and of their views: the same in all runs, so that runs can be compared
 MAX_BATCH = 64  # images encoded at a time
 
@@ -54,21 +54,21 @@ class ProbeTransform:
 
 
 class Probe(TrainerCallback):
-    """Logs figures of the encoder's features on fixed images: at the start, every so many steps, and at the end.
+    """Logs statistics of the encoder's features on fixed images: at the start, every N steps, and at the end.
 
     `probe_effective_rank`, `probe_feature_std`, `probe_mean_cosine` and `probe_uniformity` are of a view of each
     image, `probe_alignment` is between two, `probe_knn` and `probe_linear` are of the plain images that have labels,
-    each half of them classified by the other; `probe_seconds` is what the probe took. Figures of features that are not
+    each half of them classified by the other; `probe_seconds` is its time. Statistics of features that are not
     finite are NaN.
 
-    Training goes on as if there were no probes: no random number is drawn, and no mode or state is changed. One
+    Training continues as if there were no probes: no random number is drawn, and no mode or state is changed. One
     process encodes and the others wait, but for an encoder that is sharded, which all must run.
 
     Args:
-        trainer: Whose log the figures enter.
-        images: What a [`ProbeTransform`] makes of the images.
-        num_examples: How many of them.
-        every: Steps between probes.
+        trainer: Trainer whose log receives the metrics.
+        images: Stream of what a [`ProbeTransform`] makes of the images.
+        num_examples: Number of images.
+        every: Number of steps between probes.
     """
 
     def __init__(self, trainer: VisionTrainer, images: ExampleStream, *, num_examples: int, every: int) -> None:
@@ -80,7 +80,7 @@ class Probe(TrainerCallback):
     def on_train_begin(
         self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        if state.global_step == 0:  # a run that goes on has been probed where it stopped
+        if state.global_step == 0:  # a resumed run was probed where it stopped
             self._probe(args, state, control, model)
 
     def on_step_end(
@@ -90,17 +90,17 @@ class Probe(TrainerCallback):
             self._probe(args, state, control, model)
 
     def _probe(self, args: Any, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:
-        figures: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         with self.trainer.excluded_from_timing(), preserved_randomness(args.device):
             if state.is_world_process_zero or isinstance(model, FSDPModule):
-                figures = self._measure(args, state, model)
+                metrics = self._measure(args, state, model)
             if args.world_size > 1:  # all must come to the same conclusions
-                shared = [figures]
+                shared = [metrics]
                 dist.broadcast_object_list(shared, src=0)
-                figures = shared[0]
-        if figures:
+                metrics = shared[0]
+        if metrics:
             should_log = control.should_log
-            self.trainer.log({PREFIX + name: value for name, value in figures.items()})
+            self.trainer.log({PREFIX + name: value for name, value in metrics.items()})
             control.should_log = should_log  # an entry fulfils the wish for one, but this is not the one wished for
 
     def _measure(self, args: Any, state: TrainerState, model: nn.Module) -> dict[str, float]:
@@ -110,11 +110,11 @@ class Probe(TrainerCallback):
             first, second, plain, labels = self._encode(
                 model, min(args.train_batch_size, MAX_BATCH), is_shown=is_shown
             )
-            figures = {**feature_statistics(first, second), **accuracy(plain, labels)}
+            metrics = {**feature_statistics(first, second), **accuracy(plain, labels)}
         except Exception as error:  # a look at the training must not end it
             logger.warning("Step %d is not probed: %s", state.global_step, error)
             return {}
-        return {**figures, "seconds": round(time.perf_counter() - started, 2)}
+        return {**metrics, "seconds": round(time.perf_counter() - started, 2)}
 
     def _encode(self, model: Any, batch_size: int, *, is_shown: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Features of both views (n, D) each, of the plain images with a label (m, D), and the labels (m,)."""
@@ -145,7 +145,7 @@ def encoding(model: Any) -> Callable[[Tensor], Tensor]:
 
 
 def feature_statistics(features: Tensor, others: Tensor) -> dict[str, float]:
-    """Figures without labels of the features (n, D) of one view of each image, and of another."""
+    """Statistics without labels of the features (n, D) of one view of each image, and of another."""
     if not (features.isfinite().all() and others.isfinite().all()):
         names = ("effective_rank", "feature_std", "mean_cosine", "alignment", "uniformity")
         return dict.fromkeys(names, math.nan)
@@ -197,11 +197,11 @@ def build_probe(
     )
     images = ExampleStream(
         open_probe_source(args, source).dataset,
-        ProbeTransform(views, eval_transform_for(trainer.model.trained_encoder, processor)),
+        ProbeTransform(views, eval_transform_for(processor)),
         seed=SEED,
         repeat=False,
         block_size=args.num_probe_examples,
-        max_bad_fraction=1.0,  # training judges the data
+        max_bad_fraction=1.0,  # training checks the data
     )
     return Probe(trainer, images, num_examples=args.num_probe_examples, every=probe_interval(args))
 
@@ -225,7 +225,7 @@ def open_probe_source(args: VisionTrainingArguments, source: Source) -> Source:
 
 
 def probe_interval(args: VisionTrainingArguments) -> int:
-    """Steps between probes: those of the recipe, or else as many as give ten in a run, fewer where they are dear.
+    """Steps between probes: those of the recipe, or else ten per run, fewer where they are expensive.
 
     A probed image is encoded twice, a training image once and its gradient costs twice that: about the same.
     """
@@ -237,6 +237,6 @@ def probe_interval(args: VisionTrainingArguments) -> int:
 
 
 def last_probe(log_history: list[dict[str, float]]) -> dict[str, float]:
-    """Figures of the last probe of a run, with its step; empty where there was none."""
+    """Metrics of the last probe of a run, with its step; empty where there was none."""
     entries = [entry for entry in log_history if PREFIX + "effective_rank" in entry]
     return {name: value for name, value in (entries[-1] if entries else {}).items() if name != "epoch"}

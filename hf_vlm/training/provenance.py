@@ -1,4 +1,4 @@
-"""Whose weights went into a model, and what of a run may be told."""
+"""Origins of a model's weights, and what of a run may be published."""
 
 import json
 import re
@@ -13,21 +13,21 @@ RUN_FILE = "run.json"
 
 
 def publishable(value: Any) -> Any:
-    """A value of a recipe as it may be told to all who get the model.
+    """A value of a recipe as it may be published with the model.
 
-    URLs lose password and query; a path from the root on is told from the working folder on, or else by its last part:
-    the folders above it are nobody's business. A path that looks like a name on the Hub gets a `./` before it.
+    URLs lose password and query; an absolute path becomes relative to the working folder, or else its last part: the
+    folders above it are private. A path that looks like a name on the Hub gets a `./` before it.
     """
     if isinstance(value, dict):
-        told: dict[Any, Any] = {}
+        shown: dict[Any, Any] = {}
         for name, item in value.items():
             key = plain = publishable(name)
             number = 1
-            while key in told:  # other folders may have the same last part
+            while key in shown:  # other folders may have the same last part
                 number += 1
                 key = f"{plain} ({number})"
-            told[key] = publishable(item)
-        return told
+            shown[key] = publishable(item)
+        return shown
     if isinstance(value, list | tuple):
         return [publishable(item) for item in value]
     if isinstance(value, Path) or (isinstance(value, str) and Path(value).is_absolute()):
@@ -39,7 +39,7 @@ def publishable(value: Any) -> Any:
 
 
 def origins_of(source: str | None) -> list[str]:
-    """Models of others whose weights went into one: names on the Hub, or of folders that do not say whence they are.
+    """Models of others whose weights went into one: names on the Hub, or of folders without a record.
 
     Args:
         source: Hub id, the folder of a run or of what `hf-vlm convert` wrote, or another model's folder; or none.
@@ -65,5 +65,5 @@ def is_hub_id(name: str) -> bool:
 
 
 def write_origins(folder: Path, source: str) -> None:
-    """Writes into the folder of a converted model whence its weights are."""
+    """Writes into the folder of a converted model where its weights came from."""
     (folder / RUN_FILE).write_text(json.dumps({"origins": origins_of(source)}) + "\n")

@@ -22,7 +22,7 @@ NOT_REPRODUCED_KEYS = ("overwrite_output_dir", "resume_from_checkpoint")  # of a
 
 
 class RunRecord:
-    """What a run was made of: written beside every saved model, so that none goes without."""
+    """What a run was made of: written beside every saved model."""
 
     def __init__(
         self,
@@ -30,6 +30,7 @@ class RunRecord:
         recipe: dict[str, Any],
         source: Source,
         write_card: Callable[[Path], Any] | None,
+        class_names: list[str] | None = None,
     ):
         ours = {name: getattr(args, name) for name in VisionTrainingArguments.__annotations__}
         self.recipe = {
@@ -48,7 +49,7 @@ class RunRecord:
                 "split": args.train_split,
                 "fingerprint": fingerprint(source),
                 "num_examples": args.num_train_examples,
-                "class_names": source.label_names if source.object_names is None else source.object_names,
+                "class_names": class_names,
             },
             "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
             "git": git_state(),
@@ -76,7 +77,7 @@ class RunRecord:
 
 
 def as_json(values: Any) -> str:
-    """JSON for people; figures over no object at all, which are NaN and no JSON, become null."""
+    """Indented JSON; metrics over no object at all, which are NaN and no JSON, become null."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -87,7 +88,7 @@ def as_json(values: Any) -> str:
 
 
 def fingerprint(source: Source, num_examples: int = 16) -> str:
-    """A short hash of a source's columns and first encoded images, to tell later whether data changed."""
+    """A short hash of a source's columns and first encoded images, to detect later whether data changed."""
     digest = hashlib.sha256(repr(source.features).encode())
     for example in source.dataset.take(num_examples):
         image = example["image"]
@@ -99,8 +100,10 @@ def fingerprint(source: Source, num_examples: int = 16) -> str:
 def git_state() -> dict[str, Any]:
     """Commit of the working folder, and whether there are changes; empty outside a checkout."""
 
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
 
     try:
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}

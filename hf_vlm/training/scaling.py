@@ -16,21 +16,21 @@ KNOWN_RUNS = ((9_469, 7.6e6), (50_000, 5.0e7), (1_281_167, 3.84e8), (142_109_386
 
 
 def images_to_see(num_images: int) -> int:
-    """Images that a pretraining on so many different ones sees, between and beyond runs that are known to have served.
+    """Images seen in a pretraining on `num_images` different ones, between and beyond runs known to work well.
 
     Logarithms are interpolated. Below the smallest set the number of epochs stays the same, above the largest the
     number of images does.
     """
     sizes = [size for size, _ in KNOWN_RUNS]
-    place = bisect.bisect_left(sizes, num_images)
-    if place == 0:
+    position = bisect.bisect_left(sizes, num_images)
+    if position == 0:
         size, seen = KNOWN_RUNS[0]
         return round(num_images * seen / size)
-    if place == len(sizes):
+    if position == len(sizes):
         return round(KNOWN_RUNS[-1][1])
-    (size, seen), (next_size, next_seen) = list(pairwise(KNOWN_RUNS))[place - 1]
-    share = math.log(num_images / size) / math.log(next_size / size)
-    return round(seen * (next_seen / seen) ** share)
+    (size, seen), (next_size, next_seen) = list(pairwise(KNOWN_RUNS))[position - 1]
+    fraction = math.log(num_images / size) / math.log(next_size / size)
+    return round(seen * (next_seen / seen) ** fraction)
 
 
 def scaled_learning_rate(learning_rate: float, batch_size: int, reference: int, rule: str) -> float:

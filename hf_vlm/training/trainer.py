@@ -18,6 +18,7 @@ from transformers.utils import PushInProgress
 
 from hf_vlm.data.stream import ExampleStream
 from hf_vlm.features.device import use_fast_cpu_matmul
+from hf_vlm.tasks.task import Evaluation
 from hf_vlm.training.arguments import VisionTrainingArguments
 from hf_vlm.training.callbacks import AfterStep, LogFile, WeightDecaySchedule
 from hf_vlm.training.data_state import check_run_folder, last_checkpoint, load_data_state, save_data_state
@@ -35,7 +36,7 @@ TRAINING_STATE = [
     TRAINING_ARGS_NAME,
 ]
 
-Evaluator = Callable[[nn.Module, Any], dict[str, float]]
+Evaluator = Callable[[nn.Module, Any], Evaluation]
 
 
 class VisionTrainer(Trainer):
@@ -43,7 +44,7 @@ class VisionTrainer(Trainer):
 
     Args:
         train_dataset: An `ExampleStream` (other datasets go the stock way).
-        evaluator: Takes the model and `eval_dataset`, returns name -> value; `evaluate()` logs it as `eval_<name>`.
+        evaluator: Function of the model and `eval_dataset`, whose metrics `evaluate()` logs as `eval_<name>`.
         on_save: Called with each folder that was written, to add what belongs to the run (recipe, card).
         render: Makes of each batch, once it is on the device, what the model takes (see `DeviceViews`).
         Everything else as in `transformers.Trainer`.
@@ -92,7 +93,7 @@ class VisionTrainer(Trainer):
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
             prefetch_factor=self.args.dataloader_prefetch_factor if num_workers else None,
             drop_last=True,
-            generator=torch.Generator().manual_seed(self.args.seed),  # else it would draw from the model's randomness
+            generator=torch.Generator().manual_seed(self.args.seed),  # else it would use the model's random state
         )
         if self._data_state is not None:
             self._stream_loader.load_state_dict(self._data_state)
@@ -131,7 +132,7 @@ class VisionTrainer(Trainer):
             check_run_folder(self.args)
         elif isinstance(self.train_dataset, ExampleStream):
             self._data_state = load_data_state(Path(resume_from_checkpoint), self.train_dataset, self.args)
-        if self.args.world_size > 1:  # ranks see different images, and so should draw different masks
+        if self.args.world_size > 1:  # ranks see different images, and so should sample different masks
             set_seed(self.args.seed + self.args.process_index)
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
@@ -225,7 +226,7 @@ class VisionTrainer(Trainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """The stock schedule, in which the encoder may start later than what stands on it."""
+        """The stock schedule, in which the encoder may start later than the head on top of it."""
         is_new = self.lr_scheduler is None
         super().create_scheduler(num_training_steps, optimizer)
         if is_new and self.args.num_frozen_encoder_steps:
@@ -237,7 +238,7 @@ class VisionTrainer(Trainer):
         return self.lr_scheduler
 
     def _get_learning_rate(self) -> float:
-        """The rate that is logged: of what stands on the encoder, whose own layers may have lower ones."""
+        """The rate that is logged: that of the head on top of the encoder, whose own layers may have lower ones."""
         return float(self.optimizer.param_groups[-1]["lr"])
 
     # ---- logs and evaluation
@@ -257,11 +258,11 @@ class VisionTrainer(Trainer):
         return self._throughput.num_flops
 
     def excluded_from_timing(self) -> AbstractContextManager[None]:
-        """For what is no training: it does not count in the figures of speed."""
+        """For work that is not training: it does not count in the throughput."""
         return self._throughput.paused()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds to a training log entry the means of the loss parts and the figures of a [`Speedometer`]."""
+        """Adds to a training log entry the means of the loss parts and the metrics of a [`ThroughputMeter`]."""
         if "loss" in logs:
             logs.update(self._mean_parts())
             logs.update(self._throughput.metrics(self.state.global_step))
@@ -284,8 +285,8 @@ class VisionTrainer(Trainer):
         """Runs the evaluator and logs what it returns; without one, the stock evaluation."""
         if self.evaluator is None:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        figures = self.evaluator(self.model, self.eval_dataset if eval_dataset is None else eval_dataset)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
+        evaluation = self.evaluator(self.model, self.eval_dataset if eval_dataset is None else eval_dataset)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in evaluation.metrics.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -1,1 +1,1 @@
-"""Everything that people look at: drawn predictions, sheets of images, maps, curves."""
+"""Everything that people look at: rendered predictions, sheets of images, maps, curves."""

@@ -11,7 +11,8 @@ from PIL import Image
 
 from hf_vlm.data.inspection.inspect import image_name
 from hf_vlm.data.io.decode import decode_image, read_image_bytes
-from hf_vlm.viz.draw import PAPER, captioned, class_color, contact_sheet, legend, render_detections
+from hf_vlm.viz.detections import render_detections
+from hf_vlm.viz.sheets import PAPER, captioned, class_color, contact_sheet, legend
 
 __all__ = ["Reservoir", "example_sheet", "render_example"]
 
@@ -19,9 +20,9 @@ Array = np.ndarray[Any, Any]
 Example = dict[str, Any]
 
 SIDE = 320  # pixels of the longer side of each picture
-MAX_IN_LEGEND = 20  # classes; of more the names stand on the boxes
+MAX_IN_LEGEND = 20  # classes; with more, the names are on the boxes
 MAX_NAMED = 10  # boxes on one picture; the names of more would hide it
-TINT = 0.45  # share of a mask's colours in what is below them
+TINT = 0.45  # opacity of a mask's colours
 
 
 class Reservoir:
@@ -29,7 +30,7 @@ class Reservoir:
 
     Args:
         size: How many to keep.
-        seed: Of the choice.
+        seed: Seed of the choice.
     """
 
     def __init__(self, size: int, seed: int = 0) -> None:
@@ -46,19 +47,19 @@ class Reservoir:
         """Offer the next example."""
         position, self._num_seen = self._num_seen, self._num_seen + 1
         if len(self._kept) >= self.size:
-            place = int(self._generator.integers(self._num_seen))
-            if place >= self.size:
+            slot = int(self._generator.integers(self._num_seen))
+            if slot >= self.size:
                 return
-            del self._kept[list(self._kept)[place]]
+            del self._kept[list(self._kept)[slot]]
         self._kept[position] = example
 
 
 def example_sheet(examples: Sequence[Example], features: datasets.Features, *, columns: int = 6) -> Image.Image:
-    """Draw examples in rows, each with its masks and boxes, above its label and its name; colours are told on top.
+    """Renders examples in rows, each with its masks and boxes, above its label and its name; a legend is on top.
 
     Args:
-        examples: Of a stream, with images that can be decoded.
-        features: Of the stream; they name the classes.
+        examples: Examples of a source, with images that can be decoded.
+        features: Features of the source; they name the classes.
 
     Raises:
         ValueError: There is no example, or columns is not positive.
@@ -74,7 +75,7 @@ def example_sheet(examples: Sequence[Example], features: datasets.Features, *, c
 
 
 def render_example(example: Example, features: datasets.Features) -> Image.Image:
-    """Draw one example, its longer side 320 pixels, above its label and its name."""
+    """Renders one example, its longer side 320 pixels, above its label and its name."""
     array, (height, width) = decode_image(example["image"], at_least=(SIDE, SIDE))
     scale = SIDE / max(height, width)
     size = max(round(width * scale), 1), max(round(height * scale), 1)
@@ -103,7 +104,7 @@ def _with_boxes(
     picture: Image.Image, objects: dict[str, Any], features: datasets.Features, scale: tuple[float, float]
 ) -> Image.Image:
     boxes = np.asarray(objects["bbox"], dtype=np.float64).reshape(-1, 4)
-    known = np.isfinite(boxes).all(axis=1)  # others have no place
+    known = np.isfinite(boxes).all(axis=1)  # others have no position
     boxes, categories = boxes[known], np.asarray(objects["category"], dtype=np.int64)[known].tolist()
     boxes = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1) * [*scale, *scale]
     class_names = _class_names(features)
@@ -120,10 +121,10 @@ def _tinted(picture: Image.Image, mask: Any) -> Image.Image:
             values = np.asarray(file).astype(np.int32)  # of a palette the indices
     except Exception:  # Pillow raises anything for broken files
         return picture
-    if values.ndim == 3:  # colours stand for values
+    if values.ndim == 3:  # colours encode values
         values = (values[:, :, :3] * [1 << 16, 1 << 8, 1]).sum(axis=2, dtype=np.int32)
     resized = np.asarray(Image.fromarray(values).resize(picture.size, Image.Resampling.NEAREST))  # (H, W)
     found, index = np.unique(resized, return_inverse=True)
     colors = np.array([class_color(value) for value in found.tolist()])[index].reshape(*resized.shape, 3)
-    share = TINT * (resized != 0)[:, :, None]
-    return Image.fromarray(np.round((1 - share) * np.asarray(picture) + share * colors).astype(np.uint8))
+    opacity = TINT * (resized != 0)[:, :, None]
+    return Image.fromarray(np.round((1 - opacity) * np.asarray(picture) + opacity * colors).astype(np.uint8))

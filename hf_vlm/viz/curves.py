@@ -13,7 +13,7 @@ PICTURE = "probes.png"
 Series = tuple[list[float], list[float]]
 Limits = tuple[float | None, float | None]
 
-# Title, figures and limits of each panel; one of which the log holds nothing is left out.
+# Title, metrics and limits of each panel; panels without entries in the log are left out.
 PROBE_PANELS: tuple[tuple[str, tuple[str, ...], Limits], ...] = (
     ("Loss", ("loss",), (None, None)),
     ("Effective rank of the features", ("probe_effective_rank",), (0, None)),
@@ -32,14 +32,14 @@ class Panel:
     ylim: Limits = (None, None)
 
 
-def series(entries: Sequence[Mapping[str, float]], figure: str) -> Series:
-    """Steps and values of the entries that hold a figure."""
-    found = [entry for entry in entries if figure in entry]
-    return [entry["step"] for entry in found], [entry[figure] for entry in found]
+def series(entries: Sequence[Mapping[str, float]], metric: str) -> Series:
+    """Steps and values of the entries that hold a metric."""
+    found = [entry for entry in entries if metric in entry]
+    return [entry["step"] for entry in found], [entry[metric] for entry in found]
 
 
 def plot_panels(path: Path, panels: Sequence[Panel], *, columns: int = 2) -> None:
-    """Draws panels beside and below each other into a picture."""
+    """Plots panels beside and below each other into a picture."""
     from matplotlib.figure import Figure  # takes a second
 
     rows = -(-len(panels) // columns)
@@ -56,13 +56,13 @@ def plot_panels(path: Path, panels: Sequence[Panel], *, columns: int = 2) -> Non
 
 
 def plot_probes(folder: Path) -> None:
-    """Draws loss and probe figures of a run's log into its folder, as `probes.png`; nothing without probes."""
+    """Plots loss and probe metrics of a run's log into its folder, as `probes.png`; nothing without probes."""
     entries = read_log(folder / LogFile.name)
     if not any("probe_effective_rank" in entry for entry in entries):
         return
     panels = []
-    for title, figures, ylim in PROBE_PANELS:
-        curves = {figure: series(entries, figure) for figure in figures}
+    for title, metrics, ylim in PROBE_PANELS:
+        curves = {metric: series(entries, metric) for metric in metrics}
         curves = {name: curve for name, curve in curves.items() if curve[0]}
         if curves:
             panels.append(Panel(title=title, curves=curves, ylim=ylim))

@@ -1,16 +1,21 @@
 """Images and what an encoder makes of their patches on one picture."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
-from hf_vlm.features.maps import FeatureMaps
-from hf_vlm.viz.draw import captioned, contact_sheet, in_colors, render_detections, titled_rows
+from hf_vlm.data.images import ImageLike, expand_images, load_image
+from hf_vlm.features.embedding import prepare_images
+from hf_vlm.features.maps import FeatureMaps, feature_maps
+from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
+from hf_vlm.models.modeling_vlm_vit import VLMViTModel
+from hf_vlm.viz.detections import render_detections
+from hf_vlm.viz.sheets import captioned, contact_sheet, in_colors, titled_rows
 
-__all__ = ["HEIGHT", "map_sheet"]
+__all__ = ["HEIGHT", "map_sheet", "plot_feature_maps"]
 
 Array = np.ndarray[Any, Any]
 
@@ -20,21 +25,21 @@ FONT_SIZE = 13
 
 
 def map_sheet(images: Sequence[Array], maps: FeatureMaps) -> Image.Image:
-    """A row an image: the image, the components of its patches as colours, and attention or similarity as heat.
+    """One row per image: the image, the components of its patches as colours, and attention or similarity as heat.
 
-    Of attention there is the mean over the heads, and smaller each head, line by line. Heat goes from the minimum to
-    the maximum of each map, which stand below it: for attention as multiples of what each patch would get if all
+    Attention is shown as the mean over the heads and, smaller, for each head. Heat goes from the minimum to
+    the maximum of each map, which are printed below it: for attention as multiples of what each patch would get if all
     patches got the same.
 
     Args:
         images: n images (height, width, channels) uint8, of any size: maps are stretched to their shapes.
-        maps: Of these images.
+        maps: Maps of these images.
 
     Raises:
         ValueError: There is no image.
     """
     if not len(images):
-        raise ValueError("There is no image to draw maps of.")
+        raise ValueError("There is no image to plot maps of.")
     return titled_rows([_row(image, maps, index) for index, image in enumerate(images)], gap=GAP)
 
 
@@ -58,14 +63,14 @@ def _row(image: Array, maps: FeatureMaps, index: int) -> list[tuple[str, Image.I
 
 
 def _enlarged(values: Array, size: tuple[int, int]) -> Image.Image:
-    """Each patch as a rectangle: nothing is drawn that the encoder does not say."""
+    """Each patch as a rectangle: nothing is interpolated."""
     return Image.fromarray(values).resize(size, Image.Resampling.NEAREST)
 
 
 def _heat(values: Array, size: tuple[int, int]) -> Image.Image:
     """Values (rows, columns) as colours, the least dark, the greatest bright; all dark where they are equal."""
-    shares = (values - values.min()) / max(float(np.ptp(values)), 1e-12)
-    colors = cv2.applyColorMap(np.round(255 * shares).astype(np.uint8), cv2.COLORMAP_INFERNO)
+    fractions = (values - values.min()) / max(float(np.ptp(values)), 1e-12)
+    colors = cv2.applyColorMap(np.round(255 * fractions).astype(np.uint8), cv2.COLORMAP_INFERNO)
     return _enlarged(colors[:, :, ::-1], size)
 
 
@@ -85,3 +90,26 @@ def _marked(tile: Image.Image, patch: tuple[int, int], grid: tuple[int, int]) ->
     height, width = tile.height / grid[0], tile.width / grid[1]
     box = [patch[1] * width, patch[0] * height, (patch[1] + 1) * width, (patch[0] + 1) * height]
     return render_detections(tile, [box], [""], class_ids=[0], scale=1)
+
+
+def plot_feature_maps(
+    encoder: VLMViTModel,
+    images: ImageLike | Iterable[ImageLike],
+    processor: VLMViTImageProcessor,
+    *,
+    patch: tuple[int, int] | None = None,
+    foreground: bool = False,
+) -> Image.Image:
+    """A picture of images with maps of their patches: principal components as colours, and attention.
+
+    Args:
+        patch: Row and column of a patch; see `feature_maps`, as for `foreground`.
+
+    Raises:
+        ValueError: There is no image, one cannot be read, or there is no such patch.
+    """
+    arrays = [load_image(image, num_channels=encoder.config.num_channels) for image in expand_images(images)]
+    if not arrays:
+        raise ValueError("There is no image to plot maps of.")
+    pixel_values = prepare_images(encoder, arrays, processor)
+    return map_sheet(arrays, feature_maps(encoder, pixel_values, patch=patch, foreground=foreground))

@@ -1,15 +1,23 @@
 """Images and their nearest neighbours on one picture."""
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from hf_vlm.features.neighbors import Neighbors
-from hf_vlm.viz.draw import PAPER, captioned, class_color, in_colors, titled_rows
+from hf_vlm.data.images import ImageLike, examples_at, expand_images, load_image
+from hf_vlm.data.io.decode import decode_image
+from hf_vlm.data.source import Source
+from hf_vlm.features.embedding import embed_images
+from hf_vlm.features.neighbors import Neighbors, evenly_spaced, find_neighbors, search_file
+from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
+from hf_vlm.models.modeling_vlm_vit import VLMViTModel
+from hf_vlm.viz.sheets import PAPER, captioned, class_color, in_colors, titled_rows
 
-__all__ = ["SIDE", "neighbor_sheet"]
+__all__ = ["SIDE", "neighbor_sheet", "plot_neighbors", "plot_stored_neighbors"]
 
 Array = np.ndarray[Any, Any]
 
@@ -26,16 +34,16 @@ def neighbor_sheet(
     labels: Mapping[int, int] | None = None,
     class_names: Sequence[str] = (),
 ) -> Image.Image:
-    """A row a query: the query, then the images most similar to it, the most similar first.
+    """One row per query: the query, then the images most similar to it, the most similar first.
 
-    Above each neighbour stands its rank, below it the similarity and the index. Where there are labels, their names
-    stand there too, and frames have the colours of the classes.
+    Each neighbour has its rank above it, the similarity and the index below it. Where there are labels, their names
+    are there too, and frames have the colours of the classes.
 
     Args:
-        neighbors: Of `find_neighbors` or `search_file`.
-        images: By index, (height, width, channels) uint8, of any size.
-        labels: By index; numbers that are no class stand for no label.
-        class_names: Of the labels.
+        neighbors: Result of `find_neighbors` or `search_file`.
+        images: Images by index, (height, width, channels) uint8, of any size.
+        labels: Labels by index; numbers that are no class mean no label.
+        class_names: Names of the labels.
     """
     rows = []
     for query, indices, similarities in zip(neighbors.queries, neighbors.indices, neighbors.similarities):
@@ -67,3 +75,62 @@ def _tile(image: Array, caption: str, label: tuple[int, str] | None) -> Image.Im
     square.paste(picture, ((square.width - picture.width) // 2, square.height - picture.height))
     square = captioned(square, caption, font_size=FONT_SIZE)
     return square if name is None else captioned(square, name, font_size=FONT_SIZE)
+
+
+def plot_neighbors(
+    encoder: VLMViTModel,
+    images: ImageLike | Iterable[ImageLike],
+    processor: VLMViTImageProcessor,
+    *,
+    queries: Sequence[int] | None = None,
+    num_neighbors: int = 8,
+    pooling: str = "mean",
+    labels: Sequence[int] | None = None,
+    class_names: Sequence[str] | None = None,
+) -> Image.Image:
+    """A picture of some images, each beside those that are nearest by the cosine similarity of their features.
+
+    Args:
+        queries: Positions among the images; by default 8, evenly spaced.
+        labels: Class of each image, shown below it.
+        class_names: Names of the labels; by default their numbers.
+
+    Raises:
+        ValueError: There is no image, no such query, an image cannot be read, or the number of labels differs.
+    """
+    everything = list(expand_images(images))
+    if not everything or (labels is not None and len(labels) != len(everything)):
+        raise ValueError(f"There are {len(everything)} images and {0 if labels is None else len(labels)} labels.")
+    features = embed_images(encoder, everything, processor, pooling=pooling)
+    queries = evenly_spaced(len(everything), 8) if queries is None else queries
+    neighbors = find_neighbors(features, queries, num_neighbors=num_neighbors)
+    shown = {*neighbors.queries, *itertools.chain(*neighbors.indices)}
+    names = class_names or [str(label) for label in range(max(labels or [0]) + 1)]
+    return neighbor_sheet(
+        neighbors,
+        {index: load_image(everything[index], num_channels=encoder.config.num_channels) for index in shown},
+        labels=None if labels is None else dict(enumerate(labels)),
+        class_names=names,
+    )
+
+
+def plot_stored_neighbors(
+    path: Path, source: Source, queries: Sequence[int], *, num_neighbors: int = 8
+) -> Image.Image:
+    """The picture of `draw_neighbors` for features that `write_features` made of a source, which is read again.
+
+    Args:
+        queries: Values of the column `index`.
+
+    Raises:
+        ValueError: There is no such image.
+    """
+    neighbors = search_file(path, queries, num_neighbors=num_neighbors)
+    examples = examples_at(source, {*neighbors.queries, *itertools.chain(*neighbors.indices)})
+    label = source.features.get("label")
+    return neighbor_sheet(
+        neighbors,
+        {index: decode_image(example["image"], at_least=(SIDE, SIDE))[0] for index, example in examples.items()},
+        labels=None if label is None else {index: example["label"] for index, example in examples.items()},
+        class_names=() if label is None else label.names,
+    )

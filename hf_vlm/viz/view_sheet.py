@@ -1,4 +1,4 @@
-"""Images with the places of their views, and the views beside them, on one picture."""
+"""Images with the positions of their views, and the views beside them, on one picture."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from hf_vlm.training.preview import SampledViews
-from hf_vlm.viz.draw import class_color, contact_sheet, in_colors, render_detections, titled_rows
+from hf_vlm.viz.detections import render_detections
+from hf_vlm.viz.sheets import class_color, contact_sheet, in_colors, titled_rows
 
 __all__ = ["view_sheet"]
 
@@ -19,48 +20,48 @@ GAP = 8
 FRAME = 4  # pixels around a view, in the colour of its box
 
 
-def view_sheet(drawn: Sequence[SampledViews]) -> Image.Image:
-    """A row an image: the image with a box a view, then the views, framed in the colours of their boxes.
+def view_sheet(sampled: Sequence[SampledViews]) -> Image.Image:
+    """One row per image: the image with one box per view, then the views, framed in the colours of their boxes.
 
     Raises:
         ValueError: There is no image.
     """
-    if not drawn:
-        raise ValueError("There is no image to draw views of.")
-    return titled_rows([_columns(image) for image in drawn], gap=GAP)
+    if not sampled:
+        raise ValueError("There is no image to plot views of.")
+    return titled_rows([_columns(image) for image in sampled], gap=GAP)
 
 
-def _columns(drawn: SampledViews) -> list[tuple[str, Image.Image]]:
+def _columns(sampled: SampledViews) -> list[tuple[str, Image.Image]]:
     """Titles and pictures of a row: the image, each view, what is masked of each, and all local views."""
-    height, width = drawn.views[0].shape[:2]
+    height, width = sampled.views[0].shape[:2]
     scale = max(SIDE // height, 1)  # of local views too: the model gets them smaller
-    tiles = [_tile(view, index, scale) for index, view in enumerate(drawn.views)]
-    columns = [("image", _with_boxes(drawn, tiles[0].height))]
+    tiles = [_tile(view, index, scale) for index, view in enumerate(sampled.views)]
+    columns = [("image", _with_boxes(sampled, tiles[0].height))]
     for index, tile in enumerate(tiles):
         number = f" {index + 1}" if len(tiles) > 1 else ""
         columns.append((f"view{number}, {width} x {height}", tile))
-    for index, hidden in enumerate(drawn.hidden):
-        masked = np.where(hidden[:, :, None], np.uint8(HIDDEN), drawn.views[index])
+    for index, hidden in enumerate(sampled.hidden):
+        masked = np.where(hidden[:, :, None], np.uint8(HIDDEN), sampled.views[index])
         columns.append((f"{hidden.mean():.0%} masked", _tile(masked, index, scale)))
-    if drawn.local_views:
-        height, width = drawn.local_views[0].shape[:2]
-        columns.append((f"local views, {width} x {height}", _local_views(drawn, scale, tiles[0].height)))
+    if sampled.local_views:
+        height, width = sampled.local_views[0].shape[:2]
+        columns.append((f"local views, {width} x {height}", _local_views(sampled, scale, tiles[0].height)))
     return columns
 
 
-def _local_views(drawn: SampledViews, scale: int, height: int) -> Image.Image:
+def _local_views(sampled: SampledViews, scale: int, height: int) -> Image.Image:
     """All local views in as few columns as the height allows."""
-    tiles = [_tile(view, len(drawn.views) + index, scale) for index, view in enumerate(drawn.local_views)]
+    tiles = [_tile(view, len(sampled.views) + index, scale) for index, view in enumerate(sampled.local_views)]
     in_column = max((height + GAP) // (tiles[0].height + GAP), 1)
     sheet = contact_sheet(tiles, columns=-(-len(tiles) // in_column), gap=GAP)
     return sheet.crop((GAP, GAP, sheet.width - GAP, sheet.height - GAP))
 
 
-def _with_boxes(drawn: SampledViews, height: int) -> Image.Image:
-    scale = height / drawn.image.shape[0]
-    size = max(round(drawn.image.shape[1] * scale), 1), height
-    picture = Image.fromarray(in_colors(drawn.image)).resize(size, Image.Resampling.BICUBIC)
-    boxes = np.array([(left, top, left + width, top + height) for top, left, height, width in drawn.boxes])
+def _with_boxes(sampled: SampledViews, height: int) -> Image.Image:
+    scale = height / sampled.image.shape[0]
+    size = max(round(sampled.image.shape[1] * scale), 1), height
+    picture = Image.fromarray(in_colors(sampled.image)).resize(size, Image.Resampling.BICUBIC)
+    boxes = np.array([(left, top, left + width, top + height) for top, left, height, width in sampled.boxes])
     return render_detections(picture, boxes * scale, [""] * len(boxes), class_ids=range(len(boxes)), scale=1)
 
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from hf_vlm.cli.main import main
-from hf_vlm.training.arguments import load_recipe
+from hf_vlm.training.recipe import load_recipe
 
 
 @pytest.fixture

@@ -10,12 +10,15 @@ import torch
 from PIL import Image
 
 from hf_vlm.cli.main import main
+from hf_vlm.data.images import images_at
 from hf_vlm.data.sources import open_source
-from hf_vlm.deploy.embed import embed_images, images_at, plot_feature_maps, plot_stored_neighbors
+from hf_vlm.features.embedding import embed_images
+from hf_vlm.features.loading import load_frozen_encoder
 from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
-from hf_vlm.training.build import load_frozen_encoder
+from hf_vlm.viz.map_sheet import plot_feature_maps
+from hf_vlm.viz.neighbor_sheet import plot_stored_neighbors
 
 
 @pytest.fixture

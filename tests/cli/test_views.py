@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 from hf_vlm.cli.main import main
-from hf_vlm.training.arguments import load_recipe
 from hf_vlm.training.preview import sample_first_views
+from hf_vlm.training.recipe import load_recipe
 from hf_vlm.viz.view_sheet import view_sheet
 
 SMALL = ["--image_size", "32", "--encoder_preset", "nano"]

@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_vlm.deploy.predict import Prediction, Predictor, image_paths
-from hf_vlm.viz.draw import class_color
+from hf_vlm.data.images import image_paths
+from hf_vlm.deploy.predict import Prediction, Predictor
+from hf_vlm.viz.sheets import class_color
 
 
 @pytest.fixture(scope="module")
@@ -159,13 +160,13 @@ def test_brackets_in_a_folder_name_are_no_wildcards(tmp_path):
     assert image_paths(str(tmp_path / "**" / "*.png")) == [str(folder / "a.png")]
 
 
-def test_what_is_no_detector(saved_encoder, detector_run, tmp_path):
-    with pytest.raises(ValueError, match=r"cannot be loaded as a detector: Unrecognized configuration class"):
+def test_what_predicts_nothing_or_is_no_model(saved_encoder, detector_run, tmp_path):
+    with pytest.raises(ValueError, match="image-feature-extraction predicts no classes: fine-tune it"):
         Predictor.from_pretrained(saved_encoder)
     (detector_run / "preprocessor_config.json").unlink()
-    with pytest.raises(ValueError, match="cannot be loaded as a detector"):
+    with pytest.raises(ValueError, match=r"holds no model: .*preprocessor_config"):
         Predictor.from_pretrained(detector_run)
-    with pytest.raises(ValueError, match="cannot be loaded as a detector"):
+    with pytest.raises(ValueError, match="holds no model: there is no config"):
         Predictor.from_pretrained(tmp_path)
 
 

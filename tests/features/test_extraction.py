@@ -20,11 +20,11 @@ from hf_vlm.data.io.indexed import generated_stream
 from hf_vlm.data.source import Source
 from hf_vlm.data.sources import open_source
 from hf_vlm.features.extraction import encode, eval_transform_for, write_features
+from hf_vlm.features.loading import load_frozen_encoder
 from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_detection import VLMViTDetectionConfig, VLMViTForObjectDetection
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
-from hf_vlm.training.build import load_frozen_encoder
 
 ENCODER = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -164,7 +164,7 @@ def counted_stream(num_images, on_image):
 def test_images_are_prepared_as_the_processor_does(request, name):
     processor, transform_of = (
         request.getfixturevalue(name),
-        eval_transform_for(make_encoder(), request.getfixturevalue(name)),
+        eval_transform_for(request.getfixturevalue(name)),
     )
     for example in open_source("scenes:easy", num_samples=3):
         prepared = transform_of(example, np.random.default_rng(0))
@@ -279,7 +279,7 @@ def test_what_is_no_encoder_is_refused(processor, tmp_path):
     with pytest.raises(ValueError, match="hf-vlm convert"):
         load_frozen_encoder(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "resnet"}')
-    with pytest.raises(ValueError, match="a model of the type 'resnet'"):
+    with pytest.raises(ValueError, match="one of the type 'resnet'"):
         load_frozen_encoder(tmp_path)
     encoder = make_encoder()
     encoder.save_pretrained(tmp_path)

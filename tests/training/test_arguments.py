@@ -5,8 +5,8 @@ import torch
 import yaml
 
 from hf_vlm.registry import find_model
-from hf_vlm.training.arguments import check_recipe, find_recipe, load_recipe, parse_arguments, shipped_folder
 from hf_vlm.training.build import build_config
+from hf_vlm.training.recipe import check_recipe, find_recipe, load_recipe, parse_arguments, shipped_folder
 
 RECIPES = [path for path in sorted(shipped_folder("recipes").glob("*/*.yaml")) if path.parent.name != "accelerate"]
 
@@ -176,7 +176,7 @@ def test_the_length_follows_the_images_and_the_batch():
     assert args.num_frozen_encoder_steps == 200
     with pytest.raises(ValueError, match="frozen_encoder_steps"):
         parse_arguments({"images_to_see": "auto", "frozen_encoder_steps": 200, **shape}).see_images_of(4)
-    with pytest.raises(ValueError, match="does not say without being read"):
+    with pytest.raises(ValueError, match="gives only when read"):
         parse_arguments({"images_to_see": "auto", "data": "tars", **shape}).see_images_of(None)
     for wrong in ({}, {"max_steps": 5, "images_to_see": 10}, {"images_to_see": "many"}, {"images_to_see": 0}):
         with pytest.raises(ValueError, match="images_to_see"):

@@ -8,13 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hf_vlm.deploy.next_steps import finetune_command
 from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_simclr import SimCLRForPreTraining
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
-from hf_vlm.training.arguments import load_recipe, parse_arguments
-from hf_vlm.training.build import build_encoder_config, detection_command, load_encoder
+from hf_vlm.tasks.detection import DETECTION
+from hf_vlm.training.build import build_encoder_config, load_encoder
 from hf_vlm.training.callbacks import read_log
+from hf_vlm.training.recipe import load_recipe, parse_arguments
 from hf_vlm.training.run import pretrain
 from hf_vlm.training.trainer import VisionTrainer
 
@@ -98,7 +100,7 @@ def test_an_encoder_keeps_its_positions_and_takes_the_recipes_regularisation(mak
 @pytest.mark.parametrize(("patch_size", "expected"), [(16, None), (14, "518"), (24, "504")])
 def test_a_recipe_is_told_the_nearest_size_of_whole_patches(patch_size, expected):
     config = VLMViTConfig.from_preset("small", patch_size=patch_size, image_size=patch_size * 16)
-    words = shlex.split(detection_command(config, "runs/dinov2", "images"))
+    words = shlex.split(finetune_command(DETECTION, config, "runs/dinov2", "images"))
     assert words[:3] == ["hf-vlm", "finetune", "detection/vit_small.yaml"]
     args = parse_arguments(load_recipe(words[2], [*words[3:], "--use_cpu", "true"]))
     assert build_encoder_config(args).patch_hw == (patch_size, patch_size)

@@ -32,7 +32,6 @@ from hf_vlm.models.modeling_mae import MAEForPreTraining
 from hf_vlm.models.modeling_simclr import SimCLRConfig, SimCLRForPreTraining
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 from hf_vlm.training import probes
-from hf_vlm.training.arguments import parse_arguments
 from hf_vlm.training.callbacks import read_log
 from hf_vlm.training.probes import (
     Probe,
@@ -42,6 +41,7 @@ from hf_vlm.training.probes import (
     preserved_randomness,
     probe_interval,
 )
+from hf_vlm.training.recipe import parse_arguments
 from hf_vlm.training.run import pretrain
 from hf_vlm.training.trainer import VisionTrainer
 from hf_vlm.viz.curves import plot_probes

@@ -1,5 +1,6 @@
 """Whole runs on CPU: what they leave, and that a run that was killed goes on as if it had not been."""
 
+import dataclasses
 import json
 import math
 import time
@@ -18,13 +19,16 @@ from hf_vlm.models.modeling_mae import MAEForPreTraining
 from hf_vlm.models.modeling_simclr import SimCLRForPreTraining
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 from hf_vlm.registry import find_model
-from hf_vlm.training.arguments import parse_arguments
+from hf_vlm.tasks import TASKS, Evaluation
+from hf_vlm.tasks.detection import DETECTION
+from hf_vlm.tasks.evaluation import evaluate_run
 from hf_vlm.training.build import build_config
 from hf_vlm.training.callbacks import read_log
 from hf_vlm.training.data_state import last_checkpoint
 from hf_vlm.training.provenance import publishable, write_origins
+from hf_vlm.training.recipe import parse_arguments
 from hf_vlm.training.record import RunRecord, fingerprint
-from hf_vlm.training.run import evaluate_run, finetune, pretrain
+from hf_vlm.training.run import finetune, pretrain
 from hf_vlm.training.trainer import VisionTrainer
 
 
@@ -236,7 +240,7 @@ def test_finetuning_from_an_encoder_and_evaluating_the_folder(make_recipe, tmp_p
     encoder = VLMViTModel.from_pretrained(tmp_path / "mae")
     for name, weight in encoder.state_dict().items():  # a learning rate of 0 leaves what was loaded
         assert torch.equal(detector.backbone.state_dict()[name], weight), name
-    again = evaluate_run(tmp_path / "detection", "scenes:easy", "validation", num_examples=8)
+    again = evaluate_run(tmp_path / "detection", "scenes:easy", "validation", num_examples=8).metrics
     for name, value in summary["metrics"].items():
         assert again[name] == pytest.approx(value, nan_ok=True), name
     assert "ap/3" in again
@@ -250,11 +254,15 @@ def test_evaluation_enters_the_log_and_the_last_one_the_record(make_recipe, tmp_
     assert summary["metrics"]["ap50"] == entries[-1]["eval_ap50"]
 
 
+def replace_evaluation(monkeypatch, evaluate):
+    monkeypatch.setitem(TASKS, "object-detection", dataclasses.replace(DETECTION, evaluate=evaluate))
+
+
 def test_held_out_images_that_stop_the_evaluation_leave_the_detector(make_recipe, tmp_path, monkeypatch):
     def evaluate(*args, **kwargs):
         raise ValueError("2 of 10 images could not be decoded")
 
-    monkeypatch.setattr("hf_vlm.training.run.evaluate_detection", evaluate)
+    replace_evaluation(monkeypatch, evaluate)
     with pytest.raises(ValueError, match="2 of 10"):
         finetune(make_recipe("detection", max_steps=1))
     VLMViTForObjectDetection.from_pretrained(tmp_path / "detection")
@@ -262,15 +270,15 @@ def test_held_out_images_that_stop_the_evaluation_leave_the_detector(make_recipe
 
 
 def test_held_out_images_may_be_as_bad_as_the_recipe_says(make_recipe, monkeypatch):
-    shares = []
+    fractions = []
 
     def evaluate(model, stream, *args, **kwargs):
-        shares.append(stream.max_bad_fraction)
-        return {}
+        fractions.append(stream.max_bad_fraction)
+        return Evaluation(metrics={})
 
-    monkeypatch.setattr("hf_vlm.training.run.evaluate_detection", evaluate)
+    replace_evaluation(monkeypatch, evaluate)
     finetune(make_recipe("detection", max_steps=1, max_bad_fraction=0.25))
-    assert shares == [0.25]
+    assert fractions == [0.25]
 
 
 def test_logged_loss_is_the_mean_under_gradient_accumulation(make_recipe, tmp_path, monkeypatch):
@@ -309,7 +317,7 @@ def test_another_number_of_processes_or_workers_is_refused_or_approximated_when_
         with pytest.raises(ValueError, match=message):
             pretrain(resumed)
     pretrain(resumed | {"approximate_resume": True})
-    assert "goes on at the beginning of epoch 1" in caplog.text
+    assert "continues at the start of epoch 1" in caplog.text
     approximated = losses(tmp_path / "mae")
     torch.save(saved, checkpoint / "data_state_0.pt")
     pretrain(resumed)  # the epoch has ended here, so that the beginning of the next one is where it stood
@@ -397,7 +405,7 @@ def test_an_encoder_of_another_patch_size_is_refused_unless_asked_for(make_recip
     pretrain(make_recipe("mae", max_steps=1))
     encoder = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 16}
     recipe = make_recipe("detection", encoder=str(tmp_path / "mae"), encoder_config=encoder, max_steps=1)
-    with pytest.raises(ValueError, match=r"(?s)patch_size: weights have 8, the recipe says 16.*resize_encoder"):
+    with pytest.raises(ValueError, match=r"(?s)patch_size: weights have 8, the recipe has 16.*resize_encoder"):
         finetune(recipe)
     with caplog.at_level("INFO", logger="hf_vlm"):
         finetune(recipe | {"resize_encoder": True, "learning_rate": 0.0})

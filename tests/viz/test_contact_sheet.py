@@ -9,7 +9,7 @@ from PIL import Image
 
 from hf_vlm.data.schema import image_feature, objects_feature
 from hf_vlm.viz.contact_sheet import SIDE, Reservoir, example_sheet, render_example
-from hf_vlm.viz.draw import captioned, class_color, legend
+from hf_vlm.viz.sheets import captioned, class_color, legend
 
 GREY = (90, 90, 90)
 BASE = {"image": image_feature(), "image_id": datasets.Value("int64")}

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from hf_vlm.features.maps import FeatureMaps
-from hf_vlm.viz.draw import captioned, class_color
 from hf_vlm.viz.map_sheet import GAP, HEIGHT, map_sheet
+from hf_vlm.viz.sheets import captioned, class_color
 
 GRID = 4, 7
 GENERATOR = np.random.default_rng(0)
@@ -24,7 +24,7 @@ def texts(monkeypatch):
         found.append(text)
         return captioned(picture, text, **options)
 
-    for module in ("draw", "map_sheet"):
+    for module in ("sheets", "map_sheet"):
         monkeypatch.setattr(f"hf_vlm.viz.{module}.captioned", noted)
     return found
 

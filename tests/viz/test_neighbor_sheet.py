@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from hf_vlm.features.neighbors import Neighbors
-from hf_vlm.viz.draw import captioned, class_color
 from hf_vlm.viz.neighbor_sheet import FRAME, GAP, SIDE, neighbor_sheet
+from hf_vlm.viz.sheets import captioned, class_color
 
 NEIGHBORS = Neighbors(queries=[3, 70], indices=[[12, 5], [3, 12]], similarities=[[0.98765, 0.5], [0.25, -0.125]])
 SHAPES = {3: (64, 64, 3), 70: (20, 40, 3), 12: (300, 100, 3), 5: (64, 64, 1)}  # wide, high, grey

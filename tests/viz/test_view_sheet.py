@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hf_vlm.training.preview import SampledViews
-from hf_vlm.viz.draw import captioned, class_color
+from hf_vlm.viz.sheets import captioned, class_color
 from hf_vlm.viz.view_sheet import FRAME, GAP, HIDDEN, view_sheet
 
 
@@ -93,7 +93,7 @@ def test_large_views_are_shown_as_they_are_and_grey_ones_in_grey():
 def test_titles_stand_above_their_columns(monkeypatch):
     titles = []
     monkeypatch.setattr(
-        "hf_vlm.viz.draw.captioned",
+        "hf_vlm.viz.sheets.captioned",
         lambda picture, text, **options: titles.append(text) or captioned(picture, text, **options),
     )
     view_sheet([drawn_image(local_views=[noise(40, 48, 3)], boxes=[(0, 0, 9, 9)] * 3)] * 2)

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hf_vlm.viz.draw import class_color, contact_sheet, render_detections, side_by_side
+from hf_vlm.viz.detections import render_detections
+from hf_vlm.viz.sheets import class_color, contact_sheet, side_by_side
 
 BACKGROUND = (10, 20, 30)
 

@@ -9,24 +9,18 @@ import pytest
 import torch
 from PIL import Image
 
+from hf_vlm.data.images import first_images, images_at
 from hf_vlm.data.io.decode import decode_image
 from hf_vlm.data.sources import open_source
-from hf_vlm.deploy.embed import (
-    embed_images,
-    first_images,
-    images_at,
-    plot_feature_maps,
-    plot_neighbors,
-    plot_stored_neighbors,
-)
+from hf_vlm.features.embedding import embed_images
 from hf_vlm.features.extraction import encode, write_features
 from hf_vlm.features.maps import feature_maps
 from hf_vlm.features.neighbors import find_neighbors
 from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
-from hf_vlm.viz.map_sheet import map_sheet
-from hf_vlm.viz.neighbor_sheet import neighbor_sheet
+from hf_vlm.viz.map_sheet import map_sheet, plot_feature_maps
+from hf_vlm.viz.neighbor_sheet import neighbor_sheet, plot_neighbors, plot_stored_neighbors
 
 NUM_IMAGES = 7
 
@@ -121,7 +115,7 @@ def test_maps_are_those_of_the_images(encoder, processor, arrays):
     for options in ({}, {"foreground": True}, {"patch": (1, 5)}):
         expected = map_sheet(arrays[:2], feature_maps(encoder, pixels, **options))
         np.testing.assert_array_equal(plot_feature_maps(encoder, arrays[:2], processor, **options), expected)
-    with pytest.raises(ValueError, match="no image to draw"):
+    with pytest.raises(ValueError, match="no image to plot"):
         plot_feature_maps(encoder, [], processor)
 
 

@@ -1,0 +1,137 @@
+"""Object detection: boxes with classes, evaluated by COCO's metrics."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from hf_vlm.data.source import Source
+from hf_vlm.data.stream import ExampleStream
+from hf_vlm.data.transforms.collate import collate_detection
+from hf_vlm.data.transforms.detection import DetectionTransform
+from hf_vlm.metrics import coco_detection_metrics
+from hf_vlm.models.image_processing_detection import VLMViTDetectionImageProcessor
+from hf_vlm.tasks.task import Collate, Evaluation, Task
+
+__all__ = ["DETECTION", "evaluate_detection", "predict_detection"]
+
+MAX_DETECTIONS = 100  # COCO counts no more; kept boxes bound the memory
+
+
+def class_names(source: Source) -> list[str]:
+    """The classes of the boxes; ValueError for data without boxes."""
+    if source.object_names is None:
+        raise ValueError(f"{source.name} has no boxes in split {source.split!r}: detection needs images with boxes.")
+    return source.object_names
+
+
+def detection_transform(
+    processor: VLMViTDetectionImageProcessor,
+    *,
+    train: bool,
+    class_names: Sequence[str],
+    augmentation: dict[str, Any] | None = None,
+) -> DetectionTransform:
+    """The transform that prepares images as the processor of a detector does."""
+    return DetectionTransform.from_dict(
+        augmentation or {},
+        size=(processor.size["height"], processor.size["width"]),
+        train=train,
+        image_mean=processor.image_mean,
+        image_std=processor.image_std,
+        num_channels=len(processor.image_mean),
+        num_classes=len(class_names),
+    )
+
+
+def collate(**_: Any) -> Collate:
+    """Images stacked, labels one dict per image."""
+    return collate_detection
+
+
+@torch.inference_mode()
+def predict_detection(
+    model: nn.Module, stream: ExampleStream, processor: VLMViTDetectionImageProcessor, *, batch_size: int = 32
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Predictions and references of every image of a stream, as `coco_detection_metrics` takes them, in pixels."""
+    was_training, device = model.training, next(model.parameters()).device
+    model.eval()
+    predictions, references = [], []
+    loader = DataLoader(stream, batch_size=batch_size, collate_fn=collate_detection)
+    for batch in tqdm(loader, desc="Evaluating", leave=False, disable=stream.rank != 0):
+        outputs = model(pixel_values=batch["pixel_values"].to(device))
+        sizes = [(int(height), int(width)) for height, width in (labels["orig_size"] for labels in batch["labels"])]
+        found = processor.post_process_object_detection(
+            outputs, threshold=0.0, target_sizes=sizes, max_detections=MAX_DETECTIONS
+        )
+        predictions += [{name: value.cpu() for name, value in image.items()} for image in found]
+        references += [_reference(labels, size) for labels, size in zip(batch["labels"], sizes)]
+    model.train(was_training)
+    return predictions, references
+
+
+def _reference(labels: dict[str, Tensor], size: tuple[int, int]) -> dict[str, Any]:
+    centre, extent = labels["boxes"].cpu().split(2, dim=-1)
+    corners = torch.cat([centre - extent / 2, centre + extent / 2], dim=-1)  # (n, 4) in 0..1
+    height, width = size
+    return {
+        "boxes": corners * torch.tensor([width, height, width, height]),
+        "labels": labels["class_labels"].cpu(),
+        "area": labels["area"].cpu(),
+        "iscrowd": labels["iscrowd"].cpu(),
+    }
+
+
+def evaluate_detection(
+    model: nn.Module,
+    stream: ExampleStream,
+    processor: VLMViTDetectionImageProcessor,
+    *,
+    class_names: Sequence[str],
+    batch_size: int = 32,
+    per_class: bool = False,
+    fit_stream: ExampleStream | None = None,
+) -> Evaluation:
+    """COCO's metrics over a stream, gathered from all ranks; ValueError for a stream without images."""
+    predictions, references = predict_detection(model, stream, processor, batch_size=batch_size)
+    if stream.world_size > 1:
+        predictions, references = gather_object(predictions), gather_object(references)
+    return Evaluation(
+        metrics=coco_detection_metrics(predictions, references, class_names=class_names, per_class=per_class)
+    )
+
+
+def post_process(
+    processor: VLMViTDetectionImageProcessor, outputs: Any, *, threshold: float, sizes: Sequence[tuple[int, int]]
+) -> list[dict[str, Tensor]]:
+    """Boxes in pixels, scores and labels of each image."""
+    return processor.post_process_object_detection(outputs, threshold=threshold, target_sizes=sizes)
+
+
+DETECTION = Task(
+    name="object-detection",
+    class_names=class_names,
+    transform=detection_transform,
+    collate=collate,
+    evaluate=evaluate_detection,
+    post_process=post_process,
+    headline={"ap": "AP", "ap50": "AP50"},
+    metric_names={
+        "ap/": "AP",
+        "ap": "AP (IoU 0.50:0.95)",
+        "ap50": "AP50",
+        "ap75": "AP75",
+        "ap_small": "AP, small objects (under 32 x 32 pixels)",
+        "ap_medium": "AP, medium objects",
+        "ap_large": "AP, large objects (96 x 96 pixels and more)",
+        "ar_1": "AR, 1 detection per image",
+        "ar_10": "AR, 10 detections",
+        "ar_100": "AR, 100 detections",
+    },
+    recipes={"nano": "detection/vit_nano_cpu.yaml", "small": "detection/vit_small.yaml"},
+    card="detector.md",
+)

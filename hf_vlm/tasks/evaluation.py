@@ -1,0 +1,65 @@
+"""Evaluation of a saved model on a split of a source, whatever its task."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_vlm.data.source import Source
+from hf_vlm.data.sources import open_source
+from hf_vlm.data.stream import ExampleStream
+from hf_vlm.features.device import to_best_device
+from hf_vlm.features.loading import load_model
+from hf_vlm.tasks import TASKS
+from hf_vlm.tasks.task import Evaluation
+
+__all__ = ["check_class_names", "eval_stream", "evaluate_run"]
+
+
+def evaluate_run(
+    run_dir: str | Path,
+    data: str,
+    split: str,
+    *,
+    format: str | None = None,
+    num_examples: int | None = None,
+    max_bad_fraction: float = 0.01,
+) -> Evaluation:
+    """What a model's folder is worth on a split of a source: the metrics of its task, also by class.
+
+    Raises:
+        ValueError: The folder holds no model, the data lack what its task needs or have other classes, or more than
+            `max_bad_fraction` of the images cannot be read.
+    """
+    loaded = load_model(run_dir)
+    task = TASKS[loaded.entry.task]
+    streams = {}
+    for name in ("train", split) if task.fits_on_train else (split,):
+        source = open_source(data, name, format=format, num_samples=num_examples)
+        names = task.class_names(source)
+        if not task.fits_on_train:
+            check_class_names(source, names, loaded.class_names, f"the model {run_dir}")
+        transform = task.transform(loaded.processor, train=False, class_names=names)
+        streams[name] = eval_stream(source, transform, max_bad_fraction=max_bad_fraction)
+    return task.evaluate(
+        to_best_device(loaded.model),
+        streams[split],
+        loaded.processor,
+        class_names=names,
+        per_class=True,
+        fit_stream=streams["train"] if task.fits_on_train else None,
+    )
+
+
+def check_class_names(source: Source, found: Sequence[str], expected: Sequence[str], owner: str) -> None:
+    """ValueError where the classes of the data are not the expected ones of their owner, in their order."""
+    if list(found) != list(expected):
+        raise ValueError(
+            f"Split {source.split!r} of {source.name} has the classes {list(found)}, but {owner} has {list(expected)}."
+        )
+
+
+def eval_stream(source: Source, transform: Any, *, max_bad_fraction: float, **ranks: int) -> ExampleStream:
+    """All examples of a source once, in their order; `rank` and `world_size` where there are several."""
+    return ExampleStream(
+        source.dataset, transform, shuffle=False, repeat=False, max_bad_fraction=max_bad_fraction, **ranks
+    )

@@ -1,0 +1,163 @@
+"""A recipe: flat YAML whose keys are TrainingArguments' names and ours, read strictly."""
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hf_vlm.training.arguments import VisionTrainingArguments
+
+__all__ = ["check_recipe", "find_recipe", "load_recipe", "parse_arguments", "shipped_folder"]
+
+RUN_LENGTHS = ("max_steps", "images_to_see")
+RENAMED_KEYS = {"data_kind": "format", "max_bad_share": "max_bad_fraction"}  # of recipes of version 0.1
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML 1.2's numbers and booleans: PyYAML takes 1e-4 for a string, and `save_strategy: no` for false."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^([Tt]rue|[Ff]alse)$"), list("TtFf"))
+_RecipeLoader.add_implicit_resolver(  # after int, whose pattern this one matches as well
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?$"), list("-+.0123456789")
+)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Reads a recipe and applies `--key value` overrides (`--key.sub value` inside a dictionary).
+
+    Raises:
+        ValueError: if the file is missing or not flat YAML, a key is unknown (the nearest one is named), or a value
+            has the wrong type.
+    """
+    path = find_recipe(path)
+    try:
+        recipe = yaml.load(path.read_text(), _RecipeLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"Recipe {path} is not valid YAML: {error}") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"Recipe {path} must be a mapping of keys to values.")
+    for key, value in parse_overrides(overrides):
+        name, _, sub_key = key.partition(".")
+        if sub_key:
+            if not isinstance(recipe.get(name) or {}, dict):
+                raise ValueError(f"--{key}: {name} is no mapping in {path}, but {recipe[name]!r}.")
+            recipe[name] = {**(recipe.get(name) or {}), sub_key: value}
+        else:
+            if name in RUN_LENGTHS:  # one replaces the other
+                recipe = {key: kept for key, kept in recipe.items() if key not in RUN_LENGTHS}
+            recipe[name] = value
+    return check_recipe(recipe, str(path))
+
+
+def find_recipe(path: str | Path) -> Path:
+    """A recipe's file: as given, or among the recipes that come with the package."""
+    path = Path(path)
+    shipped = shipped_folder("recipes")
+    for candidate in (path, shipped / path, shipped.parent / path):
+        if candidate.is_file():
+            return candidate
+    known = sorted(str(p.relative_to(shipped)) for p in shipped.glob("*/*.yaml") if p.parent.name != "accelerate")
+    raise ValueError(f"There is no recipe {path}. Give a YAML file or one of: {', '.join(known)}.")
+
+
+def shipped_folder(name: str) -> Path:
+    """A folder that comes with the package: inside an installed one, or beside it in a source checkout."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / name
+    return inside if inside.is_dir() else package.parent / name
+
+
+def parse_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
+    """Turns `--key value` and `--key=value` words into pairs; values are read as YAML, or else are plain text.
+
+    Raises:
+        ValueError: A value is missing, or is no YAML though its key takes no text.
+    """
+    pairs = []
+    remaining = list(words)
+    while remaining:
+        word = remaining.pop(0)
+        if not word.startswith("--"):
+            raise ValueError(f"Expected --key value, but found {word!r}.")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            if not remaining or remaining[0].startswith("--"):
+                raise ValueError(f"--{key} needs a value.")
+            value = remaining.pop(0)
+        key = key.replace("-", "_")
+        pairs.append((key, _read_value(key, value)))
+    return pairs
+
+
+def _read_value(key: str, text: str) -> Any:
+    try:
+        return yaml.load(text, _RecipeLoader)
+    except yaml.YAMLError as error:  # as of *.parquet, where YAML takes the star for a sign of its own
+        hint = typing.get_type_hints(VisionTrainingArguments).get(key, Any)  # Any for what a dictionary holds
+        options = (hint,) if isinstance(hint, types.GenericAlias) else (hint, *typing.get_args(hint))
+        if Any in options or str in options:
+            return text
+        raise ValueError(f"--{key} takes no text, and {text!r} is not valid YAML: {error}") from error
+
+
+def check_recipe(recipe: dict[str, Any], where: str) -> dict[str, Any]:
+    """Checks keys and value types of a recipe and returns it with numbers of the declared type."""
+    hints = typing.get_type_hints(VisionTrainingArguments)
+    known = [f.name for f in fields(VisionTrainingArguments) if f.init]
+    for key in recipe:
+        if key not in known:
+            if key in RENAMED_KEYS:
+                raise ValueError(f"The key {key!r} in {where} is now called {RENAMED_KEYS[key]!r}.")
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"Unknown key {key!r} in {where}.{hint}")
+    return {key: _checked(key, value, hints[key], where) for key, value in recipe.items()}
+
+
+def _checked(key: str, value: Any, hint: Any, where: str) -> Any:
+    """Checks plain types and ours: what TrainingArguments declares as richer, it checks itself."""
+    if key == "data" and isinstance(value, int | float):  # a folder named by a year
+        return str(value)
+    if typing.get_origin(hint) is dict and key in VisionTrainingArguments.__annotations__:
+        if not isinstance(value, dict):
+            raise ValueError(f"{key} in {where} must be a mapping, but is {value!r}.")
+        return value
+    if key == "image_size":
+        sides = [value] if isinstance(value, int) else value
+        if not isinstance(sides, list | tuple) or len(sides) not in (1, 2) or not all(map(_is_size, sides)):
+            raise ValueError(f"image_size in {where} must be a number of pixels or [height, width], but is {value!r}.")
+        return value if len(sides) == 2 else sides[0]
+    options = set(typing.get_args(hint)) - {type(None)} or {hint}
+    plain = options & {int, float, bool, str}
+    if value is None or plain != options:
+        return value
+    if float in plain and isinstance(value, int) and not isinstance(value, bool):
+        return value if int in plain else float(value)
+    if type(value) in plain:
+        return value
+    names = " or ".join(sorted(option.__name__ for option in plain))
+    raise ValueError(f"{key} in {where} must be {names}, but is {value!r}.")
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def parse_arguments(recipe: dict[str, Any]) -> VisionTrainingArguments:
+    """Builds the arguments of a checked recipe; a value that TrainingArguments refuses is a ValueError."""
+    try:
+        return VisionTrainingArguments(**recipe)
+    except (TypeError, ImportError) as error:
+        raise ValueError(f"The recipe cannot be used: {error}") from error

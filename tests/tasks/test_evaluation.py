@@ -1,0 +1,68 @@
+"""Saved models of every task are evaluated from their folders; what does not fit is refused."""
+
+import itertools
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
+from hf_vlm.models.modeling_vlm_vit import VLMViTModel
+from hf_vlm.registry import MODELS
+from hf_vlm.tasks import TASKS, TRAINABLE_TASKS
+from hf_vlm.tasks.evaluation import evaluate_run
+from hf_vlm.training.recipe import load_recipe, shipped_folder
+
+METRICS = {name + part for name in ("knn", "linear") for part in ("", "_class", "_both")}
+ENCODER = {"image_size": 48, "patch_size": 16, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def test_every_row_has_a_task_with_recipes_and_a_card():
+    assert {entry.task for entry in MODELS} == {*TASKS, "pretraining"}
+    for task in TASKS.values():
+        assert (shipped_folder("model_cards") / task.card).is_file()
+        for preset, recipe in task.recipes.items():
+            values = load_recipe(recipe)
+            assert values["encoder_preset"] == preset
+            assert next(row.task for row in MODELS if row.name == values["method"]) == task.name
+    assert all(TASKS[name].headline and TASKS[name].post_process for name in TRAINABLE_TASKS)
+
+
+def test_an_encoder_is_evaluated_from_its_folder(tmp_path, processor):
+    VLMViTModel(VLMViTConfig(**ENCODER)).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    assert set(evaluate_run(tmp_path, "scenes:easy", "test", num_examples=20).metrics) == METRICS
+
+
+def test_classes_of_the_data_must_be_those_of_the_detector(tmp_path, detector, processor):
+    detector.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has the classes"):
+        evaluate_run(tmp_path, "scenes:easy", "test", num_examples=2)
+    with pytest.raises(ValueError, match="neither a folder with a model"):
+        evaluate_run(tmp_path / "nothing", "scenes:easy", "test")
+
+
+def test_a_detector_without_some_weights_is_refused(tmp_path, detector, processor):
+    detector.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if not name.startswith("class_head")}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"lacks {len(weights) - len(kept)} of the model's weights"):
+        evaluate_run(tmp_path, "scenes:easy", "test", num_examples=2)
+
+
+def test_as_many_unreadable_images_as_allowed_are_skipped(tmp_path, processor):
+    VLMViTModel(VLMViTConfig(**ENCODER)).save_pretrained(tmp_path / "encoder")
+    processor.save_pretrained(tmp_path / "encoder")
+    for split, name in itertools.product(("train", "test"), "ab"):
+        folder = tmp_path / "images" / split / name
+        folder.mkdir(parents=True)
+        for index in range(4):
+            Image.new("RGB", (32, 32), (60 * index, 0, 255 * (name == "a"))).save(folder / f"{index}.png")
+        (folder / "broken.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="2 of 10 images could not be decoded"):
+        evaluate_run(tmp_path / "encoder", str(tmp_path / "images"), "test")
+    evaluation = evaluate_run(tmp_path / "encoder", str(tmp_path / "images"), "test", max_bad_fraction=0.2)
+    assert set(evaluation.metrics) == METRICS
