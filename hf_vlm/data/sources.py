@@ -220,6 +220,7 @@ def _open_hub(source: str, split: str, *, num_samples: int | None, name: str | N
         map=columns,
         label=_declared(features, columns, "label", source),
         category=_declared(features, columns, "objects", source),
+        source=source,
     )
     declared = (stream.info.splits or {}).get(str(stream.split))
     if num_samples is not None:

@@ -389,7 +389,7 @@ def test_parquet_mistakes_are_named(tmp_path):
         open_source(tmp_path / "label.parquet")
     uneven = {"bbox": [[0.0, 0.0, 2.0, 2.0]], "category": [0, 1]}
     write_parquet(tmp_path / "uneven.parquet", {"image": [png(0)], "objects": [uneven]})
-    with pytest.raises(ValueError, match="1 rows have not as many categories as boxes: row 0"):
+    with pytest.raises(ValueError, match="1 rows have not one category per box: row 0"):
         open_source(tmp_path / "uneven.parquet")
     short = {"bbox": [[0.0, 2.0, 2.0]], "category": [0]}
     write_parquet(tmp_path / "short.parquet", {"image": [png(0)], "objects": [short]})
@@ -562,8 +562,14 @@ def change(content, key, index, **values):
     [
         (change(make_coco(), "annotations", 2, category_id=3), r"1 annotations have a category_id .* ids 3"),
         (change(make_coco(), "annotations", 0, image_id=1), r"1 annotations have a image_id .* ids 1"),
-        (change(make_coco(), "annotations", 4, bbox=None), r"1 annotations have no bbox of four numbers.* ids 5"),
-        (change(make_coco(), "annotations", 4, bbox=[1, 2, 3]), r"1 annotations have no bbox of four numbers"),
+        (
+            change(make_coco(), "annotations", 4, bbox=None),
+            r"a\.json: 1 objects .*: annotation 5 has no bbox",
+        ),
+        (
+            change(make_coco(), "annotations", 4, bbox=[1, 2, 3]),
+            r"annotation 5 has the bbox \[1, 2, 3\]; it needs",
+        ),
         (change(make_coco(), "images", 1, id=50), r"1 image ids are used more than once: 50"),
         (change(make_coco(), "images", 1, id=None), r"every image needs 'id' and 'file_name'; one has file_name"),
         (change(make_coco(), "images", 1, file_name="x/no.png"), r"1 of 10 images are missing in .*: x/no\.png"),

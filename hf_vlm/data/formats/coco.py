@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from hf_vlm.data.formats.boxed_images import Boxes, boxed_images_source, existing_paths
+from hf_vlm.data.formats.annotations import normalise_objects
+from hf_vlm.data.formats.boxed_images import BoxedImages, boxed_images_source
 from hf_vlm.data.formats.splits import canonical_split, choose_split, describe_folder, group_by_split
-from hf_vlm.data.io.files import can_list, exists, is_folder, read_bytes
+from hf_vlm.data.io.files import can_list, existing_paths, exists, is_folder, read_bytes
 from hf_vlm.data.io.messages import summarise
 from hf_vlm.data.source import Source
 
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 Record = dict[str, Any]
 
 ROBOFLOW_NAME = "_annotations.coco.json"
+FIELDS = {"bbox": "bbox", "category": "category_id", "area": "area", "iscrowd": "iscrowd"}
 
 
 def open_coco(source: Path, split: str, *, num_samples: int | None = None) -> Source:
@@ -137,7 +139,7 @@ def _image_folders(file: Path, root: Path, split: str) -> Iterator[Path]:
     yield base
 
 
-def _boxes(content: Record, file: Path) -> Boxes:
+def _boxes(content: Record, file: Path) -> BoxedImages:
     annotations = content["annotations"]
     names, category_of = _categories(content["categories"], {item.get("category_id") for item in annotations}, file)
     row_of = {image["id"]: row for row, image in enumerate(content["images"])}
@@ -148,19 +150,15 @@ def _boxes(content: Record, file: Path) -> Boxes:
                 f"{file}: {len(unknown)} annotations have a {key} that the json does not list: ids "
                 f"{summarise(unknown)}"
             )
-    boxes = _coordinates(annotations, file)
+
+    def name_of(index: int) -> str:
+        return f"annotation {annotations[index].get('id')}"
+
+    objects = normalise_objects(annotations, FIELDS, file, name_of=name_of)
+    objects["category"] = [category_of[category] for category in objects["category"]]
     rows = np.array([row_of[item["image_id"]] for item in annotations])
     sizes = np.array([[image.get("width") or np.inf, image.get("height") or np.inf] for image in content["images"]])
-    return Boxes(
-        class_names=names,
-        rows=rows,
-        boxes=boxes,
-        categories=np.array([category_of[item["category_id"]] for item in annotations]),
-        sizes=sizes[rows],
-        name_of=lambda index: f"annotation {annotations[index].get('id')}",
-        areas=np.array([item.get("area") or box[2] * box[3] for item, box in zip(annotations, boxes)]),
-        crowds=np.array([item.get("iscrowd", 0) for item in annotations]),
-    )
+    return BoxedImages(names, objects, rows, sizes[rows], name_of)
 
 
 def _categories(categories: Sequence[Record], used: set[Any], file: Path) -> tuple[list[str], dict[Any, int]]:
@@ -183,18 +181,3 @@ def _categories(categories: Sequence[Record], used: set[Any], file: Path) -> tup
     if repeated:
         raise ValueError(f"{file}: {len(repeated)} names of categories are used more than once: {summarise(repeated)}")
     return names, {category["id"]: index for index, category in enumerate(categories)}
-
-
-def _coordinates(annotations: Sequence[Record], file: Path) -> np.ndarray[Any, Any]:
-    boxes = [item.get("bbox") for item in annotations]
-    wrong = [
-        item.get("id")
-        for item, box in zip(annotations, boxes)
-        if not (isinstance(box, list) and len(box) == 4 and all(isinstance(side, int | float) for side in box))
-    ]
-    if wrong:
-        raise ValueError(
-            f"{file}: {len(wrong)} annotations have no bbox of four numbers, x, y, width, height: ids "
-            f"{summarise(wrong)}"
-        )
-    return np.array(boxes, dtype=np.float64).reshape(-1, 4)

@@ -10,6 +10,7 @@ import datasets
 import numpy as np
 
 from hf_vlm.data.boxes import clean_boxes
+from hf_vlm.data.formats.annotations import Objects, normalise_objects, select_objects
 from hf_vlm.data.io.files import join
 from hf_vlm.data.io.messages import summarise
 from hf_vlm.data.schema import image_feature, objects_feature
@@ -146,6 +147,7 @@ class RowReader:
     map: ColumnMap
     label: Categories | None = None
     category: Categories | None = None
+    source: str = "the source"  # for messages
     folder: str | None = None  # that relative paths of images start from
     cleans_boxes: bool = False
 
@@ -168,7 +170,7 @@ class RowReader:
         if self.label is not None:
             example["label"] = self.label.index(row[columns["label"]])
         if self.category is not None:
-            example["objects"] = self._objects(row)
+            example["objects"] = self._objects(row, example["image_id"])
         for name in ("mask", "instance_mask"):
             if name in columns:
                 example[name] = self._encoded(row[columns[name]])
@@ -190,28 +192,18 @@ class RowReader:
         content = example["image"]["bytes"] or str(example["image"]["path"]).encode()
         return int.from_bytes(hashlib.blake2b(content, digest_size=7).digest(), "big")
 
-    def _objects(self, row: Row) -> Row:
+    def _objects(self, row: Row, image_id: int) -> Objects:
         assert self.category is not None
-        stored, names = row[self.map.columns["objects"]] or [], self.map.objects
-        if isinstance(stored, list):
-            stored = {name: [item[name] for item in stored] for name in names.values()}
-        boxes = stored[names["bbox"]] or []
-        categories = [self.category.index(value) for value in stored[names["category"]] or []]
-        areas = stored[names["area"]] if "area" in names else None
-        crowds = stored[names["iscrowd"]] if "iscrowd" in names else None
-        objects = {
-            "bbox": boxes,
-            "category": categories,
-            "area": [width * height for _, _, width, height in boxes] if areas is None else areas,
-            "iscrowd": [0] * len(boxes) if crowds is None else [int(crowd) for crowd in crowds],
-        }
-        return self._clean(objects, row) if self.cleans_boxes and boxes else objects
+        location = f"{self.source}, " + (f"row {row[POSITION]}" if POSITION in row else f"image_id {image_id}")
+        objects = normalise_objects(row[self.map.columns["objects"]], self.map.objects, location)
+        objects["category"] = [self.category.index(value) for value in objects["category"]]
+        return self._clean(objects, row) if self.cleans_boxes and objects["bbox"] else objects
 
-    def _clean(self, objects: Row, row: Row) -> Row:
+    def _clean(self, objects: Objects, row: Row) -> Objects:
         columns = self.map.columns
-        width, height = (row[columns[side]] if side in columns else np.inf for side in ("width", "height"))
+        width, height = (row.get(columns.get(side, "")) or np.inf for side in ("width", "height"))
         _, keep = clean_boxes(np.array(objects["bbox"], dtype=np.float64), width=width, height=height)
-        return {name: [value for value, kept in zip(values, keep) if kept] for name, values in objects.items()}
+        return select_objects(objects, np.flatnonzero(keep).tolist())
 
 
 def read_categories(feature: Any) -> Categories | None:

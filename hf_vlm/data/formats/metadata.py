@@ -5,7 +5,8 @@ import io
 import json
 import logging
 import posixpath
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from hf_vlm.data.formats.checks import check_boxes
+from hf_vlm.data.formats.annotations import OBJECT_FIELDS, check_boxes, check_labels, normalise_objects
 from hf_vlm.data.formats.columns import (
     COLUMN_NAMES,
     POSITION,
@@ -80,7 +81,9 @@ def metadata_source(
     label = _check_labels(rows.values(), named, columns, source)
     named = named[:num_samples]
     category, is_clean = _check_objects(rows.values(), named, columns, source)
-    reader = RowReader(map=columns, label=label, category=category, cleans_boxes=not is_clean)
+    reader = RowReader(
+        map=replace(columns, objects=OBJECT_FIELDS), label=label, category=category, cleans_boxes=not is_clean
+    )
     empty = dict.fromkeys(columns.source_names)
     examples = [reader({POSITION: position, **empty, **row}) for position, row in enumerate(named)]
     table = pa.Table.from_pylist(examples, schema=reader.features.arrow_schema)
@@ -193,14 +196,14 @@ def _check_labels(rows: Collection[Row], named: Sequence[Row], columns: ColumnMa
     if name is None:
         return None
     categories = make_categories([row[name] for row in rows if row.get(name) is not None])
-    unknown = [row for row in named if categories.index(row.get(name)) < 0]
-    if len(unknown) == len(named):
-        logger.warning("%s: no row has a label in the column %r; it is left out", source, name)
-        return None
-    if unknown:
-        places = summarise(f"{row.get(name)} in {row[ROW_LOCATION]}" for row in unknown)
-        raise ValueError(f"{source}: {len(unknown)} labels are none of the {len(categories.names)} classes: {places}")
-    return categories
+    has_labels = check_labels(
+        np.array([categories.index(row.get(name)) >= 0 for row in named]),
+        class_names=categories.names,
+        name_of=lambda index: f"{named[index].get(name)} in {named[index][ROW_LOCATION]}",
+        column=name,
+        source=source,
+    )
+    return categories if has_labels else None
 
 
 def _check_objects(
@@ -209,15 +212,15 @@ def _check_objects(
     """The categories, None where there are no objects; and whether nothing remains to be dropped."""
     if "objects" not in columns.columns:
         return None, True
-    name, fields = columns.columns["objects"], columns.objects
+    name = columns.columns["objects"]
     for row in rows:
-        row[name] = _objects(row, columns)
-    values = [value for row in rows for value in row[name][fields["category"]]]
+        row[name] = normalise_objects(row.get(name), columns.objects, row[ROW_LOCATION])
+    values = [value for row in rows for value in row[name]["category"]]
     if not values:
         logger.warning("%s: no row has an object; the column %r is left out", source, name)
         return None, True
     categories = make_categories(values)
-    found = [(row, *pair) for row in named for pair in zip(row[name][fields["bbox"]], row[name][fields["category"]])]
+    found = [(row, *pair) for row in named for pair in zip(row[name]["bbox"], row[name]["category"])]
     width, height = (
         np.array([row.get(columns.columns.get(side, "")) or np.inf for row, _, _ in found], dtype=np.float64)
         for side in ("width", "height")
@@ -232,22 +235,3 @@ def _check_objects(
         source=source,
     )
     return categories, bool(keep.all())
-
-
-def _objects(row: Mapping[str, Any], columns: ColumnMap) -> dict[str, list[Any]]:
-    """The objects of a row as lists of equal lengths, under the names they have in the metadata."""
-    stored, names = row.get(columns.columns["objects"]) or [], columns.objects
-    if isinstance(stored, list):
-        objects = {name: [item.get(name) for item in stored] for name in names.values()}
-    else:
-        objects = {name: stored.get(name) or [] for name in names.values()}
-    numbers = {name: len(values) for name, values in objects.items()}
-    if len(set(numbers.values())) > 1:
-        raise ValueError(f"{row[ROW_LOCATION]}: an object needs one each of its fields; there are {numbers}")
-    empty = [name for name, values in objects.items() if None in values]
-    if empty:
-        raise ValueError(f"{row[ROW_LOCATION]}: an object has no {summarise(empty)}, which others have")
-    for box in objects[names["bbox"]]:
-        if not (isinstance(box, list) and len(box) == 4 and all(isinstance(side, int | float) for side in box)):
-            raise ValueError(f"{row[ROW_LOCATION]}: a box must be four numbers, x, y, width, height, and not {box}")
-    return objects

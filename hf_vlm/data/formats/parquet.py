@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from hf_vlm.data.formats.checks import check_boxes
+from hf_vlm.data.formats.annotations import check_boxes, check_labels
 from hf_vlm.data.formats.columns import (
     POSITION,
     Categories,
@@ -60,7 +60,14 @@ def open_parquet(source: Path | Sequence[Path], split: str, *, num_samples: int 
     columns = _without_repeated_ids(files, find_columns(files.features, name), name)
     label = _check_labels(files, splits, columns, name)
     category, is_clean = _check_objects(files, splits, columns, name)
-    reader = RowReader(map=columns, label=label, category=category, folder=str(root), cleans_boxes=not is_clean)
+    reader = RowReader(
+        map=columns,
+        label=label,
+        category=category,
+        source=name,
+        folder=str(root),
+        cleans_boxes=not is_clean,
+    )
     rows = generated_stream(_read_rows, parts=parts, leaves=files.leaves(columns))
     examples = rows.map(reader, remove_columns=[POSITION, *columns.source_names], features=reader.features)
     return Source(dataset=examples, num_examples=sum(count for *_, count in parts))
@@ -217,14 +224,14 @@ def _check_labels(
     categories = read_categories(files.features[name])
     if categories is None:
         categories = make_categories(pc.unique(_files_with(name, splits).column(name)).drop_null().to_pylist())
-    unknown = np.flatnonzero(~_is_known(values, categories))
-    if len(unknown) == len(values):
-        logger.warning("%s: no row has a label in the column %r; it is left out", source, name)
-        return None
-    if len(unknown):
-        rows = summarise(f"{values[row]} in row {row}" for row in unknown.tolist())
-        raise ValueError(f"{source}: {len(unknown)} labels are none of the {len(categories.names)} classes: {rows}")
-    return categories
+    has_labels = check_labels(
+        _is_known(values, categories),
+        class_names=categories.names,
+        name_of=lambda row: f"{values[row]} in row {row}",
+        column=name,
+        source=source,
+    )
+    return categories if has_labels else None
 
 
 def _check_objects(
@@ -239,20 +246,17 @@ def _check_objects(
     if not len(boxes):
         logger.warning("%s: no row has an object; the column %r is left out", source, name)
         return None, True
-    unequal = np.flatnonzero(counts != category_counts)
-    if len(unequal):
-        examples = summarise(f"row {row}" for row in unequal.tolist())
-        raise ValueError(f"{source}: {len(unequal)} rows have not as many categories as boxes: {examples}")
+    _check_counts(counts, category_counts, columns.objects["category"], source)
+    for field in {"area", "iscrowd"} & columns.objects.keys():
+        _, field_counts = files.object_field(columns, field)
+        _check_counts(counts, np.where(field_counts == 0, counts, field_counts), columns.objects[field], source)
     feature = object_fields(files.features[name])[columns.objects["category"]]
     categories = read_categories(feature)
     if categories is None:
         everything, _ = _files_with(name, splits).object_field(columns, "category")
         categories = make_categories(pc.unique(everything).drop_null().to_pylist())
     rows = np.repeat(np.arange(len(counts)), counts)
-    width, height = (
-        files.column(columns.columns[side]).to_numpy(zero_copy_only=False)[rows] if side in columns.columns else np.inf
-        for side in ("width", "height")
-    )
+    width, height = (_sides(files, columns.columns.get(side), len(counts))[rows] for side in ("width", "height"))
     keep = check_boxes(
         _as_boxes(boxes, rows, source),
         np.array([categories.index(value) for value in values.to_pylist()]),
@@ -265,6 +269,22 @@ def _check_objects(
     return categories, bool(keep.all())
 
 
+def _sides(files: _Files, name: str | None, num_rows: int) -> Array:
+    """Widths or heights of the images in pixels, (num_rows,); infinity where they are not known."""
+    if name is None:
+        return np.full(num_rows, np.inf)
+    sides = pc.fill_null(files.column(name), 0).to_numpy(zero_copy_only=False).astype(np.float64)
+    return np.where(sides > 0, sides, np.inf)
+
+
+def _check_counts(num_boxes: Array, num_values: Array, field: str, source: object) -> None:
+    """Refuse rows of which a list is not as long as that of the boxes."""
+    unequal = np.flatnonzero(num_boxes != num_values).tolist()
+    if unequal:
+        examples = summarise(f"row {row}" for row in unequal)
+        raise ValueError(f"{source}: {len(unequal)} rows have not one {field} per box: {examples}")
+
+
 def _is_known(values: pa.Array, categories: Categories) -> Array:
     if categories.index_of is not None:
         return pc.is_valid(values).to_numpy(zero_copy_only=False)
@@ -274,7 +294,11 @@ def _is_known(values: pa.Array, categories: Categories) -> Array:
 
 def _as_boxes(boxes: pa.Array, rows: Array, source: object) -> Array:
     lengths = pc.fill_null(pc.list_value_length(boxes), 0).to_numpy(zero_copy_only=False)
-    wrong = np.flatnonzero(lengths != 4)
+    is_short = lengths != 4
+    # A side may be null, too.
+    sides = pc.list_parent_indices(boxes).filter(pc.is_null(boxes.flatten()))
+    is_short[sides.to_numpy(zero_copy_only=False)] = True
+    wrong = np.flatnonzero(is_short)
     if len(wrong):
         examples = summarise(f"{boxes[index].as_py()} in row {rows[index]}" for index in wrong.tolist())
         raise ValueError(f"{source}: {len(wrong)} boxes are not four numbers, x, y, width, height: {examples}")

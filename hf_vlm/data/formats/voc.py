@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hf_vlm.data.formats.boxed_images import Boxes, boxed_images_source, map_files
+from hf_vlm.data.formats.annotations import OBJECT_FIELDS, normalise_objects
+from hf_vlm.data.formats.boxed_images import BoxedImages, boxed_images_source
 from hf_vlm.data.formats.imagefolder import IMAGE_EXTENSIONS, find_images
 from hf_vlm.data.formats.splits import CANONICAL, canonical_split, choose_split, describe_folder, group_by_split
-from hf_vlm.data.io.files import read_bytes
+from hf_vlm.data.io.files import map_files, read_bytes
 from hf_vlm.data.io.messages import summarise
 from hf_vlm.data.source import Source
 
@@ -59,14 +60,16 @@ def open_voc(source: Path, split: str, *, num_samples: int | None = None) -> Sou
     names = sorted({item.name for image in parsed.values() for item in image.objects})
     paths = _find_images(files, every, source)[:num_samples]
     found = [(row, file, item) for row, file in enumerate(files) for item in parsed[file].objects]
-    boxes = Boxes(
+    index_of = {name: index for index, name in enumerate(names)}
+    stored = [
+        {"bbox": item.box, "category": index_of[item.name], "iscrowd": item.is_difficult} for _, _, item in found
+    ]
+    boxes = BoxedImages(
         class_names=names,
+        objects=normalise_objects(stored, OBJECT_FIELDS, source),
         rows=np.array([row for row, _, _ in found], dtype=np.int64),
-        boxes=np.array([item.box for _, _, item in found], dtype=np.float64).reshape(-1, 4),
-        categories=np.array([names.index(item.name) for _, _, item in found], dtype=np.int64),
         sizes=np.array([parsed[file].size for _, file, _ in found], dtype=np.float64).reshape(-1, 2),
         name_of=lambda index: f"{found[index][2].name} of {found[index][1].name}",
-        crowds=np.array([item.is_difficult for _, _, item in found]),
     )
     return boxed_images_source(paths, range(len(paths)), boxes if names else None, source)
 

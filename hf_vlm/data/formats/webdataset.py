@@ -11,7 +11,7 @@ from typing import IO, Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from hf_vlm.data.formats.checks import check_boxes
+from hf_vlm.data.formats.annotations import OBJECT_FIELDS, check_boxes
 from hf_vlm.data.formats.columns import COLUMN_NAMES, OBJECT_NAMES, Categories, ColumnMap, RowReader, make_categories
 from hf_vlm.data.formats.imagefolder import IMAGE_EXTENSIONS
 from hf_vlm.data.formats.splits import choose_split, common_folder, describe_folder, group_by_split
@@ -115,8 +115,7 @@ class _Reader:
 
     @property
     def rows(self) -> RowReader:
-        fields = {name: name for name in ("bbox", "category", "area", "iscrowd")}
-        columns = ColumnMap({name: name for name in ("image_id", *self.columns.columns)}, fields)
+        columns = ColumnMap({name: name for name in ("image_id", *self.columns.columns)}, OBJECT_FIELDS)
         return RowReader(map=columns, label=self.label, category=self.category, cleans_boxes=True)
 
     def __call__(self, shards: list[tuple[str, str]]) -> Iterator[tuple[int, Row]]:
@@ -212,13 +211,13 @@ def _find_columns(samples: Sequence[tuple[Sample, Shard]]) -> ColumnMap:
     objects = {name: alias for name, aliases in OBJECT_NAMES.items() for alias in aliases[::-1] if alias in fields}
     if not {"bbox", "category"} <= objects.keys():
         columns = {name: source for name, source in columns.items() if name not in ("objects", "width", "height")}
-    return ColumnMap(columns, objects)
+    return ColumnMap(columns, {**OBJECT_FIELDS, **objects})  # later samples may have an area or iscrowd
 
 
 def _object_fields(objects: Any) -> set[str]:
     """Names of the fields of objects, given as a json object of lists or as a list of json objects."""
-    first = objects[0] if isinstance(objects, list) and objects else objects
-    return set(first) if isinstance(first, dict) else set()
+    items = objects if isinstance(objects, list) else [objects]
+    return {name for item in items if isinstance(item, dict) for name in item}
 
 
 def _as_value_error(read: Callable[..., Row], sample: Sample, shard: Shard, *args: Any) -> Row:

@@ -3,12 +3,13 @@
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from itertools import groupby
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 
+from hf_vlm.data.formats.annotations import normalise_objects
 from hf_vlm.data.formats.columns import ColumnMap
 from hf_vlm.data.formats.imagefolder import IMAGE_EXTENSIONS
 from hf_vlm.data.io.decode import MAX_ENCODED_BYTES
@@ -104,35 +105,13 @@ def labels_of(sample: Sample, columns: ColumnMap, name: str) -> Row:
     for side in ("width", "height"):
         row[side] = row[side] if isinstance(row.get(side), int) and row[side] > 0 else np.inf
     if "objects" in columns.columns:
-        row["objects"] = _objects(row["objects"] or [], columns.objects)
+        try:
+            row["objects"] = normalise_objects(row["objects"], columns.objects, "json")
+        except ValueError as error:
+            raise LabelError(str(error)) from error
     return row
 
 
 def _identity(name: str, key: str) -> int:
     """A number for a sample that does not depend on where its tar lies."""
     return int.from_bytes(hashlib.blake2b(f"{name}/{key}".encode(), digest_size=7).digest(), "big")
-
-
-def _objects(stored: Any, names: Mapping[str, str]) -> Row:
-    """Objects as lists of their fields, from a json object of lists or a list of json objects."""
-    try:
-        if isinstance(stored, dict):
-            used = {name: stored[alias] for name, alias in names.items() if alias in stored}
-            items = [dict(zip(used, values)) for values in zip(*used.values(), strict=True)]
-        else:
-            items = [{name: item[alias] for name, alias in names.items() if alias in item} for item in stored]
-        boxes = [[float(side) for side in item["bbox"]] for item in items]
-        areas = [width * height for _, _, width, height in boxes]
-        categories = [item["category"] for item in items]
-        if not all(isinstance(value, int | str) for value in categories):
-            raise TypeError("a category is neither a number nor a name")
-        return {
-            "bbox": boxes,
-            "category": categories,
-            "area": [float(item.get("area", area)) for item, area in zip(items, areas)],
-            "iscrowd": [int(item.get("iscrowd", 0)) for item in items],
-        }
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise LabelError(
-            f"every object needs a bbox of four numbers, x, y, width, height, and a category: {error!r}"
-        ) from error

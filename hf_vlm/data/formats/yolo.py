@@ -11,10 +11,11 @@ import fsspec
 import numpy as np
 import yaml
 
-from hf_vlm.data.formats.boxed_images import Boxes, boxed_images_source, existing_paths, map_files
+from hf_vlm.data.formats.annotations import OBJECT_FIELDS, normalise_objects
+from hf_vlm.data.formats.boxed_images import BoxedImages, boxed_images_source
 from hf_vlm.data.formats.imagefolder import find_images
 from hf_vlm.data.formats.splits import CANONICAL, canonical_split, choose_split, describe_folder
-from hf_vlm.data.io.files import can_list, exists, is_folder, is_remote, read_bytes, retried
+from hf_vlm.data.io.files import can_list, existing_paths, exists, is_folder, is_remote, map_files, read_bytes, retried
 from hf_vlm.data.io.image_header import read_header
 from hf_vlm.data.io.messages import UnreachableError, summarise
 from hf_vlm.data.source import Source
@@ -59,12 +60,13 @@ def open_yolo(source: Path, split: str, *, num_samples: int | None = None) -> So
         names = [str(index) for index in range(int(max(classes)) + 1)]
     rows = np.array([row for row, _, _ in lines], dtype=np.int64)
     sizes = _sizes(images, np.unique(rows))[rows]
-    shares = np.array([line[1:] for _, _, line in lines], dtype=np.float64).reshape(-1, 4)  # x, y, width, height
-    boxes = Boxes(
+    relative = np.array([line[1:] for _, _, line in lines], dtype=np.float64).reshape(-1, 4)  # x, y, width, height
+    pixels = relative * np.tile(np.nan_to_num(sizes, posinf=0.0), 2)
+    stored = {"bbox": pixels.tolist(), "category": [int(line[0]) for _, _, line in lines]}
+    boxes = BoxedImages(
         class_names=names,
+        objects=normalise_objects(stored, OBJECT_FIELDS, source),
         rows=rows,
-        boxes=shares * np.tile(np.nan_to_num(sizes, posinf=0.0), 2),
-        categories=np.array([int(line[0]) for _, _, line in lines], dtype=np.int64),
         sizes=sizes,
         name_of=lambda index: f"{labels[rows[index]].name}, line {lines[index][1]}",
     )

@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 
 from hf_vlm.data.boxes import MIN_BOX_SIDE, clean_boxes
-from hf_vlm.data.formats.checks import TOLERANCE
+from hf_vlm.data.formats.annotations import TOLERANCE
 from hf_vlm.data.inspection.duplicates import exact_duplicates, near_duplicates, perceptual_hash
 from hf_vlm.data.inspection.report import BoxReport, Issue, MinMedianMax, Report, Unreadable, format_report
 from hf_vlm.data.io.decode import BadImageError, decode_image, read_image_bytes

@@ -7,24 +7,28 @@ import os
 import posixpath
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, TypeVar, cast
 
 import aiohttp
 import fsspec
+from tqdm.auto import tqdm
 from upath import UPath
 
 from hf_vlm.data.io.messages import UnreachableError, error_causes, error_text, redact_url, server_status
 
 __all__ = [
     "can_list",
+    "existing_paths",
     "exists",
     "expand_braces",
     "find_paths",
     "is_folder",
     "is_remote",
     "join",
+    "map_files",
     "open_binary",
     "read_bytes",
     "retried",
@@ -32,6 +36,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 # Seconds between tries; together they outlast the restart of a server.
@@ -40,6 +45,9 @@ BRACES = re.compile(r"\{([^{}]*)\}")
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 BLOCK_SIZE = 2**22  # bytes of a request: a pass over a file makes few of them
+NUM_THREADS = 8  # they wait for disks and servers
+BATCH_SIZE = 32  # files that a thread reads at a time
+MIN_FILES_FOR_BAR = 5000  # files; fewer are read in a moment
 
 
 def is_remote(path: object) -> bool:
@@ -112,6 +120,15 @@ def exists(path: Path) -> bool:
         return False
 
 
+def existing_paths(paths: Iterable[Path]) -> set[Path]:
+    """Those of the paths that are there, by listing each folder once; web servers cannot list and have all."""
+    paths = set(paths)
+    folders = {path.parent for path in paths}
+    unlisted = {folder for folder in folders if not can_list(folder)}
+    there = {path for folder in folders - unlisted if folder.is_dir() for path in folder.iterdir()}
+    return {path for path in paths if path in there or path.parent in unlisted}
+
+
 def join(folder: str, name: str) -> str:
     """The path or URL of what a file in a folder names, unless that is an absolute path or a URL itself."""
     if not is_remote(folder) or is_remote(name) or name.startswith("/"):
@@ -182,6 +199,20 @@ def read_bytes(path: object, *, limit: int | None = None, num_waits: int | None 
     with open(str(path), "rb") as file:
         _check_size(os.fstat(file.fileno()).st_size, limit)
         return file.read()
+
+
+def map_files(function: Callable[[Item], Result], items: Sequence[Item], description: str) -> list[Result]:
+    """Results of a function that reads files, in order; a bar shows when it takes long."""
+    batches = [items[start : start + BATCH_SIZE] for start in range(0, len(items), BATCH_SIZE)]
+    results: list[Result] = []
+    with (
+        ThreadPoolExecutor(NUM_THREADS) as threads,
+        tqdm(desc=description, total=len(items), disable=len(items) < MIN_FILES_FOR_BAR) as bar,
+    ):
+        for batch in threads.map(lambda batch: [function(item) for item in batch], batches):
+            results += batch
+            bar.update(len(batch))
+    return results
 
 
 def _read_remote(path: str, limit: int | None) -> bytes:

@@ -181,20 +181,20 @@ GOOD = '{"file_name": "b.png", "label": 1}\n'
         (GOOD + '{"file_name": "sub/a.png"}', r"1 labels are none of the 2 classes: None in .*line 2"),
         (
             '{"file_name": "b.png", "objects": {"bbox": [[1, 2, 3, 4]], "category": []}}',
-            r"line 1: an object needs one each of its fields; there are \{'bbox': 1, 'category': 0\}",
+            r"line 1: an object needs one value of each field; there are \{'bbox': 1, 'category': 0\}",
         ),
         (
             '{"file_name": "b.png", "objects": [{"bbox": [1, 2, 3, 4], "category": null}, {"bbox": [1, 2, 3, 4], '
             '"category": 1}]}',
-            r"line 1: an object has no category",
+            r"line 1: 1 objects make no sense: object 0 has no category",
         ),
         (
             '{"file_name": "b.png", "objects": {"bbox": [[1, 2, 3]], "category": [0]}}',
-            r"line 1: a box must be four numbers, x, y, width, height, and not \[1, 2, 3\]",
+            r"line 1: .* object 0 has the bbox \[1, 2, 3\]; it needs four numbers, x, y, width, height",
         ),
         (
             '{"file_name": "b.png", "objects": {"bbox": [["1", "2", "3", "4"]], "category": [0]}}',
-            r"line 1: a box must be four numbers",
+            r"line 1: .* object 0 has the bbox .*; it needs four numbers",
         ),
         (
             '{"file_name": "b.png", "objects": {"bbox": [[1, 2, 3, 4]], "category": [-1]}}',

@@ -360,8 +360,11 @@ def test_samples_without_an_image_are_passed_over_and_counted(tmp_path, caplog, 
     [
         (("0.json", b"{]"), "0.tar: the labels of 0 cannot be read"),
         (("0.json", b"[1]"), "0.tar: the labels of 0 cannot be read: it is no json object"),
-        (("0.json", b'{"objects": {"bbox": [[1, 2]], "category": [0]}}'), "bbox of four numbers"),
-        (("0.json", b'{"objects": {"bbox": [], "category": [1]}}'), "bbox of four numbers"),
+        (
+            ("0.json", b'{"objects": {"bbox": [[1, 2]], "category": [0]}}'),
+            r"object 0 has the bbox \[1, 2\]; it needs",
+        ),
+        (("0.json", b'{"objects": {"bbox": [], "category": [1]}}'), "an object needs one value of each field"),
         (("0.json", b'{"objects": [{"bbox": [1, 2, 3, 4], "category": {}}]}'), "neither a number nor a name"),
         (("0.json", b'{"label": 1.5}'), "the label 1.5 is neither a number nor a name"),
         (("0.cls", b"\xff"), "0.tar: the labels of 0 cannot be read: 'utf-8' codec"),

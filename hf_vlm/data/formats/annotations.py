@@ -1,0 +1,218 @@
+"""THE normaliser of objects, one for all formats; and what is wrong with labels and boxes, reported once on opening.
+
+Whatever a format reads becomes one dict per image with four lists of equal lengths: `bbox`, `category`, `area` and
+`iscrowd`. What exporters leave out or write as null is filled in the same way everywhere; what cannot be filled is
+refused, with its location.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypedDict
+
+import numpy as np
+
+from hf_vlm.data.boxes import MIN_BOX_SIDE, clean_boxes
+from hf_vlm.data.io.messages import summarise
+
+__all__ = [
+    "OBJECT_FIELDS",
+    "TOLERANCE",
+    "Objects",
+    "check_boxes",
+    "check_labels",
+    "normalise_objects",
+    "select_objects",
+]
+
+logger = logging.getLogger(__name__)
+
+Array = np.ndarray[Any, Any]
+
+OBJECT_FIELDS = {name: name for name in ("bbox", "category", "area", "iscrowd")}  # stored under their own names
+MAX_INTEGER = 2**1000  # larger ones are beyond float64
+TOLERANCE = 0.5  # pixels that a box may stick out: annotation tools round
+
+
+class Objects(TypedDict):
+    """Objects as lists of equal lengths, with one entry per object."""
+
+    bbox: list[list[float]]  # x, y, width, height
+    category: list[Any]  # as the source has it: a number or a name
+    area: list[float]
+    iscrowd: list[int]
+
+
+def normalise_objects(
+    stored: Any, fields: Mapping[str, str], location: object, *, name_of: Callable[[int], str] = "object {}".format
+) -> Objects:
+    """Objects in the one form, from a list with one dict per object, or a dict with one list per field.
+
+    Args:
+        stored: What a format reads; None for no objects.
+        fields: Names in `stored` of `bbox` and `category`, and where they occur of `area` and `iscrowd`. An area that
+            is missing, null, not positive or not finite becomes that of the box; a missing or null iscrowd becomes 0.
+        location: File, row or example of the objects, for messages.
+        name_of: Name of the object at an index, for messages.
+
+    Raises:
+        ValueError: An object has no category or no bbox of four numbers, its area or iscrowd is no number, or the
+            lists are not equally long.
+    """
+    columns = _as_columns(stored or [], fields, location)
+    objects: Objects = {"bbox": [], "category": [], "area": [], "iscrowd": []}
+    problems = []
+    for index, (box, category, area, crowd) in enumerate(zip(*columns)):
+        problem = _problem(box, category, area, crowd)
+        if problem is not None:
+            problems.append(f"{name_of(index)} {problem}")
+            continue
+        box = [float(value) for value in box]
+        objects["bbox"].append(box)
+        objects["category"].append(category)
+        objects["area"].append(float(area) if area is not None and 0 < area < math.inf else box[2] * box[3])
+        objects["iscrowd"].append(0 if _is_null(crowd) else int(crowd))
+    if problems:
+        raise ValueError(f"{location}: {len(problems)} objects make no sense: {summarise(problems)}")
+    return objects
+
+
+def _as_columns(stored: Any, fields: Mapping[str, str], location: object) -> list[list[Any]]:
+    """The four fields of the objects, None where a value is missing."""
+    if isinstance(stored, Mapping):
+        found = {name: stored.get(fields.get(name)) or [] for name in OBJECT_FIELDS}
+        if not all(isinstance(values, list) for values in found.values()):
+            raise ValueError(f"{location}: objects must be lists of their fields, or a list of dicts")
+        number = len(found["bbox"])
+        counts = {fields[name]: len(values) for name, values in found.items() if name in fields}
+        optional = {fields[name] for name in ("area", "iscrowd") if name in fields and not found[name]}
+        if any(count != number for name, count in counts.items() if name not in optional):
+            raise ValueError(f"{location}: an object needs one value of each field; there are {counts}")
+        return [values or [None] * number for values in found.values()]
+    if not isinstance(stored, list) or not all(isinstance(item, Mapping) for item in stored):
+        raise ValueError(f"{location}: objects must be lists of their fields, or a list of dicts")
+    return [[item.get(fields.get(name)) for item in stored] for name in OBJECT_FIELDS]
+
+
+def _problem(box: Any, category: Any, area: Any, crowd: Any) -> str | None:
+    """What cannot be filled of an object, in words; None where nothing is wrong."""
+    if not (isinstance(box, list | tuple) and len(box) == 4 and all(map(_is_number, box))):
+        found = "no bbox" if box is None else f"the bbox {box}"
+        return f"has {found}; it needs four numbers, x, y, width, height"
+    if _is_null(category) or not isinstance(category, str | int | float):
+        return "has no category" if _is_null(category) else f"has the category {category}, neither a number nor a name"
+    if area is not None and not _is_number(area):
+        return f"has the area {area!r}, which is no number"
+    if not _is_null(crowd) and not (isinstance(crowd, bool) or (_is_number(crowd) and math.isfinite(crowd))):
+        return f"has the iscrowd {crowd!r}, which is neither 0 nor 1"
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a number that a float can hold; infinity and NaN are."""
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and not (isinstance(value, int) and abs(value) > MAX_INTEGER)
+    )
+
+
+def _is_null(value: Any) -> bool:
+    """Whether a value is missing; tables of numbers have NaN for that."""
+    return value is None or value != value
+
+
+def select_objects(objects: Objects, kept: Sequence[int]) -> Objects:
+    """The objects at some indices."""
+    return {
+        "bbox": [objects["bbox"][index] for index in kept],
+        "category": [objects["category"][index] for index in kept],
+        "area": [objects["area"][index] for index in kept],
+        "iscrowd": [objects["iscrowd"][index] for index in kept],
+    }
+
+
+def check_labels(
+    is_known: Array, *, class_names: Sequence[str], name_of: Callable[[int], str], column: str, source: object
+) -> bool:
+    """Whether a source has labels: false, with a warning, where none is known, as in test splits with hidden labels.
+
+    Args:
+        is_known: (n,) bool, whether the label of each example is one of the classes.
+        class_names: Names of the classes.
+        name_of: Label and location of the example at an index, for messages.
+        column: Name of the column, for messages.
+        source: Name of the source, for messages.
+
+    Raises:
+        ValueError: Some labels are known and others are not.
+    """
+    unknown = np.flatnonzero(~is_known).tolist()
+    if len(unknown) == len(is_known):
+        logger.warning("%s: no row has a label in the column %r; it is left out", source, column)
+        return False
+    if unknown:
+        raise ValueError(
+            f"{source}: {len(unknown)} labels are none of the {len(class_names)} classes: "
+            f"{summarise(map(name_of, unknown))}"
+        )
+    return True
+
+
+def check_boxes(
+    boxes: Array,
+    categories: Array,
+    *,
+    width: Array | float,
+    height: Array | float,
+    class_names: Sequence[str],
+    name_of: Callable[[int], str],
+    source: object,
+) -> Array:
+    """Check all boxes of a source, and log one warning that sums up what was found.
+
+    Args:
+        boxes: (n, 4), x, y, width, height in pixels.
+        categories: (n,), index into class_names.
+        width: (n,), width of the image of each box in pixels; infinity where it is not known.
+        height: (n,), height of the image of each box in pixels; infinity where it is not known.
+        class_names: Names of the categories.
+        name_of: Name of the box at an index, for messages.
+        source: Name of the source, for messages.
+
+    Returns:
+        (n,) bool, false for the boxes of which nothing remains in their image.
+
+    Raises:
+        ValueError: A category is out of range.
+    """
+    unknown = np.flatnonzero((categories < 0) | (categories >= len(class_names)))
+    if len(unknown):
+        examples = summarise(f"{categories[index]} of {name_of(index)}" for index in unknown.tolist())
+        raise ValueError(
+            f"{source}: {len(unknown)} boxes have a category outside 0..{len(class_names) - 1}, which number the "
+            f"{len(class_names)} classes: {examples}"
+        )
+    _, keep = clean_boxes(boxes, width=width, height=height)
+    with np.errstate(invalid="ignore"):  # boxes that are not finite are dropped anyway
+        low, high = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
+        size = np.stack([width, height], axis=-1) + TOLERANCE
+        outside = keep & ((low < -TOLERANCE).any(axis=1) | (high > size).any(axis=1))
+    findings = []
+    if not keep.all():
+        examples = summarise(f"{name_of(index)} {boxes[index].tolist()}" for index in np.flatnonzero(~keep).tolist())
+        findings.append(
+            f"{np.count_nonzero(~keep)} of {len(boxes)} boxes are dropped, with a side below {MIN_BOX_SIDE} pixels or "
+            f"outside their image: {examples}"
+        )
+    if outside.any():
+        examples = summarise(f"{name_of(index)} {boxes[index].tolist()}" for index in np.flatnonzero(outside).tolist())
+        findings.append(f"{np.count_nonzero(outside)} boxes stick out of their image and will be clipped: {examples}")
+        if outside.sum() > 0.5 * len(boxes):
+            findings.append("so many that they may be corners; a bbox must be [x, y, width, height] in pixels")
+    empty = [name for index, name in enumerate(class_names) if not (categories[keep] == index).any()]
+    if empty:
+        findings.append(f"{len(empty)} of {len(class_names)} classes have no box: {summarise(empty)}")
+    if findings:
+        logger.warning("%s: %s", source, "; ".join(findings))
+    return keep
