@@ -210,7 +210,7 @@ class DINOv2ForPreTraining(TeacherMixin, VLMViTPreTrainedModel):
             loss=dino + config.ibot_weight * ibot + config.koleo_weight * spread,
             dino=dino,
             ibot=ibot,
-            koleo_loss=spread,
+            koleo=spread,
             teacher_entropy=entropy(view_targets),
             teacher_marginal_entropy=entropy(view_targets.mean(0, keepdim=True)),
             feature_std=feature_std(features),
