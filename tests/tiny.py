@@ -104,9 +104,7 @@ TINY = {
     "simclr": Tiny("simclr", PROJECTION, num_views=2),
     "moco_v3": Tiny("moco_v3", PROJECTION, num_views=2),
     "mae": Tiny("mae", MAE, choices=patch_noise),
-    "mae_partial": Tiny(
-        "mae", {**MAE, "use_cross_attention": True, "prediction_ratio": 0.5}, choices=patch_noise
-    ),
+    "mae_partial": Tiny("mae", {**MAE, "use_cross_attention": True, "prediction_ratio": 0.5}, choices=patch_noise),
     "mae_image_losses": Tiny("mae_image_losses", IMAGE_LOSSES, choices=patch_noise),
     "mae_frozen_encoder": Tiny(
         "mae_image_losses", {**MAE, "perceptual_weight": 1.0}, choices=patch_noise, frozen="perceptual_encoder"

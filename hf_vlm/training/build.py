@@ -20,6 +20,7 @@ from hf_vlm.models.convert_vlm_vit import is_ours, read_config
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 from hf_vlm.models.ssl_frozen import nearest_hw
+from hf_vlm.models.ssl_model import SSLConfig
 from hf_vlm.registry import ModelEntry, find_model
 from hf_vlm.training.arguments import VisionTrainingArguments, load_recipe
 from hf_vlm.training.scaling import scaled_momentum
@@ -74,8 +75,7 @@ def build_model(
     )
     if encoder is not None:
         model.backbone.load_state_dict(encoder.state_dict())
-        if hasattr(model, "reset_teacher"):
-            model.reset_teacher()
+        model.after_encoder_loaded()
     return model
 
 
@@ -88,13 +88,14 @@ def build_config(
     """The configuration of a recipe's model; its encoder as the recipe describes it where none is given."""
     encoder = encoder or build_encoder_config(args)
     fields = {"backbone_config": encoder.to_dict(), **args.model_config}
-    if "image_mean" in entry.config_class.__dataclass_fields__:  # of a method that normalises images anew
+    contract = entry.config_class if issubclass(entry.config_class, SSLConfig) else SSLConfig
+    if contract.needs_image_statistics:
         processor = build_processor(args, encoder.num_channels)
         fields = {"image_mean": list(processor.image_mean), "image_std": list(processor.image_std), **fields}
-    declared = entry.config_class.__dataclass_fields__.get("momentum")
-    if declared is not None and args.reference_batch_size is not None:
-        momentum = fields.get("momentum", declared.default)
-        fields["momentum"] = scaled_momentum(momentum, args.total_batch_size, args.reference_batch_size)
+    if args.reference_batch_size is not None:
+        for name in contract.batch_scaled_momentum:
+            momentum = fields.get(name, contract.__dataclass_fields__[name].default)
+            fields[name] = scaled_momentum(momentum, args.total_batch_size, args.reference_batch_size)
     if class_names is not None:
         fields["id2label"] = dict(enumerate(class_names))
         fields["label2id"] = {name: index for index, name in enumerate(class_names)}

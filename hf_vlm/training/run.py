@@ -58,7 +58,7 @@ def pretrain(
     processor = build_processor(args, model.config.backbone_config.num_channels)
     transform = view_transform(args, model.default_views, processor)
     on_device = DeviceViews(transform) if args.makes_views_on_device else None
-    record = RunRecord(args, recipe, source, write_card)
+    record = RunRecord(args, recipe, source, write_card, external_weights=model.config.external_weights())
     trainer = VisionTrainer(
         model=model,
         args=args,
