@@ -36,7 +36,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from hf_vlm import MAEForPreTraining, VLMViTModel
+from hf_vlm import MAEForPreTraining, MAEImageLossesForPreTraining, VLMViTModel
 from hf_vlm.features.device import use_fast_cpu_matmul
 from hf_vlm.features.loading import quiet_transformers
 from hf_vlm.metrics import knn_accuracy
@@ -70,7 +70,8 @@ def recipe(arm: str, seed: int, folder: Path, options: argparse.Namespace) -> di
     found, own = recipe_of("mae", seed, folder, options), dict(ARMS[arm])
     if name := own.get("perceptual_encoder"):
         own["perceptual_encoder"] = str(options.output_dir / name)
-    return {**found, "model_config": {**found["model_config"], "norm_pix_loss": False, **own}}
+    method = "mae_image_losses" if own else "mae"
+    return {**found, "method": method, "model_config": {**found["model_config"], "norm_pix_loss": False, **own}}
 
 
 def step_times(options: argparse.Namespace, num_rounds: int = 8) -> dict[str, float]:
@@ -89,8 +90,7 @@ def step_times(options: argparse.Namespace, num_rounds: int = 8) -> dict[str, fl
             model(images).loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            if hasattr(model, "after_step"):
-                model.after_step(0.5)
+            model.after_step(0.5)
             seconds[arm].append(time.process_time() - started)
     medians = {}
     for arm, values in seconds.items():
@@ -165,7 +165,8 @@ def run_seed(
         if not kept.is_file():
             pretrain(recipe(arm, seed, folder / arm, options))
         with quiet_transformers():
-            model = MAEForPreTraining.from_pretrained(folder / arm / "pretraining_model").eval()
+            model_class = MAEImageLossesForPreTraining if ARMS[arm] else MAEForPreTraining
+            model = model_class.from_pretrained(folder / arm / "pretraining_model").eval()
         columns[arm], masks = model.reconstruct(originals, noise=noise)
         if not kept.is_file():
             figures = figures_of(columns[arm], originals, masks, judge, std)

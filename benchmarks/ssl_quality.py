@@ -134,7 +134,7 @@ def own_settings(row: str, image_size: int, patch_size: int) -> dict[str, Any]:
     if local := own.get("views", {}).get("local"):
         local["size"] = image_size // 2 // patch_size * patch_size
     if row == "simmim":
-        own["model_config"] = {"mask_unit_size": 2 * patch_size}
+        own["model_config"] = {"mask_patch_size": 2 * patch_size}
     return own
 
 

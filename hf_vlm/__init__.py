@@ -9,6 +9,7 @@ from hf_vlm.models.modeling_distill import DistillConfig, DistillForPreTraining
 from hf_vlm.models.modeling_ijepa import IJEPAConfig, IJEPAForPreTraining
 from hf_vlm.models.modeling_lejepa import LeJEPAConfig, LeJEPAForPreTraining
 from hf_vlm.models.modeling_mae import MAEConfig, MAEForPreTraining
+from hf_vlm.models.modeling_mae_image_losses import MAEImageLossesConfig, MAEImageLossesForPreTraining
 from hf_vlm.models.modeling_moco_v3 import MoCoV3Config, MoCoV3ForPreTraining
 from hf_vlm.models.modeling_simclr import SimCLRConfig, SimCLRForPreTraining
 from hf_vlm.models.modeling_simmim import SimMIMConfig, SimMIMForPreTraining
@@ -29,6 +30,8 @@ __all__ = [
     "LeJEPAForPreTraining",
     "MAEConfig",
     "MAEForPreTraining",
+    "MAEImageLossesConfig",
+    "MAEImageLossesForPreTraining",
     "MoCoV3Config",
     "MoCoV3ForPreTraining",
     "SimCLRConfig",

@@ -29,6 +29,7 @@ from hf_vlm.models.modeling_distill import DistillConfig, DistillForPreTraining
 from hf_vlm.models.modeling_ijepa import IJEPAConfig, IJEPAForPreTraining
 from hf_vlm.models.modeling_lejepa import LeJEPAConfig, LeJEPAForPreTraining
 from hf_vlm.models.modeling_mae import MAEConfig, MAEForPreTraining
+from hf_vlm.models.modeling_mae_image_losses import MAEImageLossesConfig, MAEImageLossesForPreTraining
 from hf_vlm.models.modeling_moco_v3 import MoCoV3Config, MoCoV3ForPreTraining
 from hf_vlm.models.modeling_simclr import SimCLRConfig, SimCLRForPreTraining
 from hf_vlm.models.modeling_simmim import SimMIMConfig, SimMIMForPreTraining
@@ -53,6 +54,13 @@ MODELS = (
     ModelEntry("simclr", "pretraining", SimCLRConfig, SimCLRForPreTraining, AutoModelForPreTraining),
     ModelEntry("moco_v3", "pretraining", MoCoV3Config, MoCoV3ForPreTraining, AutoModelForPreTraining),
     ModelEntry("mae", "pretraining", MAEConfig, MAEForPreTraining, AutoModelForPreTraining),
+    ModelEntry(
+        "mae_image_losses",
+        "pretraining",
+        MAEImageLossesConfig,
+        MAEImageLossesForPreTraining,
+        AutoModelForPreTraining,
+    ),
     ModelEntry("simmim", "pretraining", SimMIMConfig, SimMIMForPreTraining, AutoModelForPreTraining),
     ModelEntry("lejepa", "pretraining", LeJEPAConfig, LeJEPAForPreTraining, AutoModelForPreTraining),
     ModelEntry("dinov2", "pretraining", DINOv2Config, DINOv2ForPreTraining, AutoModelForPreTraining),

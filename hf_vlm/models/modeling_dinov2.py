@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput, auto_docstring
 from transformers.utils.generic import can_return_tuple
 
-from .modeling_vlm_vit import VLMViTModel, VLMViTPreTrainedModel
+from .modeling_vlm_vit import VLMViTModel
 from .ssl_layers import (
-    SSLConfig,
     check_local_views,
     check_views,
     feature_std,
@@ -22,6 +21,7 @@ from .ssl_layers import (
     rank,
 )
 from .ssl_masks import block_masking
+from .ssl_model import SSLConfig, SSLPreTrainedModel
 from .ssl_prototypes import Centering, PrototypeHead, cross_entropy, entropy, koleo_loss, sinkhorn
 from .ssl_teacher import TeacherMixin, warm_up
 from .vit_layers import patch_grid
@@ -52,6 +52,7 @@ class DINOv2Config(SSLConfig):
     """
 
     model_type = "vlm_dinov2"
+    batch_scaled_momentum: ClassVar[tuple[str, ...]] = ("momentum",)
 
     num_prototypes: int = 65536
     head_hidden_size: int = 2048
@@ -69,7 +70,6 @@ class DINOv2Config(SSLConfig):
     mask_ratio_range: list[float] | tuple[float, ...] = (0.1, 0.5)
     ibot_weight: float | int = 1.0
     koleo_weight: float | int = 0.1
-    initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.centering not in ("sinkhorn", "centering"):
@@ -132,7 +132,7 @@ def view_loss(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
 
 
 @auto_docstring
-class DINOv2ForPreTraining(TeacherMixin, VLMViTPreTrainedModel):
+class DINOv2ForPreTraining(TeacherMixin, SSLPreTrainedModel):
     """A student that sees crops and masked images learns what its moving average says of the whole ones."""
 
     config_class = DINOv2Config
@@ -184,9 +184,7 @@ class DINOv2ForPreTraining(TeacherMixin, VLMViTPreTrainedModel):
             Patches that the student does not see, first views first; drawn when not given.
         """
         config, batch = self.config, len(pixel_values)
-        views = flatten_views_view_major(
-            check_views(pixel_values, num_views=2)
-        )  # (2 * batch, channels, height, width)
+        views = flatten_views_view_major(check_views(pixel_values, num_views=2))  # (2 * batch, channels, h, w)
         crops = [views, *map(flatten_views_view_major, check_local_views(local_pixel_values, batch))]
         masked, num_masked = self._masks(views, masked)
         # Masked patches in the order of the images; their number is known, so nothing waits for the device.
@@ -196,7 +194,7 @@ class DINOv2ForPreTraining(TeacherMixin, VLMViTPreTrainedModel):
         encoded = self.backbone.encode_crops(crops, masked=masked, mask_token=self.mask_token)
         pooled = torch.cat([output.pooler_output for output in encoded])  # ((2 + local views) * batch, dim)
         learns = self.progress >= config.frozen_prototypes
-        view_logits, patch_logits = _apply_heads(self, pooled, self._patches(encoded[0])[chosen], learns)
+        view_logits, patch_logits = self._apply_heads(self, pooled, self._patches(encoded[0])[chosen], learns)
 
         dino = view_loss(
             view_logits.unflatten(0, (-1, batch)), view_targets.unflatten(0, (2, batch)), config.student_temperature
@@ -228,7 +226,6 @@ class DINOv2ForPreTraining(TeacherMixin, VLMViTPreTrainedModel):
     def sample_mask(
         config: DINOv2Config, grid_hw: tuple[int, int], num_images: int, device: torch.device | None = None
     ) -> Tensor:
-        """Draws masks as `forward` does: (images, patches) bool, true where hidden from the student."""
         counts = torch.tensor(masked_counts(config, grid_hw, num_images)).to(device, non_blocking=True)
         return block_masking(counts[torch.randperm(num_images, device=device)], grid_hw)
 
@@ -236,7 +233,7 @@ class DINOv2ForPreTraining(TeacherMixin, VLMViTPreTrainedModel):
     def _targets(self, views: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """The teacher's assignments of views (2 * batch, prototypes) and of chosen patches (masked, prototypes)."""
         config, encoded = self.config, self.teacher["backbone"](views)
-        logits = _apply_heads(self.teacher, encoded.pooler_output, self._patches(encoded)[chosen])
+        logits = self._apply_heads(self.teacher, encoded.pooler_output, self._patches(encoded)[chosen])
         temperature = warm_up(
             config.warmup_teacher_temperature,
             config.teacher_temperature,
@@ -256,13 +253,12 @@ class DINOv2ForPreTraining(TeacherMixin, VLMViTPreTrainedModel):
         with torch.autocast(features.device.type, enabled=False):
             return koleo_loss(features, gather_with_gradient(features), rank() * len(features))
 
-
-def _apply_heads(model: Any, pooled: Tensor, patches: Tensor, *learns: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits of views and of patches; a head that serves both is applied once."""
-    if hasattr(model, "patch_head"):
-        return model.head(pooled, *learns), model.patch_head(patches, *learns)
-    logits = model.head(torch.cat([pooled, patches]), *learns)
-    return logits[: len(pooled)], logits[len(pooled) :]
+    def _apply_heads(self, part: Any, pooled: Tensor, patches: Tensor, *learns: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of views and of patches by the heads of student or teacher; one that serves both is applied once."""
+        if self.config.separate_heads:
+            return part.head(pooled, *learns), part.patch_head(patches, *learns)
+        logits = part.head(torch.cat([pooled, patches]), *learns)
+        return logits[: len(pooled)], logits[len(pooled) :]
 
 
 __all__ = ["DINOv2Config", "DINOv2ForPreTraining", "DINOv2Output"]

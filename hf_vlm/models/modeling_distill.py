@@ -1,7 +1,7 @@
 """Distillation: an encoder learns the features of a frozen one, from the Hub or from a run of this package."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from transformers.utils import ModelOutput, auto_docstring
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_vlm_vit import VLMViTConfig
-from .modeling_vlm_vit import VLMViTModel, VLMViTPreTrainedModel
+from .modeling_vlm_vit import VLMViTModel
 from .ssl_frozen import (
     FrozenEncoderMixin,
     nearest_hw,
@@ -23,7 +23,8 @@ from .ssl_frozen import (
     renormalise,
     resize_map,
 )
-from .ssl_layers import SSLConfig, as_vit_config, flatten_views, sum_over_ranks, world_size
+from .ssl_layers import flatten_views, sum_over_ranks, world_size
+from .ssl_model import SSLConfig, SSLPreTrainedModel, as_vit_config
 from .vit_layers import patch_grid
 
 
@@ -52,6 +53,7 @@ class DistillConfig(SSLConfig):
 
     model_type = "vlm_distill"
     sub_configs = {"backbone_config": VLMViTConfig, "teacher_config": AutoConfig}
+    needs_image_statistics: ClassVar[bool] = True
 
     teacher: str = ""
     teacher_revision: str | None = None
@@ -62,7 +64,6 @@ class DistillConfig(SSLConfig):
     image_mean: list[float] | tuple[float, ...] | None = None
     image_std: list[float] | tuple[float, ...] | None = None
     class_token_weight: float | int = 1.0
-    initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.backbone_config = as_vit_config(self.backbone_config)
@@ -76,6 +77,9 @@ class DistillConfig(SSLConfig):
                 f"DistillConfig: teacher_image_size {self.teacher_image_size} is not a multiple of the teacher's "
                 f"patch, {patch_hw[0]} x {patch_hw[1]} pixels."
             )
+
+    def external_weights(self) -> list[str]:
+        return [self.teacher] if self.teacher else []
 
     def teacher_hw(self, image_hw: tuple[int, int]) -> tuple[int, int]:
         """Height and width at which the teacher sees images of `image_hw`."""
@@ -151,7 +155,7 @@ def feature_distance(predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tens
 
 
 @auto_docstring
-class DistillForPreTraining(FrozenEncoderMixin, VLMViTPreTrainedModel):
+class DistillForPreTraining(FrozenEncoderMixin, SSLPreTrainedModel):
     """An encoder, and linear layers from its tokens to those of a frozen teacher, which is not saved with it."""
 
     config_class = DistillConfig

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +12,10 @@ from transformers.utils import ModelOutput, auto_docstring
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_vlm_vit import VLMViTConfig
-from .modeling_vlm_vit import VLMViTModel, VLMViTPreTrainedModel
-from .ssl_layers import SSLConfig, as_vit_config, feature_std, flatten_views
+from .modeling_vlm_vit import VLMViTModel
+from .ssl_layers import feature_std, flatten_views
 from .ssl_masks import context_and_targets, mask_from_indices
+from .ssl_model import SSLConfig, SSLPreTrainedModel, as_vit_config
 from .ssl_predictor import MaskedPredictor
 from .ssl_teacher import TeacherMixin
 from .vit_layers import gather_tokens, patch_grid
@@ -44,6 +45,7 @@ class IJEPAConfig(SSLConfig):
 
     model_type = "vlm_ijepa"
     sub_configs = {"backbone_config": VLMViTConfig, "predictor_config": VLMViTConfig}
+    batch_scaled_momentum: ClassVar[tuple[str, ...]] = ("momentum",)
 
     predictor_config: Any = None
     num_targets: int = 4
@@ -51,7 +53,6 @@ class IJEPAConfig(SSLConfig):
     target_aspect: list[float] | tuple[float, ...] = (0.75, 1.5)
     context_scale: list[float] | tuple[float, ...] = (0.85, 1.0)
     momentum: float | int = 0.996
-    initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
         encoder = as_vit_config(self.backbone_config, position_embedding_type="sincos", use_class_token=False)
@@ -105,7 +106,7 @@ class IJEPAOutput(ModelOutput):
 
 
 @auto_docstring
-class IJEPAForPreTraining(TeacherMixin, VLMViTPreTrainedModel):
+class IJEPAForPreTraining(TeacherMixin, SSLPreTrainedModel):
     """An encoder of a part of the image, and a predictor of what a teacher makes of the hidden blocks.
 
     Compiled, a step is one graph behind the masks, which are drawn outside it. Their sizes differ from step to step:
@@ -183,14 +184,16 @@ class IJEPAForPreTraining(TeacherMixin, VLMViTPreTrainedModel):
 
     @torch.compiler.disable
     def _blocks(self, num_images: int, grid_hw: tuple[int, int], device: torch.device) -> list[Tensor]:
-        """`draw_blocks` on the device; pinned memory lets the copy go on while the host does."""
-        drawn = sample_blocks(self.config, num_images, grid_hw)
-        return [(t.pin_memory() if device.type == "cuda" else t).to(device, non_blocking=True) for t in drawn]
+        """`sample_blocks` on the device; from pinned memory the host need not wait for the copy."""
+        blocks = sample_blocks(self.config, num_images, grid_hw)
+        return [(t.pin_memory() if device.type == "cuda" else t).to(device, non_blocking=True) for t in blocks]
 
     @staticmethod
-    def sample_mask(config: IJEPAConfig, grid_hw: tuple[int, int], num_images: int) -> Tensor:
-        """Draws masks as `forward` does: (images, patches) bool, true where hidden from the encoder."""
-        return ~mask_from_indices(sample_blocks(config, num_images, grid_hw)[0], grid_hw[0] * grid_hw[1])
+    def sample_mask(
+        config: IJEPAConfig, grid_hw: tuple[int, int], num_images: int, device: torch.device | None = None
+    ) -> Tensor:
+        context = sample_blocks(config, num_images, grid_hw)[0].to(device)
+        return ~mask_from_indices(context, grid_hw[0] * grid_hw[1])
 
 
 __all__ = ["IJEPAConfig", "IJEPAForPreTraining", "IJEPAOutput"]

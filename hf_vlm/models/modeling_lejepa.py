@@ -13,10 +13,9 @@ from torch.autograd.function import once_differentiable
 from transformers.utils import ModelOutput, auto_docstring
 from transformers.utils.generic import can_return_tuple
 
-from .modeling_vlm_vit import VLMViTModel, VLMViTPreTrainedModel
+from .modeling_vlm_vit import VLMViTModel
 from .ssl_layers import (
     ProjectionHead,
-    SSLConfig,
     check_local_views,
     check_views,
     flatten_views_view_major,
@@ -24,6 +23,7 @@ from .ssl_layers import (
     sum_over_ranks,
     world_size,
 )
+from .ssl_model import SSLConfig, SSLPreTrainedModel
 
 
 @strict
@@ -54,7 +54,6 @@ class LeJEPAConfig(SSLConfig):
     num_slices: int = 1024
     num_knots: int = 17
     max_knot: float | int = 3.0
-    initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.check_range(0, 1, "sigreg_weight")
@@ -156,7 +155,7 @@ def sample_slices(dim: int, num_slices: int, device: torch.device) -> Tensor:
 
 
 @auto_docstring
-class LeJEPAForPreTraining(VLMViTPreTrainedModel):
+class LeJEPAForPreTraining(SSLPreTrainedModel):
     """An encoder whose views of an image agree, kept from collapsing by the shape of their distribution alone."""
 
     config_class = LeJEPAConfig

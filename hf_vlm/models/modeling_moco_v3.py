@@ -1,7 +1,7 @@
 """MoCo v3: contrastive learning with a momentum encoder, for ViTs (arXiv 2104.02057), written from the paper."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -10,17 +10,16 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput, auto_docstring
 from transformers.utils.generic import can_return_tuple
 
-from .modeling_vlm_vit import VLMViTModel, VLMViTPreTrainedModel
+from .modeling_vlm_vit import VLMViTModel
 from .ssl_layers import (
     ProjectionHead,
-    SSLConfig,
-    as_vit_config,
     check_views,
     feature_std,
     flatten_views_view_major,
     gather_with_gradient,
     rank,
 )
+from .ssl_model import SSLConfig, SSLPreTrainedModel, as_vit_config
 from .ssl_teacher import TeacherMixin
 
 
@@ -42,6 +41,7 @@ class MoCoV3Config(SSLConfig):
     """
 
     model_type = "vlm_moco_v3"
+    batch_scaled_momentum: ClassVar[tuple[str, ...]] = ("momentum",)
 
     freeze_patch_projection: bool = True
     projection_hidden_size: int = 4096
@@ -49,7 +49,6 @@ class MoCoV3Config(SSLConfig):
     predictor_norm: bool = True
     temperature: float | int = 0.2
     momentum: float | int = 0.99
-    initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.temperature <= 0:
@@ -89,7 +88,7 @@ def contrastive_loss(queries: Tensor, keys: Tensor, temperature: float) -> tuple
 
 
 @auto_docstring
-class MoCoV3ForPreTraining(TeacherMixin, VLMViTPreTrainedModel):
+class MoCoV3ForPreTraining(TeacherMixin, SSLPreTrainedModel):
     """Queries of a student find the keys that its moving average makes of the other view of the same image."""
 
     config_class = MoCoV3Config
@@ -136,9 +135,7 @@ class MoCoV3ForPreTraining(TeacherMixin, VLMViTPreTrainedModel):
         pixel_values (`torch.FloatTensor` of shape `(batch, 2, channels, height, width)`):
             Two views of each image.
         """
-        views = flatten_views_view_major(
-            check_views(pixel_values, num_views=2)
-        )  # (2 * batch, channels, height, width)
+        views = flatten_views_view_major(check_views(pixel_values, num_views=2))  # (2 * batch, channels, h, w)
         pooled = self.backbone(views, class_token_only=True).pooler_output  # (2 * batch, hidden_size)
         with torch.no_grad():
             pooled_by_teacher = self.teacher["backbone"](views, class_token_only=True).pooler_output

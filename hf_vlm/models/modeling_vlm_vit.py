@@ -15,9 +15,9 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_vlm_vit import VLMViTConfig
+from .packing import Packing
 from .vit_layers import (
     LayerScale,
-    Packing,
     Positions,
     VLMViTAttention,
     VLMViTLayer,
@@ -92,7 +92,7 @@ class VLMViTEmbeddings(nn.Module):
 
 @auto_docstring
 class VLMViTPreTrainedModel(PreTrainedModel):
-    """Base of every model: how weights are initialised, what the attention and compile machinery may rely on."""
+    """Base of every model: how weights are initialised, what training may call, what transformers may rely on."""
 
     config_class = VLMViTConfig
     base_model_prefix = "backbone"
@@ -108,15 +108,27 @@ class VLMViTPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": VLMViTLayer, "attentions": VLMViTAttention}
 
-    @property
-    def trained_encoder(self) -> nn.Module:
-        """The encoder that a training leaves to its users; a method with a teacher may name the teacher's."""
-        return self.backbone
+    def after_step(self, progress: float) -> None:
+        """Called once per optimiser step, for state that gradients do not change: teachers, schedules.
+
+        Args:
+            progress: Fraction of training that is done, above 0 and up to 1.
+        """
+
+    def after_encoder_loaded(self) -> None:
+        """Called once weights were loaded into `self.backbone`, for what follows from them, such as a teacher."""
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that weight decay would only shrink, beside vectors and gains.
+
+        Tokens are no matrices, though they are stored with leading axes of one.
+        """
+        return {name for name, _ in self.named_parameters() if name.endswith(TOKENS)}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        std = getattr(self.config, "initializer_range", 0.02)
+        std = self.config.initializer_range
         if hasattr(module, "init_parameters"):
             module.init_parameters()  # type: ignore[operator]
         elif isinstance(module, nn.Linear):
@@ -248,7 +260,7 @@ class VLMViTModel(_Encoder):
         """
         embedded = [self._embed(crops[0], None, masked, mask_token), *map(self._embed, crops[1:])]
         groups, positions = [tokens for tokens, _ in embedded], [where for _, where in embedded]
-        packing = Packing(tuple((len(tokens), tokens.shape[1]) for tokens in groups))
+        packing = Packing.of(groups)
         hidden_states = packing.pack(groups)  # (1, all tokens, hidden_size)
         for layer in self.layers[:-1]:
             hidden_states = layer(hidden_states, positions, packing=packing, **kwargs)

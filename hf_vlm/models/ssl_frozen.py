@@ -288,8 +288,9 @@ class FrozenEncoderMixin:
     def train(self: Any, mode: bool = True) -> Any:
         """As of all modules; the frozen encoder stays in evaluation mode."""
         super().train(mode)  # type: ignore[misc]
-        if hasattr(self, self.frozen_name):
-            getattr(self, self.frozen_name).eval()
+        for name, module in self.named_children():
+            if name == self.frozen_name:  # absent until it is loaded
+                module.eval()
         return self
 
 

@@ -1,17 +1,12 @@
-"""What self-supervised methods share: collectives with gradients, the projection head, the composite configuration."""
+"""What self-supervised methods share: collectives with gradients, batch norm over all ranks, the projection head."""
 
-import math
 from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers.configuration_utils import PreTrainedConfig
-
-from .configuration_vlm_vit import VLMViTConfig
 
 
 def world_size() -> int:
@@ -124,33 +119,6 @@ class ProjectionHead(nn.Sequential):
         super().__init__(*layers)
 
 
-def as_vit_config(config: VLMViTConfig | dict[str, Any] | None, **defaults: Any) -> VLMViTConfig:
-    """A configuration given as an object, as a dictionary (`defaults` fill what it lacks), or not at all."""
-    return config if isinstance(config, VLMViTConfig) else VLMViTConfig(**{**defaults, **(config or {})})
-
-
-@strict
-class SSLConfig(PreTrainedConfig):
-    """Base of the method configurations: each holds the encoder's configuration as `backbone_config`."""
-
-    sub_configs = {"backbone_config": VLMViTConfig}
-
-    backbone_config: Any = None
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        self.backbone_config = as_vit_config(self.backbone_config)
-        if hasattr(self, "momentum"):
-            self.check_range(0, 1, "momentum")
-        super().__post_init__(**kwargs)
-
-    def check_range(self, low: float, high: float, *names: str) -> None:
-        """ValueError for a field of these names that does not lie in `low` to `high`, both included."""
-        for name in names:
-            if not low <= (value := getattr(self, name)) <= high:
-                allowed = f"at least {low:g}" if high == math.inf else f"in {low:g} to {high:g}"
-                raise ValueError(f"{type(self).__name__}: {name} must be {allowed}, but is {value}.")
-
-
 @torch.no_grad()
 def feature_std(features: Tensor) -> Tensor:
     """Spread () of features (rows, dim): the mean deviation of their directions x sqrt(dim).
@@ -194,9 +162,7 @@ def flatten_views_view_major(pixel_values: Tensor) -> Tensor:
 
 __all__ = [
     "ProjectionHead",
-    "SSLConfig",
     "SyncedBatchNorm1d",
-    "as_vit_config",
     "check_local_views",
     "check_views",
     "feature_std",

@@ -1,6 +1,6 @@
-"""Masks of self-supervised methods, drawn for whole batches on any device without a wait for it.
+"""Masks of self-supervised methods, sampled for whole batches on any device without waiting for it.
 
-Numbers of masked patches are known beforehand, so that all later shapes are.
+The numbers of masked patches are known beforehand, and with them all later shapes.
 """
 
 import math
@@ -32,44 +32,46 @@ def pixel_mask(masked: Tensor, images: Tensor, patch_hw: tuple[int, int]) -> Ten
     return unpatchify(values, patch_grid(images, patch_hw), patch_hw)
 
 
-def grid_block_masking(noise: Tensor, grid_hw: tuple[int, int], unit_hw: tuple[int, int], mask_ratio: float) -> Tensor:
-    """Masks square units of several patches each, the masked ones those of the highest noise (SimMIM, 2111.09886).
+def grid_block_masking(
+    noise: Tensor, grid_hw: tuple[int, int], block_hw: tuple[int, int], mask_ratio: float
+) -> Tensor:
+    """Masks whole blocks of a regular grid, those of the highest noise (SimMIM, arXiv 2111.09886).
 
     Args:
-        noise: (batch, units), units row-major; a last row or column of units may be cut off by the grid.
+        noise: (batch, mask blocks), row-major; the border of the image may cut off the last row or column of blocks.
         grid_hw: Patches of an image, rows and columns.
-        unit_hw: Patches of a unit.
-        mask_ratio: Share of the units that are masked.
+        block_hw: Patches of a mask block, rows and columns.
+        mask_ratio: Fraction of the mask blocks that are masked.
 
     Returns:
         (batch, patches) bool, row-major.
     """
-    units_hw = block_grid(grid_hw, unit_hw)
-    masked = mask_from_indices(random_masking(noise, mask_ratio)[1], units_hw[0] * units_hw[1]).unflatten(1, units_hw)
-    for axis, (unit, size) in enumerate(zip(unit_hw, grid_hw), start=1):
-        masked = masked.repeat_interleave(unit, dim=axis).narrow(axis, 0, size)
+    rows, columns = block_grid(grid_hw, block_hw)
+    masked = mask_from_indices(random_masking(noise, mask_ratio)[1], rows * columns).unflatten(1, (rows, columns))
+    for axis, (block, size) in enumerate(zip(block_hw, grid_hw), start=1):
+        masked = masked.repeat_interleave(block, dim=axis).narrow(axis, 0, size)
     return masked.flatten(1)
 
 
-def block_grid(grid_hw: tuple[int, int], unit_hw: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns of units that cover a grid of patches."""
-    return math.ceil(grid_hw[0] / unit_hw[0]), math.ceil(grid_hw[1] / unit_hw[1])
+def block_grid(grid_hw: tuple[int, int], block_hw: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of mask blocks that cover a grid of patches."""
+    return math.ceil(grid_hw[0] / block_hw[0]), math.ceil(grid_hw[1] / block_hw[1])
 
 
 def block_masking(
     counts: Tensor, grid_hw: tuple[int, int], *, min_patches: int = 4, min_aspect: float = 0.3, num_blocks: int = 32
 ) -> Tensor:
-    """Masks blocks of patches, as many patches of each image as asked for (BEiT's blocks, arXiv 2106.08254).
+    """Masks blocks of patches, a given number of patches per image (BEiT's blocks, arXiv 2106.08254).
 
     Blocks are laid one over the other until the count is reached, the last one in part; should they not reach it, the
     patches that no block covers are masked at random.
 
     Args:
-        counts: (batch,) patches to mask of each image.
+        counts: (batch,) number of patches to mask in each image.
         grid_hw: Patches of an image, rows and columns.
-        min_patches: Area of a block at least; at most it is the image's count.
-        min_aspect: Height / width of a block at least; at most it is the inverse. The logarithm is uniform.
-        num_blocks: Blocks drawn for an image at most.
+        min_patches: Smallest area of a block; the largest is the image's count.
+        min_aspect: Smallest height / width of a block; the largest is the inverse. The logarithm is uniform.
+        num_blocks: Largest number of blocks per image.
 
     Returns:
         (batch, patches) bool, row-major, with exactly `counts` true.
@@ -101,19 +103,20 @@ def context_and_targets(
     target_aspect: Sequence[float] = (0.75, 1.5),
     context_scale: Sequence[float] = (0.85, 1.0),
 ) -> tuple[Tensor, Tensor]:
-    """Draws I-JEPA's target blocks, and for each image the block of context around them (arXiv 2301.08243).
+    """Samples I-JEPA's target blocks, and for each image the block of context around them (arXiv 2301.08243).
 
-    The sizes of the blocks are drawn once, their places for each image. The context is its block less all targets,
-    cut at random to what the image with the least of it has. Where that is next to nothing, as it can be on small
+    The sizes of the blocks are sampled once, their positions for each image. The context is its block less all
+    targets, cut at random to the smallest context of the batch. Where that is next to nothing, as it can be on small
     grids, patches of no target fill it up to a sixteenth of the grid.
 
-    All of it is drawn on the CPU: the size of the context depends on the places, and a device would have to be waited
-    for.
+    All of it is sampled on the CPU: the size of the context depends on the positions, and a device would have to be
+    waited for.
 
     Args:
+        num_images: Number of images.
         grid_hw: Patches of an image, rows and columns.
         num_targets: Target blocks of an image, which may overlap.
-        target_scale, context_scale: Ranges of a block's area as a share of the grid.
+        target_scale, context_scale: Ranges of a block's area as a fraction of the grid.
         target_aspect: Range of a target block's height / width; the context's block is square, where that fits.
 
     Returns:
@@ -130,12 +133,10 @@ def context_and_targets(
             f"A grid of {rows} x {columns} patches is too small for {num_targets} target blocks of up to "
             f"{target_scale[1]:g} of it: use larger images, smaller patches or other targets."
         )
-    shares = torch.rand(3, device="cpu").tolist()
-    target_hw = _block_hw(grid_hw, target_scale, target_aspect, (shares[0], shares[1]), most)
-    context_hw = _block_hw(grid_hw, context_scale, (1.0, 1.0), (shares[2], 0.0), num_patches)
-    targets = _sample_block_positions(
-        (num_images, num_targets), grid_hw, target_hw
-    )  # (images, targets, patches of a block)
+    fractions = torch.rand(3, device="cpu").tolist()
+    target_hw = _block_hw(grid_hw, target_scale, target_aspect, (fractions[0], fractions[1]), most)
+    context_hw = _block_hw(grid_hw, context_scale, (1.0, 1.0), (fractions[2], 0.0), num_patches)
+    targets = _sample_block_positions((num_images, num_targets), grid_hw, target_hw)  # (images, targets, patches)
     block = mask_from_indices(_sample_block_positions((num_images, 1), grid_hw, context_hw).flatten(1), num_patches)
     taken = mask_from_indices(targets.flatten(1), num_patches)  # (images, patches)
     counts = (block & ~taken).sum(1).tolist()
@@ -148,10 +149,10 @@ def context_and_targets(
 
 
 def _block_hw(
-    grid_hw: tuple[int, int], scale: Sequence[float], aspect: Sequence[float], shares: Sequence[float], most: int
+    grid_hw: tuple[int, int], scale: Sequence[float], aspect: Sequence[float], fractions: Sequence[float], most: int
 ) -> tuple[int, int]:
-    """Rows and columns of a block of at most `most` patches, at `shares` between the ends of both ranges."""
-    area, ratio = (low + share * (high - low) for (low, high), share in zip((scale, aspect), shares))
+    """Rows and columns of a block of at most `most` patches, at `fractions` of the way through both ranges."""
+    area, ratio = (low + part * (high - low) for (low, high), part in zip((scale, aspect), fractions))
     area *= grid_hw[0] * grid_hw[1]
     height = min(max(round(math.sqrt(area * ratio)), 1), grid_hw[0], most)
     width = min(max(round(math.sqrt(area / ratio)), 1), grid_hw[1])
@@ -159,14 +160,14 @@ def _block_hw(
 
 
 def _sample_block_positions(counts: tuple[int, int], grid_hw: tuple[int, int], block_hw: tuple[int, int]) -> Tensor:
-    """Indices of patches (images, blocks, patches of a block) of blocks of one size at random places."""
+    """Indices of patches (images, blocks, patches of a block) of blocks of one size at random positions."""
     top, left = (torch.randint(n - size + 1, (*counts, 1), device="cpu") for n, size in zip(grid_hw, block_hw))
     row, column = (torch.arange(size, device="cpu") for size in block_hw)
     return top * grid_hw[1] + left + (row[:, None] * grid_hw[1] + column).flatten()
 
 
 def ranks(values: Tensor) -> Tensor:
-    """The place of each of the values (batch, n) in ascending order."""
+    """The rank of each of the values (batch, n) in ascending order, from 0."""
     return values.argsort(dim=1).argsort(dim=1)
 
 

@@ -1,8 +1,8 @@
 """Parts of the encoder: patches, positions, attention, the MLP and the layer of them."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,31 +13,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_vlm_vit import VLMViTConfig
+from .packing import Packing
+from .stochastic_depth import StochasticDepth
 
 Positions = tuple[Tensor, Tensor] | None
-
-
-@dataclass(frozen=True)
-class Packing:
-    """Groups of samples packed into one sequence (1, all tokens, dim), the samples of a group of one length.
-
-    Crops of two sizes so pass through each layer at once: whatever treats tokens alone sees one large matrix, only
-    attention is computed group by group. No token is padding.
-
-    Args:
-        groups: (samples, tokens of each) of the groups, in their order.
-    """
-
-    groups: tuple[tuple[int, int], ...]
-
-    def pack(self, tokens: Sequence[Tensor]) -> Tensor:
-        """Joins the groups' tokens (samples, tokens, dim) to (1, all tokens, dim)."""
-        return torch.cat([group.flatten(0, 1) for group in tokens])[None]
-
-    def unpack(self, packed: Tensor) -> list[Tensor]:
-        """Takes (1, all tokens, dim) apart into the groups' tokens (samples, tokens, dim), without copies."""
-        parts = packed[0].split([samples * tokens for samples, tokens in self.groups])
-        return [part.unflatten(0, group) for part, group in zip(parts, self.groups)]
 
 
 def patch_grid(pixel_values: Tensor, patch_hw: tuple[int, int]) -> tuple[int, int]:
@@ -64,7 +43,7 @@ def unpatchify(patches: Tensor, grid_hw: tuple[int, int], patch_hw: tuple[int, i
 
 
 def gather_tokens(tokens: Tensor, indices: Tensor) -> Tensor:
-    """Picks tokens (batch, tokens, dim) by indices (batch, picked): (batch, picked, dim)."""
+    """Gathers tokens (batch, tokens, dim) by indices (batch, picked): (batch, picked, dim)."""
     return _select_rows(tokens.flatten(0, 1), indices, tokens.shape[1])
 
 
@@ -96,11 +75,11 @@ def sincos_positions(
     *,
     spread_hw: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Fixed 2-D sin-cos positions (patches, dim) of MAE (arXiv 2111.06377): half the width a row, half a column.
+    """Fixed 2-D sin-cos positions (patches, dim) of MAE (arXiv 2111.06377): half for the row, half for the column.
 
     Args:
-        spread_hw: Rows and columns of the grid over which the patches are spread: centres of patches stay where they
-            are in the image, as when a table of that size is interpolated. By default `grid_hw`, steps of 1.
+        spread_hw: Rows and columns of the grid over which the patches are spread: their centres keep their positions
+            in the image, as when a table of that size is interpolated. By default `grid_hw`, with steps of 1.
     """
     rows, columns = (
         (torch.arange(n, dtype=torch.float32, device=device) + 0.5) * (spread / n) - 0.5
@@ -123,13 +102,13 @@ def rope_positions(head_dim: int, theta: float, grid_hw: tuple[int, int], device
 
 
 def rotate(states: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
-    """Turns queries or keys (batch, heads, tokens, head_dim); class and register tokens stay as they are."""
+    """Rotates queries or keys (batch, heads, tokens, head_dim); class and register tokens are left as they are."""
     cos, sin = positions
     num_prefix = states.shape[-2] - cos.shape[-2]
     prefix, patches = states[:, :, :num_prefix], states[:, :, num_prefix:]
     first, second = patches.chunk(2, dim=-1)
-    turned = patches * cos + torch.cat([-second, first], dim=-1) * sin
-    return torch.cat([prefix, turned], dim=-2)
+    rotated = patches * cos + torch.cat([-second, first], dim=-1) * sin
+    return torch.cat([prefix, rotated], dim=-2)
 
 
 def eager_attention_forward(
@@ -151,7 +130,7 @@ def eager_attention_forward(
 
 
 def build_norm(config: VLMViTConfig, size: int) -> nn.Module:
-    """A normalisation layer of the kind that the configuration names."""
+    """The normalisation layer that the configuration names."""
     norm_class = nn.RMSNorm if config.norm_type == "rmsnorm" else nn.LayerNorm
     return norm_class(size, eps=config.layer_norm_eps)
 
@@ -166,7 +145,7 @@ class VLMViTAttention(nn.Module):
         self.head_dim = size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = False
-        # Three products are as fast as one, and need no copies to be taken apart and, backwards, put together.
+        # Three products are as fast as one, and need no copies to be split and, in the backward pass, joined.
         self.query, self.key, self.value = (nn.Linear(size, size, bias=config.qkv_bias) for _ in range(3))
         self.query_norm = build_norm(config, self.head_dim) if config.use_qk_norm else nn.Identity()
         self.key_norm = build_norm(config, self.head_dim) if config.use_qk_norm else nn.Identity()
@@ -184,12 +163,13 @@ class VLMViTAttention(nn.Module):
         if context is None:
             context, context_positions = hidden_states, positions
         states = self.query(hidden_states), self.key(context), self.value(context)  # (batch, tokens, dim) each
-        if packing is None:
-            output, weights = self._attend(*states, positions, context_positions, **kwargs)
-            return self.projection(output), weights
-        groups = zip(*map(packing.unpack, states), positions or [None] * len(packing.groups))
-        outputs = [self._attend(q, k, v, where, where, **kwargs)[0] for q, k, v, where in groups]
-        return self.projection(packing.pack(outputs)), None
+        if packing is not None:
+            return self.projection(packing.map(partial(self._attend_group, **kwargs), states, positions)), None
+        output, weights = self._attend(*states, positions, context_positions, **kwargs)
+        return self.projection(output), weights
+
+    def _attend_group(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, **kwargs: Any) -> Tensor:
+        return self._attend(query, key, value, positions, positions, **kwargs)[0]
 
     def _attend(
         self,
@@ -221,7 +201,7 @@ class VLMViTAttention(nn.Module):
 
 
 class VLMViTMLP(nn.Module):
-    """The feed-forward block, gated (SwiGLU) when the configuration asks for it."""
+    """The feed-forward block, gated (SwiGLU) where the configuration sets `use_gated_mlp`."""
 
     def __init__(self, config: VLMViTConfig):
         super().__init__()
@@ -239,7 +219,7 @@ class VLMViTMLP(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A learned gain a channel on a residual branch (arXiv 2103.17239)."""
+    """A learned gain per channel on a residual branch (arXiv 2103.17239)."""
 
     def __init__(self, size: int, value: float):
         super().__init__()
@@ -251,22 +231,22 @@ class LayerScale(nn.Module):
 
 
 class VLMViTLayer(GradientCheckpointingLayer):
-    """Pre-norm transformer block with LayerScale and batch-subset stochastic depth.
+    """Pre-norm transformer block with LayerScale and stochastic depth.
 
-    Its tokens attend to themselves, or to a `context` (batch, context, dim), which stays as it is: where only some
+    Its tokens attend to themselves, or to a `context` (batch, context, dim), which is not changed: where only some
     tokens are needed after a layer, only these are given, with all of them as their context.
     """
 
     def __init__(self, config: VLMViTConfig, drop_path_rate: float = 0.0):
         super().__init__()
-        scale = config.layerscale_value
-        self.drop_path_rate = drop_path_rate
-        self.norm1 = build_norm(config, config.hidden_size)
+        size, scale = config.hidden_size, config.layerscale_value
+        self.residual = StochasticDepth(drop_path_rate)
+        self.norm1 = build_norm(config, size)
         self.attention = VLMViTAttention(config)
-        self.layer_scale1 = nn.Identity() if scale is None else LayerScale(config.hidden_size, scale)
-        self.norm2 = build_norm(config, config.hidden_size)
+        self.layer_scale1 = nn.Identity() if scale is None else LayerScale(size, scale)
+        self.norm2 = build_norm(config, size)
         self.mlp = VLMViTMLP(config)
-        self.layer_scale2 = nn.Identity() if scale is None else LayerScale(config.hidden_size, scale)
+        self.layer_scale2 = nn.Identity() if scale is None else LayerScale(size, scale)
 
     def forward(
         self,
@@ -274,73 +254,24 @@ class VLMViTLayer(GradientCheckpointingLayer):
         positions: Any = None,  # Positions; a list of them for packed groups
         context: Tensor | None = None,
         context_positions: Positions = None,
-        packing: Packing | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        inputs = positions, context, context_positions
-        hidden_states = self._residual(hidden_states, self._attend, *inputs, packing=packing, **kwargs)
-        return self._residual(hidden_states, self._feed, packing=packing)
+        states = self.residual(hidden_states, self._attend, positions, context, context_positions, **kwargs)
+        return self.residual(states, self._feed_forward, packing=kwargs.get("packing"))
 
     def _attend(
-        self,
-        states: Tensor,
-        positions: Any,
-        context: Tensor | None,
-        context_positions: Positions,
-        packing: Packing | None = None,
-        **kwargs: Any,
+        self, states: Tensor, positions: Any, context: Tensor | None, context_positions: Positions, **kwargs: Any
     ) -> Tensor:
         normed = None if context is None else self.norm1(context)
-        states, _ = self.attention(self.norm1(states), positions, normed, context_positions, packing, **kwargs)
+        states, _ = self.attention(self.norm1(states), positions, normed, context_positions, **kwargs)
         return self.layer_scale1(states)
 
-    def _feed(self, states: Tensor, packing: Packing | None = None) -> Tensor:
+    def _feed_forward(self, states: Tensor, packing: Packing | None = None) -> Tensor:
         return self.layer_scale2(self.mlp(self.norm2(states)))
-
-    def _keep(self, batch: int, device: torch.device) -> Tensor:
-        """The samples (kept,) that stochastic depth keeps."""
-        return torch.randperm(batch, device=device)[: max(1, round(batch * (1 - self.drop_path_rate)))]
-
-    def _residual(
-        self,
-        states: Tensor,
-        branch: Callable[..., Tensor],
-        *inputs: Any,
-        packing: Packing | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        """Adds a branch; in training it is computed only for the samples that stochastic depth keeps (DINOv2).
-
-        It keeps its share of each packed group.
-        """
-        if not self.training or self.drop_path_rate == 0:
-            return states + branch(states, *inputs, packing=packing, **kwargs)
-        groups = [states] if packing is None else packing.unpack(states)  # (samples, tokens, dim) each
-        kept = [self._keep(len(group), states.device) for group in groups]
-        few = [group[index] for group, index in zip(groups, kept)]
-        if packing is None:
-            inputs = tuple(_pick(value, kept[0], len(states)) for value in inputs)
-            updates = [branch(few[0], *inputs, packing=None, **kwargs)]
-        else:
-            smaller = Packing(tuple((len(group), group.shape[1]) for group in few))
-            updates = smaller.unpack(branch(smaller.pack(few), *inputs, packing=smaller, **kwargs))
-        sums = [
-            group.index_add(0, index, update.to(group.dtype), alpha=len(group) / len(index))
-            for group, index, update in zip(groups, kept, updates)
-        ]
-        return sums[0] if packing is None else packing.pack(sums)
-
-
-def _pick(value: Any, kept: Tensor, batch: int) -> Any:
-    """The kept samples of what has one entry a sample; rotary positions may be the same for all of them."""
-    if isinstance(value, tuple):
-        return tuple(_pick(part, kept, batch) for part in value)
-    return value[kept] if value is not None and len(value) == batch else value
 
 
 __all__ = [
     "LayerScale",
-    "Packing",
     "Positions",
     "VLMViTAttention",
     "VLMViTLayer",

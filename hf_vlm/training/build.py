@@ -14,6 +14,7 @@ from hf_vlm.features.loading import quiet_transformers, read_own_config
 from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
+from hf_vlm.models.ssl_model import SSLConfig
 from hf_vlm.registry import ModelEntry
 from hf_vlm.training.arguments import VisionTrainingArguments
 from hf_vlm.training.scaling import scaled_momentum
@@ -76,8 +77,7 @@ def build_model(
     )
     if encoder is not None:
         model.backbone.load_state_dict(encoder.state_dict())
-        if hasattr(model, "reset_teacher"):
-            model.reset_teacher()
+        model.after_encoder_loaded()
     return model
 
 
@@ -91,13 +91,14 @@ def build_config(
     """The configuration of a recipe's model; its encoder as the recipe describes it where none is given."""
     encoder = encoder or build_encoder_config(args)
     fields = {"backbone_config": encoder.to_dict(), **(head_fields or {}), **args.model_config}
-    if "image_mean" in entry.config_class.__dataclass_fields__:  # of a method that normalises images anew
+    contract = entry.config_class if issubclass(entry.config_class, SSLConfig) else SSLConfig
+    if contract.needs_image_statistics:
         processor = build_processor(args, entry.processor_class, encoder.num_channels)
         fields = {"image_mean": list(processor.image_mean), "image_std": list(processor.image_std), **fields}
-    declared = entry.config_class.__dataclass_fields__.get("momentum")
-    if declared is not None and args.reference_batch_size is not None:
-        momentum = fields.get("momentum", declared.default)
-        fields["momentum"] = scaled_momentum(momentum, args.total_batch_size, args.reference_batch_size)
+    if args.reference_batch_size is not None:
+        for name in contract.batch_scaled_momentum:
+            momentum = fields.get(name, contract.__dataclass_fields__[name].default)
+            fields[name] = scaled_momentum(momentum, args.total_batch_size, args.reference_batch_size)
     if class_names is not None:
         fields["id2label"] = dict(enumerate(class_names))
         fields["label2id"] = {name: index for index, name in enumerate(class_names)}
@@ -106,6 +107,9 @@ def build_config(
 
 def _build(key: str, construct: Any, config_class: Any, fields: dict[str, Any]) -> Any:
     """Constructs a configuration; unknown fields, which transformers would keep silently, are errors."""
+    renamed = getattr(config_class, "renamed_fields", {})
+    if old := [name for name in fields if name in renamed]:
+        raise ValueError(f"{key}: the field {old[0]!r} is now called {renamed[old[0]]!r}.")
     known = set(config_class.__dataclass_fields__) | {"out_features", "out_indices", "transformers_version"}
     unknown = [name for name in fields if name not in known and name not in ("id2label", "label2id")]
     if unknown:

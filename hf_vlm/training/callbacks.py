@@ -11,14 +11,13 @@ from hf_vlm.training.optim import weight_decay_at
 
 
 class AfterStep(TrainerCallback):
-    """Calls the model's `after_step(progress)` once an optimiser step, where it has one (teachers, schedules)."""
+    """Calls the model's `after_step(progress)` once per optimiser step (teachers, schedules)."""
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         inner = getattr(model, "module", model)
-        if hasattr(inner, "after_step"):
-            inner.after_step(state.global_step / state.max_steps)
+        inner.after_step(state.global_step / state.max_steps)
 
 
 class WeightDecaySchedule(TrainerCallback):

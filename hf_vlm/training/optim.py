@@ -3,13 +3,12 @@
 import functools
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from hf_vlm.models.modeling_vlm_vit import TOKENS
 from hf_vlm.models.ssl_teacher import cosine
 
 PATCH_PROJECTION = "backbone.embeddings.patch_projection."
@@ -31,6 +30,7 @@ def parameter_groups(
     num_layers: int,
     learning_rate: float,
     weight_decay: float,
+    no_decay: Collection[str] = (),
     layer_decay: float = 1.0,
     encoder_lr_multiplier: float = 1.0,
     patch_projection_lr_multiplier: float = 1.0,
@@ -39,16 +39,14 @@ def parameter_groups(
 
     The top encoder layer learns at `learning_rate x encoder_lr_multiplier`, each layer below at `layer_decay` times
     the rate above it (BEiT, arXiv 2106.08254), all else at `learning_rate`. The patch projection's rate is that of its
-    depth x `patch_projection_lr_multiplier` (DINOv2, arXiv 2304.07193). Vectors, gains and tokens do not decay, nor a
-    discriminator. What has no gradient, as a teacher, is in no group. The schedules read a group's `in_encoder` and
-    `decays`.
+    depth x `patch_projection_lr_multiplier` (DINOv2, arXiv 2304.07193). Vectors, gains and the parameters named in
+    `no_decay` (the model's `no_weight_decay()`) do not decay. What has no gradient, as a teacher, is in no group. The
+    schedules read a group's `in_encoder` and `decays`.
     """
     groups: dict[tuple[int, float, bool], list[Tensor]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            # Tokens are no matrices in spirit, though stored with leading axes of one: decay would only shrink them.
-            # MAE's discriminator is as deviations of 1 have it, and would shrink while it waits without a gradient.
-            decays = parameter.ndim > 1 and not name.endswith(TOKENS) and not name.startswith("discriminator.")
+            decays = parameter.ndim > 1 and name not in no_decay
             multiplier = patch_projection_lr_multiplier if name.startswith(PATCH_PROJECTION) else 1.0
             groups[layer_index(name, num_layers), multiplier, decays].append(parameter)
 

@@ -53,17 +53,14 @@ def sample_first_views(recipe: dict[str, Any], num_images: int) -> list[SampledV
     transform = view_transform(args, entry.model_class.default_views, processor)
     patch_size = config.backbone_config.patch_hw
 
-    draw_masks = getattr(entry.model_class, "sample_mask", None)
-
     def sampled(example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         views = _render(transform, example, rng)
-        if draw_masks is None:
-            return {"views": SampledViews(**views, hidden=[])}
         size = transform.views[0].size
         grid_hw = size[0] // patch_size[0], size[1] // patch_size[1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(rng.integers(2**31)))
-            masks = draw_masks(config, grid_hw, len(transform.views)).unflatten(1, grid_hw).numpy()
+            masks = entry.model_class.sample_mask(config, grid_hw, len(transform.views))
+        masks = [] if masks is None else masks.unflatten(1, grid_hw).numpy()
         hidden = [mask.repeat(patch_size[0], axis=0).repeat(patch_size[1], axis=1) for mask in masks]  # (H, W) each
         return {"views": SampledViews(**views, hidden=hidden)}
 

@@ -6,7 +6,7 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,9 @@ class RunRecord:
         recipe: dict[str, Any],
         source: Source,
         write_card: Callable[[Path], Any] | None,
+        *,
         class_names: list[str] | None = None,
+        external_weights: Collection[str] = (),
     ):
         ours = {name: getattr(args, name) for name in VisionTrainingArguments.__annotations__}
         self.recipe = {
@@ -43,7 +45,7 @@ class RunRecord:
         self.summary: dict[str, Any] = {
             "method": args.method,
             "encoder": publishable(args.encoder),
-            "origins": self._origins(args),
+            "origins": self._origins(args.encoder, *external_weights),
             "data": {
                 "source": publishable(args.data),
                 "split": args.train_split,
@@ -63,9 +65,8 @@ class RunRecord:
             )
 
     @staticmethod
-    def _origins(args: VisionTrainingArguments) -> list[str]:
-        """Models of others that this run's weights start from or were taught by."""
-        sources = [args.encoder, *(args.model_config.get(name) for name in ("teacher", "perceptual_encoder"))]
+    def _origins(*sources: str | None) -> list[str]:
+        """Models of others that this run's weights start from or learn from."""
         return sorted({origin for source in sources for origin in origins_of(source)})
 
     def write(self, folder: Path) -> None:

@@ -73,7 +73,7 @@ def pretrain(
     processor = build_processor(args, entry.processor_class, model.config.backbone_config.num_channels)
     transform = view_transform(args, model.default_views, processor)
     on_device = DeviceViews(transform) if args.makes_views_on_device else None
-    record = RunRecord(args, recipe, source, write_card)
+    record = RunRecord(args, recipe, source, write_card, external_weights=model.config.external_weights())
     trainer = VisionTrainer(
         model=model,
         args=args,
@@ -137,7 +137,7 @@ def finetune(recipe: dict[str, Any], *, write_card: Callable[[Path], Any] | None
     options = {"class_names": names, "augmentation": args.augmentation}
     held_out = open_recipe_source(args, args.eval_split, args.num_eval_examples)
     check_class_names(held_out, task.class_names(held_out), names, f"split {args.train_split!r}")
-    record = RunRecord(args, recipe, source, write_card, names)
+    record = RunRecord(args, recipe, source, write_card, class_names=names)
     trainer = VisionTrainer(
         model=model,
         args=args,

@@ -217,6 +217,7 @@ class VisionTrainer(Trainer):
                 num_layers=encoder.num_hidden_layers,
                 learning_rate=self.args.scaled_learning_rate,
                 weight_decay=self.args.weight_decay,
+                no_decay=self.model.no_weight_decay(),
                 layer_decay=self.args.layer_decay,
                 encoder_lr_multiplier=self.args.encoder_lr_multiplier,
                 patch_projection_lr_multiplier=self.args.patch_projection_lr_multiplier,

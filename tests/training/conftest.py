@@ -26,8 +26,7 @@ COMMON = {
 }
 METHODS = {
     "mae": {"model_config": {"decoder_config": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}}},
-    "mae_losses": {
-        "method": "mae",
+    "mae_image_losses": {
         "model_config": {
             "decoder_config": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
             "perceptual_weight": 1.0,
@@ -49,7 +48,7 @@ METHODS = {
         "views": {"local": {"num_views": 2, "size": 16, "crop_scale": [0.05, 0.3]}},
     },
     "distill": {},
-    "simmim": {"model_config": {"mask_unit_size": 16}},
+    "simmim": {"model_config": {"mask_patch_size": 16}},
     "moco_v3": {"model_config": {"projection_hidden_size": 32, "projection_size": 16}},
     "simclr": {"model_config": {"projection_hidden_size": 32, "projection_size": 16}},
     "detection": {

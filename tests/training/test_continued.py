@@ -93,7 +93,7 @@ def test_an_encoder_keeps_its_positions_and_takes_the_recipes_regularisation(mak
         args = parse_arguments(recipe | {"encoder_config": sincos | {"attention_dropout": 0.1} | changes})
         encoder = load_encoder(args)
         assert (encoder.config.drop_path_rate, encoder.config.attention_dropout) == (0.0, 0.1)
-        assert encoder.layers[-1].drop_path_rate == 0.0
+        assert encoder.layers[-1].residual.rate == 0.0
         assert torch.equal(encoder.embeddings.positions((8, 8)), trained.embeddings.positions((8, 8)))
 
 

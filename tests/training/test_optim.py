@@ -8,6 +8,7 @@ import transformers
 
 from hf_vlm.models.modeling_detection import VLMViTDetectionConfig, VLMViTForObjectDetection
 from hf_vlm.models.modeling_mae import MAEConfig, MAEForPreTraining
+from hf_vlm.models.modeling_mae_image_losses import MAEImageLossesConfig, MAEImageLossesForPreTraining
 from hf_vlm.models.modeling_simclr import SimCLRConfig, SimCLRForPreTraining
 from hf_vlm.training.optim import late_encoder_schedule, layer_index, parameter_groups, weight_decay_at
 
@@ -30,7 +31,13 @@ def model():
 
 def test_each_parameter_has_the_rate_of_its_layer(model):
     groups = parameter_groups(
-        model, num_layers=3, learning_rate=1.0, weight_decay=0.1, layer_decay=0.5, encoder_lr_multiplier=0.8
+        model,
+        num_layers=3,
+        learning_rate=1.0,
+        weight_decay=0.1,
+        no_decay=model.no_weight_decay(),
+        layer_decay=0.5,
+        encoder_lr_multiplier=0.8,
     )
     found = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
     assert len(found) == sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
@@ -102,11 +109,12 @@ def test_rates_of_a_pretraining_method(kind):
 
 def test_a_discriminator_that_waits_does_not_shrink():
     head = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = MAEConfig(
+    config = MAEImageLossesConfig(
         backbone_config=ENCODER, decoder_config=head, adversarial_weight=0.1, discriminator_size=8, norm_pix_loss=False
     )
-    model = MAEForPreTraining(config)
-    groups = parameter_groups(model, num_layers=3, learning_rate=1.0, weight_decay=0.1)
+    model = MAEImageLossesForPreTraining(config)
+    no_decay = model.no_weight_decay()
+    groups = parameter_groups(model, num_layers=3, learning_rate=1.0, weight_decay=0.1, no_decay=no_decay)
     decay = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
     assert {decay[id(parameter)] for parameter in model.discriminator.parameters()} == {0.0}
     assert decay[id(model.backbone.embeddings.patch_projection.weight)] == 0.1

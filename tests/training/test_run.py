@@ -67,7 +67,7 @@ def losses(folder):
 @pytest.mark.parametrize(
     "method",
     [
-        *("simclr", "mae", "mae_losses", "simmim", "ijepa", "lejepa", "dinov2", "distill", "moco_v3"),
+        *("simclr", "mae", "mae_image_losses", "simmim", "ijepa", "lejepa", "dinov2", "distill", "moco_v3"),
         "detection",
     ],
 )
@@ -115,8 +115,8 @@ def test_a_new_run_takes_no_folder_of_another(make_recipe, tmp_path, kill_at):
 
 
 def test_parts_of_a_loss_are_logged(make_recipe, tmp_path):
-    pretrain(make_recipe("mae_losses"))
-    entries = [entry for entry in read_log(tmp_path / "mae_losses" / "log.jsonl") if "loss" in entry]
+    pretrain(make_recipe("mae_image_losses"))
+    entries = [entry for entry in read_log(tmp_path / "mae_image_losses" / "log.jsonl") if "loss" in entry]
     assert len(entries) == 8
     for entry in entries:
         expected = entry["loss_pixel"] + entry["loss_perceptual"]
@@ -226,10 +226,8 @@ def test_records_name_the_models_of_others_whose_weights_went_in(tmp_path, make_
         assert record.summary["origins"] == expected
         (tmp_path / "next").mkdir(exist_ok=True)
         record.write(tmp_path / "next")  # what is made of that model has the same origins, and its own teacher's
-        args = parse_arguments(
-            make_recipe("detection", encoder=str(tmp_path / "next"), model_config={"teacher": "org/teacher"})
-        )
-        record = RunRecord(args, {}, open_source("scenes:easy"), None)
+        args = parse_arguments(make_recipe("detection", encoder=str(tmp_path / "next")))
+        record = RunRecord(args, {}, open_source("scenes:easy"), None, external_weights=["org/teacher"])
         assert record.summary["origins"] == [*expected, "org/teacher"]
 
 
@@ -389,7 +387,7 @@ def test_losses_fall(make_recipe, tmp_path):
         ),
         ("distill", {"model_config": {"teacher": ""}}, "there is no teacher"),
         ("ijepa", {"image_size": 16}, "2 x 2 patches is too small"),
-        ("simmim", {"model_config": {"mask_unit_size": 20}}, "mask_unit_size 20 is not a multiple"),
+        ("simmim", {"model_config": {"mask_patch_size": 20}}, "mask_patch_size 20 is not a multiple"),
         ("detection", {"augmentation": {"flip_probabilty": 1}}, "flip_probability"),
         ("detection", {"eval_split": "tset"}, "tset"),
     ],

@@ -1,0 +1,97 @@
+"""The contract of self-supervised methods: what a method may define, what training asks it for, and the defaults."""
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers.configuration_utils import PreTrainedConfig
+
+from .configuration_vlm_vit import VLMViTConfig
+from .modeling_vlm_vit import VLMViTPreTrainedModel
+
+
+def as_vit_config(config: VLMViTConfig | dict[str, Any] | None, **defaults: Any) -> VLMViTConfig:
+    """A configuration given as an object, as a dictionary (`defaults` fill what it lacks), or not at all."""
+    return config if isinstance(config, VLMViTConfig) else VLMViTConfig(**{**defaults, **(config or {})})
+
+
+@strict
+class SSLConfig(PreTrainedConfig):
+    """Base of the method configurations: each holds the encoder's configuration as `backbone_config`.
+
+    Attributes:
+        renamed_fields: Former names of fields and their present ones. A saved configuration is read by either; a
+            recipe has to use the present one.
+        batch_scaled_momentum: Fields that hold the momentum of a moving average over steps: with
+            `reference_batch_size` they are scaled to the batch, so that a teacher moves as far per image.
+        needs_image_statistics: Whether `image_mean` and `image_std` are fields, which training fills with those of the
+            image processor.
+    """
+
+    sub_configs = {"backbone_config": VLMViTConfig}
+    renamed_fields: ClassVar[dict[str, str]] = {}
+    batch_scaled_momentum: ClassVar[tuple[str, ...]] = ()
+    needs_image_statistics: ClassVar[bool] = False
+
+    backbone_config: Any = None
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for former, present in self.renamed_fields.items():
+            if former in kwargs:
+                setattr(self, present, kwargs.pop(former))
+        self.backbone_config = as_vit_config(self.backbone_config)
+        self.check_range(0, 1, *self.batch_scaled_momentum)
+        super().__post_init__(**kwargs)
+
+    def external_weights(self) -> list[str]:
+        """Folders and Hub ids of other models that the weights learn from, such as a teacher: for licence and card."""
+        return []
+
+    def check_range(self, low: float, high: float, *names: str) -> None:
+        """ValueError for a field of these names that does not lie in `low` to `high`, both included."""
+        for name in names:
+            if not low <= (value := getattr(self, name)) <= high:
+                allowed = f"at least {low:g}" if high == math.inf else f"in {low:g} to {high:g}"
+                raise ValueError(f"{type(self).__name__}: {name} must be {allowed}, but is {value}.")
+
+
+class SSLPreTrainedModel(VLMViTPreTrainedModel):
+    """Base of the pretraining methods. Each keeps its encoder in `self.backbone` and returns an output with `loss`.
+
+    Beside what is here, a method may define what every model of the package has: `after_step`, `after_encoder_loaded`
+    and `no_weight_decay` (see [`VLMViTPreTrainedModel`]).
+
+    Attributes:
+        default_views: Augmentation that the method is trained with, as the recipe key `views`, which may override it.
+    """
+
+    config_class = SSLConfig
+    default_views: ClassVar[dict[str, Any]] = {"num_views": 1}
+
+    @property
+    def trained_encoder(self) -> nn.Module:
+        """The encoder that is probed and saved for use; a method with a teacher may choose the teacher's."""
+        return self.backbone
+
+    @staticmethod
+    def sample_mask(
+        config: Any, grid_hw: tuple[int, int], num_images: int, device: torch.device | None = None
+    ) -> Tensor | None:
+        """Samples masks as `forward` does, to show them; None for methods that mask nothing.
+
+        Args:
+            config: Configuration of the method.
+            grid_hw: Patches of an image, rows and columns.
+            num_images: Number of images.
+            device: Device of the masks; the CPU by default.
+
+        Returns:
+            (images, patches) bool, true for patches that are hidden from the encoder.
+        """
+        return None
+
+
+__all__ = ["SSLConfig", "SSLPreTrainedModel", "as_vit_config"]

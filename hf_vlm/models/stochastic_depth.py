@@ -1,0 +1,76 @@
+"""Stochastic depth: residual branches that are skipped, and not computed, for random samples of a batch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .packing import Packing
+
+
+class StochasticDepth(nn.Module):
+    """Adds a residual branch; in training, for a random subset of the samples (arXiv 1603.09382).
+
+    The branch is computed for that subset alone, as in DINOv2 (arXiv 2304.07193), and scaled up such that its
+    expectation stays the same.
+
+    Args:
+        rate: Fraction of the samples whose branch is skipped, of each group where several are packed.
+    """
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(
+        self,
+        states: Tensor,
+        branch: Callable[..., Tensor],
+        *inputs: Any,
+        packing: Packing | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """states + branch(states, *inputs, packing=packing, **kwargs).
+
+        Args:
+            states: (samples, tokens, dim), or packed groups (1, all tokens, dim).
+            branch: Takes states, `inputs`, `packing` and `kwargs`; returns an update for each token.
+            inputs: Further inputs, of which those with one entry per sample are reduced to the subset.
+        """
+        if not self.training or self.rate == 0:
+            return states + branch(states, *inputs, packing=packing, **kwargs)
+        if packing is not None:
+            return self._add_packed(states, branch, *inputs, packing=packing, **kwargs)
+        kept = self.sample_kept(len(states), states.device)
+        few = [_select(value, kept, len(states)) for value in inputs]
+        return _add(states, kept, branch(states[kept], *few, packing=None, **kwargs))
+
+    def sample_kept(self, num_samples: int, device: torch.device) -> Tensor:
+        """Random indices (kept,) of the samples whose branch is computed, at least one."""
+        return torch.randperm(num_samples, device=device)[: max(1, round(num_samples * (1 - self.rate)))]
+
+    def _add_packed(
+        self, states: Tensor, branch: Callable[..., Tensor], *inputs: Any, packing: Packing, **kwargs: Any
+    ) -> Tensor:
+        groups = packing.unpack(states)  # (samples, tokens, dim) each
+        kept = [self.sample_kept(len(group), states.device) for group in groups]
+        few = [group[index] for group, index in zip(groups, kept)]
+        smaller = Packing.of(few)
+        updates = smaller.unpack(branch(smaller.pack(few), *inputs, packing=smaller, **kwargs))
+        return packing.pack([_add(*parts) for parts in zip(groups, kept, updates)])
+
+
+def _add(states: Tensor, kept: Tensor, updates: Tensor) -> Tensor:
+    """Adds updates (kept, tokens, dim) to the kept samples of states, scaled to keep the expectation."""
+    return states.index_add(0, kept, updates.to(states.dtype), alpha=len(states) / len(kept))
+
+
+def _select(value: Any, kept: Tensor, num_samples: int) -> Any:
+    """The kept samples of an input with one entry per sample; rotary positions may be the same for all samples."""
+    if isinstance(value, tuple):
+        return tuple(_select(part, kept, num_samples) for part in value)
+    return value[kept] if value is not None and len(value) == num_samples else value
+
+
+__all__ = ["StochasticDepth"]
