@@ -115,6 +115,7 @@ def _values(
     data = run.get("data") or {}
     source = _source(data)
     return {
+        "config": config,
         "class_names": data.get("class_names") or [config.id2label[i] for i in sorted(config.id2label)],
         "method": _method_name(run.get("method")),
         "auto_class": _auto_class(getattr(config, "auto_map", None) or {}),

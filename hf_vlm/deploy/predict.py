@@ -144,7 +144,7 @@ class Predictor:
         sizes = [(array.shape[0], array.shape[1]) for array in arrays]
         inputs = self.processor(arrays, return_tensors="pt", input_data_format="channels_last")
         outputs = self.model(**inputs.to(self.model.device))
-        results = self.task.post_process(self.processor, outputs, threshold=threshold, sizes=sizes)
+        results = self.task.post_process(self.processor, outputs, threshold=threshold, sizes=sizes, model=self.model)
         names = self.model.config.id2label
         return [
             Prediction(

@@ -106,7 +106,12 @@ def evaluate_detection(
 
 
 def post_process(
-    processor: VLMViTDetectionImageProcessor, outputs: Any, *, threshold: float, sizes: Sequence[tuple[int, int]]
+    processor: VLMViTDetectionImageProcessor,
+    outputs: Any,
+    *,
+    threshold: float,
+    sizes: Sequence[tuple[int, int]],
+    model: nn.Module,
 ) -> list[dict[str, Tensor]]:
     """Boxes in pixels, scores and labels of each image."""
     return processor.post_process_object_detection(outputs, threshold=threshold, target_sizes=sizes)

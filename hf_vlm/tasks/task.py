@@ -52,8 +52,8 @@ class Task:
         collate: `(*, train, class_names, augmentation)` to the function that makes a batch of examples.
         evaluate: `(model, stream, processor, *, class_names, batch_size, per_class, fit_stream)` to an
             [`Evaluation`], the same on all ranks.
-        post_process: `(processor, outputs, *, threshold, sizes)` to one dict per image, `scores` and `labels` (n,)
-            best first and, where the task has them, `boxes` (n, 4) in pixels; None for tasks that predict nothing.
+        post_process: `(processor, outputs, *, threshold, sizes, model)` to one dict per image: `scores` and `labels`
+            (n,), best first, and `boxes` (n, 4) in pixels where the task has them; None where nothing is predicted.
         headline: The metrics that commands print first, by name with the label shown; they are higher-is-better.
         metric_names: Names of metrics in a model card, of `ap/<class>` under `ap/`; others are shown as they are.
         recipes: Shipped recipes by the preset of the encoder that they are for.

@@ -94,6 +94,23 @@ class VisionTrainingArguments(TrainingArguments):
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "A loss that is not finite is logged so."})
 
     def __post_init__(self) -> None:
+        self._check_choices()
+        num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+        if num_processes > 1 and not torch.accelerator.is_available():
+            self.use_cpu = True  # else accelerate makes each process a training of its own, silently
+        super().__post_init__()
+        if self.world_size != num_processes:
+            raise ValueError(
+                f"The launcher started {num_processes} processes, but training would use {self.world_size}: check the "
+                "launcher's configuration."
+            )
+        if self.images_to_see is not None and self.images_to_see != "auto":
+            self._set_steps(self.images_to_see)
+        if self.images_to_see != "auto":  # then the steps are not known yet
+            self._settle_steps()
+
+    def _check_choices(self) -> None:
+        """ValueError for a setting of ours that is out of its range, or one that cannot work here."""
         if (self.max_steps > 0) == (self.images_to_see is not None):
             raise ValueError(
                 "A recipe needs max_steps, a positive number of optimiser steps, or else images_to_see, and not both."
@@ -109,19 +126,8 @@ class VisionTrainingArguments(TrainingArguments):
                 "probe_steps must be 0 or more and num_probe_examples 2 or more, but are "
                 f"{self.probe_steps} and {self.num_probe_examples}."
             )
-        num_processes = int(os.environ.get("WORLD_SIZE", "1"))
-        if num_processes > 1 and not torch.accelerator.is_available():
-            self.use_cpu = True  # else accelerate makes each process a training of its own, silently
-        super().__post_init__()
-        if self.world_size != num_processes:
-            raise ValueError(
-                f"The launcher started {num_processes} processes, but training would use {self.world_size}: check the "
-                "launcher's configuration."
-            )
-        if self.images_to_see is not None and self.images_to_see != "auto":
-            self._set_steps(self.images_to_see)
-        if self.images_to_see != "auto":  # then the steps are not known yet
-            self._settle_steps()
+        if self.label_smoothing_factor:  # the Trainer gathers integer labels, which tasks here need not have
+            raise ValueError("label_smoothing_factor is not supported: set model_config.label_smoothing instead.")
 
     def see_images_of(self, num_images: int | None) -> None:
         """Sets the number of steps by the size of the data, where the recipe leaves it to that.

@@ -162,6 +162,8 @@ def test_views_are_made_on_the_device_where_it_is_an_accelerator(monkeypatch):
         monkeypatch.undo()
     with pytest.raises(ValueError, match="views_on must be auto, device or workers, but is 'gpu'"):
         parse_arguments({"max_steps": 1, "views_on": "gpu"})
+    with pytest.raises(ValueError, match=r"set model_config\.label_smoothing instead"):
+        parse_arguments({"max_steps": 1, "label_smoothing_factor": 0.1})
 
 
 def test_the_length_follows_the_images_and_the_batch():

@@ -1,0 +1,62 @@
+"""Which classes are taken for which: a confusion matrix as a picture."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["plot_confusion"]
+
+MAX_NAMED = 40  # classes; the names of more could not be read
+MAX_LENGTH = 24  # characters of a name; longer ones would leave no room for the matrix
+MAX_COUNTED = 15  # classes; the numbers of more could not
+
+
+def plot_confusion(path: Path, matrix: NDArray[Any], class_names: Sequence[str]) -> None:
+    """Plot a confusion matrix as a heat map, each row divided by its sum, with the accuracy as its title.
+
+    Names are shown for up to 40 classes, the counts for up to 15.
+
+    Args:
+        path: File of the picture.
+        matrix: (classes, classes) numbers of images, true classes in rows, predicted ones in columns.
+        class_names: Name of each class.
+
+    Raises:
+        ValueError: Where the names do not fit the matrix, or it counts no image.
+    """
+    from matplotlib.figure import Figure  # takes a second
+
+    num_classes = len(class_names)
+    if matrix.shape != (num_classes, num_classes) or not matrix.sum():
+        raise ValueError(
+            f"A confusion matrix of {num_classes} classes must be {num_classes} x {num_classes} and count at least "
+            f"one image, but is {' x '.join(map(str, matrix.shape))} and counts {matrix.sum():g}."
+        )
+    fractions = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)  # rows of classes without images stay 0
+    side = min(max(0.45 * num_classes, 4), 14)
+    figure = Figure(figsize=(side + 1.5, side), layout="compressed")
+    axis = figure.add_subplot()
+    image = axis.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, ax=axis, label="fraction of the true class", shrink=0.8)
+    axis.set(
+        title=f"accuracy {np.trace(matrix) / matrix.sum():.3f} of {matrix.sum():,} images",
+        xlabel="predicted class",
+        ylabel="true class",
+    )
+    if num_classes <= MAX_NAMED:
+        positions, names = range(num_classes), [_shorten(name) for name in class_names]
+        axis.set_xticks(positions, names, rotation=90)
+        axis.set_yticks(positions, names)
+    if num_classes <= MAX_COUNTED:
+        for (row, column), count in np.ndenumerate(matrix):
+            color = "white" if fractions[row, column] > 0.5 else "black"
+            axis.text(column, row, str(count), ha="center", va="center", color=color, fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def _shorten(name: str) -> str:
+    short = name if len(name) <= MAX_LENGTH else name[: MAX_LENGTH - 1] + "…"
+    return short.replace("$", r"\$")  # else matplotlib reads a formula
