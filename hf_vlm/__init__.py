@@ -1,8 +1,10 @@
 """Self-supervised Vision Transformers for your own images. Importing the package registers its Auto classes."""
 
 from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
+from hf_vlm.models.image_processing_classification import VLMViTClassificationImageProcessor
 from hf_vlm.models.image_processing_detection import VLMViTDetectionImageProcessor
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
+from hf_vlm.models.modeling_classification import VLMViTClassificationConfig, VLMViTForImageClassification
 from hf_vlm.models.modeling_detection import VLMViTDetectionConfig, VLMViTForObjectDetection
 from hf_vlm.models.modeling_dinov2 import DINOv2Config, DINOv2ForPreTraining
 from hf_vlm.models.modeling_distill import DistillConfig, DistillForPreTraining
@@ -39,9 +41,12 @@ __all__ = [
     "SimMIMConfig",
     "SimMIMForPreTraining",
     "VLMViTBackbone",
+    "VLMViTClassificationConfig",
+    "VLMViTClassificationImageProcessor",
     "VLMViTConfig",
     "VLMViTDetectionConfig",
     "VLMViTDetectionImageProcessor",
+    "VLMViTForImageClassification",
     "VLMViTForObjectDetection",
     "VLMViTImageProcessor",
     "VLMViTModel",

@@ -14,6 +14,7 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
+    AutoModelForImageClassification,
     AutoModelForObjectDetection,
     AutoModelForPreTraining,
 )
@@ -21,8 +22,10 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
+from hf_vlm.models.image_processing_classification import VLMViTClassificationImageProcessor
 from hf_vlm.models.image_processing_detection import VLMViTDetectionImageProcessor
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
+from hf_vlm.models.modeling_classification import VLMViTClassificationConfig, VLMViTForImageClassification
 from hf_vlm.models.modeling_detection import VLMViTDetectionConfig, VLMViTForObjectDetection
 from hf_vlm.models.modeling_dinov2 import DINOv2Config, DINOv2ForPreTraining
 from hf_vlm.models.modeling_distill import DistillConfig, DistillForPreTraining
@@ -73,6 +76,14 @@ MODELS = (
         VLMViTForObjectDetection,
         AutoModelForObjectDetection,
         VLMViTDetectionImageProcessor,
+    ),
+    ModelEntry(
+        "classification",
+        "image-classification",
+        VLMViTClassificationConfig,
+        VLMViTForImageClassification,
+        AutoModelForImageClassification,
+        VLMViTClassificationImageProcessor,
     ),
 )
 

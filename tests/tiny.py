@@ -76,6 +76,10 @@ def boxes(num_images):
     return [{"class_labels": torch.randint(3, (n,)), "boxes": torch.rand(n, 4) * 0.3 + 0.2} for n in counts]
 
 
+def classes(num_images):
+    return torch.randint(3, (num_images,))
+
+
 PROJECTION = {"projection_hidden_size": 32, "projection_size": 16}
 MAE = {"decoder_config": DECODER}
 LEJEPA = {**PROJECTION, "num_slices": 16}
@@ -125,6 +129,7 @@ TINY = {
     "ijepa": Tiny("ijepa", {"predictor_config": DECODER}, choices=block_indices),
     "distill": Tiny("distill", frozen="teacher"),
     "detection": Tiny("detection", DETECTION, num_views=0, labels=boxes),
+    "classification": Tiny("classification", {"id2label": DETECTION["id2label"]}, num_views=0, labels=classes),
 }
 PRETRAINING = [
     name for name, tiny in TINY.items() for entry in MODELS if (entry.name, entry.task) == (tiny.row, "pretraining")

@@ -1,5 +1,6 @@
 """Metrics as plain functions; each folder here wraps one of them for `evaluate.load("<path of the folder>")`."""
 
+from hf_vlm.metrics.classification import classification_metrics, confusion_matrix, multi_label_metrics
 from hf_vlm.metrics.detection import CocoDetectionMetric, coco_detection_metrics
 from hf_vlm.metrics.features import alignment, effective_rank, feature_std, mean_cosine, uniformity
 from hf_vlm.metrics.probe import knn_accuracy, linear_accuracy
@@ -7,11 +8,14 @@ from hf_vlm.metrics.probe import knn_accuracy, linear_accuracy
 __all__ = [
     "CocoDetectionMetric",
     "alignment",
+    "classification_metrics",
     "coco_detection_metrics",
+    "confusion_matrix",
     "effective_rank",
     "feature_std",
     "knn_accuracy",
     "linear_accuracy",
     "mean_cosine",
+    "multi_label_metrics",
     "uniformity",
 ]

@@ -1,10 +1,11 @@
 """One visible table of the tasks; a new one is one file here and one row."""
 
+from hf_vlm.tasks.classification import CLASSIFICATION
 from hf_vlm.tasks.detection import DETECTION
 from hf_vlm.tasks.feature_extraction import FEATURE_EXTRACTION
 from hf_vlm.tasks.task import Evaluation, Task
 
 __all__ = ["TASKS", "TRAINABLE_TASKS", "Evaluation", "Task"]
 
-TASKS: dict[str, Task] = {task.name: task for task in (FEATURE_EXTRACTION, DETECTION)}
+TASKS: dict[str, Task] = {task.name: task for task in (FEATURE_EXTRACTION, DETECTION, CLASSIFICATION)}
 TRAINABLE_TASKS = tuple(name for name, task in TASKS.items() if task.recipes)  # what `finetune` makes models for
