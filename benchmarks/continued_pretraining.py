@@ -2,11 +2,11 @@
 
     python benchmarks/continued_pretraining.py [--data CIFAR10] [--start simclr] [--num_steps 1000] [--patch_size 4]
 
-An encoder is trained by SimCLR or on the labels, saved in the layout of transformers' DINOv2, brought back by `hf-vlm
-convert`'s way, and pretrained further without labels on the same images. Arms: `continued` trains the heads first and
-the encoder then at a low rate that falls with depth, its weight decay rising; `plain` is the recipe as for a random
-encoder.
-Accuracies are kNN's on the mean patch token, in percent. The last line of stdout is JSON.
+An encoder is trained by SimCLR or on the labels, saved in the layout of transformers' DINOv2, converted back as by
+`hf-vlm convert`, and pretrained further without labels on the same images. Variants: `continued` first trains the
+heads alone, then the encoder too, at a low rate that falls with depth and with rising weight decay; `plain` is the
+recipe for a random encoder. Accuracies are those of kNN on the mean patch token, in percent. The last line of stdout
+is JSON.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from hf_vlm.training.run import pretrain, quiet_libraries
 
 Labelled = tuple[Tensor, Tensor]
 
-ARMS: dict[str, dict[str, Any]] = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "continued": {
         "frozen_encoder_steps": 0.1,
         "layer_decay": 0.75,
@@ -39,7 +39,7 @@ ARMS: dict[str, dict[str, Any]] = {
     },
     "plain": {"weight_decay": 0.05},
 }
-RECIPE: dict[str, Any] = {  # of SimCLR's recipe, its rate scaled by the square root of the batch
+RECIPE: dict[str, Any] = {  # SimCLR's, its learning rate scaled by the square root of the batch size
     "method": "simclr",
     "encoder_preset": "nano",
     "model_config": {"projection_hidden_size": 512},
@@ -58,7 +58,7 @@ RECIPE: dict[str, Any] = {  # of SimCLR's recipe, its rate scaled by the square 
 
 
 def train_on_labels(labelled: Labelled, num_steps: int, patch_size: int, folder: Path) -> None:
-    """Trains an encoder, class token and patches, to name the images, and saves it."""
+    """Trains an encoder to classify images by its class token and mean patch token, and saves it."""
     images, labels = labelled
     encoder = VLMViTModel(
         VLMViTConfig.from_preset("nano", image_size=SIDE, patch_size=patch_size, layerscale_value=1.0)
@@ -80,7 +80,7 @@ def train_on_labels(labelled: Labelled, num_steps: int, patch_size: int, folder:
 def first_encoder(
     arguments: argparse.Namespace, recipe: dict[str, Any], labelled: Labelled, num_steps: int, folder: Path
 ) -> Path:
-    """Trains the encoder to begin with, writes it as DINOv2 is written, and returns where it is converted back to."""
+    """Trains the initial encoder, saves it in DINOv2's layout, and returns the folder of the one converted back."""
     first, patch_size = folder / "first", arguments.patch_size
     if arguments.start == "labels":
         train_on_labels(labelled, num_steps, patch_size, first)
@@ -93,27 +93,27 @@ def first_encoder(
 
 
 def knn(folder: Path, reference: Labelled, test: Labelled) -> float:
-    """Accuracy of an encoder's folder, in percent; of a pretraining checkpoint its encoder is read."""
-    with quiet_transformers():  # which names the heads of a checkpoint as left over
+    """kNN accuracy of the encoder in a folder, in percent; the folder may be a pretraining checkpoint."""
+    with quiet_transformers():  # they report the heads of a checkpoint as unexpected
         encoder = VLMViTModel.from_pretrained(folder)
-    found = knn_accuracy(features(encoder, reference[0]), reference[1], features(encoder, test[0]), test[1])
-    return round(100 * found, 2)
+    accuracy = knn_accuracy(features(encoder, reference[0]), reference[1], features(encoder, test[0]), test[1])
+    return round(100 * accuracy, 2)
 
 
 def main() -> None:
-    """Prints kNN accuracies as they are found, then JSON."""
+    """Prints each kNN accuracy when it is computed, then JSON."""
     parser = argparse.ArgumentParser(description="kNN accuracy before, during and after continued pretraining.")
     parser.add_argument("--data", default="scenes:easy", help="labelled images with the splits train and test")
-    parser.add_argument("--num_steps", type=int, default=1000, help="of continued pretraining")
+    parser.add_argument("--num_steps", type=int, default=1000, help="steps of continued pretraining")
     parser.add_argument("--every", type=int, default=200, help="steps between two measurements")
     parser.add_argument(
         "--start", default="simclr", choices=["simclr", "labels"], help="what trains the first encoder"
     )
-    parser.add_argument("--num_start_steps", type=int, default=1000, help="of training the first encoder")
-    parser.add_argument("--num_images", type=int, default=10_000, help="labelled images; neighbours are found in them")
+    parser.add_argument("--num_start_steps", type=int, default=1000, help="steps that train the first encoder")
+    parser.add_argument("--num_images", type=int, default=10_000, help="labelled images, the reference set of kNN")
     parser.add_argument("--patch_size", type=int, default=4)
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
-    parser.add_argument("--quick", action="store_true", help="hardly trained: no figure to quote")
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--quick", action="store_true", help="hardly trained: not a result to quote")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     quiet_libraries()
@@ -131,16 +131,16 @@ def main() -> None:
         print(f"start      kNN {before:.2f}", flush=True)
         results: dict[str, Any] = {"start": before, "steps": list(range(every, num_steps + 1, every))}
         config = VLMViTConfig.from_pretrained(encoder)
-        for arm in arguments.arms:
-            folder = Path(temporary) / arm
-            recipe = RECIPE | changes | ARMS[arm]
+        for variant in arguments.variants:
+            folder = Path(temporary) / variant
+            recipe = RECIPE | changes | VARIANTS[variant]
             recipe |= {"encoder": str(encoder), "encoder_config": architecture(config, unlike="nano")}
             recipe |= {"data": arguments.data, "output_dir": str(folder), "max_steps": num_steps, "save_steps": every}
             pretrain(recipe)
-            results[arm] = []
+            results[variant] = []
             for step in results["steps"]:
-                results[arm].append(knn(folder / f"checkpoint-{step}", labelled, test))
-                print(f"{arm:<10} step {step:<6} kNN {results[arm][-1]:.2f}", flush=True)
+                results[variant].append(knn(folder / f"checkpoint-{step}", labelled, test))
+                print(f"{variant:<10} step {step:<6} kNN {results[variant][-1]:.2f}", flush=True)
     print(json.dumps(results | {"data": arguments.data} | ({"quick": True} if arguments.quick else {})))
 
 

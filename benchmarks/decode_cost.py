@@ -1,8 +1,8 @@
-"""What a cache of decoded images could save: CPU time of reading, of decoding, and of all that makes a training view.
+"""What a cache of decoded images could save: CPU time of reading, of decoding, and of making training views.
 
-    python benchmarks/decode_share.py [--data SOURCE] [--size 96] [--quick]
+    python benchmarks/decode_cost.py [--data SOURCE] [--size 96] [--quick]
 
-The last line of stdout is JSON, in microseconds an image.
+The last line of stdout is JSON, in microseconds per image.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from hf_vlm.models.modeling_simclr import SimCLRForPreTraining
 
 
 def microseconds(source: str, transform: Transform, num_images: int) -> float:
-    """CPU time of an image, the filling of the shuffle left out."""
+    """CPU time per image, without the filling of the shuffle buffer."""
     examples = iter(ExampleStream(open_source(source).unlabelled().dataset, transform))
     for _ in range(50):
         next(examples)
@@ -33,11 +33,11 @@ def microseconds(source: str, transform: Transform, num_images: int) -> float:
 
 
 def main() -> None:
-    """Prints medians of rounds in which the three take turns."""
-    parser = argparse.ArgumentParser(description="Share of decoding in making views.")
+    """Prints medians over rounds in which the three stages alternate."""
+    parser = argparse.ArgumentParser(description="CPU time of decoding within making views.")
     parser.add_argument("--data", default="scenes:easy")
-    parser.add_argument("--size", type=int, nargs="+", default=[96], help="of a view, or height and width")
-    parser.add_argument("--quick", action="store_true", help="few images: no figure to quote")
+    parser.add_argument("--size", type=int, nargs="+", default=[96], help="side of a view, or its height and width")
+    parser.add_argument("--quick", action="store_true", help="few images: not a result to quote")
     arguments = parser.parse_args()
     size = (arguments.size[0], arguments.size[-1])
     cv2.setNumThreads(1)

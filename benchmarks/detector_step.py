@@ -1,11 +1,11 @@
-"""Where a detector's training step goes, how matching grows with the batch, and transformers' matcher beside ours.
+"""Where the time of a detector's training step goes, how matching scales with the batch, and ours vs transformers'.
 
     python benchmarks/detector_step.py [--quick] [--device cuda]
 
 Batches of 16 images with 20 boxes each, models untrained. Rows: ViT-S/16 at 224 pixels with the heads of
 recipes/detection/vit_small.yaml, and the nano recipe at its 192 x 256 pixels. On a CPU time is the process's CPU time
-on one thread; on an accelerator it is the clock's, the device waited for after each part. Matchers of transformers: of
-DETR, and of Deformable DETR, whose focal costs are ours too and whose pairs must be ours. Last line of stdout: JSON.
+on one thread; on an accelerator it is wall time, synchronised after each part. Matchers of transformers: DETR's, and
+Deformable DETR's, whose focal costs equal ours and whose pairs must equal ours. The last line of stdout is JSON.
 """
 
 import argparse
@@ -39,7 +39,7 @@ ROWS: dict[str, tuple[str, Any]] = {
 
 
 class Stopwatch:
-    """Adds up the time of named parts; of parts within a part each has its own."""
+    """Adds up the time of named parts; a part within a part is counted in both."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -66,9 +66,9 @@ class Stopwatch:
 
 
 class Cut:
-    """Times a part of a model and cuts the graph behind it, so that its backward can be timed by itself.
+    """Times a part of a model and cuts the graph after it, so that its backward can be timed separately.
 
-    What comes out of a cut is a leaf: `backward` goes on from the gradients that arrived there.
+    The output of a cut is a leaf: `backward` continues from the gradients that arrived there.
     """
 
     def __init__(self, name: str, function: Callable[..., Any], watch: Stopwatch):
@@ -100,7 +100,7 @@ class Cut:
 
 
 class TimedStep:
-    """A training step of a detector, its parts timed one after the other."""
+    """A training step of a detector, each part timed separately."""
 
     def __init__(self, model: VLMViTForObjectDetection, watch: Stopwatch):
         self.model, self.watch = model, watch
@@ -114,7 +114,7 @@ class TimedStep:
         model.loss_function = self._loss
 
     def _loss(self, logits: Tensor, boxes: Tensor, dense: tuple[Tensor, Tensor], *rest: Any) -> Any:
-        """The loss of leaves: what the heads gave waits for its backward."""
+        """The loss on detached leaves: the backward of the heads runs later."""
         self.heads = [logits, boxes, *dense]
         self.leaves = [part.detach().requires_grad_() for part in self.heads]
         logits, boxes, *dense_leaves = self.leaves
@@ -154,11 +154,11 @@ def build(recipe: str, image_size: Any) -> VLMViTForObjectDetection:
     return build_model(parse_arguments(values), find_model("detection"), class_names=names)
 
 
-def shares_of_a_step(name: str, device: torch.device, num_steps: int) -> dict[str, float]:
-    """Median shares of the step's parts, forward and backward together; matching is a part of the loss."""
+def time_fractions(name: str, device: torch.device, num_steps: int) -> dict[str, float]:
+    """Median fractions of the step's time by part, forward plus backward; the loss includes matching."""
     torch.manual_seed(0)
     recipe, image_size = ROWS[name]
-    model = to_best_device(build(recipe, image_size), device).train()  # as the trainer has it
+    model = to_best_device(build(recipe, image_size), device).train()  # as the trainer does
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     images = torch.randn(BATCH_SIZE, 3, height, width, device=device)
     labels = random_labels(BATCH_SIZE, NUM_CLASSES, device)
@@ -173,17 +173,17 @@ def shares_of_a_step(name: str, device: torch.device, num_steps: int) -> dict[st
         step(images, labels)
         found.append(dict(watch.seconds))
     loss_detection.match, loss_detection.matching_cost = originals
-    del found[:2]  # the first steps make ready what is needed once
+    del found[:2]  # warm-up
     seconds = statistics.median(each["step"] for each in found)
     parts = ("matching", "loss", "backbone", "neck", "proposal_head", "decoder", "heads", "optimiser")
-    shares = {part: statistics.median(each[part] / each["step"] for each in found) for part in parts}
+    fractions = {part: statistics.median(each[part] / each["step"] for each in found) for part in parts}
     spread = [each["matching"] / each["step"] for each in found]
     print(
-        f"{name:<6} {1e3 * seconds:7.0f} ms a step   matching {100 * shares['matching']:.2f} % "
+        f"{name:<6} {1e3 * seconds:7.0f} ms per step   matching {100 * fractions['matching']:.2f} % "
         f"({100 * min(spread):.2f} to {100 * max(spread):.2f}), "
-        + ", ".join(f"{part} {100 * share:.1f} %" for part, share in shares.items() if part != "matching")
+        + ", ".join(f"{part} {100 * fraction:.1f} %" for part, fraction in fractions.items() if part != "matching")
     )
-    return shares
+    return fractions
 
 
 def contestants(config: VLMViTDetectionConfig) -> dict[str, Callable[..., Any]]:
@@ -208,7 +208,7 @@ def contestants(config: VLMViTDetectionConfig) -> dict[str, Callable[..., Any]]:
 
 
 def matching(device: torch.device, rounds: int) -> dict[str, float]:
-    """Median ratios of matching one stage of 300 queries; contestants and sizes take turns within each round."""
+    """Median ratios of matching one stage of 300 queries; contestants and sizes alternate within each round."""
     torch.manual_seed(0)
     config = VLMViTDetectionConfig()
     watch, matchers = Stopwatch(device), contestants(config)
@@ -226,8 +226,8 @@ def matching(device: torch.device, rounds: int) -> dict[str, float]:
             for name, matcher in matchers.items():
                 with watch(f"{name} {factor}"):
                     pairs[name] = matcher(*stage)
-            mine = set(zip(*(part.tolist() for part in pairs["ours"])))
-            assert mine == {
+            ours = set(zip(*(part.tolist() for part in pairs["ours"])))
+            assert ours == {
                 (image, query, target)
                 for image, (queries, targets) in enumerate(pairs["deformable"])
                 for query, target in zip(queries.tolist(), targets.tolist())
@@ -252,21 +252,21 @@ def ratio(found: list[dict[str, float]], over: str, under: str) -> float:
 
 
 def main() -> None:
-    """Prints a line a row and the JSON line."""
+    """Prints one line per row and the JSON line."""
     parser = argparse.ArgumentParser(description="Parts of a detector's training step.")
-    parser.add_argument("--quick", action="store_true", help="few steps: no figure to quote")
+    parser.add_argument("--quick", action="store_true", help="few steps: not a result to quote")
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     torch.set_num_threads(1)
     num_steps, rounds = (3, 5) if arguments.quick else (12, 20)
-    shares = {name: shares_of_a_step(name, device, num_steps) for name in ROWS}
-    figures = {
-        "matching_share": max(row["matching"] for row in shares.values()),
-        **{f"matching_share_{name}": row["matching"] for name, row in shares.items()},
+    fractions = {name: time_fractions(name, device, num_steps) for name in ROWS}
+    results = {
+        "matching_fraction": max(row["matching"] for row in fractions.values()),
+        **{f"matching_fraction_{name}": row["matching"] for name, row in fractions.items()},
         **matching(device, rounds),
     }
-    rounded = {name: round(value, 4) for name, value in figures.items()}
+    rounded = {name: round(value, 4) for name, value in results.items()}
     print(json.dumps(rounded | {"device": str(device)} | ({"quick": True} if arguments.quick else {})))
 
 

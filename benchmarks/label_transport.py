@@ -1,9 +1,9 @@
-"""What it costs to move the labels of a detection batch out of a data worker: as tensors, and as we do.
+"""What it costs to move the labels of a detection batch out of a data worker: as tensors, and in one message.
 
     python benchmarks/label_transport.py [--quick]
 
-16 images of 20 boxes and 6 tensors each, one worker; milliseconds a batch, by the clock and of CPU time of worker and
-process together, contestants taking turns. The images are a pixel, so that only labels count. The last line is JSON.
+16 images of 20 boxes and 6 tensors each, one worker; milliseconds per batch, wall time and CPU time of worker and
+process together, contestants alternating. The images are one pixel, so that only labels count. The last line is JSON.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def milliseconds(collate: Callable[..., Any], num_batches: int) -> tuple[float, 
 def main() -> None:
     """Prints medians and the JSON line."""
     parser = argparse.ArgumentParser(description="Moving labels out of data workers.")
-    parser.add_argument("--quick", action="store_true", help="few batches: no figure to quote")
+    parser.add_argument("--quick", action="store_true", help="few batches: not a result to quote")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rounds, num_batches = (2, 50) if arguments.quick else (7, 200)
@@ -74,15 +74,14 @@ def main() -> None:
     for _ in range(rounds):
         for name, collate in contestants.items():
             found[name].append(milliseconds(collate, num_batches))
-    figures = {}
+    results = {}
     for name, pairs in found.items():
         for index, clock in enumerate(("wall", "cpu")):
             each = [pair[index] for pair in pairs]
-            figures[f"{name}_{clock}_ms"] = round(statistics.median(each), 2)
-            print(
-                f"{name:<10} {clock:<4} {statistics.median(each):6.2f} ms a batch ({min(each):.2f} to {max(each):.2f})"
-            )
-    print(json.dumps(figures | ({"quick": True} if arguments.quick else {})))
+            results[f"{name}_{clock}_ms"] = round(statistics.median(each), 2)
+            median, spread = statistics.median(each), f"{min(each):.2f} to {max(each):.2f}"
+            print(f"{name:<10} {clock:<4} {median:6.2f} ms per batch ({spread})")
+    print(json.dumps(results | ({"quick": True} if arguments.quick else {})))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What partial decoding costs in quality: MAE encoders of the same number of images seen, on labelled small images.
+"""What partial decoding costs in quality: MAE encoders after the same number of images, on small labelled images.
 
     python benchmarks/mae_quality.py --data CIFAR10 [--seeds 3] [--num_images 100000] [--quick]
 
-Arms: the exact MAE; a third of the masked patches predicted by the same decoder; the same third by a decoder of
-cross-attention; and a random encoder. Each is judged by kNN on its frozen features and by fine-tuning on 5,000 labels.
+Variants: exact MAE; a third of the masked patches predicted by the same decoder; a third by a cross-attention decoder;
+and a random encoder. Each is evaluated by kNN on its frozen features and by fine-tuning on 5,000 labels.
 The last line of stdout is JSON: means over the seeds, accuracies in percent.
 """
 
@@ -29,7 +29,7 @@ from hf_vlm.metrics import knn_accuracy
 
 SIDE = 32
 BATCH_SIZE = 128
-ARMS: dict[str, dict[str, Any] | None] = {
+VARIANTS: dict[str, dict[str, Any] | None] = {
     "exact": {},
     "partial": {"prediction_ratio": 1 / 3},
     "partial_cross": {"prediction_ratio": 1 / 3, "use_cross_attention": True},
@@ -52,7 +52,7 @@ def normalise(images: Tensor) -> Tensor:
 
 
 def augment(images: Tensor) -> Tensor:
-    """Mirrored and moved by up to four pixels, each image by itself."""
+    """Images flipped at random and shifted by up to four pixels, each image independently."""
     padded, within = F.pad(normalise(images), (4, 4, 4, 4), mode="reflect"), torch.arange(images.shape[-1])
     rows = torch.randint(0, 9, (len(images), 1)) + within  # (n, side)
     columns = torch.randint(0, 9, (len(images), 1)) + within
@@ -62,7 +62,7 @@ def augment(images: Tensor) -> Tensor:
 
 
 def train(modules: list[torch.nn.Module], loss_of: Any, num_steps: int, learning_rate: float, what: str) -> float:
-    """Minimises `loss_of()`; returns CPU seconds a step."""
+    """Minimises `loss_of()`; returns CPU seconds per step."""
     parameters = [parameter for module in modules for parameter in module.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -114,12 +114,12 @@ def finetune(encoder: VLMViTModel, data: dict[str, tuple[Tensor, Tensor]], num_s
 
 
 def main() -> None:
-    """Prints a row a run, then means and spreads, then JSON."""
+    """Prints one row per run, then means and standard deviations, then JSON."""
     parser = argparse.ArgumentParser(description="Quality of MAE with partial decoding.")
     parser.add_argument("--data", required=True, help="labelled images with the splits train and test")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--num_images", type=int, default=100_000, help="seen in pretraining")
-    parser.add_argument("--quick", action="store_true", help="hardly trained: no figure to quote")
+    parser.add_argument("--num_images", type=int, default=100_000, help="images seen in pretraining")
+    parser.add_argument("--quick", action="store_true", help="hardly trained: not a result to quote")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     num_seen, num_steps, sizes = arguments.num_images, 200, (50_000, 5_000)
@@ -130,25 +130,25 @@ def main() -> None:
     reference = images[: 2 * sizes[1]], labels[: 2 * sizes[1]]
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for seed in range(arguments.seeds):
-        for arm, options in ARMS.items():
+        for variant, options in VARIANTS.items():
             torch.manual_seed(seed)
-            encoder, seconds = pretrain(options, images, num_seen, f"{arm}, seed {seed}")
+            encoder, seconds = pretrain(options, images, num_seen, f"{variant}, seed {seed}")
             knn = knn_accuracy(
                 features(encoder, reference[0]), reference[1], features(encoder, data["test"][0]), data["test"][1]
             )
             torch.manual_seed(seed)
-            tuned = finetune(encoder, data, num_steps, f"{arm}, seed {seed}: fine-tuning")
-            for name, value in {"knn": 100 * knn, "finetuned": 100 * tuned, "ms_a_step": 1000 * seconds}.items():
-                found[arm][name].append(value)
+            tuned = finetune(encoder, data, num_steps, f"{variant}, seed {seed}: fine-tuning")
+            for name, value in {"knn": 100 * knn, "finetuned": 100 * tuned, "ms_per_step": 1000 * seconds}.items():
+                found[variant][name].append(value)
             print(
-                f"seed {seed} {arm:<14} kNN {knn:.4f}  fine-tuned {tuned:.4f}  {1000 * seconds:.0f} ms a step",
+                f"seed {seed} {variant:<14} kNN {knn:.4f}  fine-tuned {tuned:.4f}  {1000 * seconds:.0f} ms per step",
                 flush=True,
             )
     means = {}
-    for arm, figures in found.items():
-        means[arm] = {name: round(statistics.mean(values), 2) for name, values in figures.items()}
-        spread = {name: f"{statistics.mean(v):.2f} ± {statistics.pstdev(v):.2f}" for name, v in figures.items()}
-        print(f"{arm:<14} {spread}")
+    for variant, metrics in found.items():
+        means[variant] = {name: round(statistics.mean(values), 2) for name, values in metrics.items()}
+        spread = {name: f"{statistics.mean(v):.2f} ± {statistics.pstdev(v):.2f}" for name, v in metrics.items()}
+        print(f"{variant:<14} {spread}")
     print(json.dumps({**means, "seeds": arguments.seeds, **({"quick": True} if arguments.quick else {})}))
 
 

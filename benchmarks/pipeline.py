@@ -1,17 +1,17 @@
-"""The whole loop, JPEGs in Parquet on disk to updated weights: ours against the one that transformers' example writes.
+"""The whole loop, JPEGs in Parquet on disk to updated weights: ours vs the one of transformers' example.
 
     python benchmarks/pipeline.py [--quick] [--device cuda] [--workers 0] [--rows nano tiny]
 
 ours: `hf-vlm pretrain` (exact stream, reduced decoding, views, MAE, VisionTrainer).
 theirs: examples/pytorch/image-pretraining/run_mae.py of transformers (map-style `datasets`, Pillow, ViTMAE with sdpa,
 stock Trainer); its torchvision transforms are written out with Pillow and torch, operation by operation.
-Both at 224 pixels from JPEGs of 640 x 480, with one optimiser. In the rows of one decoder all of the model is the same
-in both: encoder, decoder, mask and loss. In the row `recipe_nano` the nano encoder is: ours is the recipe
-mae/vit_nano_cpu.yaml with its slim decoder and half of the patches visible, theirs has the example's own decoder and
-mask. In the rows `partial_...` sizes are the same and ours predicts a third of the masked patches by cross-attention.
-Ours multiplies as `VisionTrainer` lets it (hf_vlm/training/device.py), theirs as torch does by itself. Arms take turns
-in segments; time is the process's CPU time on one thread, on an accelerator or with data workers the clock's. The last
-line of stdout is JSON.
+Both at 224 pixels from JPEGs of 640 x 480, with the same optimiser. In the rows with one decoder the whole model is
+the same in both: encoder, decoder, mask and loss. In the row `recipe_nano` only the nano encoder is: ours is the
+recipe mae/vit_nano_cpu.yaml with its slim decoder and half of the patches visible, theirs has the example's own
+decoder and mask. In the rows `partial_...` sizes are the same and ours predicts a third of the masked patches by
+cross-attention. Ours multiplies matrices as `VisionTrainer` sets it (hf_vlm/features/device.py), theirs as torch does
+by default. The two alternate in segments; time is the process's CPU time on one thread, wall time on an accelerator or
+with data workers. The last line of stdout is JSON.
 """
 
 import argparse
@@ -48,15 +48,15 @@ from hf_vlm.training.trainer import VisionTrainer
 
 SIZE = 224
 NUM_WARM = 2  # steps before a segment's clock starts
-DEFAULT_DECODER = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 16}  # of ViTMAEConfig
-SLIM_DECODER = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}  # of the nano recipe
+DEFAULT_DECODER = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 16}  # ViTMAEConfig's
+SLIM_DECODER = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}  # the nano recipe's
 SMALL_DECODER = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 OPTIMISER = {"learning_rate": 1e-4, "weight_decay": 0.05, "adam_beta2": 0.95, "max_grad_norm": 0.0}
 
 
 @dataclass(frozen=True)
 class Row:
-    """What is compared: `decoder` of both, or None for ours by the recipe and theirs by default."""
+    """One comparison: the `decoder` of both, or None for the recipe's in ours and the default in theirs."""
 
     preset: str
     decoder: dict[str, Any] | None
@@ -90,7 +90,7 @@ class Segment(TrainerCallback):
             self.started, self.ended = self.ended, (time.process_time(), time.perf_counter())
 
     def seconds(self) -> tuple[float, float]:
-        """Of the process's CPU time, and of the clock's."""
+        """CPU time of the process, and wall time."""
         cpu, wall = (end - start for start, end in zip(self.started, self.ended))
         return cpu, wall
 
@@ -102,9 +102,9 @@ class Setting:
     num_workers: int
 
 
-def common_arguments(row: Row, setting: Setting, arm: str) -> dict[str, Any]:
+def common_arguments(row: Row, setting: Setting, contestant: str) -> dict[str, Any]:
     return {
-        "output_dir": str(setting.folder / arm),
+        "output_dir": str(setting.folder / contestant),
         "max_steps": NUM_WARM + row.num_steps,
         "per_device_train_batch_size": row.batch_size,
         "dataloader_num_workers": setting.num_workers,
@@ -119,11 +119,11 @@ def common_arguments(row: Row, setting: Setting, arm: str) -> dict[str, Any]:
 
 
 def ours(row: Row, setting: Setting) -> tuple[float, float]:
-    """Seconds of a segment of `hf-vlm pretrain`."""
+    """CPU and wall seconds of one segment of `hf-vlm pretrain`."""
     recipe = load_recipe("mae/vit_nano_cpu.yaml") | {"image_size": SIZE, "encoder_preset": row.preset}
     if row.decoder is not None:
         recipe["model_config"] = {"mask_ratio": 0.75, "norm_pix_loss": True, "decoder_config": row.decoder}
-        recipe["views"] = {}  # of the method: the example's too
+        recipe["views"] = {}  # the method's default, which the example uses too
         if row.is_partial:
             recipe["model_config"] |= {"prediction_ratio": 1 / 3, "use_cross_attention": True}
     recipe |= common_arguments(row, setting, "ours") | {"data": str(setting.folder / "parquet"), "run_name": "ours"}
@@ -171,7 +171,7 @@ def collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 def theirs(row: Row, setting: Setting) -> tuple[float, float]:
-    """Seconds of a segment of transformers' example."""
+    """CPU and wall seconds of one segment of transformers' example."""
     dataset: Any = datasets.load_dataset(
         "parquet",
         data_files=str(setting.folder / "parquet/*"),
@@ -201,40 +201,43 @@ def theirs(row: Row, setting: Setting) -> tuple[float, float]:
 
 
 def compare(name: str, setting: Setting, rounds: int) -> dict[str, float]:
-    """Median ratios of their time to ours, of CPU time and by the clock; arms take turns."""
+    """Median ratios of their time to ours, CPU time and wall time; the two alternate."""
     row = ROWS[name]
     found: dict[str, list[tuple[float, float]]] = {"ours": [], "theirs": []}
     for index in tqdm(range(rounds), desc=name):
-        arms = (("ours", ours), ("theirs", theirs))
-        for arm, train in arms if index % 2 else reversed(arms):
-            is_fast = arm == "ours" and setting.device == "cpu" and enable_fast_matmul()
+        contestants = (("ours", ours), ("theirs", theirs))
+        for contestant, train in contestants if index % 2 else reversed(contestants):
+            is_fast = contestant == "ours" and setting.device == "cpu" and enable_fast_matmul()
             torch.backends.mkldnn.matmul.fp32_precision = "bf16" if is_fast else "ieee"
             with contextlib.redirect_stdout(io.StringIO()):  # the trainers' logs
-                found[arm].append(train(row, setting))
+                found[contestant].append(train(row, setting))
     ratios = {}
     num_images = row.batch_size * row.num_steps
     for index, clock in enumerate(("cpu", "wall")):
         each = [t[index] / o[index] for t, o in zip(found["theirs"], found["ours"])]
         ratios[clock] = statistics.median(each)
-        rates = {arm: num_images / statistics.median(pair[index] for pair in pairs) for arm, pairs in found.items()}
+        rates = {
+            contestant: num_images / statistics.median(pair[index] for pair in pairs)
+            for contestant, pairs in found.items()
+        }
         print(
             f"{name:<20} {clock:<4} ours {rates['ours']:7.1f} images/s, theirs {rates['theirs']:7.1f}: "
             f"{ratios[clock]:.2f} times ({min(each):.2f} to {max(each):.2f}, {rounds} rounds)"
         )
     log = [entry for entry in read_log(setting.folder / "ours/log.jsonl") if "mfu" in entry]
-    means = {figure: statistics.mean(entry[figure] for entry in log) for figure in ("data_wait", "mfu")}
-    print(f"{name:<20} ours in the last round: " + ", ".join(f"{figure} {mean:.3f}" for figure, mean in means.items()))
+    means = {key: statistics.mean(entry[key] for entry in log) for key in ("data_wait", "mfu")}
+    print(f"{name:<20} ours in the last round: " + ", ".join(f"{key} {mean:.3f}" for key, mean in means.items()))
     return ratios
 
 
 def main() -> None:
-    """Prints the rows and the JSON line; `vs_trainer_pillow` is the nano model, the same in both."""
-    parser = argparse.ArgumentParser(description="Images a second from disk to updated weights.")
-    parser.add_argument("--quick", action="store_true", help="few steps: no figure to quote")
+    """Prints the rows and the JSON line; `vs_trainer_pillow` is the row of the same nano model in both."""
+    parser = argparse.ArgumentParser(description="Images per second from disk to updated weights.")
+    parser.add_argument("--quick", action="store_true", help="few steps: not a result to quote")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--workers", type=int, default=0, help="data workers of each arm")
+    parser.add_argument("--workers", type=int, default=0, help="data workers of each contestant")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--rows", nargs="+", choices=ROWS, metavar="ROW", help=f"of {', '.join(ROWS)}")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, metavar="ROW", help=f"rows to run, of {', '.join(ROWS)}")
     arguments = parser.parse_args()
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
@@ -242,16 +245,16 @@ def main() -> None:
     datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
     transformers_logging.disable_progress_bar()
     clock = "cpu" if arguments.device == "cpu" and not arguments.workers else "wall"
-    figures: dict[str, Any] = {}
+    ratios_by_row: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
         setting = Setting(Path(temporary), arguments.device, arguments.workers)
         write_images(setting.folder, (480, 640), 400)
         for name in arguments.rows or (QUICK_ROWS if arguments.quick else ROWS):
             rounds = (1 if name == "recipe_nano" else 2) if arguments.quick else arguments.rounds
-            figures[f"vs_trainer_pillow_{name}"] = round(compare(name, setting, rounds)[clock], 3)
-    if "vs_trainer_pillow_nano" in figures:
-        figures["vs_trainer_pillow"] = figures["vs_trainer_pillow_nano"]
-    print(json.dumps(figures | {"clock": clock} | ({"quick": True} if arguments.quick else {})))
+            ratios_by_row[f"vs_trainer_pillow_{name}"] = round(compare(name, setting, rounds)[clock], 3)
+    if "vs_trainer_pillow_nano" in ratios_by_row:
+        ratios_by_row["vs_trainer_pillow"] = ratios_by_row["vs_trainer_pillow_nano"]
+    print(json.dumps(ratios_by_row | {"clock": clock} | ({"quick": True} if arguments.quick else {})))
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from hf_vlm.training.record import as_json
 QUICK = {"max_steps": 20, "eval_steps": 20, "num_eval_examples": 50}
 
 
-def figures_of(folder: Path, seed: int, overrides: dict[str, int] | None) -> dict[str, dict[str, float]]:
-    """Test figures of both arms for a seed, read from its folder where it is finished."""
+def test_metrics(folder: Path, seed: int, overrides: dict[str, int] | None) -> dict[str, dict[str, float]]:
+    """Test metrics of both variants for one seed, read from its folder if that run is finished."""
     finished = folder / "results.json"
     if not finished.is_file():
         results = run_demo(folder, seed=seed, overrides=overrides)
@@ -28,29 +28,28 @@ def figures_of(folder: Path, seed: int, overrides: dict[str, int] | None) -> dic
 
 
 def main() -> None:
-    """Runs the seeds one after the other and prints means and spreads."""
+    """Runs the seeds one after the other and prints means and standard deviations."""
     parser = argparse.ArgumentParser(description="Detection AP from a pretrained and from a random encoder.")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="a smoke test of a minute: no figure to quote")
+    parser.add_argument("--quick", action="store_true", help="a smoke test of a minute: not a result to quote")
     parser.add_argument("--first_seed", type=int, default=0)
-    parser.add_argument(
-        "--output_dir", type=Path, help="keeps all runs there; a seed that is finished is not run again"
-    )
+    parser.add_argument("--output_dir", type=Path, help="where runs are kept; a finished seed is not run again")
     arguments = parser.parse_args()
     seeds = range(arguments.first_seed, arguments.first_seed + (1 if arguments.quick else arguments.seeds))
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.output_dir or Path(temporary)
-        runs = [figures_of(folder / str(seed), seed, QUICK if arguments.quick else None) for seed in seeds]
-    figures = {}
-    for arm in VARIANTS:
+        runs = [test_metrics(folder / str(seed), seed, QUICK if arguments.quick else None) for seed in seeds]
+    metrics = {}
+    for variant in VARIANTS:
         for name in ("ap", "ap50"):
-            values = [run[arm][name] for run in runs]
+            values = [run[variant][name] for run in runs]
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            figures[f"{arm}_{name}"] = round(statistics.mean(values), 4)
+            metrics[f"{variant}_{name}"] = round(statistics.mean(values), 4)
             print(
-                f"{arm:<11} {name:<5} {statistics.mean(values):.3f} +- {spread:.3f}  ", [round(v, 3) for v in values]
+                f"{variant:<11} {name:<5} {statistics.mean(values):.3f} +- {spread:.3f}  ",
+                [round(v, 3) for v in values],
             )
-    print(json.dumps(figures | {"seeds": len(runs)}))
+    print(json.dumps(metrics | {"seeds": len(runs)}))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""How long a resumed run waits for its first batch, early and late in the data, and the stock Trainer beside it.
+"""How long a resumed run waits for its first batch, early and late in the data, and the stock Trainer for comparison.
 
     python benchmarks/resume.py [--quick]
 
 Three sources of tiny images: an index of 12 million, a Parquet file and WebDataset tars of fewer. Each is read to a
 position as training reads it, its state is saved, and a new loader is timed from there to its first batch. The stock
-Trainer has no position: it reads and drops batches up to it; that is timed at 10 thousand and not run at 10 million.
-The last line of stdout is JSON.
+Trainer saves no position: it reads and drops all batches up to it; that is timed at 10 thousand and not run at 10
+million. The last line of stdout is JSON.
 """
 
 import argparse
@@ -30,7 +30,6 @@ from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArg
 from hf_vlm.data.io.decode import decode_image
 from hf_vlm.data.io.indexed import indexed_stream
 from hf_vlm.data.schema import image_feature
-from hf_vlm.data.sources import open_source
 from hf_vlm.data.stream import ExampleStream
 
 BATCH_SIZE = 64
@@ -76,9 +75,9 @@ def identity(example: dict[str, Any], generator: np.random.Generator) -> dict[st
     return {"image_id": example["image_id"]}
 
 
-def time_resume(open_stream: Callable[[], datasets.IterableDataset], position: int, *, repeats: int) -> list[float]:
-    """Seconds from a saved state to the first batch, each time with a source that is opened anew."""
-    passed = ExampleStream(open_stream(), identity)
+def time_resume(open_source: Callable[[], datasets.IterableDataset], position: int, *, repeats: int) -> list[float]:
+    """Seconds from a saved state to the first batch, each time with a newly opened source."""
+    passed = ExampleStream(open_source(), identity)
     examples = iter(passed)
     for _ in tqdm(range(position), desc=f"Reading {position:,} examples", mininterval=2.0):
         next(examples)
@@ -86,7 +85,7 @@ def time_resume(open_stream: Callable[[], datasets.IterableDataset], position: i
     expected = [next(examples)["image_id"] for _ in range(BATCH_SIZE)]
     seconds = []
     for _ in range(repeats):
-        stream = ExampleStream(open_stream(), pixels)
+        stream = ExampleStream(open_source(), pixels)
         started = time.perf_counter()
         stream.load_state_dict(state)
         batch = next(iter(StatefulDataLoader(stream, batch_size=BATCH_SIZE, num_workers=0)))
@@ -96,7 +95,7 @@ def time_resume(open_stream: Callable[[], datasets.IterableDataset], position: i
 
 
 class OneWeight(PreTrainedModel):
-    """The least that a Trainer trains."""
+    """The smallest model that Trainer can train."""
 
     config_class = PreTrainedConfig
 
@@ -110,7 +109,7 @@ class OneWeight(PreTrainedModel):
 
 
 def time_trainer(folder: Path, parquet: Path, position: int) -> float:
-    """Seconds that the stock Trainer takes longer to resume at a position than to begin."""
+    """Seconds that the stock Trainer takes longer to resume at a position than to start from scratch."""
 
     def decoded(example: dict[str, Any]) -> dict[str, Any]:
         return {"pixel_values": np.asarray(example["image"].convert("RGB"))}
@@ -144,7 +143,7 @@ def time_trainer(folder: Path, parquet: Path, position: int) -> float:
 def main() -> None:
     """Prints a table and the JSON line."""
     parser = argparse.ArgumentParser(description="Seconds to the first batch of a resumed run.")
-    parser.add_argument("--quick", action="store_true", help="a tenth of the positions: no figure to quote")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the positions: not a result to quote")
     quick = parser.parse_args().quick
     late, num_files, repeats = (1_000_000, 20_000, 3) if quick else (10_000_000, 200_000, 5)
     with tempfile.TemporaryDirectory() as temporary:
@@ -156,18 +155,18 @@ def main() -> None:
             "parquet": (lambda: open_source(parquet).dataset, (10_000, num_files - 5_000)),
             "webdataset": (lambda: open_source(tars).dataset, (10_000, num_files - 5_000)),
         }
-        figures = {}
-        for name, (open_stream, positions) in table.items():
+        medians = {}
+        for name, (open_source, positions) in table.items():
             for position in positions:
-                seconds = time_resume(open_stream, position, repeats=repeats)
-                middle = figures[name, position] = statistics.median(seconds)
-                print(f"{name:<11} {position:>10,}  {middle:.3f} s  ({min(seconds):.3f} to {max(seconds):.3f})")
+                seconds = time_resume(open_source, position, repeats=repeats)
+                median = medians[name, position] = statistics.median(seconds)
+                print(f"{name:<11} {position:>10,}  {median:.3f} s  ({min(seconds):.3f} to {max(seconds):.3f})")
         replay = time_trainer(folder, parquet, 10_000)
         hours = replay / 10_000 * 10_000_000 / 3600
         print(f"stock Trainer, replay of 10,000: {replay:.2f} s; at this rate {hours:.1f} hours for 10 million")
     result = {
-        "seconds_at_10k": round(figures["index", 10_000], 3),
-        "seconds_at_10m": round(figures["index", late], 3),
+        "seconds_at_10k": round(medians["index", 10_000], 3),
+        "seconds_at_10m": round(medians["index", late], 3),
         "trainer_replay_seconds_at_10k": round(replay, 2),
     }
     print(json.dumps(result | ({"quick": True} if quick else {})))

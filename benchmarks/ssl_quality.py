@@ -2,11 +2,11 @@
 
     python benchmarks/ssl_quality.py --data CIFAR10 [--seeds 3] [--num_images 100000] [--methods simclr,mae] [--jobs 2]
 
-Every method trains the same encoder by `hf-vlm pretrain` from its own settings below, each batch and each number of
-images the same; methods with more views do more work an image, so the seconds stand beside. Distillation learns from a
-SimCLR encoder of a run of its own, whose seconds are not counted. Beside them: the same encoder untrained, and the
-pixels themselves. With `--output_dir` runs are kept, and those that are finished are not run again. The last line of
-stdout is JSON: means over the seeds, accuracies in percent.
+Every method trains the same encoder by `hf-vlm pretrain` with its own settings below, at the same batch size and
+number of images; methods with more views do more work per image, so the seconds are reported too. Distillation learns
+from a SimCLR encoder of a separate run, whose seconds are not counted. Baselines: the same encoder untrained, and the
+pixels themselves. With `--output_dir` runs are kept, and finished ones are not run again. The last line of stdout is
+JSON: means over the seeds, accuracies in percent.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from ssl_peers import pretrain as pretrain_peer
 from tqdm.auto import tqdm
 
 # Method: how it differs from `SHARED`. Sizes of heads and decoders follow the encoder's; rates are those of the
-# recipes, scaled to the batch. Views of one size a method, as their papers draw them, without blur at 32 pixels.
+# recipes, scaled to the batch. Views as in the methods' papers, without blur at 32 pixels.
 COLOR = {
     "jitter": [0.4, 0.4, 0.2, 0.1],
     "jitter_probability": 0.8,
@@ -46,7 +46,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "model_config": {
             "projection_hidden_size": 512,
             "projection_size": 128,
-            "predictor_norm": False,  # this and the next as the peer has them; official ones: RESULTS.md
+            "predictor_norm": False,  # this and the next as in the peer; official ones: RESULTS.md
             "freeze_patch_projection": False,
         },
         "views": {**COLOR, "crop_scale": [0.2, 1.0], "views": [{}, {"solarize_probability": 0.2}]},
@@ -64,7 +64,7 @@ METHODS: dict[str, dict[str, Any]] = {
             "projection_size": 32,
             "num_slices": 256,
             "sigreg_weight": 0.02,
-            "join_views": True,  # as stable-pretraining has them; the paper's, each view by itself: RESULTS.md
+            "join_views": True,  # as in stable-pretraining; the paper's, each view by itself: RESULTS.md
         },
         "views": {
             **COLOR,
@@ -77,7 +77,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "model_config": {
             "num_prototypes": 256,
             "head_hidden_size": 512,
-            "bottleneck_size": 32,  # in 128 dimensions features are near no prototype, and the teacher stays uniform
+            "bottleneck_size": 32,  # in 128 no feature is close to a prototype, and the teacher stays uniform
             "momentum": 0.98,
             "teacher_temperature": 0.04,
         },
@@ -113,12 +113,12 @@ SHARED: dict[str, Any] = {
     "max_grad_norm": 1.0,
     "logging_steps": 50,
     "save_strategy": "no",
-    "overwrite_output_dir": True,  # what an interrupted run left
-    "probe_steps": 0,  # peers have none, whose seconds stand beside
+    "overwrite_output_dir": True,  # of an interrupted run
+    "probe_steps": 0,  # peers have none, and their seconds are compared
     "report_to": "none",
 }
 BASELINES = ("random_init", "pixels")
-ACCURACIES = {  # of the mean patch token, of the class token, and of both side by side
+ACCURACIES = {  # of the mean patch token, of the class token, and of both concatenated
     "knn": "kNN, mean",
     "linear": "linear, mean",
     "knn_class": "kNN, class",
@@ -129,7 +129,7 @@ ACCURACIES = {  # of the mean patch token, of the class token, and of both side 
 
 
 def own_settings(row: str, image_size: int, patch_size: int) -> dict[str, Any]:
-    """A method's settings, with its sizes in pixels: small views of half the image, masked squares of two patches."""
+    """A method's settings, with its sizes in pixels: small views of half the image, mask blocks of two patches."""
     own = copy.deepcopy(METHODS.get(row, {}))
     if local := own.get("views", {}).get("local"):
         local["size"] = image_size // 2 // patch_size * patch_size
@@ -139,7 +139,7 @@ def own_settings(row: str, image_size: int, patch_size: int) -> dict[str, Any]:
 
 
 def recipe_of(method: str, seed: int, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """The recipe of a run: the method's own settings within the shared ones. A peer has those of our row."""
+    """The recipe of a run: the method's own settings over the shared ones; a peer has those of our row."""
     row = PEERS[method].row if method in PEERS else method
     own = own_settings(row, options.image_size, options.patch_size)
     return {
@@ -163,10 +163,9 @@ def recipe_of(method: str, seed: int, folder: Path, options: argparse.Namespace)
 
 
 def run_one(method: str, seed: int, folder: Path, options: argparse.Namespace) -> None:
-    """Trains and judges one encoder in this process, and writes `figures.json`."""
+    """Trains and evaluates one encoder in this process, and writes `metrics.json`."""
     from hf_vlm import VLMViTModel
     from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
-    from hf_vlm.tasks.evaluation import evaluate_run
     from hf_vlm.training import run
     from hf_vlm.training.build import build_encoder_config, build_processor
     from hf_vlm.training.recipe import check_recipe, parse_arguments
@@ -187,10 +186,10 @@ def run_one(method: str, seed: int, folder: Path, options: argparse.Namespace) -
         VLMViTModel(build_encoder_config(args)).save_pretrained(folder)
         build_processor(args, VLMViTImageProcessor, 3).save_pretrained(folder)
     if method == "pixels":
-        figures = accuracy_of_pixels(folder, options)
+        metrics = accuracy_of_pixels(folder, options)
     else:
-        figures = evaluate_run(folder, options.data, "test", num_examples=options.num_labelled).metrics
-    (folder / "figures.json").write_text(json.dumps({**figures, "seconds": seconds}))
+        metrics = evaluate_run(folder, options.data, "test", num_examples=options.num_labelled).metrics
+    (folder / "metrics.json").write_text(json.dumps({**metrics, "seconds": seconds}))
 
 
 def accuracy_of_pixels(folder: Path, options: argparse.Namespace) -> dict[str, float]:
@@ -213,31 +212,31 @@ def accuracy_of_pixels(folder: Path, options: argparse.Namespace) -> dict[str, f
 
 
 def jobs_of(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, int, Path]]:
-    """All runs, one seed after the other, so that a table stands after the first."""
+    """All runs, one seed after the other, so that the first seed is complete first."""
     for seed in range(options.seeds):
         for method in (*BASELINES, *options.methods):
             if method != "pixels" or seed == 0:
                 yield method, seed, folder / f"{method}_{seed}"
 
 
-def start(method: str, seed: int, folder: Path, words: list[str]) -> None:
-    """Runs this file for one run, unless it is finished, and says where its log is if it fails."""
-    if (folder / "figures.json").is_file():
+def start(method: str, seed: int, folder: Path, argv: list[str]) -> None:
+    """Starts one run in a process of its own, unless it is finished; if it fails, the error names its log."""
+    if (folder / "metrics.json").is_file():
         return
     folder.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, *words, "--one", method, str(seed), str(folder)]
+    command = [sys.executable, __file__, *argv, "--one", method, str(seed), str(folder)]
     with (folder / "output.txt").open("w") as log:
         if subprocess.run(command, env=environment, stdout=log, stderr=log, check=False).returncode:
             raise SystemExit(f"{method}, seed {seed} failed: see {folder / 'output.txt'}")
 
 
 def table(jobs: list[tuple[str, int, Path]]) -> dict[str, dict[str, float]]:
-    """Prints means and spreads, best kNN first, and returns the means."""
+    """Prints means and standard deviations, best kNN first, and returns the means."""
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for method, _, folder in jobs:
-        figures = json.loads((folder / "figures.json").read_text())
-        for name, value in figures.items():
+        metrics = json.loads((folder / "metrics.json").read_text())
+        for name, value in metrics.items():
             found[method][name].append(value if name == "seconds" else 100 * value)
     print("| method | " + " | ".join(ACCURACIES.values()) + " | seconds |\n|---" + "|---:" * 7 + "|")
     for method, row in sorted(found.items(), key=lambda item: -statistics.mean(item[1]["knn"])):
@@ -250,10 +249,10 @@ def table(jobs: list[tuple[str, int, Path]]) -> dict[str, dict[str, float]]:
 
 
 def choose(methods: list[str] | None) -> list[str]:
-    """The methods that were asked for, or all of ours and the peers that are installed.
+    """The requested methods, or all of ours and the installed peers.
 
     Raises:
-        ValueError: for a name that is not known, or a peer that was asked for and is not installed.
+        ValueError: for an unknown name, or a requested peer that is not installed.
     """
     if unknown := set(methods or []) - {*METHODS, *PEERS}:
         raise ValueError(
@@ -268,26 +267,30 @@ def choose(methods: list[str] | None) -> list[str]:
         elif methods:
             raise ValueError(f"{name} needs: pip install {missing}")
         else:
-            print(f"{name} is left out; for it: pip install {missing}", file=sys.stderr)
+            print(f"{name} is skipped; for it: pip install {missing}", file=sys.stderr)
     return chosen
 
 
 def main() -> None:
-    """Runs what is missing, prints the table and JSON."""
+    """Runs what is not finished, prints the table and JSON."""
     parser = argparse.ArgumentParser(description="Frozen accuracy of each method's encoder.")
     parser.add_argument("--data", required=True, help="images with class labels and the splits train and test")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--methods", type=lambda text: text.split(","), help="of ours and of peers, by commas")
-    parser.add_argument("--num_images", type=int, default=100_000, help="seen in pretraining")
-    parser.add_argument("--num_labelled", type=int, default=5_000, help="images of each split for the accuracies")
+    parser.add_argument(
+        "--methods", type=lambda text: text.split(","), help="methods of ours and of peers, separated by commas"
+    )
+    parser.add_argument("--num_images", type=int, default=100_000, help="images seen in pretraining")
+    parser.add_argument("--num_labelled", type=int, default=5_000, help="images per split for the accuracies")
     parser.add_argument("--encoder_preset", default="nano", help="size of the encoder; tiny or small on a GPU")
-    parser.add_argument("--num_workers", type=int, default=0, help="processes that read images for ours, for a GPU")
+    parser.add_argument(
+        "--num_workers", type=int, default=0, help="processes that read images, for ours only; for a GPU"
+    )
     parser.add_argument("--image_size", type=int, default=32)
     parser.add_argument("--patch_size", type=int, default=4)
     parser.add_argument("--batch_size", type=int, default=128)
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, a core each")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, one core per run")
     parser.add_argument("--output_dir", type=Path)
-    parser.add_argument("--quick", action="store_true", help="hardly trained: no figure to quote")
+    parser.add_argument("--quick", action="store_true", help="hardly trained: not a result to quote")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.quick:

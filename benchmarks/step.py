@@ -1,15 +1,15 @@
-"""A pretraining step: ours beside transformers' ViTMAE, and beside timm with lightly's loss.
+"""A pretraining step: ours vs transformers' ViTMAE, and vs timm with lightly's loss.
 
     python benchmarks/step.py [--presets tiny small] [--device cuda] [--compile] [--quick]
 
-Contestants take turns step by step on the same images; ratios are medians over the steps. On the CPU, time is the
-process's CPU time on one thread; on an accelerator, the clock around synchronised steps in bfloat16. Peak memory is
-that of a process of its own on the CPU. timm and lightly (`pip install timm lightly`) are left out where they do not
-import.
+Contestants alternate step by step on the same images; ratios are medians over the steps. On the CPU, time is the
+process's CPU time on one thread; on an accelerator, wall time around synchronised steps in bfloat16. Peak memory is
+that of a separate process on the CPU. timm and lightly (`pip install timm lightly`) are skipped where they cannot be
+imported.
 
 Two ratios are printed where they differ: with the same matrix products in both, and as each trains by default (our
-trainer lets the CPU multiply by oneDNN where that is exact, see `hf_vlm/training/device.py`). The last line of stdout
-is JSON.
+trainer lets the CPU multiply with oneDNN where that is exact, see `hf_vlm/features/device.py`). The last line of
+stdout is JSON.
 """
 
 import argparse
@@ -95,7 +95,7 @@ class TheirSimCLR(nn.Module):
 
 
 def import_peers() -> bool:
-    """Whether timm and lightly import; both ask for torchvision and use nothing of it here."""
+    """Whether timm and lightly can be imported; both require torchvision and use nothing of it here."""
     if importlib.util.find_spec("torchvision") is None:
         parts = (
             "ops",
@@ -112,8 +112,8 @@ def import_peers() -> bool:
     try:
         import lightly.loss
         import timm
-    except Exception as error:  # of whatever their own dependencies raise
-        print(f"timm and lightly are left out: {error}")
+    except Exception as error:  # whatever their own dependencies raise
+        print(f"timm and lightly are skipped: {error}")
         return False
     return bool(timm and lightly)
 
@@ -128,7 +128,7 @@ MODELS: dict[str, Callable[[str], nn.Module]] = {
 
 
 class Contestant:
-    """A model with its optimiser; `fast` lets it multiply as our trainer does."""
+    """A model with its optimiser; `fast` lets it multiply matrices as our trainer does."""
 
     def __init__(self, name: str, preset: str, device: torch.device, *, fast: bool, is_compiled: bool = False):
         torch.manual_seed(0)
@@ -168,7 +168,7 @@ def clock(device: torch.device) -> float:
 
 
 def peak(contestant: Contestant) -> float:
-    """FLOP/s of the device by its data sheet; of a large product on the CPU, by the clock of the steps."""
+    """Peak FLOP/s: of an accelerator by its data sheet; of the CPU as measured with a large matrix product."""
     if contestant.device.type != "cpu":
         return peak_flops(contestant.device, "bf16")
     torch.backends.mkldnn.matmul.fp32_precision = "bf16" if contestant.fast else "ieee"
@@ -181,7 +181,7 @@ def peak(contestant: Contestant) -> float:
 
 
 def compare(contestants: dict[str, Contestant], images: Tensor, num_steps: int, what: str) -> dict[str, float]:
-    """Median ratios of the first contestant's time to each one's."""
+    """Median ratios of the first contestant's time to that of each."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for contestant in contestants.values():
         contestant.step(images)
@@ -251,7 +251,7 @@ def losses(device: torch.device, num_rounds: int, *, batch: int = 512) -> dict[s
 
 
 def peak_memory(name: str, preset: str, batch: int) -> float:
-    """MiB that two steps add to a process of their own."""
+    """MiB that two steps add to a separate process."""
     command = [sys.executable, "-W", "ignore", __file__, "--memory", name, "--presets", preset, "--batch", str(batch)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
@@ -268,14 +268,14 @@ def print_memory(name: str, preset: str, batch: int) -> None:
 
 def main() -> None:
     """Prints a table and the JSON line."""
-    parser = argparse.ArgumentParser(description="Images a second of a pretraining step.")
+    parser = argparse.ArgumentParser(description="Images per second of a pretraining step.")
     parser.add_argument("--presets", nargs="+", default=["tiny"])
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=9)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--compile", action="store_true", help="compile our models")
-    parser.add_argument("--quick", action="store_true", help="few steps of few images: no figure to quote")
-    parser.add_argument("--memory", help=argparse.SUPPRESS)  # what a process of its own is to measure
+    parser.add_argument("--quick", action="store_true", help="few steps of few images: not a result to quote")
+    parser.add_argument("--memory", help=argparse.SUPPRESS)  # what a separate process measures
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.quick:
@@ -284,20 +284,20 @@ def main() -> None:
         print_memory(arguments.memory, arguments.presets[0], arguments.batch)
         return
     has_peers = import_peers()
-    figures: dict[str, float] = {}
+    results: dict[str, float] = {}
     for preset in arguments.presets:
         suffix = "" if preset == arguments.presets[0] else f"_{preset}"
         ratios = mae(preset, arguments)
         for name, key in (("exact", "mae_vs_transformers"), ("partial", "mae_partial_vs_transformers")):
-            figures[key + suffix] = round(ratios[name], 3)
+            results[key + suffix] = round(ratios[name], 3)
             if f"{name}, as trained" in ratios:
-                figures[f"{key}_as_trained{suffix}"] = round(ratios[f"{name}, as trained"], 3)
+                results[f"{key}_as_trained{suffix}"] = round(ratios[f"{name}, as trained"], 3)
         gc.collect()
         if has_peers:
             ratios = simclr(preset, arguments)
-            figures[f"simclr_vs_timm_lightly{suffix}"] = round(ratios["simclr"], 3)
+            results[f"simclr_vs_timm_lightly{suffix}"] = round(ratios["simclr"], 3)
             if "simclr, as trained" in ratios:
-                figures[f"simclr_vs_timm_lightly_as_trained{suffix}"] = round(ratios["simclr, as trained"], 3)
+                results[f"simclr_vs_timm_lightly_as_trained{suffix}"] = round(ratios["simclr, as trained"], 3)
             gc.collect()
         if arguments.device == "cpu":
             memory = {
@@ -308,12 +308,12 @@ def main() -> None:
                 f"peak memory of a step, {preset}: "
                 + ", ".join(f"{name} {mib:.0f} MiB" for name, mib in memory.items())
             )
-            figures[f"mae_memory_vs_transformers{suffix}"] = round(
+            results[f"mae_memory_vs_transformers{suffix}"] = round(
                 memory["exact, as trained"] / memory["transformers"], 3
             )
     if has_peers:
-        figures |= losses(torch.device(arguments.device), 3 if arguments.quick else 25)
-    print(json.dumps(figures | ({"quick": True} if arguments.quick else {})))
+        results |= losses(torch.device(arguments.device), 3 if arguments.quick else 25)
+    print(json.dumps(results | ({"quick": True} if arguments.quick else {})))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""JPEGs of a stream to ready uint8 batches at 224 px: images/s a core, beside what the field uses.
+"""JPEGs of a stream to ready uint8 batches at 224 px: images/s per core, vs what the field uses.
 
     python benchmarks/stream.py [--quick]           three image sizes, contestants interleaved
     python benchmarks/stream.py --workers           how two data workers scale (needs two idle cores)
-    python benchmarks/stream.py --soak [1000000]    memory over so many examples
+    python benchmarks/stream.py --soak [1000000]    memory over this many examples
 
-Contestants, each with its shuffle as its users write it: ours (Parquet, block shuffle); `datasets` streaming Parquet,
+Contestants, each shuffled as its users usually do: ours (Parquet, block shuffle); `datasets` streaming Parquet,
 decoded by Pillow, resized by Pillow; webdataset's tars, decoded and resized by Pillow (`pip install -e ".[bench]"`).
 Time is the process's CPU time on one thread. The last line of stdout is JSON.
 """
@@ -41,7 +41,7 @@ SIZE = (224, 224)
 BATCH_SIZE = 64
 SHUFFLE = 1000  # examples shuffled together
 IMAGE_SIZES = {"500x375": (375, 500), "640x480": (480, 640), "1600x1200": (1200, 1600)}
-MAIN_SIZE = "640x480"  # of COCO's images and of what phones send; ImageNet's mean is 500 x 375
+MAIN_SIZE = "640x480"  # typical of COCO and of photos sent by phone; ImageNet's mean is 500 x 375
 
 
 def write_images(folder: Path, size: tuple[int, int], num_images: int) -> None:
@@ -118,7 +118,7 @@ CONTESTANTS: dict[str, Callable[[Path], Iterator[torch.Tensor]]] = {
 }
 
 
-def seconds_an_image(batches: Iterator[torch.Tensor], num_batches: int) -> float:
+def seconds_per_image(batches: Iterator[torch.Tensor], num_batches: int) -> float:
     started = time.process_time()
     for batch in islice(batches, num_batches):
         assert batch.shape == (BATCH_SIZE, *SIZE, 3)
@@ -127,27 +127,27 @@ def seconds_an_image(batches: Iterator[torch.Tensor], num_batches: int) -> float
 
 
 def compare(folder: Path, *, rounds: int, num_batches: int) -> dict[str, float]:
-    """Median ratios of the others' time to ours; contestants take turns within each round."""
+    """Median ratios of the others' time to ours; contestants alternate within each round."""
     batches = {name: contestant(folder) for name, contestant in CONTESTANTS.items()}
     for contestant in batches.values():
-        next(contestant)  # fills the shuffle, once
+        next(contestant)  # fills the shuffle buffer, once
     found: dict[str, list[float]] = {name: [] for name in batches}
     for _ in tqdm(range(rounds), desc=folder.name):
         for name, contestant in batches.items():
-            found[name].append(seconds_an_image(contestant, num_batches))
+            found[name].append(seconds_per_image(contestant, num_batches))
     ratios = {}
     for name, seconds in found.items():
-        ratio = [theirs / mine for theirs, mine in zip(seconds, found["ours"])]
+        ratio = [theirs / ours for theirs, ours in zip(seconds, found["ours"])]
         ratios[name] = statistics.median(ratio)
         print(
-            f"{folder.name:<10} {name:<18} {1 / statistics.median(seconds):7.0f} images/s a core   "
+            f"{folder.name:<10} {name:<18} {1 / statistics.median(seconds):7.0f} images/s per core   "
             f"ours is {ratios[name]:.2f} times as fast ({min(ratio):.2f} to {max(ratio):.2f})"
         )
     return ratios
 
 
 def check_pixels(folder: Path) -> float:
-    """Mean difference, in grey levels, of our pixels from Pillow's with the same resize."""
+    """Mean absolute difference of our pixels from Pillow's with the same resize, in grey levels (0 to 255)."""
     differences = []
     for example in islice(open_source(folder / "parquet"), 20):
         with Image.open(io.BytesIO(example["image"]["bytes"])) as image:
@@ -157,7 +157,7 @@ def check_pixels(folder: Path) -> float:
 
 
 def scaling(folder: Path, *, rounds: int, num_batches: int) -> float:
-    """Images a second of two data workers over one's, by the clock; both take turns."""
+    """Images per second of two data workers relative to one, in wall time; the two alternate."""
     ratios = []
     loaders = {workers: ours(folder, num_workers=workers) for workers in (1, 2)}
     for batches in loaders.values():
@@ -178,7 +178,7 @@ def scaling(folder: Path, *, rounds: int, num_batches: int) -> float:
 
 
 def soak(folder: Path, num_examples: int) -> float:
-    """Growth of this process's memory, MiB, from a tenth of the examples on to the end."""
+    """Growth of this process's memory in MiB, from a tenth of the examples to the end."""
     file = io.BytesIO()
     Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3)).save(file, "JPEG")
     rows = datasets.Dataset.from_dict({"image": [file.getvalue()] * 100_000})
@@ -195,16 +195,16 @@ def soak(folder: Path, num_examples: int) -> float:
 
 
 def main() -> None:
-    """Runs what the options ask for and prints the JSON line."""
-    parser = argparse.ArgumentParser(description="Images a second of the data stream.")
-    parser.add_argument("--quick", action="store_true", help="few images: no figure to quote")
+    """Runs what the options select and prints the JSON line."""
+    parser = argparse.ArgumentParser(description="Images per second of the data stream.")
+    parser.add_argument("--quick", action="store_true", help="few images: not a result to quote")
     parser.add_argument("--workers", action="store_true", help="only how two workers scale")
-    parser.add_argument("--soak", type=int, nargs="?", const=1_000_000, help="only memory over so many examples")
+    parser.add_argument("--soak", type=int, nargs="?", const=1_000_000, help="only memory over this many examples")
     arguments = parser.parse_args()
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
-    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # each epoch of theirs would sleep for seconds
+    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # otherwise each epoch of theirs sleeps for seconds
     num_images, rounds, num_batches = (130, 3, 2) if arguments.quick else (1500, 9, 6)
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
@@ -215,16 +215,16 @@ def main() -> None:
             write_images(root / MAIN_SIZE, IMAGE_SIZES[MAIN_SIZE], num_images)
             print(json.dumps({"workers_scaling": round(scaling(root / MAIN_SIZE, rounds=rounds, num_batches=40), 3)}))
             return
-        figures: dict[str, float] = {}
+        ratios_by_size: dict[str, float] = {}
         for name, size in IMAGE_SIZES.items():
             write_images(root / name, size, num_images if size[0] < 1000 else num_images // 4)
-            print(f"{name:<10} {check_pixels(root / name):.2f} grey levels from Pillow's bilinear resize, in the mean")
+            print(f"{name:<10} {check_pixels(root / name):.2f} grey levels from Pillow's bilinear resize, on average")
             ratios = compare(root / name, rounds=rounds, num_batches=num_batches)
             for other in ("datasets_pillow", "webdataset_pillow"):
-                figures[f"vs_{other}_{name}"] = round(ratios[other], 3)
+                ratios_by_size[f"vs_{other}_{name}"] = round(ratios[other], 3)
                 if name == MAIN_SIZE:
-                    figures[f"vs_{other}"] = round(ratios[other], 3)
-        print(json.dumps(figures | ({"quick": True} if arguments.quick else {})))
+                    ratios_by_size[f"vs_{other}"] = round(ratios[other], 3)
+        print(json.dumps(ratios_by_size | ({"quick": True} if arguments.quick else {})))
 
 
 if __name__ == "__main__":

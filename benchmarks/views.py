@@ -1,12 +1,12 @@
-"""Random views of uint8 images as normalised float batches at 224 px: images/s, beside what the field uses.
+"""Random views of uint8 images as normalised float batches at 224 px: images/s, vs what the field uses.
 
     python benchmarks/views.py [--quick]                  one CPU thread: ours by opencv, as in the data workers
     python benchmarks/views.py --device cuda [--quick]    ours in batches against kornia, on the device
 
 Contestants, each with SimCLR's operations at the same probabilities and ranges, and with MAE's (crop, flip): ours,
 albumentations, kornia on whole batches, Pillow as torchvision's transforms call it (`pip install -e ".[bench]"`).
-All but albumentations and kornia resize without aliasing; these keep their default, which is cheaper. Time on the CPU
-is the process's CPU time. The last line of stdout is JSON.
+All but albumentations and kornia resize with antialiasing; these two keep their default, which is cheaper. Time on the
+CPU is the process's CPU time. The last line of stdout is JSON.
 """
 
 import argparse
@@ -67,8 +67,8 @@ def ours(views: dict[str, Any]) -> Contestant:
 
     def make(batch: Array) -> Tensor:
         out = np.empty((len(batch), 3, SIZE, SIZE), dtype=np.float32)
-        for image, place in zip(batch, out):
-            made.normalize(render_view(image, settings, sample_view(settings, generator)), place)
+        for image, target in zip(batch, out):
+            made.normalize(render_view(image, settings, sample_view(settings, generator)), target)
         return torch.from_numpy(out)
 
     return make
@@ -126,20 +126,20 @@ def with_pillow(views: dict[str, Any]) -> Contestant:
 
     def make(batch: Array) -> Tensor:
         out = np.empty((len(batch), 3, SIZE, SIZE), dtype=np.float32)
-        for image, place in zip(batch, out):
+        for image, target in zip(batch, out):
             view = _pillow_crop(Image.fromarray(image), views["crop_scale"], generator)
             if generator.random() < views["flip_probability"]:
                 view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             if "jitter" in views:
                 view = _pillow_colors(view, views, generator)
-            place[...] = ((np.asarray(view, dtype=np.float32) / 255 - mean) / std).transpose(2, 0, 1)
+            target[...] = ((np.asarray(view, dtype=np.float32) / 255 - mean) / std).transpose(2, 0, 1)
         return torch.from_numpy(out)
 
     return make
 
 
 def _pillow_crop(image: Image.Image, crop_scale: list[float], generator: np.random.Generator) -> Image.Image:
-    """The draw of torchvision's RandomResizedCrop."""
+    """A crop sampled as by torchvision's RandomResizedCrop."""
     for _ in range(10):
         area = generator.uniform(*crop_scale) * image.width * image.height
         ratio = math.exp(generator.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -159,13 +159,13 @@ def _pillow_colors(view: Image.Image, views: dict[str, Any], generator: np.rando
     if generator.random() < views["jitter_probability"]:
         for index in generator.permutation(4):
             strength = views["jitter"][index]
-            drawn = generator.uniform(-strength, strength)
+            change = generator.uniform(-strength, strength)
             if index < 3:
-                view = enhancers[index](view).enhance(1 + drawn)
+                view = enhancers[index](view).enhance(1 + change)
                 continue
             hue, saturation, value = view.convert("HSV").split()
-            turned = np.asarray(hue) + np.uint8(round(drawn * 255) % 256)
-            view = Image.merge("HSV", (Image.fromarray(turned), saturation, value)).convert("RGB")
+            shifted = np.asarray(hue) + np.uint8(round(change * 255) % 256)
+            view = Image.merge("HSV", (Image.fromarray(shifted), saturation, value)).convert("RGB")
     if generator.random() < views["grayscale_probability"]:
         view = view.convert("L").convert("RGB")
     if generator.random() < views["blur_probability"]:
@@ -174,14 +174,14 @@ def _pillow_colors(view: Image.Image, views: dict[str, Any], generator: np.rando
 
 
 def on_device(views: dict[str, Any], device: str, batch: Array) -> Contestant:
-    """Ours on the device; what the workers decode and draw is ready, and as kornia's images sent each time."""
+    """Ours on the device, parameters sampled beforehand; the copy to the device is timed, as kornia's is."""
     made = DeviceViews(transform(views))
     made.transform.sample = lambda example, rng: (  # type: ignore[method-assign]
         example["image"],
         [sample_view(made.transform.views[0], rng)],
     )
-    drawn = [made.sample({"image": image}, np.random.default_rng(seed)) for seed, image in enumerate(batch)]
-    ready = made.collate(drawn)
+    sampled = [made.sample({"image": image}, np.random.default_rng(seed)) for seed, image in enumerate(batch)]
+    ready = made.collate(sampled)
 
     def make(batch: Array) -> Tensor:
         sent: Any = {name: _to(values, device) for name, values in ready.items()}
@@ -196,7 +196,7 @@ def _to(values: Any, device: str) -> Any:
     )
 
 
-def seconds_an_image(make: Contestant, batch: Array, device: str) -> float:
+def seconds_per_image(make: Contestant, batch: Array, device: str) -> float:
     def now() -> float:
         if device == "cpu":
             return time.process_time()
@@ -214,17 +214,17 @@ def seconds_an_image(make: Contestant, batch: Array, device: str) -> float:
 def compare(
     method: str, contestants: dict[str, Contestant], batch: Array, rounds: int, device: str
 ) -> dict[str, float]:
-    """Median ratios of the others' time to ours; contestants take turns within each round."""
+    """Median ratios of the others' time to ours; contestants alternate within each round."""
     found: dict[str, list[float]] = {name: [] for name in contestants}
     for name, make in contestants.items():
-        views = make(batch)  # also what is made ready once
-        print(f"{method:<7} {name:<15} mean {views.mean():.2f}, deviation {views.std():.2f} of the values")
+        views = make(batch)  # also the warm-up
+        print(f"{method:<7} {name:<15} mean {views.mean():.2f}, standard deviation {views.std():.2f} of the values")
     for _ in tqdm(range(rounds), desc=method):
         for name, make in contestants.items():
-            found[name].append(seconds_an_image(make, batch, device))
+            found[name].append(seconds_per_image(make, batch, device))
     ratios = {}
     for name, seconds in found.items():
-        ratio = [theirs / mine for theirs, mine in zip(seconds, found["ours"])]
+        ratio = [theirs / ours for theirs, ours in zip(seconds, found["ours"])]
         ratios[name] = statistics.median(ratio)
         print(
             f"{method:<7} {name:<15} {1 / statistics.median(seconds):8.0f} images/s   "
@@ -234,12 +234,10 @@ def compare(
 
 
 def main() -> None:
-    """Runs what the options ask for and prints the JSON line."""
-    parser = argparse.ArgumentParser(description="Images a second of random views.")
+    """Runs what the options select and prints the JSON line."""
+    parser = argparse.ArgumentParser(description="Images per second of random views.")
     parser.add_argument("--quick", action="store_true", help="few images and rounds")
-    parser.add_argument(
-        "--device", help="compare batches on this device with kornia's instead: cuda, or cpu to try it"
-    )
+    parser.add_argument("--device", help="compare with kornia, in batches on this device: cuda, or cpu to try it")
     arguments = parser.parse_args()
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
@@ -249,7 +247,7 @@ def main() -> None:
     if device != "cpu":
         batch_size = 256
     batch = images(batch_size)
-    figures: dict[str, float] = {}
+    ratios_by_name: dict[str, float] = {}
     for method, views in METHODS.items():
         if arguments.device:
             contestants = {"ours": on_device(views, device, batch), "kornia": with_kornia(views, device)}
@@ -263,9 +261,9 @@ def main() -> None:
         ratios = compare(method, contestants, batch, rounds, device)
         prefix = "" if method == "simclr" else f"{method}_"
         for name in ratios.keys() & {"kornia", "pillow"}:
-            figures[f"{prefix}vs_{name}"] = round(ratios[name], 3)
-        figures[f"{prefix}vs_best"] = round(min(ratio for name, ratio in ratios.items() if name != "ours"), 3)
-    print(json.dumps(figures | ({"device": device} if arguments.device else {})))
+            ratios_by_name[f"{prefix}vs_{name}"] = round(ratios[name], 3)
+        ratios_by_name[f"{prefix}vs_best"] = round(min(ratio for name, ratio in ratios.items() if name != "ours"), 3)
+    print(json.dumps(ratios_by_name | ({"device": device} if arguments.device else {})))
 
 
 if __name__ == "__main__":

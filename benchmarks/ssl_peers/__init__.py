@@ -1,23 +1,23 @@
-"""The peers' own code for methods that we have too, as more rows of `ssl_quality.py`.
+"""The peers' own implementations of methods that we have too, as more rows of `ssl_quality.py`.
 
     pip install lightly stable-pretraining
 
 What differs from our row of the same method is the method's own code: losses, heads, masks, views. Encoder, batches,
-steps, optimiser, schedule and sizes of heads are those of our row. lightly's and stable-pretraining's parts are in the
-plain loop of lightly's examples, around our encoder; transformers' MAE is trained as its `run_mae.py` does, and its
-encoder converted.
+steps, optimiser, schedule and sizes of heads are those of our row. lightly's and stable-pretraining's parts run in the
+plain loop of lightly's examples, on our encoder; transformers' MAE is trained as its `run_mae.py` does, and its
+encoder is converted.
 
 - `lightly_simclr`: NTXentLoss, SimCLRProjectionHead, SimCLRTransform.
 - `lightly_dinov2`: DINOLoss, IBOTPatchLoss, KoLeoLoss, DINOv2ProjectionHead, DINOTransform, block masks. As in its
-  example the teacher's head does not start as the student's.
+  example the teacher's head is not initialised with the student's weights.
 - `lightly_lejepa`: LeJEPALoss, LeJEPAProjectionHead, DINOTransform.
-- `stable_pretraining_lejepa`: its LeJEPA model, whose SIGReg takes all views for one sample, and its transforms.
+- `stable_pretraining_lejepa`: its LeJEPA model, whose SIGReg treats all views as one sample, and its transforms.
 - `stable_pretraining_moco_v3`: MoCov3, and its transforms.
 - `stable_pretraining_simmim`: SimMIM, which masks single patches, and its transforms.
-- `stable_pretraining_ijepa`: IJEPA, whose blocks are those of the whole batch, and its transforms.
+- `stable_pretraining_ijepa`: IJEPA, whose mask blocks are the same for the whole batch, and its transforms.
 - `transformers_mae`: ViTMAEForPreTraining by the stock Trainer, views by torchvision.
 
-lightly has no MoCo v3, and its masked methods stand on transformers of its own. solo-learn has no row: its package on
+lightly has no MoCo v3, and its masked methods need their own transformers. solo-learn has no row: its package on
 PyPI (1.0.2, for torch 1.9) imports lightning-bolts, which does not import beside lightning 2.
 """
 
@@ -58,12 +58,12 @@ PEERS: dict[str, type[Peer] | type[TransformersMAE]] = {
 
 
 def missing_packages(name: str) -> str:
-    """What has to be installed for a peer, with spaces between; empty where all is there."""
+    """Packages to install for a peer, separated by spaces; empty where all are installed."""
     return " ".join(p for p in PEERS[name].packages if importlib.util.find_spec(p.replace("-", "_")) is None)
 
 
 def pretrain(name: str, recipe: dict[str, Any]) -> float:
-    """Trains a peer by the recipe of our row, leaves encoder and image processor in `output_dir`, returns seconds."""
+    """Trains a peer by the recipe of our row, saves encoder and image processor in `output_dir`, returns seconds."""
     args = parse_arguments(recipe)
     set_seed(args.seed)
     entry = find_model(args.method, ["pretraining"])

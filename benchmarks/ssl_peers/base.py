@@ -17,17 +17,17 @@ from hf_vlm.training.optim import parameter_groups
 
 
 class Peer(nn.Module):
-    """A peer's method around our encoder, trained in a plain loop.
+    """A peer's method on our encoder, trained in a plain loop.
 
     Args:
-        config: Our configuration of the method, which gives the encoder and the sizes.
-        args: Our arguments of the run.
-        normalise: `mean` and `std` of images.
+        config: Configuration of our method, which gives the encoder and the sizes.
+        args: Arguments of the run.
+        normalise: The images' `mean` and `std`, one value per channel.
 
     Attributes:
-        row: The method of ours whose settings it shares.
-        packages: What it imports, as `pip install` has to bring it.
-        transform: An image of Pillow to its views, each (channels, height, width).
+        row: Name of our method whose settings it shares.
+        packages: Names of the packages to `pip install`.
+        transform: Function from a Pillow image to its views, each (channels, height, width).
     """
 
     row: str
@@ -42,21 +42,21 @@ class Peer(nn.Module):
         self.to(self.backbone.device).train()
 
     def build(self, config: Any, views: dict[str, Any], normalise: dict[str, Any]) -> None:
-        """Makes the peer's parts and `transform`."""
+        """Builds the peer's modules and `transform`."""
 
     def forward(self, views: list[Tensor], step: int) -> Tensor:
         """The loss of views (batch, channels, height, width), large ones first."""
         raise NotImplementedError
 
     def after_step(self, step: int) -> None:
-        """What follows an optimiser's step."""
+        """Called after each optimiser step."""
 
     def pooled(self, images: Tensor) -> Tensor:
         """Class tokens (images, hidden_size)."""
         return self.backbone(images, class_token_only=True).pooler_output
 
     def fit(self, stream: ExampleStream) -> VLMViTModel:
-        """Trains on a stream of views and returns the encoder to judge."""
+        """Trains on a stream of views and returns the encoder to evaluate."""
         args, num_layers = self.args, self.config.backbone_config.num_hidden_layers
         groups = parameter_groups(
             self, num_layers=num_layers, learning_rate=args.learning_rate, weight_decay=args.weight_decay

@@ -1,4 +1,4 @@
-"""lightly's losses, heads and transforms around our encoder."""
+"""lightly's losses, heads and transforms on our encoder."""
 
 import copy
 from typing import Any
@@ -13,7 +13,7 @@ from .base import Peer
 
 
 def lightly_colors(views: dict[str, Any], strength: float) -> dict[str, float]:
-    """Our colours as arguments of lightly's transforms, which multiply them by a strength."""
+    """Our colour jitter as arguments of lightly's transforms, which multiply it by a strength."""
     names = ("cj_bright", "cj_contrast", "cj_sat", "cj_hue")
     colors = {name: value / strength for name, value in zip(names, views["jitter"])}
     colors |= {"cj_strength": strength, "cj_prob": views["jitter_probability"]}
@@ -21,7 +21,7 @@ def lightly_colors(views: dict[str, Any], strength: float) -> dict[str, float]:
 
 
 def lightly_crops(views: dict[str, Any], image_size: int, **options: Any) -> Any:
-    """lightly's two large views and many small ones."""
+    """lightly's transform to two large views and several small ones."""
     from lightly.transforms import DINOTransform
 
     local = views["local"]
@@ -32,7 +32,7 @@ def lightly_crops(views: dict[str, Any], image_size: int, **options: Any) -> Any
         local_crop_scale=tuple(local["crop_scale"]),
         n_local_views=local["num_views"],
         gaussian_blur=(views["blur_probability"],) * 3,
-        **lightly_colors(views, strength=0.5),  # the second large view takes no other
+        **lightly_colors(views, strength=0.5),  # the only one that its second large view accepts
         **options,
     )
 

@@ -1,4 +1,4 @@
-"""stable-pretraining's models of methods around our encoder."""
+"""stable-pretraining's models of methods on our encoder."""
 
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ from .base import Peer
 
 
 class AsTimm(nn.Module):
-    """Our encoder by the names of timm's, for methods that take an encoder apart. With sin-cos positions alone."""
+    """Our encoder with timm's attribute names, for methods that use its parts; sin-cos positions only."""
 
     def __init__(self, encoder: VLMViTModel):
         super().__init__()
@@ -27,13 +27,13 @@ class AsTimm(nn.Module):
         self.register_buffer("pos_embed", torch.cat([prefix, positions], dim=1))
 
     def forward(self, images: Tensor) -> Tensor:
-        images = images.to(self.pos_embed.device)  # they ask for the width with an image on the CPU
+        images = images.to(self.pos_embed.device)  # to find the width they pass an image on the CPU
         pooled: Tensor = self.encoder(images, class_token_only=True).pooler_output
         return pooled
 
 
 class Block(nn.Module):
-    """A layer, with those of its parts that a method draws anew."""
+    """A layer, with those of its modules that a method initialises again."""
 
     def __init__(self, layer: nn.Module):
         super().__init__()
@@ -60,18 +60,18 @@ class PatchEmbed(nn.Module):
 
 
 class StablePretraining(Peer):
-    """A method as one of its models, whose teachers follow their students."""
+    """A method as one of its models; its teachers are moving averages of the students."""
 
     packages = ("stable-pretraining",)
     model: nn.Module
     teachers: Sequence[Any] = ()
 
     def make_views(self, *views: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-        """Its transforms take and give samples, dictionaries of an image."""
+        """Sets `transform`; its transforms map one dict with an image to another."""
         from stable_pretraining.data.transforms import MultiViewTransform
 
-        draw = MultiViewTransform(list(views))
-        self.transform = lambda image: [view["image"] for view in draw({"image": image})["views"]]
+        transform = MultiViewTransform(list(views))
+        self.transform = lambda image: [view["image"] for view in transform({"image": image})["views"]]
 
     def forward(self, views: list[Tensor], step: int) -> Tensor:
         return self.model(*views).loss
@@ -83,7 +83,7 @@ class StablePretraining(Peer):
 
 
 def view_of(size: int, views: dict[str, Any], normalise: dict[str, Any], solarize: float = 0.0) -> Any:
-    """One of its views, with the settings of ours."""
+    """The transform to one of its views, with our settings."""
     from stable_pretraining.data import transforms
 
     parts = [
@@ -111,7 +111,7 @@ class StablePretrainingLeJEPA(StablePretraining):
         self.model = LeJEPA(
             "vit_tiny_patch16_224", projector=projector, n_slices=config.num_slices, lamb=config.sigreg_weight
         )
-        del self.model.backbone  # it takes no other than timm's, by name
+        del self.model.backbone  # the constructor accepts only timm's, by name
         self.model.backbone = self.pooled
         local = views["local"]
         large = view_of(self.args.image_size, views, normalise)
