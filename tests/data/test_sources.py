@@ -11,7 +11,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from hf_vlm.data.io.decode import decode_image
-from hf_vlm.data.scenes.render import scenes_source
+from hf_vlm.data.scenes.stream import scenes_source
 from hf_vlm.data.schema import image_feature, objects_feature
 from hf_vlm.data.sources import guess_format, open_source
 

@@ -32,6 +32,7 @@ __all__ = [
     "open_binary",
     "read_bytes",
     "retried",
+    "siblings",
 ]
 
 logger = logging.getLogger(__name__)
@@ -127,6 +128,11 @@ def existing_paths(paths: Iterable[Path]) -> set[Path]:
     unlisted = {folder for folder in folders if not can_list(folder)}
     there = {path for folder in folders - unlisted if folder.is_dir() for path in folder.iterdir()}
     return {path for path in paths if path in there or path.parent in unlisted}
+
+
+def siblings(path: Path) -> list[str]:
+    """The content of the folder that a missing path would be in."""
+    return [str(sibling) for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
 
 
 def join(folder: str, name: str) -> str:
