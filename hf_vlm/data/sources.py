@@ -1,4 +1,4 @@
-"""Open anything as a stream of one schema: one table of kinds, told by what a source looks like."""
+"""Open anything as a source of one schema: one table of the formats, and how each is recognised."""
 
 import os
 import re
@@ -66,13 +66,13 @@ def open_source(
             folder of these; a COCO json or a folder with one; a folder of Pascal VOC; a data.yaml of YOLO or its
             folder; a folder of images; or the id of a dataset on the Hub. Files and folders may also be URLs of any
             protocol that fsspec knows (https, s3, gs, ...), with credentials from its configuration; web servers alone
-            have no folders. Of Parquet files and tars, `{00..31}` and `*` name several. A mapping of sources to
+            have no folders. `{00..31}` and `*` name several Parquet files or tars. A mapping of sources to
             weights mixes them (see `mix_sources`).
-        split: Of the source; `val` and `valid` are `validation`.
-        format: One of `FORMATS`; None tells it from the source.
-        num_samples: Only so many examples: the first, but of class folders ones that are evenly spread.
-        name: Of the configuration of a dataset on the Hub.
-        revision: Of a dataset on the Hub.
+        split: Name of the split; `val` and `valid` are `validation`.
+        format: One of `FORMATS`; None to guess it.
+        num_samples: Number of examples to read: the first ones, but evenly spread ones of class folders; None for all.
+        name: Configuration of a dataset on the Hub.
+        revision: Branch, tag or commit of a dataset on the Hub.
 
     Returns:
         A source with the columns `image` ({"bytes", "path"}) and `image_id`, and as the source has them `label`,
@@ -90,7 +90,7 @@ def open_source(
     if format not in FORMATS:
         raise ValueError(f"unknown format {format!r}; the formats are {', '.join(FORMATS)}")
     if (name is not None or revision is not None) and format != "hub":
-        raise ValueError(f"name and revision belong to datasets on the Hub; {source} is of the format {format!r}")
+        raise ValueError(f"name and revision belong to datasets on the Hub; {source} has the format {format!r}")
     if format == "scenes":
         preset = str(source).removeprefix("scenes").removeprefix(":") or "easy"
         opened = scenes_source(preset, canonical_split(split), num_samples=num_samples)
@@ -109,12 +109,12 @@ def _open_mixture(source: Mapping[str, float], split: str, *, format: str | None
 
 
 def _open_files(source: str, split: str, *, format: str, num_samples: int | None) -> Source:
-    """Open what lies on disk or behind a URL."""
+    """Open files on disk or behind a URL."""
     with _as_value_error(source):
         paths, takes_several = find_paths(source), FILE_FORMATS[format].takes_several
         if not takes_several and not can_list(source) and FORMAT_OF_SUFFIX.get(_suffix(source)) != format:
             raise ValueError(
-                f"{source}: web servers cannot list the files of a folder, which data of the format {format!r} need; "
+                f"{source}: web servers cannot list the files of a folder, which the format {format!r} needs; "
                 "give the COCO json or the data.yaml of YOLO itself, or make it Parquet or tars"
             )
         # Remote files of these formats are opened at once, which reports missing ones too.
@@ -146,7 +146,7 @@ def _as_value_error(source: str) -> Iterator[None]:
 
 
 def guess_format(source: str | Path) -> str:
-    """The format of a source, told from its name and what is there.
+    """The format of a source, guessed from its name and content.
 
     Raises:
         ValueError: There is nothing of that name, or nothing of a known format in it.
@@ -157,7 +157,7 @@ def guess_format(source: str | Path) -> str:
         if _suffix(text) in FORMAT_OF_SUFFIX:
             return FORMAT_OF_SUFFIX[_suffix(text)]
         if is_pattern or not can_list(text):
-            raise ValueError(f"the format of {redact_url(text)} cannot be told from its name; give the format")
+            raise ValueError(f"the format of {redact_url(text)} cannot be guessed from its name; give the format")
         with _as_value_error(text):
             return _format_of_folder(cast(Path, UPath(text)))
     if text == "scenes" or text.startswith("scenes:"):

@@ -37,7 +37,10 @@ def scenes_source(
     """Scenes as a source; the index is the `image_id`.
 
     Args:
-        num_samples: Scenes from position 0 on; None means `NUM_SAMPLES` of the split.
+        preset: Name of a preset, or settings.
+        split: Name of the split.
+        num_samples: Number of scenes, from position 0 on; None for `NUM_SAMPLES` of the split.
+        seed: Seed of the scenes.
         masks: Whether the source has the columns `mask` and `instance_mask`; without them it is faster.
 
     Raises:

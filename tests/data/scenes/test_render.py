@@ -130,7 +130,7 @@ def test_hidden_digits_leave_the_truth():
     assert scene.semantic_mask[0].max() == 0
 
 
-def test_splits_share_neither_digits_nor_photographs():
+def test_splits_have_no_digit_and_no_photograph_in_common():
     train, validation, test = (load_pictures(split) for split in NUM_SAMPLES)
     for category in range(10):
         samples = [{glyph.tobytes() for glyph in part.glyphs[category]} for part in (train, validation, test)]

@@ -58,7 +58,7 @@ def test_stream_resumes_exactly_and_twice():
     assert seen == everything
 
 
-def test_resuming_does_not_draw_what_was_seen(monkeypatch):
+def test_resuming_does_not_render_what_was_seen(monkeypatch):
     import hf_vlm.data.scenes.stream as scenes
 
     stream = scenes_source("easy", num_samples=6400, masks=False).dataset
@@ -66,12 +66,12 @@ def test_resuming_does_not_draw_what_was_seen(monkeypatch):
     for _ in range(30):
         next(iterator)
     state, expected = stream.state_dict(), next(iterator)
-    drawn = []
+    rendered = []
     original = render_scene
-    monkeypatch.setattr(scenes, "render_scene", lambda *args, **kw: drawn.append(args[1]) or original(*args, **kw))
+    monkeypatch.setattr(scenes, "render_scene", lambda *args, **kw: rendered.append(args[1]) or original(*args, **kw))
     stream.load_state_dict(state)
     assert next(iter(stream)) == expected
-    assert drawn == [30]
+    assert rendered == [30]
 
 
 def test_shards_divide_the_stream():
