@@ -95,7 +95,7 @@ def synthesise_unlabelled(path: Path, *, num_images: int) -> None:
     from datasets import Dataset
     from tqdm.auto import tqdm
 
-    from hf_vlm.data.scenes.render import scenes_source
+    from hf_vlm.data.scenes.stream import scenes_source
 
     path.parent.mkdir(parents=True, exist_ok=True)
     source = scenes_source("easy", "train", num_samples=num_images, masks=False).unlabelled()

@@ -8,7 +8,7 @@ Size = float | np.ndarray[Any, Any]
 
 __all__ = ["MIN_BOX_SIDE", "clean_boxes"]
 
-# Pixels. Above the rounding of float32 coordinates in images up to 8192 px, below any side somebody annotated.
+# Pixels: above the rounding of float32 coordinates in images up to 8192 px, below any side somebody annotated.
 MIN_BOX_SIDE = 1e-3
 
 
@@ -19,8 +19,8 @@ def clean_boxes(
 
     Args:
         boxes: (n, 4), x, y, width, height in absolute pixels.
-        width: Of the image, in pixels; one number, or (n,) where the boxes are of several images.
-        height: Likewise.
+        width: Width of the image in pixels; one number, or (n,) where the boxes are of several images.
+        height: Height of the image in pixels; one number, or (n,).
 
     Returns:
         The clipped boxes (n, 4) float32, x, y, width, height, and the mask (n,) bool of those to keep. A box is not

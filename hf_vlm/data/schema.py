@@ -11,12 +11,12 @@ COLUMNS = ("image", "image_id", "label", "objects", "mask", "instance_mask")
 
 
 def image_feature() -> datasets.Image:
-    """Of `image`, `mask` and `instance_mask`: the encoded file as {"bytes", "path"}, one of them None."""
+    """Type of `image`, `mask` and `instance_mask`: the encoded file as {"bytes", "path"}, one of them None."""
     return datasets.Image(decode=False)
 
 
 def objects_feature(class_names: Sequence[str]) -> dict[str, datasets.List]:
-    """Of `objects`: lists with one entry an object; `bbox` is x, y, width, height in absolute pixels."""
+    """Type of `objects`: lists with one entry per object; `bbox` is x, y, width, height in absolute pixels."""
     return {
         "bbox": datasets.List(datasets.List(datasets.Value("float32"), length=4)),
         "category": datasets.List(datasets.ClassLabel(names=list(class_names))),

@@ -11,7 +11,7 @@ __all__ = ["Source"]
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Images with their labels, as `open_source` gives them; iterating gives examples with the columns of the schema.
+    """Images with their labels, as `open_source` opens them; iterating gives examples with the columns of the schema.
 
     Args:
         dataset: The stream of examples, with its features.

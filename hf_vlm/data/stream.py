@@ -2,11 +2,11 @@
 
 One epoch of one consumer (a data worker of a rank; with no workers, the rank itself), in plain words:
 
-    shards  = the source's shards, in an order drawn from (seed, epoch)
+    shards  = the source's shards, in an order sampled by (seed, epoch)
     if the shards divide by the number of consumers: keep every n-th shard, from my own index on
     for block, examples in enumerate(blocks of block_size examples of these shards):
-        for index in permutation drawn from (seed, epoch, block):
-            position = how many examples of this epoch came before
+        for index in permutation sampled by (seed, epoch, block):
+            position = number of examples of this epoch that came before
             if the shards were not divided:
                 keep every n-th example, from my own index on, counted from the beginning of the first epoch
             yield transform(examples[index], generator seeded by (seed, epoch, position))
@@ -37,10 +37,10 @@ logger = logging.getLogger(__name__)
 
 Transform = Callable[[dict[str, Any], np.random.Generator], dict[str, Any]]
 
-# The first entry of a generator's seed says what is drawn; seeds that only differ in trailing zeros would be equal.
+# The first entry of a generator's seed names what is sampled; seeds that only differ in trailing zeros would be equal.
 SHARD_ORDER, BLOCK_ORDER, EXAMPLE = 1, 2, 3
 
-MIN_SEEN = 100  # examples before the share of bad images is judged within an epoch
+MIN_SEEN = 100  # examples before the fraction of bad images is checked within an epoch
 NUM_LOGGED = 10  # bad images that are named
 
 
@@ -58,13 +58,13 @@ class Consumer:
 
     @property
     def num_readers(self) -> int:
-        """How many consumers share the shards, rather than the examples."""
+        """Number of consumers among which the shards are divided, rather than the examples."""
         return self.count if self.divides_shards else 1
 
 
 @dataclass
 class Progress:
-    """Where a consumer stands; every field is a JSON value."""
+    """The position of a consumer; every field is a JSON value."""
 
     epoch: int = 0
     first: int = 0  # examples read in earlier epochs
@@ -91,18 +91,18 @@ class ExampleStream(torch.utils.data.IterableDataset[dict[str, Any]]):
     made of JSON values. Iterating again without `load_state_dict` starts from the beginning.
 
     Args:
-        source: Examples whose images are still encoded.
-        transform: Decodes and transforms one example, drawing only from the generator it is given. A `BadImageError`
+        source: The examples, whose images are still encoded.
+        transform: Decodes and transforms one example, with random numbers only from its generator. A `BadImageError`
             makes the example be counted, named in the log and skipped.
-        seed: Of the order and of every transform.
-        shuffle: False keeps the order of the source.
-        repeat: Go on with the next epoch forever; False ends after one, so that all consumers together see each
-            example once.
-        block_size: Encoded examples held in memory and permuted at a time. They are read before the first batch.
-        rank: Of this process.
+        seed: Seed of the order and of every transform.
+        shuffle: Whether to shuffle; False keeps the order of the source.
+        repeat: Whether to continue with the next epoch, forever; False ends after one, so that all consumers together
+            see each example once.
+        block_size: Number of encoded examples held in memory and permuted at a time, read before the first batch.
+        rank: Rank of this process.
         world_size: Number of processes.
-        max_bad_fraction: Share of undecodable images, of those this consumer saw, above which the stream stops. It is
-            judged from 100 examples on, and at the end of each epoch.
+        max_bad_fraction: Fraction of undecodable images, among those this consumer saw, above which the stream stops.
+            It is checked from 100 examples on, and at the end of each epoch.
 
     Raises:
         ValueError: for options out of range, when the source gives this consumer nothing, when too many images are
@@ -152,7 +152,7 @@ class ExampleStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         return {"layout": self._layout(self._consumer()), "progress": dataclasses.asdict(self._progress)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Make the next iteration go on after the example that `state` was saved at."""
+        """Make the next iteration continue after the example that `state` was saved at."""
         progress = Progress(**state["progress"])
         self._progress = dataclasses.replace(progress, bad_names=list(progress.bad_names))
         self._loaded_layout = dict(state["layout"])
@@ -185,7 +185,7 @@ class ExampleStream(torch.utils.data.IterableDataset[dict[str, Any]]):
                 index, position = order[progress.offset], progress.position
                 progress.offset += 1
                 progress.position += 1
-                if consumer.divides_shards:  # equal positions of different shards draw different random numbers
+                if consumer.divides_shards:  # equal positions of different shards get different random numbers
                     position = position * consumer.count + consumer.index
                 elif (progress.first + position) % consumer.count != consumer.index:
                     continue
@@ -197,7 +197,7 @@ class ExampleStream(torch.utils.data.IterableDataset[dict[str, Any]]):
             progress.offset = 0
 
     def _blocks(self, consumer: Consumer, progress: Progress) -> Iterator[list[dict[str, Any]]]:
-        """The rest of the epoch in blocks, beginning with the one that `progress` stands in."""
+        """The rest of the epoch in blocks, beginning with the one that `progress` is in."""
         # A new dataset each time: the state that a dataset was once given stays in it, and its epoch is memory shared
         # between workers.
         stream = split_dataset_by_node(self.source, rank=consumer.shard_index, world_size=consumer.num_readers)
@@ -233,19 +233,19 @@ class ExampleStream(torch.utils.data.IterableDataset[dict[str, Any]]):
             progress.bad_names.append(name)
             logger.warning("Skipping the image %s: %s", name, error)
         if progress.num_seen >= MIN_SEEN:
-            self._check_bad_share(progress)
+            self._check_bad_fraction(progress)
 
-    def _check_bad_share(self, progress: Progress) -> None:
+    def _check_bad_fraction(self, progress: Progress) -> None:
         if progress.num_bad > self.max_bad_fraction * progress.num_seen:
             raise ValueError(
                 f"{progress.num_bad} of {progress.num_seen} images could not be decoded, among them "
-                f"{', '.join(progress.bad_names)}. Mend or remove them, or raise max_bad_fraction "
+                f"{', '.join(progress.bad_names)}. Fix or remove them, or raise max_bad_fraction "
                 f"(now {self.max_bad_fraction})."
             )
 
     def _check_epoch(self, consumer: Consumer, progress: Progress) -> None:
-        """Refuse to go on with a source that gives nothing."""
-        self._check_bad_share(progress)
+        """Refuse to continue with a source that gives nothing."""
+        self._check_bad_fraction(progress)
         if progress.position == 0 and not consumer.divides_shards:
             raise ValueError("The source gives no example. Check its path, its split and its filters.")
         progress.num_idle_epochs += 1
@@ -253,7 +253,7 @@ class ExampleStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         if progress.num_idle_epochs > (1 if consumer.divides_shards else consumer.count) and self.repeat:
             raise ValueError(
                 f"The source gives nothing to consumer {consumer.index} of {consumer.count} (ranks times data "
-                "workers): its shards are empty or none of their images can be decoded. Mend the data, or use fewer "
+                "workers): its shards are empty or none of their images can be decoded. Fix the data, or use fewer "
                 "data workers or ranks."
             )
 
@@ -283,7 +283,7 @@ class ExampleStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         if changed:
             raise ValueError(
                 f"The data state to resume from was saved with {', '.join(changed)}. Resume with the same data, seed, "
-                "block size and number of ranks and data workers, or start the data anew."
+                "block size and number of ranks and data workers, or start the data from the beginning."
             )
 
 

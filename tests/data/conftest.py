@@ -33,7 +33,7 @@ def write_tar(path, members, format=tarfile.PAX_FORMAT):
 
 
 def write_shards(folder, sizes=(5, 3, 7, 2)):
-    """Tars of so many images, whose values are 0, 1, 2, ... in order."""
+    """Tars with the given numbers of images, whose values are 0, 1, 2, ... in order."""
     value = 0
     for shard, size in enumerate(sizes):
         members = [(f"{value + index:06d}.png", png(value + index)) for index in range(size)]
@@ -62,7 +62,7 @@ def png_fixture():
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
-    """Between tries to reach a server, as many as ever."""
+    """Short waits between attempts to reach a server; their number stays."""
     monkeypatch.setattr(files, "WAITS", tuple(1e-3 for _ in files.WAITS))
 
 
@@ -128,7 +128,7 @@ def serve(folder, failures=lambda number: None):
 def serve_fixture():
     """`with serve(folder, failures) as (url, counts)`: a web server of a folder, that counts what it sends.
 
-    `failures(number)` says how the request of a number, counted from 1, fails: by a status, by a connection that is
+    `failures(number)` gives how the request of a number, counted from 1, fails: by a status, by a connection that is
     "close"d at once or after "half" of the file; None where it does not.
     """
     return serve

@@ -31,9 +31,9 @@ NUMBERS = (b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", b"\0\0
 FOREIGN = (b"", b"\0", b"<!DOCTYPE html><html></html>", b"%PDF-1.7\n", b"PK\3\4" + bytes(40))
 
 
-def saved(image, kind, **options):
+def saved(image, format, **options):
     file = io.BytesIO()
-    image.save(file, kind, **options)
+    image.save(file, format, **options)
     return file.getvalue()
 
 
@@ -82,26 +82,26 @@ def mutate(data, others, rng):
     content = bytearray(data)
     start = rng.randrange(len(content) + 1)
     length = rng.choice((1, 2, 4, 16, 64, len(content) // 4))
-    kind = rng.randrange(9)
-    if kind == 0:  # flipped bits
+    mutation = rng.randrange(9)
+    if mutation == 0:  # flipped bits
         for _ in range(rng.choice((1, 4, 32))):
             content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-    elif kind == 1:
+    elif mutation == 1:
         del content[start:]
-    elif kind == 2:
+    elif mutation == 2:
         del content[start : start + length]
-    elif kind == 3:
+    elif mutation == 3:
         content[start:start] = content[start : start + length]
-    elif kind == 4:
+    elif mutation == 4:
         content[start : start + length] = bytes(length)
-    elif kind == 5:  # large numbers where sizes may stand
-        place = rng.randrange(min(len(content), 64))
-        content[place : place + 4] = rng.choice(
+    elif mutation == 5:  # large numbers where sizes may be
+        position = rng.randrange(min(len(content), 64))
+        content[position : position + 4] = rng.choice(
             (b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", b"\0\0\0\0")
         )
-    elif kind == 6:  # two files in one
+    elif mutation == 6:  # two files in one
         content = content[:start] + bytearray(rng.choice(others))
-    elif kind == 7:
+    elif mutation == 7:
         content[start : start + length] = rng.randbytes(length)
     else:
         content = bytearray(
@@ -237,13 +237,13 @@ def fuzz_annotations(seed, count, folder):
     return num_read, num_refused
 
 
-def main(kind, seed, count, folder):
+def main(target, seed, count, folder):
     faulthandler.enable()
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     disable_progress_bars()
-    fuzz = {"images": fuzz_images, "annotations": fuzz_annotations}[kind]
+    fuzz = {"images": fuzz_images, "annotations": fuzz_annotations}[target]
     num_read, num_refused = fuzz(int(seed), int(count), Path(folder))
     sys.stdout.write(json.dumps({"read": num_read, "refused": num_refused}) + "\n")
 

@@ -35,7 +35,7 @@ def clean_one(box, width, height):
         ([9.9999, 0, 5, 5], None),
     ],
 )
-def test_each_kind_of_box(box, expected):
+def test_each_box(box, expected):
     clipped, keep = clean_boxes(np.array([box], dtype=np.float64), width=10, height=20)
     assert keep.tolist() == [expected is not None]
     np.testing.assert_allclose(clipped[0], expected or [0, 0, 0, 0], atol=1e-6)

@@ -1,4 +1,4 @@
-"""Broken files of all kinds: none crashes or hangs a stream; each is read, or counted, or refused with its name."""
+"""Broken files of all formats: none crashes or hangs a stream; each is read, or counted, or refused with its name."""
 
 import json
 import os
@@ -11,9 +11,9 @@ import pytest
 PROGRAM = Path(__file__).with_name("fuzz.py")
 
 
-def fuzz(kind, seed, count, folder):
+def fuzz(target, seed, count, folder):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "home")}
-    words = [sys.executable, str(PROGRAM), kind, str(seed), str(count), str(folder)]
+    words = [sys.executable, str(PROGRAM), target, str(seed), str(count), str(folder)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stderr[-5000:]
     found = json.loads(done.stdout.splitlines()[-1])
@@ -22,12 +22,12 @@ def fuzz(kind, seed, count, folder):
     return found
 
 
-@pytest.mark.parametrize(("kind", "count"), [("images", 1600), ("annotations", 400)])
-def test_mutated_files(tmp_path, kind, count):
-    fuzz(kind, 0, count, tmp_path)
+@pytest.mark.parametrize(("target", "count"), [("images", 1600), ("annotations", 400)])
+def test_mutated_files(tmp_path, target, count):
+    fuzz(target, 0, count, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "count"), [("images", 20_000), ("annotations", 3_000)])
-def test_many_mutated_files(tmp_path, kind, count):
-    fuzz(kind, 1, count, tmp_path)
+@pytest.mark.parametrize(("target", "count"), [("images", 20_000), ("annotations", 3_000)])
+def test_many_mutated_files(tmp_path, target, count):
+    fuzz(target, 1, count, tmp_path)

@@ -11,7 +11,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from hf_vlm.data.io.decode import decode_image
-from hf_vlm.data.scenes.render import scenes_source
+from hf_vlm.data.scenes.stream import scenes_source
 from hf_vlm.data.schema import image_feature, objects_feature
 from hf_vlm.data.sources import guess_format, open_source
 
@@ -118,7 +118,7 @@ def assert_coco_examples(stream, num_images=10):
 
 @pytest.fixture
 def folders(tmp_path):
-    """A source of 20 examples of each local kind."""
+    """A source of 20 examples of each local format."""
     write_images(tmp_path / "images", [f"{'xy'[row % 2]}/{row:02d}.png" for row in range(20)])
     write_detection_parquet(tmp_path / "parquet" / "train-00000-of-00001.parquet")
     write_coco(tmp_path / "coco" / "annotations.json", tmp_path / "coco", num_images=20)
@@ -128,25 +128,25 @@ def folders(tmp_path):
 FORMATS = ["imagefolder", "parquet", "coco", "scenes", "hub"]
 
 
-def open_kind(kind, folders):
-    if kind == "scenes":
+def open_format(format, folders):
+    if format == "scenes":
         return open_source("scenes", num_samples=20)
     # A folder of Parquet files opens as a dataset on the Hub does.
-    return open_source(folders["parquet" if kind == "hub" else kind], format=kind)
+    return open_source(folders["parquet" if format == "hub" else format], format=format)
 
 
 # Resuming, sharding and workers
 
 
-@pytest.mark.parametrize("kind", FORMATS)
-def test_streams_resume_exactly_and_twice(kind, folders):
-    everything = list(open_kind(kind, folders))
+@pytest.mark.parametrize("format", FORMATS)
+def test_streams_resume_exactly_and_twice(format, folders):
+    everything = list(open_format(format, folders))
     assert len(everything) == 20
-    assert open_kind(kind, folders).num_examples == (None if kind == "hub" else 20)
+    assert open_format(format, folders).num_examples == (None if format == "hub" else 20)
     for read in (iter, lambda stream: stream.iter(batch_size=1)):
         seen, state = [], None
         for stop in (3, 9, 15, 21):
-            stream = pickle.loads(pickle.dumps(open_kind(kind, folders))).dataset
+            stream = pickle.loads(pickle.dumps(open_format(format, folders))).dataset
             if state is not None:
                 stream.load_state_dict(json.loads(json.dumps(state)))
             for example in read(stream):
@@ -157,10 +157,11 @@ def test_streams_resume_exactly_and_twice(kind, folders):
         assert seen == [example["image_id"] for example in everything]
 
 
-@pytest.mark.parametrize("kind", FORMATS)
-def test_mapped_and_filtered_streams_resume_exactly(kind, folders):
+@pytest.mark.parametrize("format", FORMATS)
+def test_mapped_and_filtered_streams_resume_exactly(format, folders):
     def build():
-        stream = open_kind(kind, folders).unlabelled().dataset.map(lambda example: {"twice": 2 * example["image_id"]})
+        stream = open_format(format, folders).unlabelled().dataset
+        stream = stream.map(lambda example: {"twice": 2 * example["image_id"]})
         return stream.filter(lambda example: example["twice"] % 4 == 0)
 
     everything = [example["twice"] for example in build()]
@@ -173,44 +174,44 @@ def test_mapped_and_filtered_streams_resume_exactly(kind, folders):
     assert len(everything) == 10
 
 
-@pytest.mark.parametrize("kind", ["imagefolder", "parquet", "coco", "scenes"])
-def test_shards_divide_the_stream(kind, folders):
-    stream = open_kind(kind, folders).dataset
+@pytest.mark.parametrize("format", ["imagefolder", "parquet", "coco", "scenes"])
+def test_shards_divide_the_stream(format, folders):
+    stream = open_format(format, folders).dataset
     assert stream.num_shards >= 3
     parts = [[example["image_id"] for example in stream.shard(num_shards=2, index=index)] for index in range(2)]
     assert all(parts)
     assert sorted(parts[0] + parts[1]) == sorted(example["image_id"] for example in stream)
 
 
-@pytest.mark.parametrize("kind", ["parquet", "coco"])
-def test_streams_serve_data_workers(kind, folders):
-    stream = open_kind(kind, folders).unlabelled().dataset
+@pytest.mark.parametrize("format", ["parquet", "coco"])
+def test_streams_serve_data_workers(format, folders):
+    stream = open_format(format, folders).unlabelled().dataset
     loader = DataLoader(stream, batch_size=None, num_workers=2)
     assert sorted(example["image_id"] for example in loader) == sorted(example["image_id"] for example in stream)
 
 
-@pytest.mark.parametrize("kind", FORMATS)
-def test_num_samples_are_the_first(kind, folders):
-    whole = [example["image_id"] for example in open_kind(kind, folders)]
-    source = {"scenes": "scenes", "hub": folders["parquet"]}.get(kind) or folders[kind]
-    few = open_source(source, format=kind, num_samples=9)
+@pytest.mark.parametrize("format", FORMATS)
+def test_num_samples_are_the_first(format, folders):
+    whole = [example["image_id"] for example in open_format(format, folders)]
+    source = {"scenes": "scenes", "hub": folders["parquet"]}.get(format) or folders[format]
+    few = open_source(source, format=format, num_samples=9)
     assert [example["image_id"] for example in few] == whole[:9]
     with pytest.raises(ValueError, match="num_samples=0 must be positive"):
-        open_source(source, format=kind, num_samples=0)
+        open_source(source, format=format, num_samples=0)
 
 
 def test_unlabelled_keeps_the_images(folders):
-    for kind in FORMATS:
-        stream = open_kind(kind, folders).unlabelled()
+    for format in FORMATS:
+        stream = open_format(format, folders).unlabelled()
         assert set(next(iter(stream))) == set(stream.features) == {"image", "image_id"}
         assert stream.object_names is None
         assert stream.label_names is None
         assert stream.mask_names is None
 
 
-def test_the_kind_is_guessed(folders, tmp_path):
-    for kind, folder in folders.items():
-        assert guess_format(folder) == guess_format(str(folder)) == kind
+def test_the_format_is_guessed(folders, tmp_path):
+    for format, folder in folders.items():
+        assert guess_format(folder) == guess_format(str(folder)) == format
     assert guess_format(folders["parquet"] / "train-00000-of-00001.parquet") == "parquet"
     assert guess_format(folders["coco"] / "annotations.json") == "coco"
     assert guess_format("scenes") == guess_format("scenes:hard") == "scenes"
@@ -407,7 +408,7 @@ def test_parquet_mistakes_are_named(tmp_path):
         open_source(tmp_path / "zero.parquet")
     write_parquet(tmp_path / "mixed" / "train.parquet", {"image": [png(0)]})
     write_parquet(tmp_path / "mixed" / "more.parquet", {"image": [png(0)]})
-    with pytest.raises(ValueError, match=r"no split can be told from the names of .*more\.parquet.* other files name"):
+    with pytest.raises(ValueError, match=r"no split can be recognised in .*more\.parquet.* other files name"):
         open_source(tmp_path / "mixed")
 
 
@@ -442,7 +443,7 @@ def test_imagefolder_without_classes(tmp_path, names):
     assert set(stream.features) == {"image", "image_id"}
 
 
-def test_so_many_images_of_class_folders_are_of_all_classes(tmp_path):
+def test_the_first_images_of_class_folders_are_of_all_classes(tmp_path):
     for name, count in (("ant", 6), ("bee", 3), ("wasp", 3)):
         (tmp_path / name).mkdir()
         for index in range(count):
@@ -521,7 +522,7 @@ def test_coco_without_annotations_is_unlabelled(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         stream = open_source(tmp_path)
     assert set(stream.features) == {"image", "image_id"}
-    assert "has no annotations: it serves as images without labels" in caplog.text
+    assert "has no annotations: its images are used without labels" in caplog.text
 
 
 def test_coco_group_of_roboflow_is_no_class(tmp_path):

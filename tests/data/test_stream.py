@@ -36,17 +36,17 @@ def make_source(shards=SHARDS):
     return datasets.IterableDataset.from_generator(generate, features=features, gen_kwargs={"shards": shards})
 
 
-def draw(example, rng):
+def sample(example, rng):
     assert example["image"]["bytes"] == b"%d" % example["image_id"]
-    return {"id": example["image_id"], "draw": rng.random()}
+    return {"id": example["image_id"], "number": rng.random()}
 
 
 def make_stream(source=None, **options):
-    return ExampleStream(source or make_source(), draw, **{"seed": 3, "block_size": 4, **options})
+    return ExampleStream(source or make_source(), sample, **{"seed": 3, "block_size": 4, **options})
 
 
 def pairs(examples):
-    return [(example["id"], example["draw"]) for example in examples]
+    return [(example["id"], example["number"]) for example in examples]
 
 
 def ids(examples):
@@ -67,13 +67,13 @@ def reference(shards, *, seed, epoch, block_size, index=0, count=1, shuffle=True
         if shuffle:
             key = (2, seed, epoch, block, index if divided else 0)
             order = np.random.default_rng(key).permutation(len(block_examples))
-        for offset, place in enumerate(order):
+        for offset, chosen in enumerate(order):
             position = start + offset
             if divided:
                 position = position * count + index
             elif (first + position) % count != index:
                 continue
-            yield block_examples[place], np.random.default_rng((3, seed, epoch, position)).random()
+            yield block_examples[chosen], np.random.default_rng((3, seed, epoch, position)).random()
 
 
 @pytest.mark.parametrize(("index", "count"), [(0, 1), (0, 2), (1, 2), (2, 3), (3, 4)])  # 6 shards: 4 does not divide
@@ -110,11 +110,11 @@ def test_all_consumers_together_see_each_example_once(shards, world_size, num_wo
 
 def test_without_shuffling_the_order_is_the_sources():
     assert ids(make_stream(shuffle=False, repeat=False)) == ALL
-    shares = [
+    parts = [
         ids(make_stream(make_source(SHARDS[:5]), shuffle=False, repeat=False, rank=rank, world_size=2))
         for rank in (0, 1)
     ]
-    assert shares == [list(range(0, 19, 2)), list(range(1, 19, 2))]
+    assert parts == [list(range(0, 19, 2)), list(range(1, 19, 2))]
 
 
 def test_two_ranks_see_together_what_one_rank_sees_in_double_batches():
@@ -166,16 +166,16 @@ SOURCES = {
 }
 
 
-@pytest.mark.parametrize(("kind", "step"), [(kind, 1 if kind in ("generator", "take") else 3) for kind in SOURCES])
-def test_resumes_at_every_position_twice_in_a_row(kind, step):
+@pytest.mark.parametrize(("name", "step"), [(name, 1 if name in ("generator", "take") else 3) for name in SOURCES])
+def test_resumes_at_every_position_twice_in_a_row(name, step):
     length = 32  # one epoch and a part of the next
-    whole = pairs(itertools.islice(make_stream(SOURCES[kind]()), length))
+    whole = pairs(itertools.islice(make_stream(SOURCES[name]()), length))
     for position in range(0, length - 6, step):
-        stream = make_stream(SOURCES[kind]())
+        stream = make_stream(SOURCES[name]())
         pairs(itertools.islice(stream, position))
         for start in (position, position + 3):
             state = json.loads(json.dumps(stream.state_dict()))
-            stream = make_stream(SOURCES[kind]())
+            stream = make_stream(SOURCES[name]())
             stream.load_state_dict(state)
             assert stream.state_dict() == state  # also before the first example
             assert pairs(itertools.islice(stream, 3)) == whole[start : start + 3]
@@ -194,10 +194,10 @@ def test_an_ended_stream_stays_ended_when_resumed_and_starts_anew_otherwise():
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("kind", ["generator", "arrow"])
-def test_loader_resumes_twice_in_a_row(kind, num_workers):
+@pytest.mark.parametrize("name", ["generator", "arrow"])
+def test_loader_resumes_twice_in_a_row(name, num_workers):
     def loader():
-        return StatefulDataLoader(make_stream(SOURCES[kind]()), batch_size=3, num_workers=num_workers, collate_fn=list)
+        return StatefulDataLoader(make_stream(SOURCES[name]()), batch_size=3, num_workers=num_workers, collate_fn=list)
 
     whole = [pairs(batch) for batch in itertools.islice(loader(), 24)]
     for first, second in ((0, 5), (1, 1), (7, 10)):
@@ -322,7 +322,7 @@ def bad_every(n):
     def transform(example, rng):
         if example["image_id"] % n == 0:
             raise BadImageError("broken")
-        return draw(example, rng)
+        return sample(example, rng)
 
     return transform
 
@@ -342,7 +342,7 @@ def test_bad_images_are_skipped_counted_and_named(caplog):
 def test_others_keep_their_random_numbers_when_an_image_is_bad():
     whole = dict(pairs(make_stream(repeat=False)))
     stream = ExampleStream(make_source(), bad_every(4), seed=3, block_size=4, repeat=False, max_bad_fraction=1.0)
-    assert dict(pairs(stream)) == {image_id: drawn for image_id, drawn in whole.items() if image_id % 4}
+    assert dict(pairs(stream)) == {image_id: sampled for image_id, sampled in whole.items() if image_id % 4}
 
 
 def test_too_many_bad_images_stop_the_stream():
@@ -354,7 +354,7 @@ def test_too_many_bad_images_stop_the_stream():
     assert isinstance(error.value, ValueError)
     assert not isinstance(error.value, BadImageError)
     assert len(seen) == 95  # the first hundred are given a chance
-    # With few images the share is judged at the end of the epoch.
+    # With few images the fraction is checked at the end of the epoch.
     few = ExampleStream(make_source([list(range(1, 41))]), bad_every(20), max_bad_fraction=0.02)
     with pytest.raises(ValueError, match="2 of 40 images"):
         list(few)

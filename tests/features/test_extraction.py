@@ -218,7 +218,7 @@ def test_a_kill_in_the_middle_leaves_nothing_under_the_name(tmp_path):
     program = """
         import os, signal, sys
         from pathlib import Path
-        from hf_vlm.data.scenes.render import scenes_source
+        from hf_vlm.data.scenes.stream import scenes_source
         from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
         from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
         from hf_vlm.models.modeling_vlm_vit import VLMViTModel

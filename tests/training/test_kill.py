@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 
-from hf_vlm.data.scenes.render import scenes_source
+from hf_vlm.data.scenes.stream import scenes_source
 from hf_vlm.training.callbacks import read_log
 
 PROGRAM = Path(__file__).with_name("traced_run.py")

@@ -22,7 +22,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from hf_vlm import metrics
-from hf_vlm.data.scenes.render import scenes_source
+from hf_vlm.data.scenes.stream import scenes_source
 from hf_vlm.data.sources import open_source
 from hf_vlm.data.stream import ExampleStream
 from hf_vlm.data.transforms.views import EvalTransform, ViewTransform

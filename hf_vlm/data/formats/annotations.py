@@ -1,4 +1,4 @@
-"""THE normaliser of objects, one for all formats; and what is wrong with labels and boxes, reported once on opening.
+"""The normaliser of objects, one for all formats; and what is wrong with labels and boxes, reported once on opening.
 
 Whatever a format reads becomes one dict per image with four lists of equal lengths: `bbox`, `category`, `area` and
 `iscrowd`. What exporters leave out or write as null is filled in the same way everywhere; what cannot be filled is
@@ -18,7 +18,7 @@ from hf_vlm.data.io.messages import summarise
 __all__ = [
     "OBJECT_FIELDS",
     "TOLERANCE",
-    "Objects",
+    "ObjectLists",
     "check_boxes",
     "check_labels",
     "normalise_objects",
@@ -34,8 +34,8 @@ MAX_INTEGER = 2**1000  # larger ones are beyond float64
 TOLERANCE = 0.5  # pixels that a box may stick out: annotation tools round
 
 
-class Objects(TypedDict):
-    """Objects as lists of equal lengths, with one entry per object."""
+class ObjectLists(TypedDict):
+    """ObjectLists as lists of equal lengths, with one entry per object."""
 
     bbox: list[list[float]]  # x, y, width, height
     category: list[Any]  # as the source has it: a number or a name
@@ -45,7 +45,7 @@ class Objects(TypedDict):
 
 def normalise_objects(
     stored: Any, fields: Mapping[str, str], location: object, *, name_of: Callable[[int], str] = "object {}".format
-) -> Objects:
+) -> ObjectLists:
     """Objects in the one form, from a list with one dict per object, or a dict with one list per field.
 
     Args:
@@ -60,7 +60,7 @@ def normalise_objects(
             lists are not equally long.
     """
     columns = _as_columns(stored or [], fields, location)
-    objects: Objects = {"bbox": [], "category": [], "area": [], "iscrowd": []}
+    objects: ObjectLists = {"bbox": [], "category": [], "area": [], "iscrowd": []}
     problems = []
     for index, (box, category, area, crowd) in enumerate(zip(*columns)):
         problem = _problem(box, category, area, crowd)
@@ -122,7 +122,7 @@ def _is_null(value: Any) -> bool:
     return value is None or value != value
 
 
-def select_objects(objects: Objects, kept: Sequence[int]) -> Objects:
+def select_objects(objects: ObjectLists, kept: Sequence[int]) -> ObjectLists:
     """The objects at some indices."""
     return {
         "bbox": [objects["bbox"][index] for index in kept],
@@ -209,7 +209,7 @@ def check_boxes(
         examples = summarise(f"{name_of(index)} {boxes[index].tolist()}" for index in np.flatnonzero(outside).tolist())
         findings.append(f"{np.count_nonzero(outside)} boxes stick out of their image and will be clipped: {examples}")
         if outside.sum() > 0.5 * len(boxes):
-            findings.append("so many that they may be corners; a bbox must be [x, y, width, height] in pixels")
+            findings.append("most do, so that they may be corners; a bbox must be [x, y, width, height] in pixels")
     empty = [name for index, name in enumerate(class_names) if not (categories[keep] == index).any()]
     if empty:
         findings.append(f"{len(empty)} of {len(class_names)} classes have no box: {summarise(empty)}")

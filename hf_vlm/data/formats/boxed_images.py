@@ -8,7 +8,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from hf_vlm.data.formats.annotations import Objects, check_boxes, select_objects
+from hf_vlm.data.formats.annotations import ObjectLists, check_boxes, select_objects
 from hf_vlm.data.io.indexed import TableReader, indexed_stream
 from hf_vlm.data.schema import image_feature, objects_feature
 from hf_vlm.data.source import Source
@@ -31,12 +31,12 @@ class BoxedImages:
     """
 
     class_names: Sequence[str]
-    objects: Objects
+    objects: ObjectLists
     rows: Array
     sizes: Array
     name_of: Callable[[int], str]
 
-    def by_image(self, num_images: int, source: object) -> list[Objects]:
+    def by_image(self, num_images: int, source: object) -> list[ObjectLists]:
         """The objects of each of the first images, without the boxes of which nothing remains in their image.
 
         Raises:

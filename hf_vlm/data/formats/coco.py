@@ -30,7 +30,7 @@ def open_coco(source: Path, split: str, *, num_samples: int | None = None) -> So
     """Stream the images and boxes of a COCO json, in the order of the json.
 
     Layouts: one json beside its images or beside a folder `images`; `annotations/instances_<split>*.json` with a
-    folder of images a split (`train2017/`, `images/`, `images/train/`); `<split>/_annotations.coco.json` with the
+    folder of images per split (`train2017/`, `images/`, `images/train/`); `<split>/_annotations.coco.json` with the
     images beside it (Roboflow). Category ids become 0, 1, 2, ... in their order, with their names kept.
 
     Raises:
@@ -51,16 +51,16 @@ def open_coco(source: Path, split: str, *, num_samples: int | None = None) -> So
     paths = _image_paths(images, chosen[0], root, split)
     image_ids = _image_ids(content["images"], chosen[0])[:num_samples]
     if not content["annotations"]:
-        logger.warning("%s has no annotations: it serves as images without labels", chosen[0])
+        logger.warning("%s has no annotations: its images are used without labels", chosen[0])
     boxes = _boxes(content, chosen[0]) if content["annotations"] else None
     return boxed_images_source(paths, image_ids, boxes, chosen[0])
 
 
 def find_coco_files(folder: Path) -> list[Path]:
-    """The json files of a folder that are COCO by where they stand: see `open_coco`."""
+    """The COCO json files of a folder, recognised by their location: see `open_coco`."""
     roboflow = [folder / ROBOFLOW_NAME, *sorted(folder.glob(f"*/{ROBOFLOW_NAME}"))]
     annotations = sorted((folder / "annotations").glob("*.json"))
-    # Keypoints and captions of the same images stand beside the boxes.
+    # Keypoints and captions of the same images are beside the boxes.
     instances = [path for path in annotations if path.stem.startswith("instances")]
     beside = sorted(path for path in folder.glob("*.json") if _looks_like_coco(path))
     for candidates in ([path for path in roboflow if path.exists()], instances or annotations, beside):
@@ -111,7 +111,7 @@ def _image_paths(images: Sequence[Record], file: Path, root: Path, split: str) -
     names = [image["file_name"] for image in images]
     folder = next((folder for folder in folders if exists(folder / names[0])), None)
     if folder is None:
-        # The first image alone may be missing: then the message should tell that, not doubt the folder.
+        # The first image alone may be missing: then the message should name it, not the folder.
         folder = next((folder for folder in folders if any(exists(folder / name) for name in names[:100])), None)
     if folder is None:
         raise ValueError(f"{file}: the image {names[0]} is in none of the folders {', '.join(map(str, folders))}")

@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 
 from hf_vlm.data.boxes import clean_boxes
-from hf_vlm.data.formats.annotations import Objects, normalise_objects, select_objects
+from hf_vlm.data.formats.annotations import ObjectLists, normalise_objects, select_objects
 from hf_vlm.data.io.files import join
 from hf_vlm.data.io.messages import summarise
 from hf_vlm.data.schema import image_feature, objects_feature
@@ -30,10 +30,10 @@ logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 
-MAX_CLASSES = 2**20  # that numbers alone may stand for: a wrong one would fill the memory with names
+MAX_CLASSES = 2**20  # of labels that are numbers alone: a wrong number would fill the memory with names
 POSITION = "__position__"  # column that a reader adds to its rows, where it knows their position
 
-# Names under which the columns of the schema go, the likeliest first.
+# Names that the columns of the schema have in sources, the likeliest first.
 IMAGE_NAMES = (
     "image",
     "img",
@@ -66,13 +66,13 @@ OBJECT_NAMES = {
 
 @dataclass(frozen=True)
 class Categories:
-    """A column of categories: the names, and for values that are no index the index of each."""
+    """The classes of a column: their names, and the index of each value where values are not indices."""
 
     names: tuple[str, ...]
     index_of: Mapping[Any, int] | None = None
 
     def index(self, value: Any) -> int:
-        """The index of a value; -1, as `datasets` has it, where it is missing."""
+        """The index of a value; -1 where it is missing, as in `datasets`."""
         if value is None:
             return -1
         return int(value) if self.index_of is None else self.index_of[value]
@@ -148,7 +148,7 @@ class RowReader:
     label: Categories | None = None
     category: Categories | None = None
     source: str = "the source"  # for messages
-    folder: str | None = None  # that relative paths of images start from
+    folder: str | None = None  # base of relative paths of images
     cleans_boxes: bool = False
 
     @property
@@ -186,20 +186,20 @@ class RowReader:
         return {"bytes": data, "path": path}
 
     def _position(self, row: Row, example: Row) -> int:
-        """The row's position, or where that is not known a number made of its content."""
+        """The row's position; where that is not known, a number made of its content."""
         if POSITION in row:
             return int(row[POSITION])
         content = example["image"]["bytes"] or str(example["image"]["path"]).encode()
         return int.from_bytes(hashlib.blake2b(content, digest_size=7).digest(), "big")
 
-    def _objects(self, row: Row, image_id: int) -> Objects:
+    def _objects(self, row: Row, image_id: int) -> ObjectLists:
         assert self.category is not None
         location = f"{self.source}, " + (f"row {row[POSITION]}" if POSITION in row else f"image_id {image_id}")
         objects = normalise_objects(row[self.map.columns["objects"]], self.map.objects, location)
         objects["category"] = [self.category.index(value) for value in objects["category"]]
         return self._clean(objects, row) if self.cleans_boxes and objects["bbox"] else objects
 
-    def _clean(self, objects: Objects, row: Row) -> Objects:
+    def _clean(self, objects: ObjectLists, row: Row) -> ObjectLists:
         columns = self.map.columns
         width, height = (row.get(columns.get(side, "")) or np.inf for side in ("width", "height"))
         _, keep = clean_boxes(np.array(objects["bbox"], dtype=np.float64), width=width, height=height)
@@ -212,7 +212,7 @@ def read_categories(feature: Any) -> Categories | None:
 
 
 def make_categories(values: Collection[Any]) -> Categories:
-    """Categories from the values that occur: numbers from 0 on, or else one for each value, in the order of texts."""
+    """Categories from the values that occur: numbers from 0 on, else one class per value, in alphabetical order."""
     if values and all(isinstance(value, int) and value < MAX_CLASSES for value in values):
         return Categories(tuple(str(index) for index in range(max(values) + 1)))
     names = sorted({str(value) for value in values})

@@ -1,4 +1,4 @@
-"""Folders of images, with a subfolder a class or without classes."""
+"""Folders of images, with one subfolder per class or without classes."""
 
 import logging
 import os
@@ -31,8 +31,8 @@ def open_imagefolder(folder: Path, split: str, *, num_samples: int | None = None
     Where every image lies in a subfolder one level deep and there are several of these, they are the classes, those of
     all splits together. Other layouts have no label.
 
-    A `metadata.jsonl` or `metadata.csv` in the folder or in those of the splits takes the place of the subfolders: a
-    row has `file_name`, relative to the metadata, and columns such as `label`, a number or a name, or
+    A `metadata.jsonl` or `metadata.csv` in the folder or in those of the splits replaces the subfolders: a row
+    has `file_name`, relative to the metadata, and columns such as `label`, a number or a name, or
     `objects` {bbox, categories}; `mask_file_name` names a mask. Images without a row are left out.
 
     Raises:
@@ -55,7 +55,7 @@ def open_imagefolder(folder: Path, split: str, *, num_samples: int | None = None
         return metadata_source(metadata, everything, chosen, folder, num_samples=num_samples)
     names = _class_names([path.relative_to(roots.get(name, folder)) for name in images for path in images[name]])
     paths = chosen[:num_samples]
-    if names and num_samples is not None:  # sorted by class: the first would be all of one
+    if names and num_samples is not None:  # sorted by class: the first ones would be of one class
         paths = [chosen[index * len(chosen) // len(paths)] for index in range(len(paths))]
     features = datasets.Features({"image": image_feature(), "image_id": datasets.Value("int64")})
     columns = {

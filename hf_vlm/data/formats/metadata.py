@@ -1,4 +1,4 @@
-"""The `metadata.jsonl` or `metadata.csv` of an image folder: what is known of its images, by file name."""
+"""The `metadata.jsonl` or `metadata.csv` of an image folder: labels of its images by file name."""
 
 import csv
 import io
@@ -38,7 +38,7 @@ Row = dict[str, Any]
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
 FILE_NAME = "file_name"
-ROW_LOCATION = "__place__"  # file and line of a row, for messages
+ROW_LOCATION = "__location__"  # file and line of a row, for messages
 MASK_NAMES = (*COLUMN_NAMES["mask"], *COLUMN_NAMES["instance_mask"])
 
 
@@ -53,11 +53,11 @@ def metadata_source(
     """Stream the images of a split that metadata name.
 
     Args:
-        files: Of the metadata, those of all splits: so that values are numbered alike.
+        files: Files of metadata of all splits, so that a class has the same number in each.
         images: Paths of all images of the source.
         chosen: The images of the split, in their order.
-        source: Named in messages.
-        num_samples: Only the first so many.
+        source: Name of the source, for messages.
+        num_samples: Number of examples to read, from the first on; None for all.
 
     Raises:
         ValueError: A row cannot be read or names no image; no row names an image of the split; or labels or boxes
@@ -115,7 +115,7 @@ def _read_rows(files: Sequence[Path], images: Collection[str]) -> dict[str, Row]
             unknown += [f"{name} in {row[ROW_LOCATION]}" for name in named if name not in images]
             rows[path] = row
     if unknown:
-        raise ValueError(f"{len(unknown)} images that metadata name are not there: {summarise(unknown)}")
+        raise ValueError(f"{len(unknown)} images that metadata name do not exist: {summarise(unknown)}")
     return rows
 
 
@@ -128,7 +128,7 @@ def _read_text(file: Path) -> str:
     try:
         return read_bytes(file).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is no text of UTF-8: {error}") from error
+        raise ValueError(f"{file} is not text in UTF-8: {error}") from error
 
 
 def _read_json_lines(file: Path) -> Iterator[tuple[int, Row]]:
@@ -167,7 +167,7 @@ def _read_csv(file: Path) -> Iterator[tuple[int, Row]]:
 
 
 def _find_columns(rows: Collection[Row], source: Path) -> ColumnMap:
-    """Which columns are what; those without a part in the schema, as captions, are not looked at."""
+    """Which columns are what; those that the schema does not have, such as captions, are ignored."""
     features: Row = {FILE_NAME: datasets.Value("string")}
     for name in {name for names in COLUMN_NAMES.values() for name in names} & {name for row in rows for name in row}:
         values = [row.get(name) for row in rows]
@@ -179,7 +179,7 @@ def _find_columns(rows: Collection[Row], source: Path) -> ColumnMap:
             column = pa.table({name: pa.array(values)})
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise ValueError(
-                f"{source}: the column {name!r} of the metadata mixes kinds of values: {error}"
+                f"{source}: the column {name!r} of the metadata mixes types of values: {error}"
             ) from error
         features[name] = datasets.Features.from_arrow_schema(column.schema)[name]
     columns = find_columns(features, source)
@@ -191,7 +191,7 @@ def _find_columns(rows: Collection[Row], source: Path) -> ColumnMap:
 
 
 def _check_labels(rows: Collection[Row], named: Sequence[Row], columns: ColumnMap, source: Path) -> Categories | None:
-    """The classes; None where there is no label or none is known, as in test splits with hidden labels."""
+    """The classes; None where there are no labels, as in test splits that hide them."""
     name = columns.columns.get("label")
     if name is None:
         return None

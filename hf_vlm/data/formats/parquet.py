@@ -43,11 +43,11 @@ BATCH_SIZE = 64  # rows read at a time
 def open_parquet(source: Path | Sequence[Path], split: str, *, num_samples: int | None = None) -> Source:
     """Stream the rows of Parquet files, of one, of several or of the files of a split in a folder.
 
-    A row group is a shard.
+    Each row group is a shard.
 
-    The split is told by the names of files or folders, as `train-00000-of-00002.parquet` or `train/0.parquet`; where
-    no name tells one, all is `train`. Columns are found by name and type (see `find_columns`). Of the rows, only
-    labels, ids and boxes are read to check them.
+    The names of files or folders give the split, as in `train-00000-of-00002.parquet` or `train/0.parquet`; where
+    none does, all is `train`. Columns are found by name and type (see `find_columns`). Only the
+    labels, ids and boxes of the rows are read, to check them.
 
     Raises:
         ValueError: There is no such split; a file is not Parquet or its columns differ from the others'; there is no
@@ -74,7 +74,7 @@ def open_parquet(source: Path | Sequence[Path], split: str, *, num_samples: int 
 
 
 def _find_paths(source: Path | Sequence[Path]) -> tuple[list[Path], Path]:
-    """The files, and the folder that their splits are told from."""
+    """The files, and the folder that their splits are named relative to."""
     if isinstance(source, Sequence):
         return list(source), common_folder(source)
     if not is_folder(source):
@@ -112,7 +112,7 @@ class _Files:
         self.metadata = [_read_metadata(path) for path in paths]
         try:
             self.features = datasets.Features.from_arrow_schema(self.metadata[0].schema.to_arrow_schema())
-        except Exception as error:  # of many kinds: what `datasets` writes of itself into a file may be damaged
+        except Exception as error:  # any type: what `datasets` writes of itself into a file may be damaged
             raise ValueError(f"{redact_url(paths[0])} has columns that make no sense: {error!r}") from error
 
     def parts(self, num_samples: int | None) -> list[tuple[str, int, int, int]]:
@@ -130,7 +130,7 @@ class _Files:
         return parts
 
     def leaves(self, columns: ColumnMap) -> tuple[str, ...]:
-        """Paths of what to read: the columns of the map, and of the objects only the known fields."""
+        """Paths of the leaves to read: the columns of the map, and only the known fields of objects."""
         objects, fields = columns.columns.get("objects"), set(columns.objects.values())
         types_of: dict[Path, dict[str, str]] = {}
         for path, metadata in zip(self.paths, self.metadata):
@@ -191,7 +191,7 @@ def _read_metadata(path: Path) -> pq.FileMetaData:
 
 
 def _files_with(name: str, splits: Mapping[str, Sequence[Path]]) -> _Files:
-    """The files of all splits that have a column: so that values without declared names are numbered alike."""
+    """The files of all splits that have a column, so that classes without declared names have equal numbers in all."""
     return _Files(
         [
             path
@@ -216,7 +216,7 @@ def _without_repeated_ids(files: _Files, columns: ColumnMap, source: object) -> 
 def _check_labels(
     files: _Files, splits: Mapping[str, Sequence[Path]], columns: ColumnMap, source: object
 ) -> Categories | None:
-    """The classes; None where there is no label or none is known, as in test splits with hidden labels."""
+    """The classes; None where there are no labels, as in test splits that hide them."""
     name = columns.columns.get("label")
     if name is None:
         return None

@@ -60,7 +60,7 @@ def group_by_split(files: Sequence[Path], root: Path) -> dict[str, list[Path]]:
     unnamed = splits.pop(None, [])
     if unnamed and splits:
         raise ValueError(
-            f"{root}: no split can be told from the names of {summarise(unnamed)}, while other files name "
+            f"{root}: no split can be recognised in the names of {summarise(unnamed)}, while other files name "
             f"{summarise(splits)}; rename them, as train-00000.parquet, or move them elsewhere"
         )
     return {"train": unnamed} if unnamed else {str(split): files for split, files in splits.items()}

@@ -1,4 +1,4 @@
-"""Pascal VOC: an xml file an image."""
+"""Pascal VOC: one xml file per image."""
 
 import logging
 import xml.etree.ElementTree as ET
@@ -33,9 +33,9 @@ class VocObject(NamedTuple):
 
 
 class VocImage(NamedTuple):
-    """What an xml file says."""
+    """The content of an xml file."""
 
-    size: tuple[float, float]  # width, height; infinity where it does not say
+    size: tuple[float, float]  # width, height; infinity where it is not given
     objects: list[VocObject]
 
 
@@ -43,11 +43,11 @@ def open_voc(source: Path, split: str, *, num_samples: int | None = None) -> Sou
     """Stream the images and boxes of Pascal VOC annotations, in the order of their names.
 
     Layouts: `Annotations/*.xml` beside `JPEGImages` or `images`, with the splits in `ImageSets/Main/<split>.txt`, also
-    in a folder `VOC20xx` or several of them; or xml files beside their images, in a folder a split or in one for all.
+    in a folder `VOC20xx` or several of them; or xml files beside their images, in one folder per split or one for all.
     Corners are pixels counted from 1 and belong to the box: x = xmin - 1, width = xmax - xmin + 1. Objects marked as
     difficult have `iscrowd` 1: evaluation ignores them. Classes are in alphabetical order, those of all splits.
 
-    Difficult objects are so neither trained on nor counted as mistakes. Images without an xml file are left out.
+    So difficult objects are neither trained on nor counted as errors. Images without an xml file are left out.
 
     Raises:
         ValueError: There are no xml files or no such split; or a file cannot be read, lacks its image, or has a box
@@ -80,9 +80,9 @@ def looks_like_voc(folder: Path) -> bool:
     if any(next(annotations.glob("*.xml"), None) for annotations in map(_annotations, roots) if annotations):
         return True
     splits = [path for path in folder.iterdir() if path.name.lower() in CANONICAL and path.is_dir()]
-    for place in (folder, *splits):  # files that lie beside an image of their name
-        xmls = {path.stem for path in place.glob("*.xml")}
-        if xmls and any(path.stem in xmls for path in place.iterdir() if path.suffix.lower() in IMAGE_EXTENSIONS):
+    for parent in (folder, *splits):  # files that lie beside an image of their name
+        xmls = {path.stem for path in parent.glob("*.xml")}
+        if xmls and any(path.stem in xmls for path in parent.iterdir() if path.suffix.lower() in IMAGE_EXTENSIONS):
             return True
     return False
 
@@ -132,8 +132,8 @@ def _find_images(files: list[Path], every: list[Path], source: Path) -> list[Pat
     for file in files:
         if file.parent not in folders:
             beside = [file.parent.parent / name for name in IMAGE_FOLDERS] if file.parent.name in ANNOTATIONS else []
-            places = [place for place in beside if place.is_dir()] or [file.parent]
-            folders[file.parent] = {path.stem: path for place in places for path in find_images(place)}
+            parents = [folder for folder in beside if folder.is_dir()] or [file.parent]
+            folders[file.parent] = {path.stem: path for folder in parents for path in find_images(folder)}
         image = folders[file.parent].get(file.stem)
         if image is None:
             missing.append(file)

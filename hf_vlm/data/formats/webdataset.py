@@ -1,4 +1,4 @@
-"""WebDataset: tar files in which the files of a sample stand together and share a name."""
+"""WebDataset: tar files in which the files of a sample follow each other and have one name."""
 
 import logging
 from collections import Counter
@@ -40,21 +40,21 @@ Shard = tuple[Path, str]  # a tar and its name in paths of images
 
 CLASSES_FILE = "classes.txt"
 LABEL_NAMES = ("cls", *COLUMN_NAMES["label"])
-NUM_FIRST = 100  # samples that tell what a tar holds
+NUM_FIRST = 100  # samples that show what a tar holds
 
 
 def open_webdataset(source: Path | Sequence[Path], split: str, *, num_samples: int | None = None) -> Source:
-    """Stream the samples of tar files: of one, of several, or of a folder of them. A tar is a shard.
+    """Stream the samples of tar files: of one, of several, or of a folder of them. Each tar is a shard.
 
     A sample is the files that follow each other with the same name up to the first dot. `jpg`, `png` and so on is the
     image, `cls` the label, a number or a name, `mask.png` or `seg.png` the mask, and `json` may hold `image_id`,
     `label` and `objects` {bbox, category} under the names that other sources use; other files are left out. Names of
-    classes stand in `classes.txt` beside the tars, one a line. With it, opening reads the first samples alone. Without
+    classes are in `classes.txt` beside the tars, one per line. With it, opening reads the first samples alone. Without
     it, tars on disk are searched for their classes when they hold labels, and labels of remote tars are left out. The
-    split is told by names, as of Parquet files.
+    split is given by names, as for Parquet files.
 
     While streaming, samples without an image or with labels that make no sense, and what follows damage in a tar, are
-    passed over with a warning. Resuming walks the headers of one tar; of a remote tar it reads what stands before the
+    skipped with a warning. Resuming walks the headers of one tar; of a remote tar it reads what precedes the
     position.
 
     Raises:
@@ -106,7 +106,7 @@ def _with_names(paths: Sequence[Path], root: Path) -> list[Shard]:
 class _Reader:
     """Yields the samples of tars as {"file", "images", "example"}, where the example has no bytes of images yet.
 
-    Of tars on disk no image is read here, so that resuming skips samples without reading them.
+    Images of tars on disk are not read here, so that resuming skips samples without reading them.
     """
 
     columns: ColumnMap
@@ -139,17 +139,17 @@ class _Reader:
                             wrong.append(f"{sample.key} ({error})")
                             continue
                         yield example["image_id"], {"file": file, "images": sample.images, "example": example}
-            except OSError as error:  # not of this tar: to pass over it would drop what a server has
+            except OSError as error:  # not damage of this tar: to skip it would drop what a server has
                 raise ValueError(f"{redact_url(path)} cannot be read: {error_text(error)}") from error
             except ValueError as error:
-                logger.warning("%s: the rest of this tar is passed over: %s", redact_url(path), error_text(error))
+                logger.warning("%s: the rest of this tar is skipped: %s", redact_url(path), error_text(error))
             for keys, problem in (
                 (without_image, "without an image"),
                 (wrong, "whose labels or images make no sense"),
             ):
                 if keys:
                     logger.warning(
-                        "%s: %d samples %s are passed over: %s", redact_url(path), len(keys), problem, summarise(keys)
+                        "%s: %d samples %s are skipped: %s", redact_url(path), len(keys), problem, summarise(keys)
                     )
 
 
@@ -182,7 +182,7 @@ def _first_samples(shard: Shard) -> list[tuple[Sample, Shard]]:
             walk = walk_samples(file, ROLES.values(), reads_images=False)
             samples.extend(islice(((sample, shard) for sample in walk if "image" in sample.images), NUM_FIRST))
     except (OSError, ValueError) as error:
-        if not samples or isinstance(error, OSError):  # else the stream says it
+        if not samples or isinstance(error, OSError):  # else the stream reports it
             hint = "; unpack it first" if path.name.endswith(("gz", "bz2", "xz", "zst")) else ""
             raise ValueError(f"{redact_url(path)} cannot be read as a tar: {error_text(error)}{hint}") from error
     if not samples:
@@ -193,13 +193,13 @@ def _first_samples(shard: Shard) -> list[tuple[Sample, Shard]]:
 
 
 def _find_columns(samples: Sequence[tuple[Sample, Shard]]) -> ColumnMap:
-    """Which parts and fields of samples are what."""
+    """The parts and fields of samples that hold the columns of the schema."""
     rows = [_as_value_error(read_fields, sample, shard) for sample, shard in samples]
     columns = {"image": "image"}
-    kinds = {"label": int | float | str, "objects": dict | list, "width": int, "height": int}
-    for column, kind in kinds.items():
+    types = {"label": int | float | str, "objects": dict | list, "width": int, "height": int}
+    for column, value_type in types.items():
         aliases = LABEL_NAMES if column == "label" else COLUMN_NAMES[column]
-        names = [name for name in aliases if any(isinstance(row.get(name), kind) for row in rows)]
+        names = [name for name in aliases if any(isinstance(row.get(name), value_type) for row in rows)]
         if names:
             columns[column] = names[0]
     ids = [row.get("image_id") for row in rows]
@@ -257,7 +257,7 @@ def _read_class_names(folders: Sequence[Path]) -> list[str]:
             lines = read_bytes(folder / CLASSES_FILE).decode("utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
             raise ValueError(f"{redact_url(folder / CLASSES_FILE)} is not text in UTF-8: {error}") from error
-        except Exception as error:  # servers have errors of their own kinds
+        except Exception as error:  # servers have errors of their own types
             if isinstance(error, FileNotFoundError):
                 continue
             raise ValueError(f"{redact_url(folder / CLASSES_FILE)} cannot be read: {error_text(error)}") from error
@@ -299,7 +299,7 @@ class _Labels:
             self.boxes.append((box, (row["width"], row["height"]), category, sample))
 
     def classes(self, what: str) -> Categories | None:
-        """Those of the names, which their positions stand for too, or else those that occur."""
+        """The named classes, which may be given by their positions too; without names those that occur."""
         counts = self.counts[what]
         if not counts and not self.names:
             logger.warning("%s: no sample has %s; they are left out", self.source, what)

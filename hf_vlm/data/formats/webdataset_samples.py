@@ -1,4 +1,4 @@
-"""Samples of a WebDataset tar: files that follow each other and share a name, and the labels among them."""
+"""Samples of a WebDataset tar: files that follow each other and have one name, and the labels among them."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ class LabelError(ValueError):
 
 
 class Sample(NamedTuple):
-    """A sample: its key, its encoded labels, and the places or bytes of its images, by role."""
+    """A sample: its key, its encoded labels, and the positions or bytes of its images, by role."""
 
     key: str
     texts: dict[str, bytes]
@@ -78,7 +78,7 @@ def read_member(file: IO[bytes], member: TarMember) -> bytes:
 
 
 def read_fields(sample: Sample) -> Row:
-    """What `json` and `cls` say, as it is written."""
+    """The content of `json` and `cls`, unchanged."""
     try:
         fields: Row = json.loads(sample.texts["json"]) if "json" in sample.texts else {}
         if not isinstance(fields, dict):

@@ -1,4 +1,4 @@
-"""YOLO: a text file an image, with coordinates in shares of the image."""
+"""YOLO: one text file per image, with coordinates relative to the image."""
 
 import logging
 from collections import Counter
@@ -29,7 +29,7 @@ Line = tuple[int, tuple[float, ...]]  # number in its file; class, x, y, width, 
 
 DATA_FILES = ("data.yaml", "data.yml", "dataset.yaml")
 CLASSES_FILE = "classes.txt"
-HEADER_BYTES = 2**16  # hold the size of an image but for few
+HEADER_BYTES = 2**16  # hold the size of nearly every image
 TOLERANCE = 0.01  # by which coordinates may leave 0 to 1: tools round
 
 
@@ -38,9 +38,9 @@ def open_yolo(source: Path, split: str, *, num_samples: int | None = None) -> So
 
     The source is a `data.yaml` with `train`, `val`, `test` (folders of images, text files that list images, or lists
     of these) and `names`, a folder that holds one, or a folder with `images/<split>` and `labels/<split>`, or with
-    `<split>/images` and `<split>/labels`; its classes stand in `classes.txt`, else they are numbers. The labels of
-    `.../images/.../a.jpg` stand in `.../labels/.../a.txt`, a line an object: class, centre x, centre y, width, height,
-    or class and the points of a polygon, of which the bounding box is taken. Images without labels have no objects.
+    `<split>/images` and `<split>/labels`; its classes are in `classes.txt`, else they are numbers. The labels of
+    `.../images/.../a.jpg` are in `.../labels/.../a.txt`, one line per object: class, centre x, centre y, width,
+    height, or class and the points of a polygon, whose bounding box is taken. Images without labels have no objects.
 
     Opening reads the headers of the labelled images, since boxes in pixels need the images' sizes.
 
@@ -55,7 +55,7 @@ def open_yolo(source: Path, split: str, *, num_samples: int | None = None) -> So
     if not lines and not names:
         return boxed_images_source(images, range(len(images)), None, source)
     if not names:  # numbers, those of all splits, which must agree
-        others = [_label_path(image) for name in splits.places for image in splits.images(name, source)]
+        others = [_label_path(image) for name in splits.folders for image in splits.images(name, source)]
         classes = [line[0] for found in _read_all(others, source) for _, line in found]
         names = [str(index) for index in range(int(max(classes)) + 1)]
     rows = np.array([row for row, _, _ in lines], dtype=np.int64)
@@ -78,7 +78,7 @@ def looks_like_yolo(folder: Path) -> bool:
     splits = [path for path in folder.iterdir() if path.name.lower() in CANONICAL and path.is_dir()]
     if any((folder / name).is_file() for name in DATA_FILES) and ((folder / "images").is_dir() or splits):
         return True
-    # Masks may stand in folders of that name too.
+    # Masks may be in folders of that name too.
     return any(
         next((root / "labels").glob(pattern), None) for root in (folder, *splits) for pattern in ("*.txt", "*/*.txt")
     )
@@ -88,13 +88,13 @@ def looks_like_yolo(folder: Path) -> bool:
 class _Splits:
     """Where the images of each split are; looked up for the split that is opened."""
 
-    places: Mapping[str, Sequence[str]]  # folders, or text files that list images
+    folders: Mapping[str, Sequence[str]]  # of images, or text files that list them
     roots: Sequence[Path]  # that these are relative to, the likeliest first
     named_by: Path
 
     def images(self, split: str, source: Path) -> list[Path]:
-        chosen = choose_split(self.places, split, source)
-        return [image for place in chosen for image in _images_at(place, self.roots, self.named_by)]
+        chosen = choose_split(self.folders, split, source)
+        return [image for name in chosen for image in _images_at(name, self.roots, self.named_by)]
 
 
 def _data_file(source: Path) -> tuple[Path | None, Path]:
@@ -123,13 +123,13 @@ def _read_data_file(file: Path) -> tuple[_Splits, list[str]]:
     # `path` may be of another machine; what lies beside the file is meant then.
     root = file.parent / str(content.get("path") or "")
     roots = [root, file.parent] if root.is_dir() else [file.parent]
-    places = {}
+    folders = {}
     for name, value in content.items():
         if canonical_split(str(name)) in ("train", "validation", "test") and value:
-            places[canonical_split(name)] = [str(place) for place in (value if isinstance(value, list) else [value])]
-    if not places:
+            folders[canonical_split(name)] = [str(path) for path in (value if isinstance(value, list) else [value])]
+    if not folders:
         raise ValueError(f"{file} names no images: it needs 'train', 'val' or 'test'")
-    return _Splits(places, roots, file), _unique([str(name) for name in names], file)
+    return _Splits(folders, roots, file), _unique([str(name) for name in names], file)
 
 
 def _unique(names: list[str], file: Path) -> list[str]:
@@ -144,19 +144,19 @@ def _read_lines(file: Path) -> list[str]:
     try:
         return [line.strip() for line in read_bytes(file).decode("utf-8-sig").split("\n")]
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is no text of UTF-8: {error}") from error
+        raise ValueError(f"{file} is not text in UTF-8: {error}") from error
 
 
-def _images_at(place: str, roots: Sequence[Path], file: Path) -> list[Path]:
+def _images_at(path: str, roots: Sequence[Path], file: Path) -> list[Path]:
     """Images in a folder or in a list. Roboflow writes ../train/images for what lies in train/images."""
-    candidates = list(dict.fromkeys(root / name for root in roots for name in (place, place.removeprefix("../"))))
-    if not can_list(file) and not place.endswith(".txt"):
+    candidates = list(dict.fromkeys(root / name for root in roots for name in (path, path.removeprefix("../"))))
+    if not can_list(file) and not path.endswith(".txt"):
         raise ValueError(
-            f"{file} names the folder {place}, which a web server cannot list; name a text file that lists the images"
+            f"{file} names the folder {path}, which a web server cannot list; name a text file that lists the images"
         )
-    found = next((path for path in candidates if exists(path)), None)
+    found = next((candidate for candidate in candidates if exists(candidate)), None)
     if found is None:
-        raise ValueError(f"{file} names {place}, which is not there: looked for {summarise(candidates)}")
+        raise ValueError(f"{file} names {path}, which is not there: looked for {summarise(candidates)}")
     if is_folder(found):
         return find_images(found)
     names = [name for name in _read_lines(found) if name]
@@ -172,13 +172,13 @@ def _images_at(place: str, roots: Sequence[Path], file: Path) -> list[Path]:
 def _find_splits(root: Path) -> _Splits:
     """Where the images of each split of a folder without a data file are."""
     splits = [path.name for path in sorted(root.iterdir()) if path.name.lower() in CANONICAL]
-    places = {name: [f"{name}/images"] for name in splits if (root / name / "images").is_dir()}
+    folders = {name: [f"{name}/images"] for name in splits if (root / name / "images").is_dir()}
     if (root / "images").is_dir():
         inner = [path for path in sorted((root / "images").iterdir()) if path.name.lower() in CANONICAL]
-        places = {path.name: [f"images/{path.name}"] for path in inner if path.is_dir()} or {"train": ["images"]}
-    if not any(find_images(root / place) for found in places.values() for place in found):
+        folders = {path.name: [f"images/{path.name}"] for path in inner if path.is_dir()} or {"train": ["images"]}
+    if not any(find_images(root / path) for paths in folders.values() for path in paths):
         raise ValueError(f"{root} holds no images/ and labels/ of YOLO; {describe_folder(root)}")
-    return _Splits(places, [root], root)
+    return _Splits(folders, [root], root)
 
 
 def _read_classes(root: Path) -> list[str]:
@@ -187,7 +187,7 @@ def _read_classes(root: Path) -> list[str]:
 
 
 def _label_path(image: Path) -> Path:
-    """Where the labels of an image stand: the last folder `images` of its path is `labels`; else beside it."""
+    """Location of the labels of an image: the last folder `images` of its path is `labels`; else beside it."""
     parts = list(image.parts)
     for index in reversed(range(len(parts) - 1)):
         if parts[index] == "images":
@@ -217,7 +217,7 @@ def _read_labels(path: Path) -> tuple[list[Line], list[str]]:
     problems = []
     try:
         texts = _read_lines(path)
-    except FileNotFoundError:  # of a web server, which says so only now
+    except FileNotFoundError:  # on a web server, where this is known only now
         return [], []
     except ValueError as error:
         return [], [str(error)]
@@ -230,22 +230,22 @@ def _read_labels(path: Path) -> tuple[list[Line], list[str]]:
     return lines, problems
 
 
-def _parse_line(line: str, place: str) -> tuple[float, ...]:
+def _parse_line(line: str, location: str) -> tuple[float, ...]:
     try:
         category, *values = (float(word) for word in line.split())
     except ValueError:
-        raise ValueError(f"{place}: {line!r} must be numbers: class, centre x, centre y, width, height") from None
+        raise ValueError(f"{location}: {line!r} must be numbers: class, centre x, centre y, width, height") from None
     if not (category >= 0 and category.is_integer()):
-        raise ValueError(f"{place}: the class {category:g} must be a number from 0 on")
+        raise ValueError(f"{location}: the class {category:g} must be a number from 0 on")
     if not all(-TOLERANCE <= value <= 1 + TOLERANCE for value in values):
-        raise ValueError(f"{place}: {line!r} must have coordinates of 0 to 1, in shares of the image's sides")
+        raise ValueError(f"{location}: {line!r} must have coordinates of 0 to 1, relative to the image's sides")
     if len(values) == 4:
         x, y, width, height = values
         return category, x - width / 2, y - height / 2, width, height
     if len(values) >= 6 and len(values) % 2 == 0:
         x, y = min(values[::2]), min(values[1::2])
         return category, x, y, max(values[::2]) - x, max(values[1::2]) - y
-    raise ValueError(f"{place}: {line!r} must have a class and 4 numbers, or a class and the points of a polygon")
+    raise ValueError(f"{location}: {line!r} must have a class and 4 numbers, or a class and the points of a polygon")
 
 
 def _sizes(images: Sequence[Path], rows: Array) -> Array:
@@ -265,7 +265,7 @@ def _read_size(image: Path) -> tuple[float, float]:
     except OSError:
         header = None
     if header is None:
-        return np.inf, np.inf  # the stream will name the image and pass it over
+        return np.inf, np.inf  # the stream will name the image and skip it
     is_turned = header.orientation >= 5
     return (header.height, header.width) if is_turned else (header.width, header.height)
 

@@ -1,4 +1,4 @@
-"""Images that are there more than once: equal numbers, and pictures that look alike."""
+"""Images that occur more than once: equal bytes, and near-duplicates by perceptual hash."""
 
 import itertools
 from typing import Any
@@ -14,20 +14,20 @@ Array = np.ndarray[Any, Any]
 
 MAX_DISTANCE = 2  # bits of 64 by which the hashes of one picture, stored twice, may differ
 MAX_COLOR_DIFFERENCE = 12  # levels of 255, in any quarter; small smooth pictures share hashes by chance
-MIN_STEPS = 16  # neighbouring cells of 64 that must differ, or a hash says nothing
+MIN_STEPS = 16  # neighbouring cells of 64 that must differ, or a hash is meaningless
 NUM_BANDS = 4  # one more than two flipped bits can touch, and one to spare: see `_close_pairs`
 MAX_NEIGHBORS = 256
 
 
 def perceptual_hash(image: Array) -> tuple[int, Array, bool]:
-    """What pictures are compared by.
+    """What near-duplicates are compared by.
 
     Args:
         image: (height, width, 3) uint8.
 
     Returns:
-        The difference hash, 64 bits that say where a picture of 8 x 9 grey cells gets brighter to the right; the
-        colours of its quarters, (2, 2, 3) uint8; and whether there is enough in it for the hash to mean something.
+        The difference hash, 64 bits that are set where a picture of 8 x 9 grey cells gets brighter to the right; the
+        colours of its quarters, (2, 2, 3) uint8; and whether there is enough in it for the hash to be meaningful.
     """
     gray = cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), (9, 8), interpolation=cv2.INTER_AREA).astype(np.int16)
     steps = np.diff(gray, axis=1)  # (8, 8)
@@ -37,23 +37,23 @@ def perceptual_hash(image: Array) -> tuple[int, Array, bool]:
 
 
 def exact_duplicates(values: Array) -> list[list[int]]:
-    """Indices of the values (n,) that occur more than once, a list for each."""
+    """Indices of the values (n,) that occur more than once, one list per value."""
     order = np.argsort(values, kind="stable")
     starts = np.flatnonzero(np.diff(values[order])) + 1
     return sorted(group.tolist() for group in np.split(order, starts) if len(group) > 1)
 
 
 def near_duplicates(hashes: Array, colors: Array) -> list[list[int]]:
-    """Indices of the pictures that look alike, a list for each; a list is closed under likeness.
+    """Indices of near-duplicates, one list per connected group.
 
     Args:
-        hashes: (n,) uint64 of `look_of`.
-        colors: (n, 2, 2, 3) uint8 of `look_of`.
+        hashes: (n,) uint64 of `perceptual_hash`.
+        colors: (n, 2, 2, 3) uint8 of `perceptual_hash`.
     """
-    # The frames of a still scene, of one hash and nearly one colour, are one to the search.
-    looks = np.zeros(len(hashes), dtype=[("hash", "u8"), ("colors", "u1", 12)])
-    looks["hash"], looks["colors"] = hashes, colors.reshape(-1, 12) // MAX_COLOR_DIFFERENCE
-    _, first, scene = np.unique(looks.view("V20"), return_index=True, return_inverse=True)
+    # The frames of a still scene, of one hash and nearly one colour, are one entry to the search.
+    entries = np.zeros(len(hashes), dtype=[("hash", "u8"), ("colors", "u1", 12)])
+    entries["hash"], entries["colors"] = hashes, colors.reshape(-1, 12) // MAX_COLOR_DIFFERENCE
+    _, first, scene = np.unique(entries.view("V20"), return_index=True, return_inverse=True)
     pairs = _close_pairs(hashes[first])  # (p, 2)
     difference = np.abs(colors[first[pairs[:, 0]]].astype(np.int16) - colors[first[pairs[:, 1]]])
     pairs = pairs[difference.max(axis=(1, 2, 3), initial=0) <= MAX_COLOR_DIFFERENCE]

@@ -56,11 +56,11 @@ BOX_DTYPE = np.dtype([("image", "i8"), ("category", "i8"), ("box", "f8", (4,))])
 
 @dataclass
 class Accumulator:
-    """What is kept of the images: a name, and some 150 bytes of figures."""
+    """What is kept of the images: a name, and some 150 bytes of statistics."""
 
     names: list[str] = field(default_factory=list)
-    images: list[Array] = field(default_factory=list)  # pieces of IMAGE
-    boxes: list[Array] = field(default_factory=list)  # pieces of BOX
+    images: list[Array] = field(default_factory=list)  # pieces of IMAGE_DTYPE
+    boxes: list[Array] = field(default_factory=list)  # pieces of BOX_DTYPE
     formats: Counter[str] = field(default_factory=Counter)
     unreadable: list[Unreadable] = field(default_factory=list)
     bad_masks: list[str] = field(default_factory=list)
@@ -68,9 +68,9 @@ class Accumulator:
 
 @dataclass(frozen=True)
 class ImageStats:
-    """At one image."""
+    """Statistics of one image."""
 
-    row: tuple[Any, ...]  # of IMAGE
+    row: tuple[Any, ...]  # an IMAGE_DTYPE
     format: str
     has_bad_mask: bool
 
@@ -83,29 +83,29 @@ def inspect_source(
     """Read every image of a source once, decoded small, and report on images, labels and boxes.
 
     Args:
-        source: The opened source.
-        num_examples: Look at the first so many only.
-        on_example: Called with each example whose image can be read, in their order.
+        source: Source of the images.
+        num_examples: Number of images to read, from the first on; None for all.
+        on_example: Function called with each example whose image can be read, in their order.
 
     Raises:
         ValueError: The source gives no example, or num_examples is not positive.
     """
     if num_examples is not None and num_examples < 1:
         raise ValueError(f"num_examples={num_examples} must be positive")
-    gathered = Accumulator()
+    accumulator = Accumulator()
     examples = iter(source)
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         for batch in _batches(itertools.islice(examples, num_examples)):
-            looks = list(pool.map(_image_stats, batch))
-            _gather(gathered, batch, looks)
+            results = list(pool.map(_image_stats, batch))
+            _accumulate(accumulator, batch, results)
             if on_example is not None:
-                for example, look in zip(batch, looks, strict=True):
-                    if isinstance(look, ImageStats):
+                for example, result in zip(batch, results, strict=True):
+                    if isinstance(result, ImageStats):
                         on_example(example)
-    if not gathered.names and not gathered.unreadable:
+    if not accumulator.names and not accumulator.unreadable:
         raise ValueError("the data holds no example; check its path and its split")
     is_complete = num_examples is None or next(examples, None) is None
-    return _report(gathered, source.features, is_complete=is_complete)
+    return _report(accumulator, source.features, is_complete=is_complete)
 
 
 def image_name(example: Example) -> str:
@@ -154,41 +154,41 @@ def _size_of(mask: Any) -> tuple[int, int] | None:
     return None if header is None else (header.height, header.width)
 
 
-def _gather(gathered: Accumulator, batch: list[Example], looks: list[ImageStats | str]) -> None:
+def _accumulate(accumulator: Accumulator, batch: list[Example], results: list[ImageStats | str]) -> None:
     rows, boxes = [], []
-    for example, look in zip(batch, looks, strict=True):
+    for example, result in zip(batch, results, strict=True):
         name = image_name(example)
-        if isinstance(look, str):
-            gathered.unreadable.append(Unreadable(name, look))
+        if isinstance(result, str):
+            accumulator.unreadable.append(Unreadable(name, result))
             continue
         objects = example.get("objects", {"category": [], "bbox": []})
-        boxes += [(len(gathered.names), *box) for box in zip(objects["category"], objects["bbox"], strict=True)]
-        rows.append(look.row)
-        gathered.names.append(name)
-        gathered.formats[look.format] += 1
-        if look.has_bad_mask:
-            gathered.bad_masks.append(name)
-    gathered.images.append(np.array(rows, dtype=IMAGE_DTYPE))
-    gathered.boxes.append(np.array(boxes, dtype=BOX_DTYPE))
+        boxes += [(len(accumulator.names), *box) for box in zip(objects["category"], objects["bbox"], strict=True)]
+        rows.append(result.row)
+        accumulator.names.append(name)
+        accumulator.formats[result.format] += 1
+        if result.has_bad_mask:
+            accumulator.bad_masks.append(name)
+    accumulator.images.append(np.array(rows, dtype=IMAGE_DTYPE))
+    accumulator.boxes.append(np.array(boxes, dtype=BOX_DTYPE))
 
 
-def _report(gathered: Accumulator, features: datasets.Features, *, is_complete: bool) -> Report:
-    images = np.concatenate([np.zeros(0, IMAGE_DTYPE), *gathered.images])
-    boxes = np.concatenate([np.zeros(0, BOX_DTYPE), *gathered.boxes])
-    exact, near = _duplicates(images, gathered.names)
-    findings = _image_issues(images, gathered)
+def _report(accumulator: Accumulator, features: datasets.Features, *, is_complete: bool) -> Report:
+    images = np.concatenate([np.zeros(0, IMAGE_DTYPE), *accumulator.images])
+    boxes = np.concatenate([np.zeros(0, BOX_DTYPE), *accumulator.boxes])
+    exact, near = _duplicates(images, accumulator.names)
+    issues = _image_issues(images, accumulator)
     label_counts, box_report = None, None
     if "label" in features:
         label_counts = _counts(images["label"], features["label"].names)
-        findings += _label_issues(images, label_counts, gathered.names)
+        issues += _label_issues(images, label_counts, accumulator.names)
     if "objects" in features:
         box_report = _box_report(images, boxes, features["objects"]["category"].feature.names)
-        findings += _box_issues(images, boxes, box_report, gathered.names)
+        issues += _box_issues(images, boxes, box_report, accumulator.names)
     return Report(
         num_images=len(images),
         is_complete=is_complete,
         columns=list(features),
-        formats=dict(gathered.formats),
+        formats=dict(accumulator.formats),
         median_bytes=float(np.median(images["num_bytes"])) if len(images) else None,
         total_bytes=int(images["num_bytes"].sum()),
         height=MinMedianMax.of(images["height"]),
@@ -199,8 +199,8 @@ def _report(gathered: Accumulator, features: datasets.Features, *, is_complete: 
         boxes=box_report,
         exact_duplicates=exact,
         near_duplicates=near,
-        unreadable=gathered.unreadable,
-        findings=findings,
+        unreadable=accumulator.unreadable,
+        issues=issues,
     )
 
 
@@ -222,11 +222,11 @@ def _counts(indices: Array, names: list[str]) -> dict[str, int]:
     return dict(zip(names, np.bincount(known, minlength=len(names)).tolist(), strict=True))
 
 
-def _image_issues(images: Array, gathered: Accumulator) -> list[Issue]:
-    blank = [gathered.names[index] for index in np.flatnonzero(images["is_blank"]).tolist()]
+def _image_issues(images: Array, accumulator: Accumulator) -> list[Issue]:
+    blank = [accumulator.names[index] for index in np.flatnonzero(images["is_blank"]).tolist()]
     found = {
         "images of one colour": blank,
-        "images whose mask is not of their size, or cannot be read": gathered.bad_masks,
+        "images whose mask is not of their size, or cannot be read": accumulator.bad_masks,
     }
     return [Issue(what, len(where), where) for what, where in found.items() if where]
 
@@ -234,11 +234,11 @@ def _image_issues(images: Array, gathered: Accumulator) -> list[Issue]:
 def _label_issues(images: Array, counts: dict[str, int], names: list[str]) -> list[Issue]:
     missing = np.flatnonzero((images["label"] < 0) | (images["label"] >= len(counts))).tolist()
     empty = [name for name, count in counts.items() if not count]
-    findings = [
+    issues = [
         Issue("images without a label", len(missing), [names[index] for index in missing]),
         Issue("classes without an image", len(empty), empty),
     ]
-    return [finding for finding in findings if finding.count]
+    return [issue for issue in issues if issue.count]
 
 
 def _box_report(images: Array, boxes: Array, class_names: list[str]) -> BoxReport:
@@ -248,7 +248,7 @@ def _box_report(images: Array, boxes: Array, class_names: list[str]) -> BoxRepor
     relative = np.sqrt(area / (width * height)[keep])
     num_boxes = np.bincount(boxes["image"], minlength=len(images))  # (images,)
     is_small, is_large = area < SMALL_AREA, area >= LARGE_AREA
-    shares = {"small": is_small, "medium": ~is_small & ~is_large, "large": is_large}
+    sizes = {"small": is_small, "medium": ~is_small & ~is_large, "large": is_large}
     judged = relative[is_small]
     if len(area) and is_small.mean() < MIN_SMALL_FRACTION:
         judged = np.sort(relative)[: max(round(SMALLEST_FRACTION * len(relative)), 1)]
@@ -257,7 +257,7 @@ def _box_report(images: Array, boxes: Array, class_names: list[str]) -> BoxRepor
         num_images_without=int((num_boxes == 0).sum()),
         per_image=MinMedianMax.of(num_boxes),
         class_counts=_counts(boxes["category"], class_names),
-        size_fractions={name: float(share.mean()) if len(area) else 0.0 for name, share in shares.items()},
+        size_fractions={name: float(is_size.mean()) if len(area) else 0.0 for name, is_size in sizes.items()},
         relative_size=MinMedianMax.of(relative),
         small_relative_size=float(np.median(judged)) if len(judged) else None,
     )
@@ -274,7 +274,7 @@ def _box_issues(images: Array, boxes: Array, report: BoxReport, names: list[str]
         beyond = np.maximum(-box[:, :2], high - np.stack([width, height], axis=1)).max(axis=1) > TOLERANCE
     sticks_out = keep & beyond
     known = (boxes["category"] >= 0) & (boxes["category"] < len(report.class_counts))
-    turned = "; most of these images are stored turned (EXIF), their boxes perhaps drawn before they were"
+    turned = "; most of these images are stored turned (EXIF), their boxes perhaps annotated before they were"
     found = {
         "boxes without a class": ~known,
         "boxes without a width or a height": is_thin,
@@ -282,15 +282,15 @@ def _box_issues(images: Array, boxes: Array, report: BoxReport, names: list[str]
         "boxes that stick out of their image"
         + turned * bool(shown_in["is_turned"][sticks_out].sum() > 0.5 * sticks_out.sum()): sticks_out,
         f"boxes with a side below {TINY_SIDE:g} px": keep & (clipped[:, 2:].min(axis=1) < TINY_SIDE),
-        "boxes drawn twice, of one class at one place": _repeated(boxes),
+        "boxes annotated twice": _repeated(boxes),
     }
-    findings = []
+    issues = []
     for what, mask in found.items():
         where = [names[index] for index in np.unique(boxes["image"][mask]).tolist()]
-        findings.append(Issue(what, int(mask.sum()), where))
+        issues.append(Issue(what, int(mask.sum()), where))
     empty = [name for name, count in report.class_counts.items() if not count]
-    findings.append(Issue("classes without a box", len(empty), empty))
-    return [finding for finding in findings if finding.count]
+    issues.append(Issue("classes without a box", len(empty), empty))
+    return [issue for issue in issues if issue.count]
 
 
 def _repeated(boxes: Array) -> Array:

@@ -1,4 +1,4 @@
-"""What a data set holds and what is wrong with it, as figures and as a text."""
+"""What a data set holds and what is wrong with it, as statistics and as text."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ __all__ = ["BoxReport", "Issue", "MinMedianMax", "Report", "Unreadable", "format
 
 PATCH_SIZES = (16, 8)
 MIN_PATCHES = 2  # that an object should span, along its side
-MAX_GRID = 64  # patches a side; more are slow to train
+MAX_GRID = 64  # patches per side; more are slow to train
 NUM_CLASSES_SHOWN = 15
 BAR_WIDTH = 24  # characters
 NAMES_SHOWN = 3
@@ -20,7 +20,7 @@ NAMES_SHOWN = 3
 
 @dataclass(frozen=True)
 class MinMedianMax:
-    """Of a list of figures."""
+    """Smallest, median and largest of some values."""
 
     min: float
     median: float
@@ -28,15 +28,15 @@ class MinMedianMax:
 
     @classmethod
     def of(cls, values: np.ndarray[Any, Any]) -> Self | None:
-        """None where there are no figures."""
+        """None where there are no values."""
         if not len(values):
             return None
-        return cls(*(float(figure) for figure in (values.min(), np.median(values), values.max())))
+        return cls(*(float(value) for value in (values.min(), np.median(values), values.max())))
 
 
 @dataclass(frozen=True)
 class Issue:
-    """Something to look at: what it is, how often it occurs, and the images or classes it occurs in."""
+    """A problem: what it is, how often it occurs, and the images or classes it occurs in."""
 
     what: str
     count: int
@@ -53,7 +53,7 @@ class Unreadable:
 
 @dataclass(frozen=True)
 class BoxReport:
-    """Boxes of the readable images; sizes are of what lies in the image, where something does."""
+    """Boxes of the readable images; sizes are of the part in the image, where there is one."""
 
     num_boxes: int
     num_images_without: int
@@ -65,7 +65,7 @@ class BoxReport:
 
     @property
     def patches_wanted(self) -> int | None:
-        """Patches a side of the resized image from which on half of the small objects span at least two."""
+        """Patches per side of the resized image from which on half of the small objects span at least two."""
         return None if self.small_relative_size is None else math.ceil(MIN_PATCHES / self.small_relative_size)
 
 
@@ -74,7 +74,7 @@ class Report:
     """What `inspect_source` found. Sizes are in pixels, of upright images; names of images are paths or ids."""
 
     num_images: int  # that can be read
-    is_complete: bool  # whether the whole stream was looked at
+    is_complete: bool  # whether the whole source was read
     columns: list[str]
     formats: dict[str, int]
     median_bytes: float | None
@@ -88,7 +88,7 @@ class Report:
     exact_duplicates: list[list[str]]
     near_duplicates: list[list[str]]  # without those of which every byte is equal
     unreadable: list[Unreadable]
-    findings: list[Issue]
+    issues: list[Issue]
 
     def as_json(self) -> dict[str, Any]:
         """As values that `json` can write."""
@@ -137,13 +137,13 @@ def _box_lines(boxes: BoxReport) -> Lines:
     if boxes.relative_size is None or boxes.patches_wanted is None:
         return lines
     limits = {"small": "below 32 x 32 px", "medium": "up to 96 x 96 px", "large": "above"}
-    shares = ", ".join(f"{name} {share:.0%} ({limits[name]})" for name, share in boxes.size_fractions.items())
-    lines.append(("sizes", shares))
+    fractions = ", ".join(f"{name} {fraction:.0%} ({limits[name]})" for name, fraction in boxes.size_fractions.items())
+    lines.append(("sizes", fractions))
     lines.append(("relative size", f"{_min_median_max(boxes.relative_size)}; 1 is as large as the image"))
     grid = boxes.patches_wanted
     if grid > MAX_GRID:
         advice = (
-            f"to show the small objects an image would need {grid} patches a side; cut the images into tiles first"
+            f"to show the small objects an image would need {grid} patches per side; cut the images into tiles first"
         )
     else:
         sizes = (f"{_image_size(grid, patch)} with patches of {patch}" for patch in PATCH_SIZES)
@@ -152,7 +152,7 @@ def _box_lines(boxes: BoxReport) -> Lines:
 
 
 def _image_size(grid: int, patch_size: int) -> int:
-    """The smallest usual size, a multiple of two patches, that holds so many patches a side."""
+    """The smallest usual size, a multiple of two patches, that holds this many patches per side."""
     return math.ceil(grid / 2) * 2 * patch_size
 
 
@@ -191,9 +191,9 @@ def _issue_lines(report: Report) -> Lines:
         if names:
             lines.append((f"{sum(map(len, names)) - len(names):,}", what))
             lines += _where(_equation(group) for group in names)
-    for finding in report.findings:
-        lines.append((f"{finding.count:,}", finding.what))
-        lines += _where(finding.where)
+    for issue in report.issues:
+        lines.append((f"{issue.count:,}", issue.what))
+        lines += _where(issue.where)
     return lines or [("nothing", "no unreadable images, no duplicates, no labels that make no sense")]
 
 
@@ -202,19 +202,19 @@ def _equation(names: list[str]) -> str:
     return " = ".join(names[:NAMES_SHOWN]) + more
 
 
-def _where(places: Iterable[str]) -> Lines:
-    names = list(places)
+def _where(found: Iterable[str]) -> Lines:
+    names = list(found)
     more = [f"... {len(names) - NAMES_SHOWN:,} more"] if len(names) > NAMES_SHOWN else []
     return [("", f"  {name}") for name in [*names[:NAMES_SHOWN], *more]]
 
 
-def _min_median_max(spread: MinMedianMax | None, unit: str = "") -> str:
-    if spread is None:
+def _min_median_max(values: MinMedianMax | None, unit: str = "") -> str:
+    if values is None:
         return "none"
-    if spread.min == spread.max:
-        return f"{_number(spread.min)} {unit}".strip() + ", all alike"
-    figures = f"{_number(spread.min)} to {_number(spread.max)} {unit}".strip()
-    return f"{figures}, median {_number(spread.median)}"
+    if values.min == values.max:
+        return f"{_number(values.min)} {unit}".strip() + ", all the same"
+    text = f"{_number(values.min)} to {_number(values.max)} {unit}".strip()
+    return f"{text}, median {_number(values.median)}"
 
 
 def _number(value: float) -> str:

@@ -1,1 +1,1 @@
-"""Bytes: files and URLs, image headers, decoding, tars, streams by position, what messages show."""
+"""Bytes: files and URLs, image headers, decoding, tars, streams by position, messages."""

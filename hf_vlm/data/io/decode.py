@@ -25,7 +25,7 @@ EncodedImage = dict[str, Any] | bytes | str | os.PathLike[str]
 MAX_ENCODED_BYTES = 2**29  # of one image; a larger file is none, and would fill the memory of every worker
 NUM_WAITS = 3  # for an image's own server: lists of URLs name many that are gone for good
 
-# Of these opencv makes what Pillow makes; it drops alpha and reads the colours of CMYK differently.
+# Modes that opencv decodes as Pillow does; it drops alpha and reads the colours of CMYK differently.
 OPENCV_MODES = frozenset({"1", "L", "P", "RGB", "I;16", "I;16B"})
 READ_FLAGS = {1: cv2.IMREAD_GRAYSCALE, 3: cv2.IMREAD_COLOR_RGB}
 REDUCED_FLAGS = {
@@ -35,7 +35,7 @@ REDUCED_FLAGS = {
 
 
 class BadImageError(ValueError):
-    """An image cannot be read; the message names it and says why."""
+    """An image cannot be read; the message names it and gives the reason."""
 
 
 def decode_image(
@@ -46,8 +46,8 @@ def decode_image(
     Args:
         image: Encoded bytes, a path or URL, or a dict of both as `datasets.Image(decode=False)` gives; its bytes are
             preferred.
-        num_channels: 3 for RGB, 1 for grey.
-        at_least: Height and width, in pixels, that suffice: a JPEG is then decoded at a half, a quarter or an eighth
+        num_channels: Number of channels: 3 for RGB, 1 for grey.
+        at_least: Sufficient height and width in pixels: a JPEG is then decoded at a half, a quarter or an eighth
             of its size where both sides stay at least that long, which is faster.
 
     Returns:
@@ -55,7 +55,7 @@ def decode_image(
         are after the orientation is applied.
 
     Raises:
-        BadImageError: The image is missing, empty, truncated, of an unknown kind, or larger than
+        BadImageError: The image is missing, empty, truncated, of an unknown format, or larger than
             `PIL.Image.MAX_IMAGE_PIXELS`.
         ValueError: num_channels is neither 1 nor 3.
     """
@@ -81,7 +81,7 @@ def read_image_bytes(image: EncodedImage) -> bytes:
     if isinstance(data, str | os.PathLike):
         try:
             data = read_bytes(data, limit=MAX_ENCODED_BYTES, num_waits=NUM_WAITS)
-        except Exception as error:  # of many kinds for URLs
+        except Exception as error:  # file systems raise their own types
             raise BadImageError(f"{_name(image)}: {error_text(error)}") from error
     if not data:
         raise BadImageError(f"{_name(image)}: no bytes")

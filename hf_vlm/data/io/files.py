@@ -32,6 +32,7 @@ __all__ = [
     "open_binary",
     "read_bytes",
     "retried",
+    "siblings",
 ]
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# Seconds between tries; together they outlast the restart of a server.
+# Seconds between attempts; together they outlast the restart of a server.
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 BRACES = re.compile(r"\{([^{}]*)\}")
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -61,7 +62,7 @@ def can_list(path: object) -> bool:
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether the next try may succeed: the server is busy, restarting or was not reached."""
+    """Whether the next attempt may succeed: the server is busy, restarting or was not reached."""
     status = server_status(error)
     if status is not None and status >= 400:
         return status == 429 or status >= 500
@@ -76,17 +77,18 @@ def retried(path: object, read: Callable[[], Result], *, num_waits: int | None =
     """What a function reads of a URL; errors of the network that may pass are waited for.
 
     Args:
-        path: Named in the log and in the error.
-        num_waits: How many of `WAITS`; None for all.
+        path: Name of the file in the log and in the error.
+        read: The function, called again after each wait.
+        num_waits: Number of waits, the first of `WAITS`; None for all.
 
     Raises:
-        UnreachableError: The last try failed too.
+        UnreachableError: The last attempt failed too.
     """
     waits = WAITS[:num_waits]
     for wait in waits:
         try:
             return read()
-        except Exception as error:  # of many kinds: file systems have their own
+        except Exception as error:  # any type: file systems have their own
             if not _may_pass(error):
                 raise
             logger.warning("%s: %s; trying again in %g s", redact_url(path), error_text(error), wait)
@@ -103,14 +105,14 @@ def retried(path: object, read: Callable[[], Result], *, num_waits: int | None =
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a path is a folder; of a web page with the ending of a file this is not asked: it may be sent whole."""
+    """Whether a path is a folder; not asked for a web page with a file's extension, which may be sent whole."""
     if not can_list(path) and PurePosixPath(redact_url(path)).suffix:
         return False
     return path.is_dir()
 
 
 def exists(path: Path) -> bool:
-    """Whether a path or URL is there. `Path.exists` says no, too, where a web server is busy."""
+    """Whether a path or URL is there. `Path.exists` is false, too, where a web server is busy."""
     if can_list(path):
         return path.exists()
     file_system, inner = fsspec.url_to_fs(str(path))
@@ -121,12 +123,17 @@ def exists(path: Path) -> bool:
 
 
 def existing_paths(paths: Iterable[Path]) -> set[Path]:
-    """Those of the paths that are there, by listing each folder once; web servers cannot list and have all."""
+    """The paths that exist, found by listing each folder once; on web servers, which cannot list, all."""
     paths = set(paths)
     folders = {path.parent for path in paths}
     unlisted = {folder for folder in folders if not can_list(folder)}
     there = {path for folder in folders - unlisted if folder.is_dir() for path in folder.iterdir()}
     return {path for path in paths if path in there or path.parent in unlisted}
+
+
+def siblings(path: Path) -> list[str]:
+    """The content of the folder that a missing path would be in."""
+    return [str(sibling) for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
 
 
 def join(folder: str, name: str) -> str:
@@ -138,7 +145,7 @@ def join(folder: str, name: str) -> str:
 
 
 def expand_braces(text: str) -> Iterator[str]:
-    """The names that braces stand for: `a-{00..10}.tar` numbers, `{a,b}.tar` alternatives."""
+    """The names that braces expand to: `a-{00..10}.tar` numbers, `{a,b}.tar` alternatives."""
     found = BRACES.search(text)
     if found is None:
         yield text
@@ -175,7 +182,7 @@ def open_binary(path: object, *, read_ahead: bool = True) -> IO[bytes]:
     """Open a path or a URL of any protocol that fsspec knows; errors of the network that may pass are waited for.
 
     Args:
-        read_ahead: Ask a server for more than is read, as suits reading from front to back.
+        read_ahead: Whether to ask a server for more than is read, which suits reading from front to back.
 
     Raises:
         OSError: It is not there or cannot be reached.
@@ -187,8 +194,8 @@ def read_bytes(path: object, *, limit: int | None = None, num_waits: int | None 
     """All bytes of a file on disk or behind a URL.
 
     Args:
-        limit: Bytes that it may have.
-        num_waits: See `retried`.
+        limit: Largest number of bytes it may have; None for any.
+        num_waits: Number of waits for a server; see `retried`.
 
     Raises:
         OSError: It is not there or cannot be reached.
@@ -243,7 +250,7 @@ def _open_remote(path: str, cache: str) -> Any:
 
 
 class _RemoteFile(io.RawIOBase):
-    """A file behind a URL, opened anew where it was when reading fails."""
+    """A file behind a URL, opened again at its position when reading fails."""
 
     def __init__(self, path: str, read_ahead: bool) -> None:
         self.path, self.cache = path, "readahead" if read_ahead else "none"

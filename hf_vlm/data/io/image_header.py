@@ -1,4 +1,4 @@
-"""What an encoded image says about itself, read without decoding it."""
+"""Format, size and orientation of an encoded image, read without decoding it."""
 
 import io
 import struct
@@ -23,7 +23,7 @@ class ImageHeader:
     mode: str  # Pillow's name, as "RGB"
     height: int
     width: int
-    orientation: int = 1  # of EXIF, 1..8
+    orientation: int = 1  # EXIF's, 1..8
     has_alpha: bool = False
 
 
@@ -42,7 +42,7 @@ def read_header(data: bytes) -> ImageHeader | None:
         image = Image.open(io.BytesIO(data))
     except UnidentifiedImageError:
         return None
-    # Asking for EXIF that does not stand at the front makes Pillow decode a PNG.
+    # Asking for EXIF that is not at the front makes Pillow decode a PNG.
     has_exif = "exif" in image.info or image.format == "TIFF"
     orientation = image.getexif().get(ORIENTATION_TAG, 1) if has_exif else 1
     return ImageHeader(
@@ -77,7 +77,7 @@ def _read_jpeg_header(data: bytes) -> ImageHeader | None:
 
 
 def read_tiff_size(data: bytes) -> tuple[int, int] | None:
-    """Height and width of the first image of a TIFF in pixels, also where Pillow does not know its kind of pixels."""
+    """Height and width of the first image of a TIFF in pixels, also where Pillow does not know its pixel format."""
     tags = _read_tags(data)
     return (tags[HEIGHT_TAG], tags[WIDTH_TAG]) if {HEIGHT_TAG, WIDTH_TAG} <= tags.keys() else None
 
@@ -93,6 +93,6 @@ def _read_tags(tiff: bytes) -> dict[int, int]:
     (num_entries,) = struct.unpack_from(order + "H", tiff, directory)
     tags = {}
     for entry in range(directory + 2, min(directory + 2 + 12 * num_entries, len(tiff) - 11), 12):
-        tag, kind = struct.unpack_from(order + "HH", tiff, entry)
-        (tags[tag],) = struct.unpack_from(order + ("I" if kind == LONG else "H"), tiff, entry + 8)
+        tag, value_type = struct.unpack_from(order + "HH", tiff, entry)
+        (tags[tag],) = struct.unpack_from(order + ("I" if value_type == LONG else "H"), tiff, entry + 8)
     return tags

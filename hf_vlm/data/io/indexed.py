@@ -31,12 +31,15 @@ def generated_stream(
 def indexed_stream(
     read: Callable[[int], dict[str, Any]], num_examples: int, features: datasets.Features
 ) -> datasets.IterableDataset:
-    """The examples `read(0)`, `read(1)`, and so on up to the number, in short contiguous shards.
+    """The examples `read(0)`, `read(1)`, ..., `read(num_examples - 1)`, in short contiguous shards.
 
     The stream counts and only then reads, so that resuming counts up to its position without reading what was seen.
 
     Args:
-        read: Gives the example at a position in the form in which the features are stored; it is pickled to workers.
+        read: Function from a position to its example, in the form in which the features are stored; it is pickled to
+            workers.
+        num_examples: Number of examples.
+        features: Types of the columns.
     """
     num_shards = min(max(num_examples // SHARD_LENGTH // SHARDS_DIVISOR, 1) * SHARDS_DIVISOR, MAX_SHARDS)
     edges = [num_examples * shard // num_shards for shard in range(num_shards + 1)]

@@ -1,6 +1,6 @@
-"""Walks the headers of a tar file without reading what they head.
+"""Walks the headers of a tar file without reading the files.
 
-The standard library's `tarfile` takes 25 times as long for a record; here a record is found by one read of 512 bytes.
+The standard library's `tarfile` takes 25 times as long per record; here a record is found by one read of 512 bytes.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ __all__ = ["TarMember", "walk_tar"]
 BLOCK = 512
 REGULAR = (b"0", b"\0", b"7")
 LONG_NAME, LONG_LINK = b"L", b"K"  # GNU: the next header's name, as data
-WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices and folders, whatever size they name
+WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices and folders, whatever size they give
 PAX, PAX_GLOBAL = b"x", b"g"  # POSIX: fields of the next header, or of all, as data
 
 
@@ -19,7 +19,7 @@ class TarMember(NamedTuple):
     """A file in a tar."""
 
     name: str
-    offset: int  # of its first byte in the tar
+    offset: int  # position of its first byte in the tar
     size: int  # bytes
 
 
@@ -38,21 +38,21 @@ def walk_tar(file: IO[bytes]) -> Iterator[TarMember]:
         if not header.strip(b"\0"):
             return  # the end mark
         size = _check(header, position)
-        kind, data = header[156:157], position + BLOCK
-        if kind == LONG_NAME or kind in (PAX, PAX_GLOBAL):
+        typeflag, data = header[156:157], position + BLOCK
+        if typeflag == LONG_NAME or typeflag in (PAX, PAX_GLOBAL):
             content = file.read(size)
-            if kind == LONG_NAME:
+            if typeflag == LONG_NAME:
                 long_name = content.rstrip(b"\0").decode("utf-8", "replace")
-            elif kind == PAX:  # a global one says nothing of names and sizes
+            elif typeflag == PAX:  # a global one holds no names and sizes
                 pax.update(_pax_fields(content, position))
-        elif kind != LONG_LINK:
-            size = 0 if kind in WITHOUT_DATA else int(pax.get("size", size))
+        elif typeflag != LONG_LINK:
+            size = 0 if typeflag in WITHOUT_DATA else int(pax.get("size", size))
             if size < 0:
                 raise ValueError(f"there is no tar header at byte {position}")
             name = pax.get("path") or long_name or _name(header)
             if data + size > end:
                 raise ValueError(f"it is cut short within {name} at byte {position}")
-            if kind in REGULAR:
+            if typeflag in REGULAR:
                 yield TarMember(name, data, size)
             long_name, pax = None, {}
         position = data + -(-size // BLOCK) * BLOCK
@@ -79,7 +79,7 @@ def _number(field: bytes) -> int:
 
 def _name(header: bytes) -> str:
     name, prefix = header[:100].split(b"\0", 1)[0], header[345:500].split(b"\0", 1)[0]
-    if prefix and header[257:263] == b"ustar\0":  # GNU keeps times in the prefix's place
+    if prefix and header[257:263] == b"ustar\0":  # GNU keeps times in place of the prefix
         name = prefix + b"/" + name
     return name.decode("utf-8", "replace")
 

@@ -1,4 +1,4 @@
-"""What scenes are made of: the pictures of each split, a canvas that keeps the truth, and turned digits."""
+"""What scenes are made of: the pictures of each split, a canvas that keeps the truth, resized and rotated digits."""
 
 import functools
 import math
@@ -24,7 +24,7 @@ __all__ = [
 Array = np.ndarray[Any, Any]
 
 DIGITS = tuple("0123456789")
-# What belongs to a split: samples of each digit by position modulo 5, and of the five strips of each photograph some.
+# The samples of each digit in a split, by position modulo 5, and the strips, of five, of each photograph.
 SPLIT_DIGITS = {"train": (0, 1, 2), "validation": (3,), "test": (4,)}
 SPLIT_STRIPS = {
     "train": ((0, 1, 3), (0, 2, 4)),
@@ -32,7 +32,7 @@ SPLIT_STRIPS = {
     "test": ((4,), (3,)),
 }
 STRIP_WIDTH = 128  # pixels of the photograph
-CELL = 4  # pixels of a glyph for a pixel of the 8x8 digit
+CELL = 4  # pixels of a glyph per pixel of the 8x8 digit
 GLYPH_SIZE = 10 * CELL  # the digit with an empty frame one cell wide
 SOLID = 128  # opacity from which a pixel belongs to the digit
 MIN_VISIBLE_FRACTION = 0.2  # of a digit in a clip; what shows less is background
@@ -41,7 +41,7 @@ LUMA = np.array([0.299, 0.587, 0.114])  # brightness of red, green, blue
 
 @dataclass(frozen=True)
 class Scene:
-    """A drawn image and everything that is known about it; object i is the value i + 1 of `instance_mask`."""
+    """A rendered image and everything that is known about it; object i is the value i + 1 of `instance_mask`."""
 
     image: Array  # (height, width, 3) uint8 RGB
     boxes: Array  # (n, 4) float32, x, y, width, height in pixels, tight around the visible pixels
@@ -64,11 +64,11 @@ class Canvas:
         self.visible: list[int] = []  # and those that later digits have left
 
     def brightness(self, opacity: Array, x: int, y: int) -> float:
-        """Mean, 0..255, of the part of the image below a digit placed here."""
+        """Mean, 0..255, of the part of the image below a digit at this position."""
         return float(cv2.mean(_window(self.image, opacity, x, y))[:3] @ LUMA)
 
     def is_free(self, opacity: Array, x: int, y: int, *, max_overlap: float) -> bool:
-        """Whether a digit placed here would leave enough of every other digit visible."""
+        """Whether a digit at this position would leave enough of every other digit visible."""
         covered = self._covered(_window(self.owner, opacity, x, y), opacity >= SOLID)
         return all(
             visible - lost >= (1 - max_overlap) * painted
@@ -119,7 +119,7 @@ class Pictures:
     """What the scenes of one split are made of."""
 
     strips: tuple[Array, ...]  # each (427, STRIP_WIDTH, 3) uint8 RGB
-    glyphs: tuple[Array, ...]  # one a class, (num_samples, GLYPH_SIZE, GLYPH_SIZE) uint8 opacity
+    glyphs: tuple[Array, ...]  # one per class, (num_samples, GLYPH_SIZE, GLYPH_SIZE) uint8 opacity
 
 
 @functools.cache
@@ -131,7 +131,7 @@ def load_pictures(split: str) -> Pictures:
     """
     if split not in SPLIT_DIGITS:
         raise ValueError(f"scenes have no split {split!r}; there are {', '.join(SPLIT_DIGITS)}")
-    from sklearn.datasets import load_digits, load_sample_images  # slow to import: only where scenes are drawn
+    from sklearn.datasets import load_digits, load_sample_images  # slow to import: only where scenes are rendered
 
     strips = [
         np.ascontiguousarray(photo[:, number * STRIP_WIDTH : (number + 1) * STRIP_WIDTH])
@@ -167,7 +167,7 @@ def rotate_and_resize(glyph: Array, size: float, angle: float, *, shift: Array |
 
 
 def reflect(position: Array, length: Array | float) -> Array:
-    """Fold positions into 0..length as if they were thrown back at both ends."""
+    """Fold positions into 0..length as if they were reflected at both ends."""
     return length - np.abs(position % (2 * length) - length)
 
 

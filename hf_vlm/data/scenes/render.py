@@ -1,22 +1,18 @@
-"""The built-in images: handwritten digits set into crops of two photographs, drawn on the fly, offline.
+"""The built-in images: handwritten digits pasted into crops of two photographs, rendered on the fly, offline.
 
 Both sources are real pictures that scikit-learn ships: `load_digits` (1,797 digits of 8x8 pixels; Alpaydin and
 Kaynak, UCI Machine Learning Repository, 1998) and `load_sample_images`. A scene is a function of (seed, split, index)
-alone, so any position of the stream can be drawn again. The splits share neither digits nor parts of the photographs.
+alone, so any position can be rendered again. The splits have no digit and no part of a photograph in common.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import cv2
-import datasets
 import numpy as np
 
-from hf_vlm.data.io.indexed import indexed_stream
 from hf_vlm.data.scenes.canvas import (
-    DIGITS,
     LUMA,
     MIN_VISIBLE_FRACTION,
     STRIP_WIDTH,
@@ -27,52 +23,43 @@ from hf_vlm.data.scenes.canvas import (
     reflect,
     rotate_and_resize,
 )
-from hf_vlm.data.schema import image_feature, objects_feature
-from hf_vlm.data.source import Source
 
 __all__ = [
     "NUM_SAMPLES",
     "PRESETS",
-    "SEMANTIC_CLASSES",
     "Scene",
     "SceneSettings",
     "render_clip",
     "render_scene",
     "scene_settings",
-    "scenes_source",
 ]
 
 Array = np.ndarray[Any, Any]
 
-SEMANTIC_CLASSES = ("background", *DIGITS)  # of the values of a semantic mask
-
-# Scenes in a split unless told otherwise: training has more than any run reads, evaluation must end.
+# Default number of scenes in a split: training has more than any run reads, evaluation must end.
 NUM_SAMPLES = {"train": 2**20, "validation": 1000, "test": 1000}
-MAX_PLACEMENT_ATTEMPTS = 12  # to find a free place for a digit
-JPEG_OPTIONS = (
-    cv2.IMWRITE_JPEG_QUALITY,
-    92,
-    cv2.IMWRITE_JPEG_SAMPLING_FACTOR,  # full resolution of colour: strokes are two pixels wide
-    cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444,
-)
+MAX_PLACEMENT_ATTEMPTS = 12  # to find a free position for a digit
 
 
 @dataclass(frozen=True, kw_only=True)
 class SceneSettings:
-    """How scenes look. Sizes are in pixels of the scene; contrast is a difference of brightness in 0..1."""
+    """The distribution that scenes are sampled from.
+
+    Sizes are in pixels of the scene; contrast is a difference of brightness in 0..1.
+    """
 
     image_size: int = 64
     num_classes: int = 10
-    min_digits: int = 1  # fewer only where no free place is found
+    min_digits: int = 1  # fewer only where no free position is found
     max_digits: int = 3
     min_digit_size: float = 20.0  # height of the upright digit
     max_digit_size: float = 32.0
     max_rotation: float = 10.0  # degrees, either way
     min_contrast: float = 0.4  # between a digit and the mean of what lies below it
     max_contrast: float = 0.6
-    max_overlap: float = 0.0  # share of a digit that later digits may cover
+    max_overlap: float = 0.0  # fraction of a digit that later digits may cover
     min_crop: int = 64  # side of the piece of photograph that fills the scene
-    max_speed: float = 2.0  # of a digit in a clip, in pixels a frame
+    max_speed: float = 2.0  # of a digit in a clip, in pixels per frame
 
     def __post_init__(self) -> None:
         bounds = [
@@ -131,7 +118,7 @@ def scene_settings(preset: str | SceneSettings) -> SceneSettings:
 
 
 def render_scene(seed: int, index: int, settings: SceneSettings, *, split: str = "train") -> Scene:
-    """Draw the scene at a position of a split.
+    """Render the scene at a position of a split.
 
     Raises:
         ValueError: There is no such split.
@@ -145,17 +132,17 @@ def render_scene(seed: int, index: int, settings: SceneSettings, *, split: str =
         opacity = rotate_and_resize(glyph, size, rng.uniform(-settings.max_rotation, settings.max_rotation))
         left, top, width, height = cv2.boundingRect(opacity)
         opacity = opacity[top : top + height, left : left + width]
-        place = _sample_position(rng, canvas, opacity, settings)
-        if place is not None:
-            color = _sample_color(rng, canvas.brightness(opacity, *place), settings)
-            canvas.paint(opacity, *place, color=color, category=category, track_id=number)
+        position = _sample_position(rng, canvas, opacity, settings)
+        if position is not None:
+            color = _sample_color(rng, canvas.brightness(opacity, *position), settings)
+            canvas.paint(opacity, *position, color=color, category=category, track_id=number)
     return canvas.scene()
 
 
 def render_clip(
     seed: int, index: int, num_frames: int, settings: SceneSettings, *, split: str = "train"
 ) -> list[Scene]:
-    """Draw a clip: digits drift, turn and cross each other before a slowly panning photograph.
+    """Render a clip: digits drift, turn and cross each other before a slowly panning photograph.
 
     Raises:
         ValueError: There is no such split.
@@ -163,7 +150,7 @@ def render_clip(
     pictures = load_pictures(split)
     rng = np.random.default_rng([len(NUM_SAMPLES) + list(NUM_SAMPLES).index(split), seed, index])
     view = _sample_background(rng, pictures, settings)
-    pan = rng.uniform(-0.02, 0.02, 2)  # a frame, in parts of the way across the photograph
+    pan = rng.uniform(-0.02, 0.02, 2)  # per frame, as a fraction of the way across the photograph
     count = int(rng.integers(settings.min_digits, settings.max_digits, endpoint=True))
     glyphs = [_sample_glyph(rng, pictures, settings) for _ in range(count)]
     brightness = float(view(0.0).mean(axis=(0, 1)) @ LUMA)
@@ -172,7 +159,7 @@ def render_clip(
     starts = rng.uniform(0, settings.image_size, (count, 2))
     velocities = rng.uniform(-settings.max_speed, settings.max_speed, (count, 2))
     angles = rng.uniform(-settings.max_rotation, settings.max_rotation, count)
-    spins = rng.uniform(-2, 2, count)  # degrees a frame
+    spins = rng.uniform(-2, 2, count)  # degrees per frame
 
     frames = []
     for frame in range(num_frames):  # positions are closed forms of the frame: its rounding does not add up
@@ -187,77 +174,13 @@ def render_clip(
     return frames
 
 
-def scenes_source(
-    preset: str | SceneSettings = "easy",
-    split: str = "train",
-    *,
-    num_samples: int | None = None,
-    seed: int = 0,
-    masks: bool = True,
-) -> Source:
-    """Scenes as a source; the index is the `image_id`.
-
-    Args:
-        num_samples: Scenes from position 0 on; None means `NUM_SAMPLES` of the split.
-        masks: Whether the source has the columns `mask` and `instance_mask`; without them it is faster.
-
-    Raises:
-        ValueError: There is no such preset or split, or num_samples is not positive.
-    """
-    settings = scene_settings(preset)
-    load_pictures(split)  # checks the split; and workers that are forked later share the pictures
-    num_samples = NUM_SAMPLES[split] if num_samples is None else num_samples
-    if num_samples < 1:
-        raise ValueError(f"num_samples={num_samples} must be positive")
-    names = DIGITS[: settings.num_classes]
-    features = datasets.Features(
-        {
-            "image": image_feature(),
-            "image_id": datasets.Value("int64"),
-            "label": datasets.ClassLabel(names=list(names)),
-            "objects": objects_feature(names),
-        }
-    )
-    if masks:
-        features |= {"mask": image_feature(), "instance_mask": image_feature()}
-    render = functools.partial(_render_example, seed=seed, settings=settings, split=split, masks=masks)
-    return Source(
-        dataset=indexed_stream(render, num_samples, features),
-        num_examples=num_samples,
-        mask_class_names=SEMANTIC_CLASSES[: len(names) + 1] if masks else None,
-    )
-
-
-def _render_example(index: int, *, seed: int, settings: SceneSettings, split: str, masks: bool) -> dict[str, Any]:
-    scene = render_scene(seed, index, settings, split=split)
-    example = {
-        "image": _encoded(".jpg", scene.image[:, :, ::-1], JPEG_OPTIONS),
-        "image_id": index,
-        "label": scene.label,
-        "objects": {
-            "bbox": scene.boxes.tolist(),
-            "category": scene.categories.tolist(),
-            "area": scene.areas.tolist(),
-            "iscrowd": [0] * len(scene.boxes),
-        },
-    }
-    if masks:
-        example["mask"] = _encoded(".png", scene.semantic_mask)
-        example["instance_mask"] = _encoded(".png", scene.instance_mask)
-    return example
-
-
-def _encoded(extension: str, image: Array, options: tuple[int, ...] = ()) -> dict[str, Any]:
-    return {"bytes": cv2.imencode(extension, image, options)[1].tobytes(), "path": None}
-
-
 def _sample_background(
     rng: np.random.Generator, pictures: Pictures, settings: SceneSettings
 ) -> Callable[[Array | float], Array]:
-    """Choose a piece of photograph and its light.
+    """Sample a piece of photograph and its light.
 
     Returns:
-        A function that maps an offset (2,), in parts of the way across the photograph, to the background there
+        A function that maps an offset (2,), as a fraction of the way across the photograph, to the background there
         (image_size, image_size, 3), float32 in 0..255.
     """
     strip = pictures.strips[rng.integers(len(pictures.strips))]
@@ -300,7 +223,7 @@ def _sample_position(
 
 
 def _sample_color(rng: np.random.Generator, brightness: float, settings: SceneSettings) -> Array:
-    """A colour, (3,) float32 in 0..255, whose brightness is the drawn contrast away from what lies below it."""
+    """A colour, (3,) float32 in 0..255, whose brightness is the sampled contrast away from what lies below it."""
     contrast = 255 * rng.uniform(settings.min_contrast, settings.max_contrast)
     darker, brighter = brightness - contrast, brightness + contrast
     is_dark = rng.random() < 0.5 if darker >= 0 and brighter <= 255 else darker >= 255 - brighter

@@ -28,7 +28,7 @@ def collate_views(examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]
 
 
 def collate_detection(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Stack `pixel_values` (C, H, W) to (B, C, H, W) and list the labels, one dict an image."""
+    """Stack `pixel_values` (C, H, W) to (B, C, H, W) and list the labels, one dict per image."""
     labels = [example["labels"] for example in examples]
     return {
         "pixel_values": stack([example["pixel_values"] for example in examples]),
@@ -39,7 +39,7 @@ def collate_detection(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
 class WorkerLabels(list[dict[str, torch.Tensor]]):
     """Labels that leave a data worker as arrays within its message, and arrive as a plain list of dicts of tensors.
 
-    Tensors would each travel as a file in shared memory: with 16 images of 6 tensors 17 ms a batch, and 1 ms so.
+    Tensors would each travel as a file in shared memory: with 16 images of 6 tensors 17 ms per batch instead of 1.
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -51,13 +51,13 @@ def _as_tensors(labels: list[dict[str, np.ndarray[Any, Any]]]) -> list[dict[str,
 
 
 def stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Stack tensors; in a data worker straight into memory that it shares."""
+    """Stack tensors; in a data worker straight into shared memory."""
     first = tensors[0]
     return torch.stack(list(tensors), out=empty_batch(len(tensors), first.shape, first.dtype))
 
 
 def empty_batch(size: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """(size, *shape) to be filled; in a data worker memory that it shares, which saves the copy on the way out."""
+    """(size, *shape) to be filled; in a data worker shared memory, which saves the copy on the way out."""
     if torch.utils.data.get_worker_info() is None:
         return torch.empty(size, *shape, dtype=dtype)
     empty = torch.empty(0, dtype=dtype)

@@ -40,13 +40,13 @@ class DetectionSettings:
         flip_probability: Probability of a horizontal flip; 0 where left and right matter, as for digits.
         vertical_flip_probability: Probability of a vertical flip.
         quarter_turn_probability: Probability of a turn by 90, 180 or 270 degrees, for images without an up and down.
-        crop_probability: Of showing a window of the image instead of all of it.
-        crop_scale: Range of the window's area as a share of the image's; above 1 the image is set into a larger canvas
-            of the mean colour, which makes its objects small.
+        crop_probability: Probability of showing a window of the image instead of all of it.
+        crop_scale: Range of the window's area as a fraction of the image's; above 1 the image is pasted into a larger
+            canvas of the mean colour, which makes its objects small.
         crop_ratio: Range of the window's width / height relative to the image's.
-        min_visible: Share of its area that an object must show in the window to be kept.
+        min_visible: Fraction of its area that an object must show in the window to be kept.
         jitter: Strengths of brightness, contrast, saturation and hue, as in torchvision's ColorJitter.
-        jitter_probability: Of the four together.
+        jitter_probability: Probability of applying the four together.
 
     Raises:
         ValueError: for a value out of its range.
@@ -84,12 +84,12 @@ class DetectionSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class DetectionParameters:
-    """One drawn augmentation; the default changes nothing.
+    """The sampled parameters of one augmentation; the default changes nothing.
 
     Args:
-        quarter_turns: Counterclockwise, 0 to 3, done first.
-        window: (height, width) of the window as shares of the image's; None for the whole image.
-        places: (n, 2), y and x in 0 to 1 of the window's free way; the first that keeps an object is taken.
+        quarter_turns: Number of counterclockwise turns by 90 degrees, 0 to 3, done first.
+        window: (height, width) of the window relative to the image's; None for the whole image.
+        positions: (n, 2), y and x of the window, 0 to 1 in its free range; the first that keeps an object is taken.
         flip: Mirror left and right.
         vertical_flip: Mirror top and bottom.
         color: Steps of `adjust_color`.
@@ -97,16 +97,16 @@ class DetectionParameters:
 
     quarter_turns: int = 0
     window: tuple[float, float] | None = None
-    places: tuple[tuple[float, float], ...] = ()
+    positions: tuple[tuple[float, float], ...] = ()
     flip: bool = False
     vertical_flip: bool = False
     color: tuple[ColorStep, ...] = ()
 
 
 def sample_detection(settings: DetectionSettings, rng: np.random.Generator) -> DetectionParameters:
-    """Draw one augmentation."""
+    """Sample the parameters of one augmentation."""
     window = None
-    places: tuple[tuple[float, float], ...] = ()
+    positions: tuple[tuple[float, float], ...] = ()
     if rng.random() < settings.crop_probability:
         area = rng.uniform(*settings.crop_scale)
         low, high = settings.crop_ratio
@@ -114,11 +114,11 @@ def sample_detection(settings: DetectionSettings, rng: np.random.Generator) -> D
         window = math.sqrt(area / ratio), math.sqrt(area * ratio)
         if area <= 1:  # a crop does not stick out
             window = min(window[0], 1.0), min(window[1], 1.0)
-        places = tuple((y, x) for y, x in rng.random((NUM_POSITIONS, 2)).tolist())
+        positions = tuple((y, x) for y, x in rng.random((NUM_POSITIONS, 2)).tolist())
     return DetectionParameters(
         quarter_turns=int(rng.integers(1, 4)) if rng.random() < settings.quarter_turn_probability else 0,
         window=window,
-        places=places,
+        positions=positions,
         flip=rng.random() < settings.flip_probability,
         vertical_flip=rng.random() < settings.vertical_flip_probability,
         color=sample_color_jitter(settings.jitter, rng) if rng.random() < settings.jitter_probability else (),
@@ -131,7 +131,7 @@ class DetectionTransform:
     Gives `pixel_values` (C, H, W) float32, normalised, the image resized to `size` whatever its shape, and `labels`:
 
     - `class_labels` (n,) int64;
-    - `boxes` (n, 4) float32, centre x, centre y, width, height as shares of the output;
+    - `boxes` (n, 4) float32, centre x, centre y, width, height relative to the output;
     - `image_id` (1,) int64; `orig_size` (2,) int64, height and width of the original as it is displayed;
     - `area` (n,) float32, pixels of the original; `iscrowd` (n,) int64.
 
@@ -139,13 +139,13 @@ class DetectionTransform:
     dropped too, as they name no single object.
 
     Args:
-        size: Of the output, pixels or (height, width).
-        train: Augment.
-        image_mean: Of values in 0 to 1, one number or one a channel.
-        image_std: Likewise.
-        num_channels: Of the images. Colour jitter is for 3.
-        num_classes: Where given, class ids are checked to lie below.
-        settings: Of the augmentation.
+        size: Size of the output in pixels, one number or (height, width).
+        train: Whether to augment.
+        image_mean: Mean of the values in 0 to 1; one number, or one per channel.
+        image_std: Standard deviation of the values in 0 to 1; one number, or one per channel.
+        num_channels: Channels of the images; colour jitter needs 3.
+        num_classes: Number of classes, below which class ids are checked to lie; None for no check.
+        settings: Settings of the augmentation; None for the defaults.
 
     Raises:
         ValueError: for options that do not fit each other; on a call, for objects that are malformed or of an unknown
@@ -208,7 +208,7 @@ class DetectionTransform:
         }
 
     def render(self, image: Array, objects: Objects, parameters: DetectionParameters) -> tuple[Array, Objects]:
-        """Execute a drawn augmentation: the image (height, width, C) uint8 of the output size, and its objects."""
+        """Apply a sampled augmentation: the image (height, width, C) uint8 of the output size, and its objects."""
         if parameters.quarter_turns:
             image = rotate_quarter_turns(image, parameters.quarter_turns)
             objects = objects.turn(parameters.quarter_turns)
@@ -233,7 +233,7 @@ class DetectionTransform:
         """The first window that keeps an object; all of the image when none does."""
         height, width = image.shape[:2]
         if parameters.window is not None:
-            for y, x in parameters.places:
+            for y, x in parameters.positions:
                 rows = Span.of_window(height, self.size[0], parameters.window[0], y)
                 columns = Span.of_window(width, self.size[1], parameters.window[1], x)
                 kept = objects.crop(rows, columns, min_visible=self.settings.min_visible)
@@ -245,7 +245,7 @@ class DetectionTransform:
     def _required_size(self, parameters: DetectionParameters) -> tuple[int, int]:
         """(height, width) of a decoded image of which the window need not be enlarged."""
         window = parameters.window or (1.0, 1.0)
-        height, width = (math.ceil(side / share) for side, share in zip(self.size, window))
+        height, width = (math.ceil(side / fraction) for side, fraction in zip(self.size, window))
         return (width, height) if parameters.quarter_turns % 2 else (height, width)
 
     def _read_objects(self, example: dict[str, Any], height: int, width: int) -> Objects:

@@ -1,11 +1,11 @@
-"""The views of a `ViewTransform` made in batches on the device of the model, from the same drawn parameters.
+"""The views of a `ViewTransform` made in batches on the device of the model, from the same sampled parameters.
 
 The workers decode, draw and send uint8 images with their parameters; the device renders whole batches by matrices. A
 crop, its resize, and its flips are one small matrix along each side of an image, and a blur is another pair:
 
     view = rows @ image @ columns^T        rows (h, H), columns (w, W)
 
-which an accelerator multiplies at the speed of its matrix units. Nothing is drawn here and nothing waits for the
+which an accelerator multiplies at the speed of its matrix units. Nothing is sampled here and nothing waits for the
 device: which views are blurred is known before.
 """
 
@@ -25,23 +25,23 @@ __all__ = ["DeviceViews"]
 
 Array = np.ndarray[Any, Any]
 
-# What is sent of a view, and how many numbers each takes. `box` is (top, left, height, width) of the crop, `flip`
-# (vertical, horizontal), `color` the runs before and after the shift of the hue as of `fold_color`.
+# The parameters of a view that are sent, and how many numbers each has. `box` is (top, left, height, width) of the
+# crop, `flip` (vertical, horizontal), `color` the runs before and after the shift of the hue (see `fold_color`).
 FIELDS = {"box": 4, "flip": 2, "color": 36, "hue": 1, "sigma": 1, "solarize": 1}
 
-# An image longer than so many times what its views need is sent smaller: a batch is as large as its largest image.
+# Longest side that is sent, relative to what the views of the image need: a batch is as large as its largest image.
 MAX_LENGTH = 4
 
 
 class DeviceViews:
-    """One transform in three parts: `draw` in the workers, `collate` in the loader, `render` on the device.
+    """One transform in three parts: `sample` in the workers, `collate` in the loader, `render` on the device.
 
     Gives what `ViewTransform` and `collate_views` give, within a grey level or two: colours are not rounded to 8 bits
     in between and hues not to 256.
 
     Args:
-        transform: Whose views are made.
-        dtype: In which the images are resized and blurred; by default float16 on an accelerator, whose matrix units
+        transform: The transform whose views are made.
+        dtype: Type in which images are resized and blurred; by default float16 on an accelerator, whose matrix units
             sum in float32, and float32 on a CPU. Colours are changed in float32.
     """
 
@@ -52,10 +52,10 @@ class DeviceViews:
         self.groups = {name: views for name, views in groups.items() if views}
 
     def sample(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        """The image (H, W, C) uint8 and the parameters of each group of views; draws what `ViewTransform` draws."""
-        image, drawn = self.transform.sample(example, rng)
-        image = _bounded(image, self.transform.required_size(drawn))
-        remaining = iter(drawn)
+        """The image (H, W, C) uint8 and the parameters of each group of views, sampled as `ViewTransform` does."""
+        image, sampled = self.transform.sample(example, rng)
+        image = _bounded(image, self.transform.required_size(sampled))
+        remaining = iter(sampled)
         packed = {
             name: torch.stack([_pack(view, next(remaining), image.shape[:2]) for view in views])  # (V, 45)
             for name, views in self.groups.items()
@@ -72,10 +72,10 @@ class DeviceViews:
         images = [example["image"] for example in examples]
         height, width = (max(image.shape[side] for image in images) for side in (0, 1))
         padded = empty_batch(len(images), (height, width, images[0].shape[2]), torch.uint8)  # (B, H, W, C)
-        for image, place in zip(images, padded):
-            place[: image.shape[0], : image.shape[1]] = image  # what lies beyond has no weight in any view
+        for image, target in zip(images, padded):
+            target[: image.shape[0], : image.shape[1]] = image  # what lies beyond has no weight in any view
         parameters = {name: stack([example["parameters"][name] for example in examples]) for name in self.groups}
-        blurred = {name: _unpack(drawn)["sigma"].flatten().nonzero()[:, 0] for name, drawn in parameters.items()}
+        blurred = {name: _unpack(packed)["sigma"].flatten().nonzero()[:, 0] for name, packed in parameters.items()}
         return {"images": padded, "parameters": parameters, "blurred": blurred}
 
     @torch.no_grad()
@@ -90,23 +90,23 @@ class DeviceViews:
         }
 
     def _render(
-        self, images: Tensor, settings: Sequence[ViewSettings], drawn: dict[str, Tensor], blurred: Tensor
+        self, images: Tensor, settings: Sequence[ViewSettings], parameters: dict[str, Tensor], blurred: Tensor
     ) -> Tensor:
         height, width = settings[0].size
-        num_images, num_views = drawn["hue"].shape[:2]
+        num_images, num_views = parameters["hue"].shape[:2]
         down, across = (
-            resize_matrix(size, images.shape[side], drawn["box"][..., [i, i + 2]], drawn["flip"][..., i])
+            resize_matrix(size, images.shape[side], parameters["box"][..., [i, i + 2]], parameters["flip"][..., i])
             for i, (side, size) in enumerate(((1, height), (3, width)))
         )  # (B, V, h, H) and (B, V, w, W)
         views = _multiply(images, down.to(images.dtype), across.to(images.dtype)).flatten(0, 1)  # (B * V, C, h, w)
-        drawn = {name: values.flatten(0, 1) for name, values in drawn.items()}
+        parameters = {name: values.flatten(0, 1) for name, values in parameters.items()}
         if any(view.needs_colors for view in settings):
-            views = self._recolor(views, drawn, has_hue=any(view.jitter[3] > 0 for view in settings))
+            views = self._recolor(views, parameters, has_hue=any(view.jitter[3] > 0 for view in settings))
         if any(view.blur_probability > 0 for view in settings):
             max_sigma = max(view.blur_sigma[1] for view in settings)
-            views = _blur(views, blurred, drawn["sigma"], max_sigma, images.dtype)
+            views = _blur(views, blurred, parameters["sigma"], max_sigma, images.dtype)
         if any(view.solarize_probability > 0 for view in settings):
-            inverted = (drawn["solarize"] > 0)[:, :, None, None] & (views >= 127.5)  # 128 when rounded
+            inverted = (parameters["solarize"] > 0)[:, :, None, None] & (views >= 127.5)  # 128 when rounded
             views = torch.where(inverted, 255 - views, views)
         normalize = self.transform.normalize
         for plane, scale, shift in zip(views.unbind(1), normalize.scale, normalize.shift):
@@ -114,10 +114,10 @@ class DeviceViews:
         return views.unflatten(0, (num_images, num_views))  # (B, V, C, h, w)
 
     @staticmethod
-    def _recolor(views: Tensor, drawn: dict[str, Tensor], *, has_hue: bool) -> Tensor:
-        before, after = drawn["color"].unflatten(1, (2, 3, 6)).unbind(1)  # (N, 3, 6) each
+    def _recolor(views: Tensor, parameters: dict[str, Tensor], *, has_hue: bool) -> Tensor:
+        before, after = parameters["color"].unflatten(1, (2, 3, 6)).unbind(1)  # (N, 3, 6) each
         views = _mix(views, before)
-        return _mix(shift_hue(views, drawn["hue"]), after) if has_hue else views
+        return _mix(shift_hue(views, parameters["hue"]), after) if has_hue else views
 
 
 def _bounded(image: Array, at_least: tuple[int, int]) -> Array:
@@ -128,12 +128,13 @@ def _bounded(image: Array, at_least: tuple[int, int]) -> Array:
     return shrink(image, by) if by > 1 else image
 
 
-def _pack(settings: ViewSettings, drawn: ViewParameters, size: tuple[int, int]) -> Tensor:
+def _pack(settings: ViewSettings, parameters: ViewParameters, size: tuple[int, int]) -> Tensor:
     """(45,) float32: the `FIELDS` of a view of an image of `size`."""
-    before, shift, after = fold_color(drawn.color)
-    box = crop_box(settings, drawn, *size)
-    numbers = (*box, drawn.vertical_flip, drawn.flip, *before.flat, *after.flat, shift / 256, drawn.sigma)
-    return torch.tensor([*numbers, drawn.solarize], dtype=torch.float32)
+    before, shift, after = fold_color(parameters.color)
+    box = crop_box(settings, parameters, *size)
+    flips = parameters.vertical_flip, parameters.flip
+    numbers = (*box, *flips, *before.flat, *after.flat, shift / 256, parameters.sigma, parameters.solarize)
+    return torch.tensor(numbers, dtype=torch.float32)
 
 
 def _unpack(parameters: Tensor) -> dict[str, Tensor]:
@@ -158,8 +159,8 @@ def resize_matrix(size: int, length: int, box: Tensor, flipped: Tensor) -> Tenso
     """Along one side: cut out a box, resize it to `size` with Pillow's bilinear filter and perhaps mirror it.
 
     Args:
-        size: Of the view.
-        length: Of the images.
+        size: Length of this side of the view in pixels.
+        length: Length of this side of the images in pixels.
         box: (..., 2), where each box begins and its length.
         flipped: (...), other than 0 to mirror.
 
@@ -168,10 +169,10 @@ def resize_matrix(size: int, length: int, box: Tensor, flipped: Tensor) -> Tenso
     """
     start, extent = box.unsqueeze(-2).split(1, dim=-1)  # (..., 1, 1)
     scale = extent / size
-    place = torch.arange(size, device=box.device)[:, None] + 0.5  # (size, 1)
-    place = torch.where(flipped[..., None, None] > 0, size - place, place)
+    position = torch.arange(size, device=box.device)[:, None] + 0.5  # (size, 1)
+    position = torch.where(flipped[..., None, None] > 0, size - position, position)
     source = torch.arange(length, device=box.device) + 0.5  # (length,)
-    distance = (source - (start + place * scale)).abs()  # (..., size, length)
+    distance = (source - (start + position * scale)).abs()  # (..., size, length)
     weights = (1 - distance / scale.clamp(min=1)).clamp_(min=0)  # a triangle, wider where the image shrinks
     weights *= (source > start) & (source < start + extent)
     return weights / weights.sum(-1, keepdim=True)
@@ -179,18 +180,18 @@ def resize_matrix(size: int, length: int, box: Tensor, flipped: Tensor) -> Tenso
 
 def blur_matrix(size: int, sigma: Tensor, max_sigma: float) -> Tensor:
     """Blur along one side with Gaussians of sigma (n,), cut at three sigma, the border mirrored: (n, size, size)."""
-    place = torch.arange(size, device=sigma.device)
+    position = torch.arange(size, device=sigma.device)
     sigma = sigma[:, None, None]
     weights = torch.zeros(len(sigma), size, size, device=sigma.device)
     period = max(2 * (size - 1), 1)  # after which a side and its mirror image come again
     reach = math.ceil((math.ceil(3 * max_sigma) + size) / period)
     for turn in range(-reach, reach + 1):
-        mirrored = -place
-        for column in (place, mirrored) if size > 1 else (place,):
-            distance = column + turn * period - place[:, None]  # (size, size)
+        mirrored = -position
+        for column in (position, mirrored) if size > 1 else (position,):
+            distance = column + turn * period - position[:, None]  # (size, size)
             gaussian = torch.exp(-0.5 * (distance / sigma).square()) * (distance.abs() <= torch.ceil(3 * sigma))
             if column is mirrored:  # the first and the last pixel are their own mirror images
-                gaussian = gaussian * ((place > 0) & (place < size - 1))
+                gaussian = gaussian * ((position > 0) & (position < size - 1))
             weights += gaussian
     return weights / weights.sum(-1, keepdim=True)
 
@@ -212,7 +213,7 @@ def _mix(views: Tensor, runs: Tensor) -> Tensor:
 
 
 def shift_hue(views: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue of views (N, 3, h, w) by shares of the circle (N, 1), in HSV."""
+    """Turn the hue of views (N, 3, h, w) by fractions of the circle (N, 1), in HSV."""
     red, green, blue = views.unbind(1)  # (N, h, w)
     value, lowest = views.amax(1), views.amin(1)
     chroma = value - lowest

@@ -1,7 +1,7 @@
 """Operations on decoded uint8 images (H, W, C) that the transforms share; opencv and torch do the work.
 
 Colour follows Pillow's ImageEnhance, whose brightness, contrast and saturation are affine maps of RGB: a run of them
-becomes one matrix and one pass. Unlike in Pillow, values are clipped once a run instead of after every step.
+becomes one matrix and one pass. Unlike in Pillow, values are clipped once per run instead of after every step.
 """
 
 import math
@@ -30,7 +30,7 @@ __all__ = [
 Array = np.ndarray[Any, Any]
 ColorStep = tuple[
     str, float
-]  # "brightness", "contrast", "saturation" with a factor, or "hue" with a share of the circle
+]  # "brightness", "contrast", "saturation" with a factor, or "hue" with a fraction of the circle
 
 LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601, as Pillow converts to grey
 NO_CHANGE = np.eye(3, 6)  # a run of colour steps that changes nothing
@@ -74,12 +74,12 @@ def rotate_quarter_turns(image: Array, quarter_turns: int) -> Array:
 
 
 def sample_color_jitter(strengths: Sequence[float], rng: np.random.Generator) -> tuple[ColorStep, ...]:
-    """Draw colour steps in random order.
+    """Sample colour steps, in random order.
 
     Args:
-        strengths: Of brightness, contrast, saturation (factors of 1 - s to 1 + s) and hue (shifts of -s to s of the
-            circle); a step of strength 0 is left out.
-        rng: Generator to draw from.
+        strengths: Strengths s of brightness, contrast, saturation (factors of 1 - s to 1 + s) and hue (shifts of
+            -s to s of the circle); a step of strength 0 is left out.
+        rng: Generator of the random numbers.
     """
     steps = []
     for index in rng.permutation(4).tolist():
@@ -104,11 +104,11 @@ def fold_color(steps: Sequence[ColorStep]) -> tuple[Array, int, Array]:
     runs of steps around it: a run makes of each colour c, in an image of mean m, `run[:, :3] @ c + run[:, 3:] @ m`.
     """
     names = [name for name, _ in steps]
-    place = names.index("hue") if "hue" in names else len(steps)
-    shift = round(steps[place][1] * 256) % 256 if place < len(steps) else 0
+    position = names.index("hue") if "hue" in names else len(steps)
+    shift = round(steps[position][1] * 256) % 256 if position < len(steps) else 0
     if not shift:  # one run
         return _fold_run([step for step in steps if step[0] != "hue"]), 0, NO_CHANGE
-    return _fold_run(steps[:place]), shift, _fold_run(steps[place + 1 :])
+    return _fold_run(steps[:position]), shift, _fold_run(steps[position + 1 :])
 
 
 def _fold_run(steps: Sequence[ColorStep]) -> Array:
@@ -157,8 +157,8 @@ class Normalizer:
     """uint8 (H, W, C) to float32 (C, H, W): `(value / 255 - mean) / std` for each channel.
 
     Args:
-        image_mean: One number, or one a channel.
-        image_std: One number, or one a channel.
+        image_mean: One number, or one per channel.
+        image_std: One number, or one per channel.
         num_channels: Channels of the images.
 
     Raises:
@@ -172,7 +172,9 @@ class Normalizer:
         std = np.asarray(image_std, dtype=np.float64)
         for name, values in (("image_mean", mean), ("image_std", std)):
             if values.shape not in ((), (1,), (num_channels,)):
-                raise ValueError(f"{name} must be one number or {num_channels}, one a channel, got {values.tolist()}.")
+                raise ValueError(
+                    f"{name} must be one number or one per channel ({num_channels}), got {values.tolist()}."
+                )
         if (std <= 0).any():
             raise ValueError(f"image_std must be positive, got {std.tolist()}.")
         self.num_channels = num_channels

@@ -1,6 +1,6 @@
 """The objects of an image, and what turning, mirroring and cropping the image does to them.
 
-Boxes are shares of the image, (left, top, right, bottom) in 0 to 1, so that nothing depends on the size at which the
+Boxes are relative to the image, (left, top, right, bottom) in 0 to 1, so that nothing depends on the size at which the
 image was decoded.
 """
 
@@ -19,32 +19,32 @@ Array = np.ndarray[Any, Any]
 class Span:
     """One axis of a window: which pixels of the image are shown at which pixels of the output."""
 
-    length: int  # of the image
+    length: int  # pixels of the image
     source: tuple[int, int]  # first pixel, and the one after the last
     target: tuple[int, int]
-    output: int  # length of the output
+    output: int  # pixels of the output
 
     @classmethod
-    def of_window(cls, length: int, output: int, share: float, place: float) -> Self:
-        """The window that is `share` of the image long, at `place` (0 to 1) of its free way.
+    def of_window(cls, length: int, output: int, fraction: float, position: float) -> Self:
+        """The window whose length is `fraction` of the image's, at `position` (0 to 1) in its free range.
 
-        A window larger than the image (`share` above 1) shows all of it on a part of the output.
+        A window larger than the image (`fraction` above 1) shows all of it on a part of the output.
         """
-        extent = max(round(length * share), 1)
-        start = round(place * (length - extent))  # negative where the window is larger than the image
+        extent = max(round(length * fraction), 1)
+        start = round(position * (length - extent))  # negative where the window is larger than the image
         source = max(start, 0), min(start + extent, length)
         low, high = (round((edge - start) * output / extent) for edge in source)
         low = min(low, output - 1)
         return cls(length, source, (low, max(high, low + 1)), output)
 
-    def map(self, shares: Array) -> Array:
-        """Positions in the image to positions in the output, both as shares; what is not shown stays outside."""
+    def map(self, positions: Array) -> Array:
+        """Relative positions in the image to those in the output, 0 to 1; what is not shown stays outside."""
         scale = (self.target[1] - self.target[0]) / (self.source[1] - self.source[0])
-        return (self.target[0] + (shares * self.length - self.source[0]) * scale) / self.output
+        return (self.target[0] + (positions * self.length - self.source[0]) * scale) / self.output
 
     @property
     def shown(self) -> tuple[float, float]:
-        """The part of the output that shows the image, as shares."""
+        """The part of the output that shows the image: its two ends, 0 to 1."""
         return self.target[0] / self.output, self.target[1] / self.output
 
 
@@ -52,7 +52,7 @@ class Span:
 class Objects:
     """The objects of one image, one row each."""
 
-    boxes: Array  # (n, 4) left, top, right, bottom as shares of the image
+    boxes: Array  # (n, 4) left, top, right, bottom relative to the image
     class_labels: Array  # (n,) int64
     area: Array  # (n,) float32, pixels of the original image
     iscrowd: Array  # (n,) int64
@@ -81,7 +81,7 @@ class Objects:
         return dataclasses.replace(self, boxes=np.stack([left, top, right, bottom], axis=1))
 
     def crop(self, rows: Span, columns: Span, *, min_visible: float) -> "Objects":
-        """Clip to a window, as shares of its output, and keep those that show enough of their area."""
+        """Clip to a window, now relative to its output, and keep those that show enough of their area."""
         left, top, right, bottom = self.boxes.T
         boxes = np.stack([columns.map(left), rows.map(top), columns.map(right), rows.map(bottom)], axis=1)
         low = np.array([columns.shown[0], rows.shown[0]] * 2)

@@ -9,7 +9,7 @@ __all__ = ["as_jitter", "as_probability", "as_range", "as_size", "build_settings
 
 Settings = TypeVar("Settings")
 
-# Options of recipes of version 0.1 by what they are called now.
+# Options of recipes of version 0.1, and their present names.
 RENAMED_OPTIONS = {
     "flip": "flip_probability",
     "vertical_flip": "vertical_flip_probability",

@@ -1,7 +1,7 @@
 """Augmented views of an image for self-supervised pretraining, and the plain view for features.
 
-A view is drawn first (`draw_view`: numbers only, before the image is decoded, so that a JPEG is decoded no larger than
-its crops need) and then rendered (`render_view`).
+The parameters of a view are sampled first (`sample_view`: numbers only, before the image is decoded, so that a JPEG is
+decoded no larger than its crops need); then the view is rendered (`render_view`).
 """
 
 import dataclasses
@@ -42,19 +42,19 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class ViewSettings:
-    """How a view is drawn. The defaults only crop and flip, as MAE does.
+    """The distribution that views are sampled from. The defaults only crop and flip, as MAE does.
 
     Args:
-        size: Of the view, pixels or (height, width).
-        crop_scale: Range of the crop's area as a share of the image's; drawn from the part of it that fits.
+        size: Size of the view in pixels, one number or (height, width).
+        crop_scale: Range of the crop's area as a fraction of the image's; sampled from the part of it that fits.
         crop_ratio: Range of the crop's width / height relative to the view's: how much the content is distorted.
         flip_probability: Probability of a horizontal flip.
         vertical_flip_probability: Probability of a vertical flip.
         jitter: Strengths of brightness, contrast, saturation and hue, as in torchvision's ColorJitter.
-        jitter_probability: Of the four together.
+        jitter_probability: Probability of applying the four together.
         grayscale_probability: Probability of losing the colours.
         blur_probability: Probability of a Gaussian blur.
-        blur_sigma: Range of its deviation, pixels of the view.
+        blur_sigma: Range of its standard deviation, in pixels of the view.
         solarize_probability: Probability of inverting all values from 128 on.
 
     Raises:
@@ -100,17 +100,17 @@ class ViewSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ViewParameters:
-    """One drawn view, in numbers that do not depend on the image's size.
+    """The sampled parameters of one view, which do not depend on the image's size.
 
     Args:
-        area: 0 to 1, where in the range of areas that fit.
+        area: Position in the range of areas that fit, 0 to 1.
         ratio: Width / height of the crop relative to the view's.
-        y: 0 to 1, of the free space above the crop.
-        x: 0 to 1, of the free space left of the crop.
+        y: Free space above the crop, as a fraction of all above and below it.
+        x: Free space left of the crop, as a fraction of all left and right of it.
         flip: Mirror left and right.
         vertical_flip: Mirror top and bottom.
         color: Steps of `adjust_color`.
-        sigma: Of the blur, pixels of the view; 0 for none.
+        sigma: Standard deviation of the blur in pixels of the view; 0 for none.
         solarize: Invert the bright values.
     """
 
@@ -126,7 +126,7 @@ class ViewParameters:
 
 
 def sample_view(settings: ViewSettings, rng: np.random.Generator) -> ViewParameters:
-    """Draw one view."""
+    """Sample the parameters of one view."""
     low, high = settings.crop_ratio
     color = sample_color_jitter(settings.jitter, rng) if rng.random() < settings.jitter_probability else ()
     if rng.random() < settings.grayscale_probability:
@@ -148,8 +148,8 @@ def crop_box(settings: ViewSettings, parameters: ViewParameters, height: int, wi
     """(top, left, height, width) of the crop in an image of that size, pixels."""
     ratio = parameters.ratio * settings.size[1] / settings.size[0]
     image_ratio = width / height
-    largest = min(image_ratio / ratio, ratio / image_ratio)  # share of the area beyond which a side sticks out
-    low, high = (min(share, largest) for share in settings.crop_scale)
+    largest = min(image_ratio / ratio, ratio / image_ratio)  # fraction of the area beyond which a side sticks out
+    low, high = (min(scale, largest) for scale in settings.crop_scale)
     area = (low + parameters.area * (high - low)) * height * width
     crop_height = min(max(round(math.sqrt(area / ratio)), 1), height)
     crop_width = min(max(round(math.sqrt(area * ratio)), 1), width)
@@ -165,13 +165,13 @@ def required_size(settings: ViewSettings, parameters: ViewParameters) -> tuple[i
     s * sqrt(area * a * r) with r = min(ratio, 1 / ratio), and area * a is smallest for a = 1, where areas up to r fit.
     """
     distortion = min(parameters.ratio, 1 / parameters.ratio)
-    low, high = (min(share, distortion) for share in settings.crop_scale)
+    low, high = (min(fraction, distortion) for fraction in settings.crop_scale)
     scale = math.sqrt((low + parameters.area * (high - low)) * distortion)
     return math.ceil(settings.size[0] / scale), math.ceil(settings.size[1] / scale)
 
 
 def render_view(image: Array, settings: ViewSettings, parameters: ViewParameters) -> Array:
-    """Cut a drawn view out of an image (H, W, C) uint8; returns (height, width, C) uint8."""
+    """Render a sampled view of an image (H, W, C) uint8; returns (height, width, C) uint8."""
     top, left, height, width = crop_box(settings, parameters, *image.shape[:2])
     view = resize(image[top : top + height, left : left + width], settings.size)  # (h, w, C)
     view = flip(view, horizontal=parameters.flip, vertical=parameters.vertical_flip)
@@ -193,9 +193,9 @@ class ViewTransform:
     Args:
         views: Settings of each view; all of one size.
         local_views: Settings of each local (small) view; all of one size.
-        image_mean: Of values in 0 to 1, one number or one a channel.
-        image_std: Likewise.
-        num_channels: Of the images. Colour jitter and grayscale are for 3.
+        image_mean: Mean of the values in 0 to 1; one number, or one per channel.
+        image_std: Standard deviation of the values in 0 to 1; one number, or one per channel.
+        num_channels: Channels of the images; colour jitter and grayscale need 3.
 
     Raises:
         ValueError: for no view, views of different sizes, or colour operations on images without three channels.
@@ -236,7 +236,7 @@ class ViewTransform:
     ) -> Self:
         """Build the transform from plain values: the fields of `ViewSettings` and
 
-        - `num_views`: how many views (1);
+        - `num_views`: number of views (1);
         - `views`: a list with what is different in each view, instead of `num_views`;
         - `local`: what is different in local views, with their own `num_views`.
 
@@ -272,7 +272,7 @@ class ViewTransform:
         return views
 
     def sample(self, example: dict[str, Any], rng: np.random.Generator) -> tuple[Array, list[ViewParameters]]:
-        """Draw all views, local ones last, and decode the image (H, W, C) uint8 as large as they need."""
+        """Sample all views, local ones last, and decode the image (H, W, C) uint8 as large as they need."""
         settings = (*self.views, *self.local_views)
         parameters = [sample_view(view, rng) for view in settings]
         at_least = self.required_size(parameters)
@@ -280,7 +280,7 @@ class ViewTransform:
         return image, parameters
 
     def required_size(self, parameters: Sequence[ViewParameters]) -> tuple[int, int]:
-        """(height, width) of an image from which no drawn view is enlarged."""
+        """(height, width) of an image from which no sampled view is enlarged."""
         sizes = [required_size(*pair) for pair in zip((*self.views, *self.local_views), parameters)]
         return max(height for height, _ in sizes), max(width for _, width in sizes)
 
@@ -288,8 +288,8 @@ class ViewTransform:
         self, image: Array, views: Sequence[ViewSettings], parameters: Sequence[ViewParameters]
     ) -> torch.Tensor:
         pixel_values = np.empty((len(views), self.num_channels, *views[0].size), dtype=np.float32)  # (V, C, H, W)
-        for settings, drawn, out in zip(views, parameters, pixel_values):
-            self.normalize(render_view(image, settings, drawn), out)
+        for settings, sampled, out in zip(views, parameters, pixel_values):
+            self.normalize(render_view(image, settings, sampled), out)
         return torch.from_numpy(pixel_values)
 
 
@@ -307,12 +307,12 @@ class EvalTransform:
     Gives `pixel_values` (C, H, W) float32, and `label` where the example has one.
 
     Args:
-        size: Of the view, pixels or (height, width).
+        size: Size of the view in pixels, one number or (height, width).
         center: Cut out the largest box of the view's shape around the centre; otherwise the whole image is resized,
             as the image processor does.
-        image_mean: Of values in 0 to 1, one number or one a channel.
-        image_std: Likewise.
-        num_channels: Of the images.
+        image_mean: Mean of the values in 0 to 1; one number, or one per channel.
+        image_std: Standard deviation of the values in 0 to 1; one number, or one per channel.
+        num_channels: Channels of the images.
     """
 
     def __init__(

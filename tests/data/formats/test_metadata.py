@@ -171,13 +171,13 @@ GOOD = '{"file_name": "b.png", "label": 1}\n'
         (GOOD + "\n{broken", r"metadata\.jsonl, line 3: it is not json: Expecting property name"),
         (GOOD + "[1, 2]", r"metadata\.jsonl, line 2: it is no json object but '\[1, 2\]'"),
         ('{"label": 1, "image": "b.png"}', r"metadata\.jsonl, line 1: there is no 'file_name'; there is image, label"),
-        (GOOD + '{"file_name": "no.png"}', r"1 images that metadata name are not there: .*no\.png in .*line 2"),
+        (GOOD + '{"file_name": "no.png"}', r"1 images that metadata name do not exist: .*no\.png in .*line 2"),
         (
             '{"file_name": "b.png", "mask_file_name": "m.png"}',
-            r"1 images that metadata name are not there: .*m\.png in .*line 1",
+            r"1 images that metadata name do not exist: .*m\.png in .*line 1",
         ),
         (GOOD + GOOD, r"metadata\.jsonl, line 2: .*b\.png was named before, in .*line 1"),
-        (GOOD + '{"file_name": "sub/a.png", "label": "x"}', r"the column 'label' of the metadata mixes kinds"),
+        (GOOD + '{"file_name": "sub/a.png", "label": "x"}', r"the column 'label' of the metadata mixes types"),
         (GOOD + '{"file_name": "sub/a.png"}', r"1 labels are none of the 2 classes: None in .*line 2"),
         (
             '{"file_name": "b.png", "objects": {"bbox": [[1, 2, 3, 4]], "category": []}}',
@@ -213,7 +213,7 @@ def test_mistakes_in_csv_are_named(root):
     with pytest.raises(ValueError, match=r"metadata\.csv, line 2: there are more cells than columns"):
         open_imagefolder(root, "train")
     (root / "metadata.csv").write_bytes(b"file_name,label\nb.png,\xff\n")
-    with pytest.raises(ValueError, match=r"metadata\.csv is no text of UTF-8"):
+    with pytest.raises(ValueError, match=r"metadata\.csv is not text in UTF-8"):
         open_imagefolder(root, "train")
 
 

@@ -29,7 +29,7 @@ def name_of(example, generator=None):
     return {"name": example["image"]["bytes"].decode(), "image_id": example["image_id"]}
 
 
-def test_shares_are_the_weights_and_nothing_is_left_out(sources):
+def test_fractions_are_the_weights_and_nothing_is_left_out(sources):
     examples = [name_of(example) for example in open_source(sources)]
     counts = collections.Counter(example["name"] for example in examples)
     assert set(counts) == {f"{name}{index}" for name, size in SIZES.items() for index in range(size)}
@@ -118,7 +118,7 @@ def test_an_empty_mixture_is_named():
         open_source({})
 
 
-def test_a_recipe_trains_on_a_mixture_and_says_so(tmp_path):
+def test_a_recipe_trains_on_a_mixture_and_records_it(tmp_path):
     recipe = {
         "method": "mae",
         "output_dir": str(tmp_path / "run"),

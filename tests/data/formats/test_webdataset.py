@@ -42,9 +42,9 @@ def test_members_are_those_of_the_standard_library(tmp_path, format, write_tar):
         names += ["z" * 300 + ".png", "größe/ö.png"]
     path = write_tar(tmp_path / "a.tar", [(name, name.encode() * 7) for name in names], FORMATS[format])
     with tarfile.open(path, "a", format=FORMATS[format]) as tar:
-        for kind, name in ((tarfile.DIRTYPE, "folder"), (tarfile.SYMTYPE, "link.png")):
+        for typeflag, name in ((tarfile.DIRTYPE, "folder"), (tarfile.SYMTYPE, "link.png")):
             info = tarfile.TarInfo(name)
-            info.type, info.linkname = kind, "a.png" * 40 if format != "ustar" else "a.png"
+            info.type, info.linkname = typeflag, "a.png" * 40 if format != "ustar" else "a.png"
             tar.addfile(info)
     with tarfile.open(path) as tar, path.open("rb") as file:
         expected = [(member.name, member.offset_data, member.size) for member in tar if member.isreg()]
@@ -118,12 +118,12 @@ def test_labels_that_are_numbers_and_names_are_all_names(tmp_path, write_tar):
     assert [example["label"] for example in stream] == [0, 2, -1, 1]
 
 
-def test_large_numbers_do_not_make_as_many_classes(tmp_path, write_tar):
+def test_large_numbers_do_not_become_numbers_of_classes(tmp_path, write_tar):
     write_tar(tmp_path / "0.tar", labelled(range(2), [b"0", b"5000000000"].__getitem__))
     assert open_source(tmp_path).label_names == ["0", "5000000000"]
 
 
-def test_labels_of_all_splits_number_alike(tmp_path, write_tar):
+def test_labels_of_all_splits_are_numbered_the_same(tmp_path, write_tar):
     write_tar(tmp_path / "train" / "0.tar", labelled("a", lambda key: b"dog"))
     write_tar(tmp_path / "val" / "0.tar", labelled("a", lambda key: b"cat"))
     assert open_source(tmp_path).label_names == open_source(tmp_path, "val").label_names == ["cat", "dog"]
@@ -139,9 +139,7 @@ def test_with_names_of_classes_opening_reads_the_first_samples_alone(tmp_path, c
     stream = open_source(tmp_path)
     assert not caplog.text
     assert [example["label"] for example in stream] == [1] * 120 + [0]
-    assert (
-        "1.tar: 1 samples whose labels or images make no sense are passed over: a ('fish' is no class)" in caplog.text
-    )
+    assert "1.tar: 1 samples whose labels or images make no sense are skipped: a ('fish' is no class)" in caplog.text
 
 
 def test_ids_of_json_are_used_where_they_tell_images_apart(tmp_path, write_tar):
@@ -241,7 +239,7 @@ def test_resuming_reads_no_image_before_the_position(tmp_path, monkeypatch, writ
     assert names == ["000015.png"]
 
 
-def test_a_pickled_stream_goes_on(tmp_path, write_shards):
+def test_a_pickled_stream_continues(tmp_path, write_shards):
     write_shards(tmp_path, [6])
     stream = open_webdataset(tmp_path, "train").dataset
     iterator = iter(stream)
@@ -277,9 +275,7 @@ def test_a_pass_over_a_remote_tar_takes_few_requests(tmp_path, write_shards, ser
     assert counts["requests"] <= 4
 
 
-def test_a_remote_tar_that_is_cut_short_is_passed_over_and_one_that_is_gone_is_not(
-    tmp_path, caplog, write_shards, serve
-):
+def test_a_remote_tar_that_is_cut_short_is_skipped_and_one_that_is_gone_is_not(tmp_path, caplog, write_shards, serve):
     write_shards(tmp_path)
     paths = sorted(tmp_path.iterdir())
     paths[1].write_bytes(paths[1].read_bytes()[: 2 * 1024 + 520])  # within the third image
@@ -291,24 +287,24 @@ def test_a_remote_tar_that_is_cut_short_is_passed_over_and_one_that_is_gone_is_n
             ValueError, match=r"train-00002\.tar cannot be read: the server answers with the status 404"
         ):
             list(stream)
-    assert "train-00001.tar: the rest of this tar is passed over: it is cut short within 000007.png" in caplog.text
+    assert "train-00001.tar: the rest of this tar is skipped: it is cut short within 000007.png" in caplog.text
     assert "secret" not in caplog.text
 
 
-def test_a_damaged_tar_ends_with_a_warning_and_the_others_go_on(tmp_path, caplog, write_shards):
+def test_a_damaged_tar_ends_with_a_warning_and_the_others_continue(tmp_path, caplog, write_shards):
     write_shards(tmp_path)
     path = tmp_path / "train-00002.tar"
     with path.open("rb") as file:
         third = list(walk_tar(file))[3]
     path.write_bytes(path.read_bytes()[: third.offset + 10])  # 8 and 9 are whole; 10 may have lost a label
     assert [value_of(example)["value"] for example in open_source(tmp_path)] == [*range(10), 15, 16]
-    assert "train-00002.tar: the rest of this tar is passed over: it is cut short within 000011.png" in caplog.text
+    assert "train-00002.tar: the rest of this tar is skipped: it is cut short within 000011.png" in caplog.text
     path.write_bytes(b"\x7fgarbage" * 200)
     assert [value_of(example)["value"] for example in open_source(tmp_path)] == [*range(8), 15, 16]
     assert "there is no tar header at byte 0" in caplog.text
 
 
-def test_damage_among_labelled_tars_is_passed_over(tmp_path, caplog, write_tar):
+def test_damage_among_labelled_tars_is_skipped(tmp_path, caplog, write_tar):
     for shard in range(3):
         path = write_tar(tmp_path / f"{shard}.tar", labelled(range(4), lambda key: b"%d" % key))
         if shard < 2:
@@ -328,7 +324,7 @@ def test_a_tar_that_vanishes_after_opening_stops_the_stream(tmp_path, write_shar
 
 
 @pytest.mark.parametrize("protocol", ["", "file://"])
-def test_images_too_large_are_passed_over_without_being_read(tmp_path, caplog, png, protocol):
+def test_images_too_large_are_skipped_without_being_read(tmp_path, caplog, png, protocol):
     path, size = tmp_path / "0.tar", 2**29 + 1
     with path.open("wb") as file:
         for name, content, length in (
@@ -349,10 +345,10 @@ def test_images_too_large_are_passed_over_without_being_read(tmp_path, caplog, p
     assert f"1.png has {size} bytes, more than the {2**29} that are read" in caplog.text
 
 
-def test_samples_without_an_image_are_passed_over_and_counted(tmp_path, caplog, write_tar, png):
+def test_samples_without_an_image_are_skipped_and_counted(tmp_path, caplog, write_tar, png):
     write_tar(tmp_path / "0.tar", [("0.txt", b"text"), ("1.png", png(1)), ("2.txt", b"text")])
     assert [value_of(example)["value"] for example in open_source(tmp_path)] == [1]
-    assert "0.tar: 2 samples without an image are passed over: 0, 2" in caplog.text
+    assert "0.tar: 2 samples without an image are skipped: 0, 2" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -178,8 +178,8 @@ def test_numbers_name_the_classes_where_names_are_missing(tmp_path):
         ("data.yaml", "names: [a, a]\ntrain: images", r"data\.yaml: 1 names of classes are used more than once: a"),
         ("data.yaml", "names: [a, b]\nnc: 3\ntrain: images", r"data\.yaml: 'nc' is 3, and 'names' has 2"),
         ("classes.txt", "a\na\n", r"classes\.txt: 1 names of classes are used more than once: a"),
-        ("classes.txt", b"caf\xe9", r"classes\.txt is no text of UTF-8"),
-        ("labels/a.txt", b"caf\xe9", r"labels/a\.txt is no text of UTF-8"),
+        ("classes.txt", b"caf\xe9", r"classes\.txt is not text in UTF-8"),
+        ("labels/a.txt", b"caf\xe9", r"labels/a\.txt is not text in UTF-8"),
     ],
 )
 def test_wrong_texts_are_named(tmp_path, file, text, message):

@@ -1,4 +1,4 @@
-"""The figures of generated data are exact, and what is wrong with it is found and named."""
+"""The statistics of generated data are exact, and what is wrong with it is found and named."""
 
 import io
 import json
@@ -54,7 +54,7 @@ def objects_of(*boxes):
 
 
 def found(report):
-    return {finding.what: (finding.count, finding.where) for finding in report.findings}
+    return {issue.what: (issue.count, issue.where) for issue in report.issues}
 
 
 def test_sizes_formats_and_bytes_are_those_of_the_files():
@@ -75,7 +75,7 @@ def test_sizes_formats_and_bytes_are_those_of_the_files():
     assert (report.median_bytes, report.total_bytes) == (np.median(sizes), sum(sizes))
     assert report.label_counts is None
     assert report.boxes is None
-    assert not report.findings
+    assert not report.issues
 
 
 def turned_exif():
@@ -109,7 +109,7 @@ def test_data_of_bad_files_alone_is_reported_too():
     assert "a.png" in format_report(report)
 
 
-def test_equal_files_and_pictures_that_look_alike_are_told_apart():
+def test_equal_files_and_near_duplicates_are_distinguished():
     original = picture(0, 320, 240)
     files = {
         "original.png": encoded(original),
@@ -148,7 +148,7 @@ def test_pairs_within_two_bits_are_found_as_by_comparing_all():
     colors = np.zeros((3000, 2, 2, 3), dtype=np.uint8)
     expected = [[row, 2000 + row] for row in range(1000) if row % 5 <= 2]
     assert near_duplicates(hashes, colors) == expected
-    colors[2000:2500] += 13  # as many levels as no second copy differs by
+    colors[2000:2500] += 13  # more levels than copies differ by
     assert near_duplicates(hashes, colors) == [pair for pair in expected if pair[1] >= 2500]
 
 
@@ -192,7 +192,7 @@ def test_boxes_are_measured_against_the_decoded_image():
     [
         ((20, 20, 20), "--image_size 320 with patches of 16 or 160 with patches of 8"),  # 20 patches of 10 pixels
         ((100, 100, 100), "--image_size 64 with patches of 16 or 32 with patches of 8"),
-        ((2, 2, 2), "200 patches a side; cut the images into tiles first"),
+        ((2, 2, 2), "200 patches per side; cut the images into tiles first"),
         ((50, *[100] * 30), "--image_size 64 with patches"),  # one in thirty does not decide
     ],
 )
@@ -211,13 +211,17 @@ def test_boxes_that_make_no_sense_are_found():
         "boxes outside their image": [(0, (80, 5, 9, 9))],
         "boxes that stick out of their image": [(0, (75, 5, 9, 9)), (0, (-3, 5, 9, 9))],
         "boxes with a side below 2 px": [(0, (5, 5, 1.5, 9))],
-        "boxes drawn twice, of one class at one place": [(0, (1, 2, 3, 4)), (1, (1, 2, 3, 4)), (0, (1, 2, 3, 4))],
+        "boxes annotated twice": [
+            (0, (1, 2, 3, 4)),
+            (1, (1, 2, 3, 4)),
+            (0, (1, 2, 3, 4)),
+        ],
     }
     fine = [(0, (0, 0, 80, 60)), (0, (71.4, 0, 9, 9))]  # the second one sticks out by less than rounding may
     files = [encoded(picture(row)) for row in range(len(wrong) + 2)]
     objects = [objects_of(*boxes) for boxes in [*wrong.values(), fine, [(0, (1, 2, 3, 4))]]]
     report = inspect_source(source_of(files, features, objects=objects))
-    counts = {what: len(boxes) for what, boxes in wrong.items()} | {"boxes drawn twice, of one class at one place": 1}
+    counts = {what: len(boxes) for what, boxes in wrong.items()} | {"boxes annotated twice": 1}
     assert found(report) == {what: (counts[what], [f"{row}.png"]) for row, what in enumerate(wrong)}
 
 
@@ -256,7 +260,7 @@ def test_the_first_examples_are_those_of_the_stream():
 def test_examples_without_a_path_are_named_by_id():
     report = inspect_source(source_of([(None, b"x"), (None, encoded(Image.new("L", (9, 9))))]))
     assert report.unreadable[0].name == "image_id 0"
-    assert report.findings[0].where == ["image_id 1"]
+    assert report.issues[0].where == ["image_id 1"]
 
 
 def test_of_many_classes_the_largest_and_the_smallest_are_shown():

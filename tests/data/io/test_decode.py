@@ -19,9 +19,9 @@ def pixels():
     return cv2.normalize(cv2.GaussianBlur(noise, (0, 0), 4), None, 0, 255, cv2.NORM_MINMAX)
 
 
-def encode(image, kind, **options):
+def encode(image, format, **options):
     buffer = io.BytesIO()
-    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, kind, **options)
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, format, **options)
     return buffer.getvalue()
 
 
@@ -37,11 +37,11 @@ def difference(one, other):
     return np.abs(one.astype(int) - other.astype(int)).mean()
 
 
-@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "GIF", "WEBP"])
-def test_lossless_formats_give_the_pixels(pixels, kind):
-    if kind == "GIF":
+@pytest.mark.parametrize("format", ["PNG", "BMP", "TIFF", "GIF", "WEBP"])
+def test_lossless_formats_give_the_pixels(pixels, format):
+    if format == "GIF":
         pixels = pixels // 64 * 64  # a palette has 256 colours
-    image, size = decode_image(encode(pixels, kind, **({"lossless": True} if kind == "WEBP" else {})))
+    image, size = decode_image(encode(pixels, format, **({"lossless": True} if format == "WEBP" else {})))
     np.testing.assert_array_equal(image, pixels)
     assert size == (61, 84)
     assert image.flags.c_contiguous
@@ -56,12 +56,12 @@ def test_jpeg_is_what_pillow_reads(pixels, progressive):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
-def test_orientation_is_applied_once(pixels, kind, orientation):
-    options = {"JPEG": {"quality": 95}, "WEBP": {"lossless": True}}.get(kind, {})
-    data = encode(pixels, kind, exif=with_orientation(orientation), **options)
-    stored = np.asarray(Image.open(io.BytesIO(encode(pixels, kind, **options))))
-    # What EXIF says about row 0 and column 0 of the stored image.
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_orientation_is_applied_once(pixels, format, orientation):
+    options = {"JPEG": {"quality": 95}, "WEBP": {"lossless": True}}.get(format, {})
+    data = encode(pixels, format, exif=with_orientation(orientation), **options)
+    stored = np.asarray(Image.open(io.BytesIO(encode(pixels, format, **options))))
+    # What EXIF's tag means for row 0 and column 0 of the stored image.
     expected = {
         1: stored,
         2: stored[:, ::-1],
@@ -116,8 +116,8 @@ def test_grey(pixels):
 
 def test_palette(pixels):
     palette = Image.fromarray(pixels).convert("P")
-    for kind in ("PNG", "GIF", "BMP"):
-        image, _ = decode_image(encode(palette, kind))
+    for format in ("PNG", "GIF", "BMP"):
+        image, _ = decode_image(encode(palette, format))
         np.testing.assert_array_equal(image, np.asarray(palette.convert("RGB")))
 
 
@@ -131,12 +131,12 @@ def test_cmyk_has_the_colours_of_pillow():
     assert difference(image, patches) < 4
 
 
-@pytest.mark.parametrize("kind", ["png", "tiff"])
+@pytest.mark.parametrize("format", ["png", "tiff"])
 @pytest.mark.parametrize("num_channels", [1, 3])
-def test_sixteen_bits_are_scaled(pixels, kind, num_channels):
+def test_sixteen_bits_are_scaled(pixels, format, num_channels):
     colors = pixels.astype(np.uint16) * 257
     for stored in (colors[:, :, 0], colors):
-        image, _ = decode_image(cv2.imencode(f".{kind}", stored)[1].tobytes(), num_channels=num_channels)
+        image, _ = decode_image(cv2.imencode(f".{format}", stored)[1].tobytes(), num_channels=num_channels)
         rgb = stored if stored.ndim == 3 else np.stack([stored] * 3, axis=2)
         expected = (rgb[:, :, ::-1] / 257).astype(float)  # imencode stores BGR
         if num_channels == 1:
@@ -147,11 +147,11 @@ def test_sixteen_bits_are_scaled(pixels, kind, num_channels):
 def test_transparency_is_laid_on_white(pixels):
     alpha = np.zeros((61, 84), dtype=np.uint8)
     alpha[:20], alpha[20:40] = 255, 128
-    share = alpha[:, :, None] / 255
-    expected = pixels * share + 255 * (1 - share)
+    fraction = alpha[:, :, None] / 255
+    expected = pixels * fraction + 255 * (1 - fraction)
     rgba = np.dstack([pixels, alpha])
-    for kind in ("PNG", "TIFF"):
-        image, _ = decode_image(encode(rgba, kind))
+    for format in ("PNG", "TIFF"):
+        image, _ = decode_image(encode(rgba, format))
         assert np.abs(image - expected).max() <= 1
     grey, _ = decode_image(encode(Image.fromarray(rgba).convert("LA"), "PNG"), num_channels=1)
     assert (grey[40:] == 255).all()
@@ -172,13 +172,13 @@ def test_sources_of_bytes(pixels, tmp_path):
         np.testing.assert_array_equal(decode_image(source)[0], pixels)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF"])
-@pytest.mark.parametrize("share", [0.5, 0.95])
-def test_truncated_files_are_bad(pixels, tmp_path, kind, share):
-    data = encode(pixels, kind)
-    path = tmp_path / f"half.{kind.lower()}"
-    path.write_bytes(data[: int(share * len(data))])
-    with pytest.raises(BadImageError, match=rf"half\.{kind.lower()}: .+"):
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF"])
+@pytest.mark.parametrize("fraction", [0.5, 0.95])
+def test_truncated_files_are_bad(pixels, tmp_path, format, fraction):
+    data = encode(pixels, format)
+    path = tmp_path / f"half.{format.lower()}"
+    path.write_bytes(data[: int(fraction * len(data))])
+    with pytest.raises(BadImageError, match=rf"half\.{format.lower()}: .+"):
         decode_image({"bytes": None, "path": str(path)})
 
 
@@ -203,9 +203,9 @@ def test_what_is_not_an_image(tmp_path):
     assert issubclass(BadImageError, ValueError)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_huge_images_are_bad(pixels, monkeypatch, kind):
-    data = encode(pixels, kind)
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+def test_huge_images_are_bad(pixels, monkeypatch, format):
+    data = encode(pixels, format)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 61 * 84)
     decode_image(data)
     for limit in (61 * 84 - 1, 1000):

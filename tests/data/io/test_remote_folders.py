@@ -1,4 +1,4 @@
-"""Folders behind URLs: of each kind, the same examples as on disk."""
+"""Folders behind URLs: of each format, the same examples as on disk."""
 
 import json
 
@@ -61,9 +61,9 @@ def write_voc(root):
     write_images(root / "JPEGImages", ["a.png", "b.png", "c.png"])
     for index, name in enumerate("abc"):
         objects = "".join(
-            f"<object><name>{kind}</name><bndbox><xmin>{x + 1}</xmin><ymin>{y + 1}</ymin><xmax>{x + width}</xmax>"
+            f"<object><name>{name}</name><bndbox><xmin>{x + 1}</xmin><ymin>{y + 1}</ymin><xmax>{x + width}</xmax>"
             f"<ymax>{y + height}</ymax></bndbox></object>"
-            for kind, (x, y, width, height) in zip(("ant", "bee"), boxes(index))
+            for name, (x, y, width, height) in zip(("ant", "bee"), boxes(index))
         )
         size = "<size><width>40</width><height>30</height></size>"
         write(root / "Annotations" / f"{name}.xml", f"<annotation>{size}{objects}</annotation>")
@@ -109,13 +109,13 @@ def decoded(example, generator):
     return {**example, "image": decode_image(example["image"])[0]}
 
 
-@pytest.mark.parametrize("kind", WRITERS)
-def test_remote_folders_are_what_lies_on_disk(tmp_path, kind, upload):
-    WRITERS[kind](tmp_path)
+@pytest.mark.parametrize("format", WRITERS)
+def test_remote_folders_are_what_lies_on_disk(tmp_path, format, upload):
+    WRITERS[format](tmp_path)
     url = upload(tmp_path)
-    kind = "imagefolder" if kind == "metadata" else kind
-    assert guess_format(url) == guess_format(tmp_path) == kind
-    for split in [split for split in SPLITS if kind != "imagefolder" or (tmp_path / split).exists()] or ["train"]:
+    format = "imagefolder" if format == "metadata" else format
+    assert guess_format(url) == guess_format(tmp_path) == format
+    for split in [split for split in SPLITS if format != "imagefolder" or (tmp_path / split).exists()] or ["train"]:
         local, remote = open_source(tmp_path, split), open_source(url, split)
         assert remote.features == local.features
         assert (remote.label_names, remote.object_names) == (local.label_names, local.object_names)
@@ -157,12 +157,12 @@ def test_a_web_server_serves_what_names_its_files(tmp_path, serve):
                 np.testing.assert_array_equal(decode_image(one["image"])[0], decode_image(other["image"])[0])
         with pytest.raises(ValueError, match=r"names the folder images/train, which a web server cannot list; name a"):
             open_source(f"{url}/yolo/data.yaml")
-        for kind in ("imagefolder", "voc", "coco", "yolo"):
+        for format in ("imagefolder", "voc", "coco", "yolo"):
             with pytest.raises(
-                ValueError, match=rf"web servers cannot list .* of the format '{kind}' need; give the COCO"
+                ValueError, match=rf"web servers cannot list .* the format '{format}' needs; give the COCO"
             ):
-                open_source(f"{url}/yolo", format=kind)
-        with pytest.raises(ValueError, match="cannot be told from its name; give the format"):
+                open_source(f"{url}/yolo", format=format)
+        with pytest.raises(ValueError, match="cannot be guessed from its name; give the format"):
             guess_format(f"{url}/yolo")
 
 

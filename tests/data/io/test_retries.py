@@ -46,7 +46,7 @@ def encoded(example, generator=None):
 
 @pytest.mark.parametrize("name", ["train.tar", "train.parquet"])
 @pytest.mark.parametrize("failure", FAILURES)
-def test_a_file_goes_on_where_it_failed(tmp_path, serve, write_tar, name, failure, caplog):
+def test_a_file_continues_where_it_failed(tmp_path, serve, write_tar, name, failure, caplog):
     contents = write_noise(tmp_path, write_tar)
     with serve(tmp_path, lambda number: failure if number % 8 > 4 else None) as (url, counts):
         stream = open_source(f"{url}/{name}?key=secret", format="webdataset" if name.endswith("tar") else "parquet")
@@ -130,7 +130,7 @@ def test_images_whose_server_is_gone_are_counted_and_skipped(tmp_path, serve, ca
     assert "secret" not in caplog.text
 
 
-def test_waits_grow_and_errors_of_other_kinds_pass_at_once(monkeypatch):
+def test_waits_grow_and_other_errors_pass_at_once(monkeypatch):
     monkeypatch.undo()
     waits = []
     monkeypatch.setattr(files.time, "sleep", waits.append)
@@ -147,7 +147,7 @@ def test_waits_grow_and_errors_of_other_kinds_pass_at_once(monkeypatch):
 
 
 def test_a_connection_that_ends_early_is_no_end_of_file(monkeypatch):
-    """A server that closes without saying the length looks as if the file ended."""
+    """A server that closes without giving the length looks as if the file ended."""
     file_system = fsspec.filesystem("memory")
     file_system.pipe("/short/a.bin", bytes(range(100)))
     open_whole, cut = files._open_remote, [True, True]

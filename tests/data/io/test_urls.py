@@ -139,9 +139,9 @@ def test_what_cannot_be_reached_is_named_without_keys(tmp_path, write_shards, se
             assert "hf_secret" not in str(caught.value) + repr(caught.value)
     with pytest.raises(ValueError, match=r"train\.tar cannot be read"):
         open_source(f"{url}/train.tar")  # the server is gone
-    for kind in (None, "imagefolder"):
+    for format in (None, "imagefolder"):
         with pytest.raises(ValueError, match="memory://images does not exist"):
-            open_source("memory://images", format=kind)
+            open_source("memory://images", format=format)
     with pytest.raises(ValueError, match="Unsupported filesystem: 'nowhere'"):
         open_source("nowhere://images/0.tar")
 
@@ -153,14 +153,14 @@ def test_passwords_and_queries_are_not_shown():
     assert redact_url("/folder/a?b") == "/folder/a?b"
 
 
-@pytest.mark.parametrize("kind", ["parquet", "webdataset"])
-def test_files_of_several_folders_are_split_by_where_they_lie(tmp_path, memory, write_tar, png, kind):
-    """By folders and names below the folder that all have in common, whose own name says nothing."""
-    root, suffix = tmp_path / "test" / "set", {"parquet": "parquet", "webdataset": "tar"}[kind]
+@pytest.mark.parametrize("format", ["parquet", "webdataset"])
+def test_files_of_several_folders_are_split_by_where_they_lie(tmp_path, memory, write_tar, png, format):
+    """By folders and names below the folder that all have in common, whose own name is ignored."""
+    root, suffix = tmp_path / "test" / "set", {"parquet": "parquet", "webdataset": "tar"}[format]
     for value, name in enumerate(("a/train-0", "a/val-0", "b/train-0", "b/c/train-0", "train/x", "val/x")):
         path = root / f"{name}.{suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
-        if kind == "parquet":
+        if format == "parquet":
             Dataset.from_list([{"image": png(value)}]).to_parquet(path)
         else:
             write_tar(path, [("0.png", png(value))])

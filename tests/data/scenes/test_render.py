@@ -1,5 +1,4 @@
 import itertools
-import pickle
 from collections import Counter
 
 import cv2
@@ -11,13 +10,12 @@ from hf_vlm.data.scenes.canvas import SPLIT_STRIPS, Canvas, load_pictures
 from hf_vlm.data.scenes.render import (
     NUM_SAMPLES,
     PRESETS,
-    SEMANTIC_CLASSES,
     SceneSettings,
     render_clip,
     render_scene,
     scene_settings,
-    scenes_source,
 )
+from hf_vlm.data.scenes.stream import SEMANTIC_CLASSES
 
 
 def box_of(mask):
@@ -132,7 +130,7 @@ def test_hidden_digits_leave_the_truth():
     assert scene.semantic_mask[0].max() == 0
 
 
-def test_splits_share_neither_digits_nor_photographs():
+def test_splits_have_no_digit_and_no_photograph_in_common():
     train, validation, test = (load_pictures(split) for split in NUM_SAMPLES)
     for category in range(10):
         samples = [{glyph.tobytes() for glyph in part.glyphs[category]} for part in (train, validation, test)]
@@ -169,86 +167,9 @@ def test_clips_move_and_keep_their_tracks():
     assert np.abs(visible[0].boxes[0] - visible[-1].boxes[0]).max() > 3
 
 
-def test_stream_holds_what_the_scenes_hold():
-    stream = scenes_source("easy", "validation", num_samples=70, seed=5)
-    examples = list(stream)
-    assert [example["image_id"] for example in examples] == list(range(70))
-    for example in examples[::23]:
-        scene = render_scene(5, example["image_id"], PRESETS["easy"], split="validation")
-        decoded = cv2.imdecode(np.frombuffer(example["image"]["bytes"], np.uint8), cv2.IMREAD_COLOR_RGB)
-        assert np.abs(decoded.astype(float) - scene.image).mean() < 6
-        for column, mask in (("mask", scene.semantic_mask), ("instance_mask", scene.instance_mask)):
-            stored = cv2.imdecode(np.frombuffer(example[column]["bytes"], np.uint8), cv2.IMREAD_UNCHANGED)
-            np.testing.assert_array_equal(stored, mask)
-        assert example["objects"]["bbox"] == scene.boxes.tolist()
-        assert example["objects"]["category"] == scene.categories.tolist()
-        assert example["objects"]["area"] == scene.areas.tolist()
-        assert example["objects"]["iscrowd"] == [0] * len(scene.boxes)
-        assert example["label"] == scene.label
-    assert stream.object_names == stream.label_names == list("01234")
-    assert stream.mask_names == ["background", *"01234"]
-    assert stream.num_examples == 70
-    # The stored form must be the one that the declared features have, or saving and casting would fail.
-    assert stream.features.encode_example(examples[0]) == examples[0]
-
-
-def test_stream_without_masks_and_without_labels():
-    stream = scenes_source("easy", num_samples=3, masks=False)
-    assert set(next(iter(stream))) == set(stream.features) == {"image", "image_id", "label", "objects"}
-    bare = stream.unlabelled()
-    assert set(next(iter(bare))) == set(bare.features) == {"image", "image_id"}
-    assert bare.object_names is None
-    assert bare.label_names is None
-    assert stream.mask_names is None  # there are no masks
-
-
-def test_stream_resumes_exactly_and_twice():
-    stream = scenes_source("easy", num_samples=130, masks=False)
-    everything = [example["image"]["bytes"] for example in stream]
-    seen, state = [], None
-    for stop in (1, 50, 70, 130):
-        resumed = pickle.loads(pickle.dumps(scenes_source("easy", num_samples=130, masks=False))).dataset
-        if state is not None:
-            resumed.load_state_dict(state)
-        for example in resumed:
-            seen.append(example["image"]["bytes"])
-            state = resumed.state_dict()
-            if len(seen) == stop:
-                break
-    assert seen == everything
-
-
-def test_resuming_does_not_draw_what_was_seen(monkeypatch):
-    import hf_vlm.data.scenes.render as scenes
-
-    stream = scenes_source("easy", num_samples=6400, masks=False).dataset
-    iterator = iter(stream)
-    for _ in range(30):
-        next(iterator)
-    state, expected = stream.state_dict(), next(iterator)
-    drawn = []
-    original = render_scene
-    monkeypatch.setattr(scenes, "render_scene", lambda *args, **kw: drawn.append(args[1]) or original(*args, **kw))
-    stream.load_state_dict(state)
-    assert next(iter(stream)) == expected
-    assert drawn == [30]
-
-
-def test_shards_divide_the_stream():
-    stream = scenes_source("easy", num_samples=100, masks=False).dataset
-    assert stream.num_shards == 64
-    parts = [[example["image_id"] for example in stream.shard(num_shards=4, index=index)] for index in range(4)]
-    assert sorted(itertools.chain(*parts)) == list(range(100))
-    assert scenes_source("easy", num_samples=5).dataset.num_shards == 5
-
-
 def test_mistakes_are_named():
-    with pytest.raises(ValueError, match=r"scenes have no split 'val'; there are train, validation, test"):
-        scenes_source("easy", "val")
     with pytest.raises(ValueError, match="unknown preset of scenes 'eazy'; there are easy, hard"):
         scene_settings("eazy")
-    with pytest.raises(ValueError, match="num_samples=0 must be positive"):
-        scenes_source("easy", num_samples=0)
     with pytest.raises(ValueError, match=r"max_digit_size=60 must lie in 4..35.5"):
         SceneSettings(max_digit_size=60)
     with pytest.raises(ValueError, match=r"num_classes=11 must lie in 1..10"):

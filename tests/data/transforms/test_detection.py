@@ -1,4 +1,4 @@
-"""Boxes against the rectangles found again in the pixels, and what is said of wrong objects."""
+"""Boxes against the rectangles found again in the pixels, and the messages for wrong objects."""
 
 import io
 import logging
@@ -31,13 +31,13 @@ EVERYTHING = DetectionSettings(
 )
 
 
-def encode(image, kind="PNG", **options):
+def encode(image, format="PNG", **options):
     buffer = io.BytesIO()
-    Image.fromarray(image.squeeze()).save(buffer, kind, **options)
+    Image.fromarray(image.squeeze()).save(buffer, format, **options)
     return {"bytes": buffer.getvalue(), "path": None}
 
 
-def draw_rectangles(boxes, height, width):
+def render_rectangles(boxes, height, width):
     image = np.zeros((height, width, 3), dtype=np.uint8)
     for channel, (x, y, w, h) in enumerate(boxes):
         image[y : y + h, x : x + w, channel] = 255
@@ -45,7 +45,7 @@ def draw_rectangles(boxes, height, width):
 
 
 def make_example(boxes=BOXES, categories=None, *, image=None, **objects):
-    image = draw_rectangles(boxes, HEIGHT, WIDTH) if image is None else image
+    image = render_rectangles(boxes, HEIGHT, WIDTH) if image is None else image
     objects = {"bbox": boxes, "category": list(range(len(boxes))) if categories is None else categories, **objects}
     return {"image": encode(image), "image_id": 42, "objects": objects}
 
@@ -104,7 +104,7 @@ def test_augmented_boxes_are_where_the_rectangles_are(size):
 def test_boxes_fit_where_a_large_jpeg_is_decoded_smaller():
     boxes = [[4 * number for number in box] for box in BOXES]
     example = make_example(boxes, image=np.zeros((8, 8, 3), np.uint8))
-    example["image"] = encode(draw_rectangles(boxes, 4 * HEIGHT, 4 * WIDTH), "JPEG", quality=95, subsampling=0)
+    example["image"] = encode(render_rectangles(boxes, 4 * HEIGHT, 4 * WIDTH), "JPEG", quality=95, subsampling=0)
     for train in (False, True):
         transform = DetectionTransform((90, 90), train=train, settings=EVERYTHING, **NORMALIZE)
         for seed in range(10):
@@ -116,7 +116,7 @@ def test_boxes_fit_where_a_large_jpeg_is_decoded_smaller():
 def test_exif_orientation_is_applied_before_the_boxes():
     exif = Image.Exif()
     exif[0x0112] = 6  # shown turned clockwise
-    stored = np.rot90(draw_rectangles(BOXES, HEIGHT, WIDTH))
+    stored = np.rot90(render_rectangles(BOXES, HEIGHT, WIDTH))
     example = make_example()
     example["image"] = encode(np.ascontiguousarray(stored), "JPEG", quality=95, subsampling=0, exif=exif)
     transformed = DetectionTransform(96, train=False, **NORMALIZE)(example, np.random.default_rng(0))
@@ -187,24 +187,24 @@ def test_degenerate_boxes_are_dropped_with_all_that_is_theirs(caplog):
     assert transform.num_dropped_boxes == 4
 
 
-def test_a_window_that_loses_all_objects_is_drawn_elsewhere_or_not_at_all():
+def test_a_window_that_loses_all_objects_is_placed_elsewhere_or_not_at_all():
     boxes = [[0, 0, 8, 8]]
     settings = DetectionSettings(flip_probability=0, crop_probability=1, crop_scale=(0.1, 0.1), crop_ratio=(1, 1))
     transform = DetectionTransform(64, train=True, settings=settings, **NORMALIZE)
-    shares = []
+    fractions = []
     for seed in range(40):
         transformed = transform(make_example(boxes), np.random.default_rng(seed))
         assert_boxes_fit(transformed, (64, 64))
-        shares.append(float(transformed["labels"]["boxes"][0, 2]))
-    assert min(shares) < 0.06  # the whole image
-    assert max(shares) > 0.1
+        fractions.append(float(transformed["labels"]["boxes"][0, 2]))
+    assert min(fractions) < 0.06  # the whole image
+    assert max(fractions) > 0.1
 
 
 def test_a_larger_window_is_filled_with_the_mean_colour():
     transform = DetectionTransform((60, 80), train=True, **NORMALIZE)
     image = np.full((HEIGHT, WIDTH, 3), 255, np.uint8)
     objects = transform._read_objects(make_example(), HEIGHT, WIDTH)
-    parameters = DetectionParameters(window=(2.0, 2.0), places=((0.5, 0.5),))
+    parameters = DetectionParameters(window=(2.0, 2.0), positions=((0.5, 0.5),))
     rendered, moved = transform.render(image, objects, parameters)
     expected = np.full((60, 80, 3), 64, np.uint8)
     expected[15:45, 20:60] = 255
@@ -212,7 +212,7 @@ def test_a_larger_window_is_filled_with_the_mean_colour():
     np.testing.assert_allclose(moved.boxes, objects.boxes / 2 + 0.25, atol=1e-6)
 
 
-def test_colours_are_those_of_the_drawn_steps():
+def test_colours_are_those_of_the_sampled_steps():
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
     settings = DetectionSettings(
@@ -234,18 +234,18 @@ def test_transform_depends_on_the_generator_alone():
     assert not torch.equal(first["pixel_values"], other["pixel_values"])
 
 
-def test_drawn_windows_have_the_area_and_shape_asked_for():
+def test_sampled_windows_have_the_area_and_shape_asked_for():
     settings = DetectionSettings(
         crop_probability=0.4, crop_scale=(0.2, 0.5), crop_ratio=(0.5, 2.0), quarter_turn_probability=0.3
     )
     rng = np.random.default_rng(0)
-    drawn = [sample_detection(settings, rng) for _ in range(2000)]
-    windows = np.array([parameters.window for parameters in drawn if parameters.window])
+    sampled = [sample_detection(settings, rng) for _ in range(2000)]
+    windows = np.array([parameters.window for parameters in sampled if parameters.window])
     assert abs(len(windows) / 2000 - 0.4) < 0.04
     assert 0.2 <= windows.prod(axis=1).min() < 0.21
     assert 0.49 < windows.prod(axis=1).max() <= 0.5 + 1e-9
     assert windows.max() <= 1
-    turns = np.bincount([parameters.quarter_turns for parameters in drawn]) / 2000
+    turns = np.bincount([parameters.quarter_turns for parameters in sampled]) / 2000
     np.testing.assert_allclose(turns, [0.7, 0.1, 0.1, 0.1], atol=0.03)
     assert windows[:, 1].max() / windows[:, 0].min() > 1.5
 

@@ -37,10 +37,10 @@ def both(options, images, dtype=None, num_channels=3):
     """Grey levels of all views by either executor, from the same images: {name: (B, V, C, h, w)} each."""
     transform = ViewTransform.from_dict(BASE | options, image_mean=0.0, image_std=1 / 255, num_channels=num_channels)
     views = DeviceViews(transform, dtype)
-    drawn = [views.sample(encode(image), np.random.default_rng(seed)) for seed, image in enumerate(images)]
-    rendered = {name: values.numpy().astype(float) for name, values in views.render(views.collate(drawn)).items()}
+    sampled = [views.sample(encode(image), np.random.default_rng(seed)) for seed, image in enumerate(images)]
+    rendered = {name: values.numpy().astype(float) for name, values in views.render(views.collate(sampled)).items()}
     expected = {name: [] for name in rendered}
-    for seed, example in enumerate(drawn):
+    for seed, example in enumerate(sampled):
         rng = np.random.default_rng(seed)
         for name, settings in views.groups.items():
             image = example["image"].numpy()
@@ -111,7 +111,7 @@ def test_images_of_one_channel():
         assert np.abs(views - expected[name]).max() <= 2
 
 
-def test_images_of_many_channels_are_resized_and_blurred_alike():
+def test_images_of_many_channels_are_resized_and_blurred_the_same():
     transform = ViewTransform.from_dict(
         BASE | {"blur_probability": 1.0}, image_mean=[0.1] * 5, image_std=[0.2] * 5, num_channels=5
     )
@@ -131,12 +131,12 @@ def test_batches_depend_on_their_examples_alone():
     """An image's views are the same whatever it is padded to, and in a worker's shared memory."""
     transform = ViewTransform.from_dict(BASE | COLOR | {"blur_probability": 0.5}, image_mean=0.5, image_std=0.25)
     views = DeviceViews(transform)
-    drawn = [views.sample(encode(image), np.random.default_rng(seed)) for seed, image in enumerate(photos())]
-    together = views.render(views.collate(drawn))
-    for index, example in enumerate(drawn):
+    sampled = [views.sample(encode(image), np.random.default_rng(seed)) for seed, image in enumerate(photos())]
+    together = views.render(views.collate(sampled))
+    for index, example in enumerate(sampled):
         for name, values in views.render(views.collate([example])).items():
             torch.testing.assert_close(values[0], together[name][index], atol=1e-4, rtol=0)
-    loaded = next(iter(DataLoader(drawn, batch_size=len(drawn), collate_fn=views.collate, num_workers=1)))
+    loaded = next(iter(DataLoader(sampled, batch_size=len(sampled), collate_fn=views.collate, num_workers=1)))
     for name, values in views.render(loaded).items():
         assert torch.equal(values, together[name])
 
@@ -166,9 +166,9 @@ def test_a_blur_matrix_is_scipys_filter(size, sigma):
 def test_hue_is_exact(shift):
     image = np.concatenate([photos()[0][:40, :40], np.random.default_rng(0).integers(0, 256, (40, 40, 3))])
     expected = np.empty(image.shape)
-    for place in np.ndindex(image.shape[:2]):
-        hue, saturation, value = colorsys.rgb_to_hsv(*image[place] / 255)
-        expected[place] = 255 * np.array(colorsys.hsv_to_rgb((hue + shift) % 1, saturation, value))
+    for pixel in np.ndindex(image.shape[:2]):
+        hue, saturation, value = colorsys.rgb_to_hsv(*image[pixel] / 255)
+        expected[pixel] = 255 * np.array(colorsys.hsv_to_rgb((hue + shift) % 1, saturation, value))
     shifted = shift_hue(torch.from_numpy(image).float().permute(2, 0, 1)[None], torch.tensor([[shift]]))[0]
     np.testing.assert_allclose(shifted.permute(1, 2, 0), expected, atol=2e-3)
 
@@ -185,8 +185,8 @@ def test_large_images_are_sent_smaller_and_still_large_enough():
     photo = load_sample_images().images[0].copy()
     for seed in range(5):
         sent = views.sample(encode(photo), np.random.default_rng(seed))["image"]
-        drawn = sample_view(transform.views[0], np.random.default_rng(seed))
-        needed = required_size(transform.views[0], drawn)[0]
+        sampled = sample_view(transform.views[0], np.random.default_rng(seed))
+        needed = required_size(transform.views[0], sampled)[0]
         assert needed <= sent.shape[0] < 1.5 * needed  # from a fifth on, whole parts lie close together
         assert abs(sent.shape[1] / sent.shape[0] - 640 / 427) < 0.05
     panorama = np.tile(resize(photo, (60, 90)), (1, 50, 1))

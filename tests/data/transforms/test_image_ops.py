@@ -40,13 +40,13 @@ def root_mean_square(a, b):
 
 
 def ramp(height, width):
-    """Red tells the column, green the row, at a slope whose rounding favours neither direction."""
+    """Red encodes the column, green the row, at a slope whose rounding favours neither direction."""
     rows, columns = np.mgrid[:height, :width]
     return np.rint(SLOPE * np.stack([columns, rows, columns + rows], axis=-1) % 256).astype(np.uint8)
 
 
 @pytest.mark.parametrize("size", [(256, 256), (300, 260), (240, 210), (180, 130), (128, 64), (50, 40), (250, 30)])
-def test_resize_keeps_every_point_in_its_place(size):
+def test_resize_keeps_every_point_at_its_position(size):
     resized = resize(ramp(256, 256), size).astype(float)
     rows = (np.arange(size[0]) + 0.5) * 256 / size[0] - 0.5
     columns = (np.arange(size[1]) + 0.5) * 256 / size[1] - 0.5
@@ -84,7 +84,7 @@ def test_resize_does_not_alias():
 
 @pytest.mark.parametrize("num_channels", [1, 2, 4, 7])
 @pytest.mark.parametrize("size", [(90, 64), (100, 30), (200, 180)])
-def test_resize_treats_channels_alike(num_channels, size):
+def test_resize_treats_all_channels_the_same(num_channels, size):
     image = np.random.default_rng(0).integers(0, 256, (120, 110, num_channels), dtype=np.uint8)
     resized = resize(image, size)
     assert resized.shape == (*size, num_channels)
@@ -149,12 +149,12 @@ def test_no_steps_change_nothing(photo):
 
 
 def shift_hue_in_float(image, shift):
-    colors, places = np.unique(image.reshape(-1, 3), axis=0, return_inverse=True)
+    colors, indices = np.unique(image.reshape(-1, 3), axis=0, return_inverse=True)
     shifted = []
     for color in colors / 255:
         hue, saturation, value = colorsys.rgb_to_hsv(*color)
         shifted.append(colorsys.hsv_to_rgb((hue + shift) % 1, saturation, value))
-    return 255 * np.array(shifted)[places.ravel()].reshape(image.shape)
+    return 255 * np.array(shifted)[indices.ravel()].reshape(image.shape)
 
 
 @pytest.mark.parametrize("shift", [0.1, -0.037, 0.3, -0.5])
@@ -179,17 +179,17 @@ def test_contrast_after_hue_uses_the_mean_after_hue(muted):
     assert np.quantile(difference, 0.999) < 5
 
 
-def test_jitter_is_drawn_within_its_strengths_in_every_order():
+def test_jitter_is_sampled_within_its_strengths_in_every_order():
     rng = np.random.default_rng(0)
-    drawn = [sample_color_jitter((0.4, 0.3, 0.2, 0.1), rng) for _ in range(600)]
-    assert len({tuple(name for name, _ in steps) for steps in drawn}) == 24
+    sampled = [sample_color_jitter((0.4, 0.3, 0.2, 0.1), rng) for _ in range(600)]
+    assert len({tuple(name for name, _ in steps) for steps in sampled}) == 24
     for name, low, high in (
         ("brightness", 0.6, 1.4),
         ("contrast", 0.7, 1.3),
         ("saturation", 0.8, 1.2),
         ("hue", -0.1, 0.1),
     ):
-        values = np.array([dict(steps)[name] for steps in drawn])
+        values = np.array([dict(steps)[name] for steps in sampled])
         assert low <= values.min() < low + 0.01 * (high - low) + 1e-3
         assert high >= values.max() > high - 0.01 * (high - low) - 1e-3
         assert abs(values.mean() - (low + high) / 2) < 0.05 * (high - low)

@@ -54,25 +54,25 @@ def test_boxes_go_where_their_pixels_go(change):
     np.testing.assert_allclose(moved.boxes[0] * 10, expected, atol=1e-12)
 
 
-@pytest.mark.parametrize("share", [0.05, 0.4, 1.0, 1.7, 8.0])
+@pytest.mark.parametrize("fraction", [0.05, 0.4, 1.0, 1.7, 8.0])
 @pytest.mark.parametrize(("length", "output"), [(100, 64), (30, 100), (3, 7)])
-def test_span_shows_a_part_of_the_image_on_a_part_of_the_output(length, output, share):
-    for place in (0.0, 0.3, 1.0):
-        span = Span.of_window(length, output, share, place)
+def test_span_shows_a_part_of_the_image_on_a_part_of_the_output(length, output, fraction):
+    for position in (0.0, 0.3, 1.0):
+        span = Span.of_window(length, output, fraction, position)
         assert 0 <= span.source[0] < span.source[1] <= length
         assert 0 <= span.target[0] < span.target[1] <= output
-        if share <= 1:
+        if fraction <= 1:
             assert span.target == (0, output)
-            assert abs(span.source[1] - span.source[0] - max(length * share, 1)) <= 0.5
-            assert abs(span.source[0] - place * (length - (span.source[1] - span.source[0]))) <= 0.5
+            assert abs(span.source[1] - span.source[0] - max(length * fraction, 1)) <= 0.5
+            assert abs(span.source[0] - position * (length - (span.source[1] - span.source[0]))) <= 0.5
         else:
             assert span.source == (0, length)
-            assert abs((span.target[1] - span.target[0]) - output / share) <= 1.5
+            assert abs((span.target[1] - span.target[0]) - output / fraction) <= 1.5
         edges = span.map(np.array(span.source) / length)
         np.testing.assert_allclose(edges, span.shown, atol=1e-12)
 
 
-def test_crop_clips_and_drops_by_the_visible_share():
+def test_crop_clips_and_drops_by_the_visible_fraction():
     # The left half is shown: boxes of which all, three quarters, half, a quarter and nothing lies in it.
     boxes = [
         [0.1, 0.1, 0.5, 0.5],

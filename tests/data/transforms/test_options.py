@@ -1,4 +1,4 @@
-"""Plain values of a recipe to settings, and what is said of the wrong ones."""
+"""Plain values of a recipe to settings, and the messages for wrong ones."""
 
 from dataclasses import dataclass
 

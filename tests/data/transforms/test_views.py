@@ -1,4 +1,4 @@
-"""Views: what is drawn, where it is cut out, and what becomes of it."""
+"""Views: which parameters are sampled, where a view is cut out, and what becomes of it."""
 
 import io
 
@@ -33,9 +33,9 @@ SIMCLR = {
 }
 
 
-def encode(image, kind="PNG"):
+def encode(image, format="PNG"):
     buffer = io.BytesIO()
-    Image.fromarray(image.squeeze()).save(buffer, kind)
+    Image.fromarray(image.squeeze()).save(buffer, format)
     return {"bytes": buffer.getvalue(), "path": None}
 
 
@@ -59,7 +59,7 @@ def plain_view(**changes):
 
 @pytest.mark.parametrize("size", [(200, 250), (250, 110), (64, 64)])
 @pytest.mark.parametrize("view", [(48, 48), (32, 64)])
-def test_crops_have_the_drawn_area_shape_and_place(size, view):
+def test_crops_have_the_sampled_area_shape_and_position(size, view):
     settings = ViewSettings(size=view, crop_scale=(0.2, 0.6))
     rng = np.random.default_rng(0)
     for _ in range(200):
@@ -78,11 +78,11 @@ def test_crops_have_the_drawn_area_shape_and_place(size, view):
 
 
 def random_resized_crop(scale, ratio, height, width, rng):
-    """torchvision's draw: (top, left, height, width) as shares of the image."""
+    """torchvision's sampling: (top, left, height, width) relative to the image."""
     for _ in range(10):
         area = height * width * rng.uniform(*scale)
-        drawn = np.exp(rng.uniform(*np.log(ratio)))
-        crop_width, crop_height = round(np.sqrt(area * drawn)), round(np.sqrt(area / drawn))
+        sampled = np.exp(rng.uniform(*np.log(ratio)))
+        crop_width, crop_height = round(np.sqrt(area * sampled)), round(np.sqrt(area / sampled))
         if crop_width <= width and crop_height <= height:
             top, left = rng.integers(height - crop_height + 1), rng.integers(width - crop_width + 1)
             return top, left, crop_height, crop_width
@@ -110,7 +110,7 @@ def test_crops_are_distributed_as_torchvisions(scale):
     for name, values in figures_of_crops(ours, height, width).items():
         if scale[1] < 0.75:  # every crop fits
             assert ks_2samp(values, expected[name]).pvalue > 1e-3, name
-        else:  # we draw of the areas that fit, they draw again, which favours squares
+        else:  # we sample areas that fit, they sample again, which favours squares
             assert abs(values.mean() - expected[name].mean()) < 0.03, name
             assert 0.9 < values.std() / expected[name].std() < 1.15, name
 
@@ -189,23 +189,23 @@ def test_probabilities_are_those_asked_for():
         solarize_probability=0.4,
     )
     rng = np.random.default_rng(0)
-    drawn = [sample_view(settings, rng) for _ in range(4000)]
-    shares = {
-        "flip_probability": (np.mean([view.flip for view in drawn]), 0.3),
-        "vertical_flip_probability": (np.mean([view.vertical_flip for view in drawn]), 0.1),
-        "jitter": (np.mean([any(name == "brightness" for name, _ in view.color) for view in drawn]), 0.8),
-        "grayscale_probability": (np.mean([("saturation", 0.0) in view.color for view in drawn]), 0.2),
-        "blur_probability": (np.mean([view.sigma > 0 for view in drawn]), 0.6),
-        "solarize_probability": (np.mean([view.solarize for view in drawn]), 0.4),
+    sampled = [sample_view(settings, rng) for _ in range(4000)]
+    fractions = {
+        "flip_probability": (np.mean([view.flip for view in sampled]), 0.3),
+        "vertical_flip_probability": (np.mean([view.vertical_flip for view in sampled]), 0.1),
+        "jitter": (np.mean([any(name == "brightness" for name, _ in view.color) for view in sampled]), 0.8),
+        "grayscale_probability": (np.mean([("saturation", 0.0) in view.color for view in sampled]), 0.2),
+        "blur_probability": (np.mean([view.sigma > 0 for view in sampled]), 0.6),
+        "solarize_probability": (np.mean([view.solarize for view in sampled]), 0.4),
     }
-    for name, (share, expected) in shares.items():
-        assert abs(share - expected) < 0.03, name
-    sigmas = [view.sigma for view in drawn if view.sigma]
+    for name, (fraction, expected) in fractions.items():
+        assert abs(fraction - expected) < 0.03, name
+    sigmas = [view.sigma for view in sampled if view.sigma]
     assert 0.1 <= min(sigmas) < 0.11
     assert 1.99 < max(sigmas) <= 2.0
-    areas = np.array([view.area for view in drawn])
+    areas = np.array([view.area for view in sampled])
     assert abs(areas.mean() - 0.5) < 0.02
-    assert abs(np.mean(np.log([view.ratio for view in drawn]))) < 0.02
+    assert abs(np.mean(np.log([view.ratio for view in sampled]))) < 0.02
 
 
 def test_transform_renders_and_normalises_each_view():
@@ -216,8 +216,8 @@ def test_transform_renders_and_normalises_each_view():
     assert pixel_values.dtype == torch.float32
     rng = np.random.default_rng(4)
     for view, settings in zip(pixel_values, transform.views):
-        drawn = sample_view(settings, rng)
-        expected = render_view(image, settings, drawn).transpose(2, 0, 1)
+        sampled = sample_view(settings, rng)
+        expected = render_view(image, settings, sampled).transpose(2, 0, 1)
         np.testing.assert_allclose(denormalize(view), expected, atol=1e-3)
     assert not torch.equal(pixel_values[0], pixel_values[1])
 

@@ -1,0 +1,76 @@
+"""Datasets on the Hugging Face Hub, streamed."""
+
+import logging
+from pathlib import Path
+
+import datasets
+
+from hf_vlm.data.formats.columns import Categories, ColumnMap, RowReader, find_columns, object_fields, read_categories
+from hf_vlm.data.formats.splits import choose_split
+from hf_vlm.data.io.files import siblings
+from hf_vlm.data.io.messages import did_you_mean
+from hf_vlm.data.source import Source
+
+__all__ = ["open_hub"]
+
+logger = logging.getLogger(__name__)
+
+
+def open_hub(
+    source: str, split: str, *, num_samples: int | None = None, name: str | None = None, revision: str | None = None
+) -> Source:
+    """Stream a split of a dataset on the Hub, whose columns are found by name and type (see `find_columns`).
+
+    Classes are those that the features declare; labels without declared classes are left out.
+
+    Args:
+        source: Id of the dataset.
+        split: Name of the split.
+        num_samples: Number of examples to read, from the first on; None for all.
+        name: Name of the dataset's configuration.
+        revision: Branch, tag or commit of the dataset.
+
+    Raises:
+        ValueError: There is no such dataset or split, it cannot be reached, or it has no column of images.
+    """
+    # A stream that is closed early would sleep for seconds; nothing here needs that.
+    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
+    try:
+        splits = datasets.load_dataset(source, name, revision=revision, streaming=True)
+    except Exception as error:  # many types: no such dataset, no network, a gate, a missing configuration
+        hint = did_you_mean(source, ["scenes", *siblings(Path(source))])
+        raise ValueError(
+            f"{source} is no folder or file here, and as a dataset on the Hub it cannot be opened: {error}{hint}. "
+            f"For a private or gated one, accept its terms at https://huggingface.co/datasets/{source} and log in: "
+            "hf auth login"
+        ) from error
+    stream = choose_split(splits, split, source).decode(False)
+    features = stream.features if stream.features is not None else stream._resolve_features().features
+    columns = find_columns(features, source)
+    reader = RowReader(
+        map=columns,
+        label=_declared(features, columns, "label", source),
+        category=_declared(features, columns, "objects", source),
+        source=source,
+    )
+    declared = (stream.info.splits or {}).get(str(stream.split))
+    if num_samples is not None:
+        stream = stream.take(num_samples)
+    raw = list(columns.source_names)
+    examples = stream.select_columns(raw).map(reader, remove_columns=raw, features=reader.features)
+    num_examples = (declared.num_examples if declared is not None else None) or None
+    if num_examples is not None and num_samples is not None:
+        num_examples = min(num_examples, num_samples)
+    return Source(dataset=examples, num_examples=num_examples)
+
+
+def _declared(features: datasets.Features, columns: ColumnMap, column: str, source: str) -> Categories | None:
+    """The classes that the features of a column declare: the values of a remote source are not read to find them."""
+    name = columns.columns.get(column)
+    if name is None:
+        return None
+    feature = features[name] if column == "label" else object_fields(features[name])[columns.objects["category"]]
+    categories = read_categories(feature)
+    if categories is None:
+        logger.warning("%s: the column %r is left out: without ClassLabel its classes are not known", source, name)
+    return categories

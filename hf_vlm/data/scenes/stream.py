@@ -1,0 +1,93 @@
+"""Scenes as a source: rendered on the fly, stored as files are, with labels, boxes and masks."""
+
+import functools
+from typing import Any
+
+import cv2
+import datasets
+import numpy as np
+
+from hf_vlm.data.io.indexed import indexed_stream
+from hf_vlm.data.scenes.canvas import DIGITS, load_pictures
+from hf_vlm.data.scenes.render import NUM_SAMPLES, SceneSettings, render_scene, scene_settings
+from hf_vlm.data.schema import image_feature, objects_feature
+from hf_vlm.data.source import Source
+
+__all__ = ["SEMANTIC_CLASSES", "scenes_source"]
+
+Array = np.ndarray[Any, Any]
+
+SEMANTIC_CLASSES = ("background", *DIGITS)  # names of the values of a semantic mask
+JPEG_OPTIONS = (
+    cv2.IMWRITE_JPEG_QUALITY,
+    92,
+    cv2.IMWRITE_JPEG_SAMPLING_FACTOR,  # full resolution of colour: strokes are two pixels wide
+    cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444,
+)
+
+
+def scenes_source(
+    preset: str | SceneSettings = "easy",
+    split: str = "train",
+    *,
+    num_samples: int | None = None,
+    seed: int = 0,
+    masks: bool = True,
+) -> Source:
+    """Scenes as a source; the index is the `image_id`.
+
+    Args:
+        preset: Name of a preset, or settings.
+        split: Name of the split.
+        num_samples: Number of scenes, from position 0 on; None for `NUM_SAMPLES` of the split.
+        seed: Seed of the scenes.
+        masks: Whether the source has the columns `mask` and `instance_mask`; without them it is faster.
+
+    Raises:
+        ValueError: There is no such preset or split, or num_samples is not positive.
+    """
+    settings = scene_settings(preset)
+    load_pictures(split)  # checks the split; and workers that are forked later share the pictures
+    num_samples = NUM_SAMPLES[split] if num_samples is None else num_samples
+    if num_samples < 1:
+        raise ValueError(f"num_samples={num_samples} must be positive")
+    names = DIGITS[: settings.num_classes]
+    features = datasets.Features(
+        {
+            "image": image_feature(),
+            "image_id": datasets.Value("int64"),
+            "label": datasets.ClassLabel(names=list(names)),
+            "objects": objects_feature(names),
+        }
+    )
+    if masks:
+        features |= {"mask": image_feature(), "instance_mask": image_feature()}
+    render = functools.partial(_render_example, seed=seed, settings=settings, split=split, masks=masks)
+    return Source(
+        dataset=indexed_stream(render, num_samples, features),
+        num_examples=num_samples,
+        mask_class_names=SEMANTIC_CLASSES[: len(names) + 1] if masks else None,
+    )
+
+
+def _render_example(index: int, *, seed: int, settings: SceneSettings, split: str, masks: bool) -> dict[str, Any]:
+    scene = render_scene(seed, index, settings, split=split)
+    example = {
+        "image": _encoded(".jpg", scene.image[:, :, ::-1], JPEG_OPTIONS),
+        "image_id": index,
+        "label": scene.label,
+        "objects": {
+            "bbox": scene.boxes.tolist(),
+            "category": scene.categories.tolist(),
+            "area": scene.areas.tolist(),
+            "iscrowd": [0] * len(scene.boxes),
+        },
+    }
+    if masks:
+        example["mask"] = _encoded(".png", scene.semantic_mask)
+        example["instance_mask"] = _encoded(".png", scene.instance_mask)
+    return example
+
+
+def _encoded(extension: str, image: Array, options: tuple[int, ...] = ()) -> dict[str, Any]:
+    return {"bytes": cv2.imencode(extension, image, options)[1].tobytes(), "path": None}
