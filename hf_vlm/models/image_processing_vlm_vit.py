@@ -23,8 +23,8 @@ class VLMViTImageProcessor(PilBackend):
     r"""Images to `pixel_values` (batch, channels, height, width): resized to `size` without keeping the aspect ratio.
 
     Models have as many channels as `image_mean` has values (3 when it is one number). PIL images become RGB for three
-    channels and grey for one; for any other number give arrays. 8-bit images of one or three channels are resized by
-    Pillow, all others as float32, so that nothing is cut to 8 bits.
+    channels and grayscale for one; for any other number give arrays. 8-bit images of one or three channels are resized
+    by Pillow, all others as float32, so that nothing is cut to 8 bits.
 
     Raises:
         ValueError: if an image has other channels than the model.
@@ -91,10 +91,10 @@ class VLMViTImageProcessor(PilBackend):
         Args:
             threshold: lowest score kept, 0 to 1.
             target_sizes: (height, width) of each original image in pixels. Without it boxes are fractions.
-            max_detections: most detections kept an image.
+            max_detections: Largest number of detections per image.
 
         Returns:
-            a dict an image: `scores` (n,) falling, `labels` (n,), `boxes` (n, 4) (x0, y0, x1, y1) within the image.
+            One dict per image: `scores` (n,) falling, `labels` (n,), `boxes` (n, 4) (x0, y0, x1, y1) within the image.
 
         Raises:
             ValueError: if there are not as many target sizes as images.

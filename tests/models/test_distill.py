@@ -173,9 +173,8 @@ def test_statistics_are_those_of_all_batches():
     assert standardizer.num_batches == 5
 
 
-@pytest.mark.parametrize("name", ["ours", "clip"])
-def test_learns_one_batch_while_the_teacher_stays(teachers, name):
-    model, images = build(teachers[name]), torch.randn(4, 3, 32, 32)
+def test_learns_one_batch_of_another_family_while_the_teacher_stays(teachers):
+    model, images = build(teachers["clip"]), torch.randn(4, 3, 32, 32)
     before = {key: value.clone() for key, value in model.teacher.state_dict().items()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     for _ in range(150):
