@@ -198,7 +198,7 @@ def test_teacher_temperature_rises_with_training():
     assert entropies[2] == pytest.approx(entropies[3])
 
 
-def test_entropy_is_a_share_of_the_largest():
+def test_entropy_is_relative_to_the_largest():
     assert entropy(torch.full((3, 8), 1 / 8)).item() == pytest.approx(1.0)
     assert entropy(torch.eye(8)).item() == pytest.approx(0.0)
 

@@ -121,7 +121,7 @@ def test_nothing_is_computed_that_is_not_read(monkeypatch):
     assert lengths == [((16, 1), True), ((16, 1), False)]
 
 
-def test_weights_are_drawn_as_by_the_official_code():
+def test_weights_are_initialised_as_in_the_official_code():
     model = build()
     limits = {
         "backbone.embeddings.patch_projection": math.sqrt(6 / (3 * 8 * 8 + 32)),
@@ -142,7 +142,7 @@ def test_weights_are_drawn_as_by_the_official_code():
     assert all(torch.equal(value, weights[name]) for name, value in model.teacher["backbone"].state_dict().items())
 
 
-def test_an_encoder_that_learns_from_its_pixels_on_is_drawn_as_everywhere():
+def test_an_encoder_whose_patch_projection_learns_is_initialised_as_in_every_method():
     model = build(freeze_patch_projection=False)
     alone = VLMViTModel(model.config.backbone_config)
     for name in ("embeddings.patch_projection", "layers.1.attention.query", "layers.0.mlp.down_projection"):
@@ -166,7 +166,7 @@ def test_a_frozen_patch_projection_stays_frozen(tmp_path):
     assert learning.backbone.embeddings.patch_projection.weight.grad.abs().sum() > 0
 
 
-def test_positions_are_sin_cos_unless_told_otherwise():
+def test_positions_are_sin_cos_by_default():
     assert MoCoV3Config().backbone_config.position_embedding_type == "sincos"
     rotary = MoCoV3Config(backbone_config={"position_embedding_type": "rope"})
     assert rotary.backbone_config.position_embedding_type == "rope"

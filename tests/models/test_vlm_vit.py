@@ -275,7 +275,7 @@ def test_compiles_without_graph_breaks():
     torch.testing.assert_close(compiled(images).feature_maps[0], backbone(images).feature_maps[0])
 
 
-# Parameters of the published encoders in millions: ViT papers' figures without the classifier, DINOv2 giant 1.14 B,
+# Parameters of the published encoders in millions: ViT papers' numbers without the classifier, DINOv2 giant 1.14 B,
 # DINOv3 7B 6.7 B.
 PUBLISHED = {
     "tiny": 5.5,
@@ -324,12 +324,12 @@ def test_round_trip_and_meta_initialisation(tmp_path):
         ({"hidden_size": 24, "position_embedding_type": "rope"}, "head size"),
     ],
 )
-def test_wrong_configurations_say_what_is_wrong(fields, words):
+def test_wrong_configurations_are_refused(fields, words):
     with pytest.raises(ValueError, match=words):
         VLMViTConfig(**{**TINY, **fields})
 
 
-def test_wrong_inputs_say_what_is_wrong():
+def test_wrong_inputs_are_refused():
     model = build()
     with pytest.raises(ValueError, match="must be \\(batch, 3, height, width\\)"):
         model(torch.randn(1, 1, 32, 32))
