@@ -166,6 +166,7 @@ def run_one(method: str, seed: int, folder: Path, options: argparse.Namespace) -
     """Trains and evaluates one encoder in this process, and writes `metrics.json`."""
     from hf_vlm import VLMViTModel
     from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
+    from hf_vlm.tasks.evaluation import evaluate_run
     from hf_vlm.training import run
     from hf_vlm.training.build import build_encoder_config, build_processor
     from hf_vlm.training.recipe import check_recipe, parse_arguments

@@ -42,7 +42,7 @@ class Conversion:
     images: str = ""  # what the image processor does, where one was converted
 
     def rows(self) -> dict[str, str]:
-        """The table of a report: only the rows that say something."""
+        """The table of a report, without empty rows."""
         lists = {"folded": self.folded, "filled": self.filled, "dropped": self.dropped}
         rows = {"loaded": self.loaded} | {name: ", ".join(names) for name, names in lists.items()}
         return {name: text for name, text in (rows | {"images": self.images}).items() if text}
@@ -120,7 +120,7 @@ def is_ours(config: dict[str, Any]) -> bool:
 
 
 def _load(model_class: type[PreTrainedModel], source: str, **options: Any) -> tuple[Any, list[str]]:
-    """A model and the parts of the checkpoint that it has no place for."""
+    """A model, and the parts of the checkpoint that do not fit into it."""
     try:
         model, report = model_class.from_pretrained(source, use_safetensors=True, output_loading_info=True, **options)
     except (OSError, RuntimeError) as error:
@@ -169,7 +169,7 @@ def from_transformers(model: PreTrainedModel) -> Conversion:
 def _encoder_config(
     family: Family, config: PreTrainedConfig, theirs: dict[str, Tensor], names: dict[str, str]
 ) -> VLMViTConfig:
-    """Our configuration, read from the weights wherever these say it."""
+    """Our configuration, read from the weights wherever these determine it."""
     use_gated_mlp = "layers.0.mlp.gate_projection.weight" in names
     fields = {name: getattr(config, name) for name in SHARED_FIELDS}
     fields["image_size"] = whole_patches(config.image_size, config.patch_size)
@@ -210,7 +210,7 @@ def to_transformers(encoder: VLMViTModel, model_type: str) -> Conversion:
     as a table, which the original interpolates for images of another size.
 
     Raises:
-        ValueError: if there is no such family, or it has no place for something of the encoder, which is named.
+        ValueError: if there is no such family, or something of the encoder does not fit into it, which is named.
     """
     family, config = find_family(model_type), encoder.config
     misfits = _misfits(family, config)
@@ -254,7 +254,7 @@ def _sizes(config: VLMViTConfig) -> dict[str, tuple[int, int]]:
 
 
 def _misfits(family: Family, config: VLMViTConfig) -> list[str]:
-    """What of an encoder a family has no place for."""
+    """Parts of an encoder that do not fit into a family."""
     (rows, columns), (ph, pw), registers = config.grid_hw, config.patch_hw, config.num_register_tokens
     is_rotary, needs_rotary = config.position_embedding_type == "rope", POSITIONS not in family.tokens
     needs_act = family.gated_act if config.use_gated_mlp else None

@@ -83,7 +83,7 @@ class C2fBlock(nn.Module):
 
 
 class DetectionNeck(nn.Module):
-    """Concatenated encoder maps to one map at the patch stride, and to a second one at half of it when asked for."""
+    """Concatenated encoder maps to one map at the patch stride, and to a second one at half of it with two levels."""
 
     def __init__(self, config: VLMViTDetectionConfig):
         super().__init__()
@@ -129,7 +129,7 @@ class SamplingOffsets(nn.Linear):
 class DeformableAttention(nn.Module):
     """Multi-scale deformable attention (arXiv 2010.04159) with plain `F.grid_sample`: runs on every device.
 
-    Each head looks at `num_points` places a level, given as offsets in units of the query's reference box.
+    Each head samples `num_points` points per level, given as offsets in units of the query's reference box.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, num_levels: int, num_points: int):
@@ -159,7 +159,7 @@ class DeformableAttention(nn.Module):
         value = value.permute(0, 2, 3, 1).flatten(0, 1)  # (batch * heads, head_dim, locations)
         sampled = []
         for level, grid, (rows, columns) in zip(value.split([r * c for r, c in level_sizes], -1), grids, level_sizes):
-            # Sampled in float32: bfloat16 cannot tell neighbouring cells of a large map apart.
+            # Sampled in float32: bfloat16 cannot resolve neighbouring cells of a large map.
             feature_map = level.float().view(batch * self.num_heads, -1, rows, columns)
             sampled.append(F.grid_sample(feature_map, grid, align_corners=False))  # (b * h, head_dim, queries, points)
         weights = weights.transpose(1, 2).flatten(0, 1)[:, None]  # (batch * heads, 1, queries, levels * points)

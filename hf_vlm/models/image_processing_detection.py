@@ -26,10 +26,10 @@ class VLMViTDetectionImageProcessor(VLMViTImageProcessor):
         Args:
             threshold: lowest score kept, 0 to 1.
             target_sizes: (height, width) of each original image in pixels. Without it boxes are fractions.
-            max_detections: most detections kept an image.
+            max_detections: Largest number of detections per image.
 
         Returns:
-            a dict an image: `scores` (n,) falling, `labels` (n,), `boxes` (n, 4) (x0, y0, x1, y1) within the image.
+            One dict per image: `scores` (n,) falling, `labels` (n,), `boxes` (n, 4) (x0, y0, x1, y1) within the image.
 
         Raises:
             ValueError: if there are not as many target sizes as images.

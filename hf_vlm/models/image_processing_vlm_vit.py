@@ -21,8 +21,8 @@ class VLMViTImageProcessor(PilBackend):
     r"""Images to `pixel_values` (batch, channels, height, width): resized to `size` without keeping the aspect ratio.
 
     Models have as many channels as `image_mean` has values (3 when it is one number). PIL images become RGB for three
-    channels and grey for one; for any other number give arrays. 8-bit images of one or three channels are resized by
-    Pillow, all others as float32, so that nothing is cut to 8 bits.
+    channels and grayscale for one; for any other number give arrays. 8-bit images of one or three channels are resized
+    by Pillow, all others as float32, so that nothing is cut to 8 bits.
 
     Raises:
         ValueError: if an image has other channels than the model.

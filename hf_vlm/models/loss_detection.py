@@ -16,7 +16,7 @@ from .configuration_detection import VLMViTDetectionConfig
 
 FOCAL_ALPHA = 0.25
 FOCAL_GAMMA = 2.0
-QUALITY_ALPHA = 0.25  # share of the score against the IoU in the classification target
+QUALITY_ALPHA = 0.25  # weight of the score against the IoU in the classification target
 MIN_QUALITY = 0.01
 ALIGNMENT_ALPHA = 1.0  # powers of score and IoU in the task-aligned metric
 ALIGNMENT_BETA = 6.0
@@ -49,7 +49,7 @@ class DetectionTargets:
             ValueError: naming the image (its position in the batch) whose labels cannot be trained on.
         """
         if len(labels) != batch_size:
-            raise ValueError(f"labels hold {len(labels)} dicts for {batch_size} images: give one dict an image.")
+            raise ValueError(f"labels hold {len(labels)} dicts for {batch_size} images: give one dict per image.")
         for i, label in enumerate(labels):
             _check_shapes(i, label)
         classes = [label["class_labels"].to(device=device, dtype=torch.int64) for label in labels]
@@ -143,7 +143,7 @@ def matching_cost(
     l1 = (predicted - target_boxes).abs().sum(-1)
     giou = iou_and_giou(to_corners(predicted), to_corners(target_boxes))[1]
     cost = class_cost * (positive - negative) + bbox_cost * l1 - giou_cost * giou
-    # Dearer than any finite pair, so that a broken prediction is matched last; not so dear that it drowns the others.
+    # Above the cost of any finite pair: a broken prediction is matched last, but does not drown the others.
     finite = torch.isfinite(cost)
     worst = torch.where(finite, cost, 0).amax() + 1 if cost.numel() else 0
     return torch.where(finite, cost, worst).transpose(-1, -2)
@@ -153,12 +153,12 @@ def matching_cost(
 def match(cost: Tensor, counts: Sequence[int]) -> Matches:
     """Cheapest one-to-one assignment of each image and stage of a cost (stages, batch, objects, queries).
 
-    Where an image has more objects than there are queries, the dearest objects stay without one.
+    Where an image has more objects than there are queries, the objects of the highest cost stay without one.
 
     Raises:
         ImportError: if scipy is not installed.
     """
-    try:  # only training needs scipy, so loading a detector for inference must not ask for it
+    try:  # only training needs scipy, so loading a detector for inference must not need it
         from scipy.optimize import linear_sum_assignment
     except ImportError as error:
         raise ImportError("Training a detector needs scipy to match boxes: `pip install scipy`.") from error
@@ -189,10 +189,10 @@ def set_losses(
     iou, giou = iou_and_giou(to_corners(predicted), to_corners(wanted))
 
     score = logits.sigmoid()
-    place = (matches.stage, matches.image, matches.query, targets.class_labels[matches.image, matches.target])
-    quality = (score[place] ** QUALITY_ALPHA * iou ** (1 - QUALITY_ALPHA)).detach().clamp(min=MIN_QUALITY)
-    positive_weight = torch.zeros_like(logits).index_put(place, quality)
-    negative_weight = (score**FOCAL_GAMMA).index_put(place, 1 - quality)
+    position = (matches.stage, matches.image, matches.query, targets.class_labels[matches.image, matches.target])
+    quality = (score[position] ** QUALITY_ALPHA * iou ** (1 - QUALITY_ALPHA)).detach().clamp(min=MIN_QUALITY)
+    positive_weight = torch.zeros_like(logits).index_put(position, quality)
+    negative_weight = (score**FOCAL_GAMMA).index_put(position, 1 - quality)
     cross_entropy = -positive_weight * F.logsigmoid(logits) - negative_weight * F.logsigmoid(-logits)
 
     per_stage = logits.new_zeros(len(logits))
@@ -252,8 +252,8 @@ def dense_losses(
     assigned, wanted = task_aligned_assignment(logits, boxes, centres, targets, top_k=top_k)
     image, location = wanted.nonzero(as_tuple=True)
     target, weight = assigned[image, location], wanted[image, location]  # (positives,)
-    place = (image, location, targets.class_labels[image, target])
-    quality = torch.zeros_like(logits).index_put(place, weight)
+    position = (image, location, targets.class_labels[image, target])
+    quality = torch.zeros_like(logits).index_put(position, weight)
     cross_entropy = F.binary_cross_entropy_with_logits(logits, quality, reduction="none")
     focal = (cross_entropy * (logits.sigmoid() - quality).abs() ** FOCAL_GAMMA).sum()
     giou = iou_and_giou(to_corners(boxes[image, location]), to_corners(targets.boxes[image, target]))[1]

@@ -156,7 +156,7 @@ class VLMViTForObjectDetection(VLMViTPreTrainedModel):
     ) -> VLMViTObjectDetectionOutput:
         r"""
         labels (`list[dict[str, torch.Tensor]]`, *optional*):
-            A dict an image: `class_labels` (n,), and `boxes` (n, 4) as (centre x, centre y, width, height) in
+            One dict per image: `class_labels` (n,), and `boxes` (n, 4) as (centre x, centre y, width, height) in
             fractions of the image. Other keys are ignored. ValueError when a class or a box is out of its range.
         """
         feature_maps = self.neck(self.backbone(pixel_values, **kwargs).feature_maps)

@@ -40,13 +40,15 @@ class DINOv2Config(SSLConfig):
         student_temperature (`float`, defaults to 0.1): Temperature of the student.
         teacher_temperature (`float`, defaults to 0.07): Temperature of the teacher after warm-up; unstable above.
         warmup_teacher_temperature (`float`, defaults to 0.04): Temperature of the teacher at the start.
-        teacher_temperature_warmup (`float`, defaults to 0.3): Share of training until the temperature is reached.
+        teacher_temperature_warmup (`float`, defaults to 0.3): Fraction of training until the temperature is reached.
         momentum (`float`, defaults to 0.992): Momentum of the teacher at the start; 1 at the end.
         centering (`str`, defaults to `"sinkhorn"`): `"sinkhorn"`, or `"centering"` by a running mean as in DINO.
         center_momentum (`float`, defaults to 0.9): Momentum of that mean.
-        frozen_prototypes (`float`, defaults to 0.01): Share of training at the start without learning prototypes.
-        mask_probability (`float`, defaults to 0.5): Share of the global views that are masked.
-        mask_ratio_range (`list`, defaults to [0.1, 0.5]): Shares of patches that are hidden in them, evenly spread.
+        frozen_prototypes (`float`, defaults to 0.01): Fraction of training, at the start, in which
+            prototypes do not learn.
+        mask_probability (`float`, defaults to 0.5): Fraction of the global views that are masked.
+        mask_ratio_range (`list`, defaults to [0.1, 0.5]): Range of the fraction of their patches that is
+            masked, spread evenly over the views.
         ibot_weight (`float`, defaults to 1.0): Weight of the loss of masked patches (iBOT, arXiv 2111.07832).
         koleo_weight (`float`, defaults to 0.1): Weight of KoLeo, which spreads features of different images.
     """
@@ -93,10 +95,13 @@ class DINOv2Output(ModelOutput):
     dino (`torch.FloatTensor` of shape `()`): Cross entropy of views with the teacher's other views.
     ibot (`torch.FloatTensor` of shape `()`): Cross entropy of masked patches with the teacher's, which sees them.
     koleo (`torch.FloatTensor` of shape `()`): Minus the mean log distance of images to their nearest, both views.
-    teacher_entropy (`torch.FloatTensor` of shape `()`): Of a view's target, a share of the largest. 1 is a collapse.
-    teacher_marginal_entropy (`torch.FloatTensor` of shape `()`): Of the mean target. Near 0 is a collapse.
+    teacher_entropy (`torch.FloatTensor` of shape `()`): Entropy of a view's target over the largest possible
+        one. 1 is a collapse.
+    teacher_marginal_entropy (`torch.FloatTensor` of shape `()`): Entropy of the mean target over the largest
+        possible one. Near 0 is a collapse.
     feature_std (`torch.FloatTensor` of shape `()`):
-        Standard deviation of the normalised class tokens x sqrt(dim): 1 when spread evenly, 0 when all alike.
+        Standard deviation of the normalised class tokens x sqrt(dim): 1 when spread evenly, 0 when all are the
+        same.
     """
 
     loss: Tensor | None = None
@@ -109,7 +114,7 @@ class DINOv2Output(ModelOutput):
 
 
 def masked_counts(config: DINOv2Config, grid_hw: tuple[int, int], num_images: int) -> list[int]:
-    """Patches to hide of each image: of a share of the images, ratios evenly spread over the range; none of others."""
+    """Number of patches to mask per image: ratios evenly spread over the range for a part of the images, else 0."""
     low, high = config.mask_ratio_range
     num_masked = round(num_images * config.mask_probability)
     ratios = [low + (high - low) * (index + 0.5) / num_masked for index in range(num_masked)]
@@ -133,7 +138,7 @@ def view_loss(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
 
 @auto_docstring
 class DINOv2ForPreTraining(TeacherMixin, SSLPreTrainedModel):
-    """A student that sees crops and masked images learns what its moving average says of the whole ones."""
+    """A student that sees crops and masked images learns what its moving average predicts for whole ones."""
 
     config_class = DINOv2Config
     # The paper's: two large views with unequal blur and solarisation, eight small ones.
@@ -181,7 +186,7 @@ class DINOv2ForPreTraining(TeacherMixin, SSLPreTrainedModel):
         local_pixel_values (`torch.FloatTensor` of shape `(batch, local_views, channels, h, w)`, *optional*):
             Small views, which only the student sees.
         masked (`torch.BoolTensor` of shape `(2 * batch, patches)`, *optional*):
-            Patches that the student does not see, first views first; drawn when not given.
+            Patches that the student does not see, first views first; sampled when not given.
         """
         config, batch = self.config, len(pixel_values)
         views = flatten_views_view_major(check_views(pixel_values, num_views=2))  # (2 * batch, channels, h, w)
@@ -215,7 +220,7 @@ class DINOv2ForPreTraining(TeacherMixin, SSLPreTrainedModel):
         )
 
     def _masks(self, views: Tensor, masked: Tensor | None) -> tuple[Tensor, int]:
-        """Masks (2 * batch, patches) and how many patches they hide: drawn, unless given."""
+        """Masks (2 * batch, patches) and the number of masked patches; sampled, unless given."""
         if masked is not None:
             return masked, int(masked.sum())
         grid_hw = patch_grid(views, self.config.backbone_config.patch_hw)

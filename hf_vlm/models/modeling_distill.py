@@ -35,18 +35,20 @@ class DistillConfig(SSLConfig):
     Args:
         backbone_config (`VLMViTConfig` or `dict`, *optional*): The encoder that learns.
         teacher (`str`):
-            The encoder that it learns from: a folder or Hub id of a model of transformers whose last layer has a token
-            a patch or is a map (ViT, DINOv2, DINOv3, CLIP, SigLIP, ConvNeXt, ...), or of an encoder of this package.
-            Code that comes with a model is never run.
+            The encoder that it learns from: a folder or Hub id of a model of transformers whose last layer has one
+            token per patch or is a map (ViT, DINOv2, DINOv3, CLIP, SigLIP, ConvNeXt, ...), or of an encoder of this
+            package. Code that comes with a model is never run.
         teacher_revision (`str`, *optional*): Commit of a teacher on the Hub. The one that is found is kept here.
         teacher_config (`PreTrainedConfig` or `dict`, *optional*): The teacher's configuration; read when not given.
         teacher_mean, teacher_std (`list`, *optional*):
-            Of the pixels in 0..1 that the teacher was trained with; read from its image processor when not given.
+            Normalisation, of pixels in 0..1, that the teacher was trained with; read from its image processor when not
+            given.
         teacher_image_size (`int` or `(height, width)`, *optional*):
             Pixels that the teacher sees, multiples of its patch. When not given, the images' own size, rounded to its
-            patch: more makes the teacher's map finer, and each step dearer.
+            patch: more makes the teacher's map finer, and each step more expensive.
         image_mean, image_std (`list`, *optional*):
-            Of the images that `forward` is given; ImageNet's for three channels when not given, else 0.5.
+            Normalisation of the images that `forward` is given; ImageNet's for three channels when not given, else
+            0.5.
         class_token_weight (`float`, defaults to 1.0):
             Weight of the class token's loss beside the patches', where both encoders have a class token.
     """
@@ -97,8 +99,8 @@ class DistillOutput(ModelOutput):
     loss (`torch.FloatTensor` of shape `()`): Distance of the patches, and of the class token where both have one.
     patch_cosine (`torch.FloatTensor` of shape `()`): Mean cosine of predicted and true patch features: 1 at best.
     patch_smooth_l1 (`torch.FloatTensor` of shape `()`): Their mean smooth-L1 distance.
-    class_cosine (`torch.FloatTensor` of shape `()`): The same of class tokens.
-    class_smooth_l1 (`torch.FloatTensor` of shape `()`): The same of class tokens.
+    class_cosine (`torch.FloatTensor` of shape `()`): Mean cosine of class tokens.
+    class_smooth_l1 (`torch.FloatTensor` of shape `()`): Mean smooth-L1 distance of class tokens.
     """
 
     loss: Tensor | None = None
@@ -109,11 +111,11 @@ class DistillOutput(ModelOutput):
 
 
 class RunningStandardizer(nn.Module):
-    """Features (rows, size) with mean 0 and deviation 1 a dimension, by the statistics of all that it has been given.
+    """Features (rows, size) with mean 0 and deviation 1 per dimension, by the statistics of all batches so far.
 
     A teacher's dimensions differ by orders of magnitude, and have means that are the same for every image: cosines of
-    raw features are near 1 whatever the student says. The statistics are of all batches of a training so far and of
-    all ranks, and are saved.
+    raw features are near 1 whatever the student predicts. The statistics are of all batches of a training so far and
+    of all ranks, and are saved.
     """
 
     mean: Tensor
@@ -138,9 +140,9 @@ class RunningStandardizer(nn.Module):
         mean = sum_over_ranks(features.sum(0)) / count  # (size,)
         variance = sum_over_ranks((features - mean).square().sum(0)) / count
         self.num_batches += 1
-        share, moved = 1 / self.num_batches, mean - self.mean  # all batches count alike
-        self.variance.copy_(self.variance + share * (variance - self.variance + (1 - share) * moved.square()))
-        self.mean.copy_(self.mean + share * moved)
+        weight, moved = 1 / self.num_batches, mean - self.mean  # all batches count the same
+        self.variance.copy_(self.variance + weight * (variance - self.variance + (1 - weight) * moved.square()))
+        self.mean.copy_(self.mean + weight * moved)
 
 
 def feature_distance(predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

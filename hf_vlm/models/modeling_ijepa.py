@@ -35,7 +35,7 @@ class IJEPAConfig(SSLConfig):
             Width, depth and heads of the predictor; 384 x 12 with 12 heads when not given. Image, patch and channels
             are the encoder's.
         num_targets (`int`, defaults to 4): Target blocks of an image.
-        target_scale (`list`, defaults to [0.15, 0.2]): Range of their area as a share of the image's.
+        target_scale (`list`, defaults to [0.15, 0.2]): Range of their area as a fraction of the image's.
         target_aspect (`list`, defaults to [0.75, 1.5]): Range of their height / width.
         context_scale (`list`, defaults to [0.85, 1.0]):
             Range of the area of the context's block, from which the targets are taken out.
@@ -96,8 +96,9 @@ class IJEPAOutput(ModelOutput):
     predictions (`torch.FloatTensor` of shape `(num_targets * images, patches, hidden_size)`):
         Predicted features of the target blocks, the first block of all images first.
     feature_std (`torch.FloatTensor` of shape `()`):
-        Standard deviation over the images of the targets at a place: 1 when spread evenly, 0 when all images are alike
-        to the teacher, a collapse. A fresh encoder tells places apart rather than images, and starts near 0.
+        Standard deviation over the images of the targets at one position: 1 when spread evenly, 0 when the teacher
+        gives the same for all images: a collapse. A fresh encoder distinguishes positions rather than images, and
+        starts near 0.
     """
 
     loss: Tensor | None = None
@@ -107,10 +108,10 @@ class IJEPAOutput(ModelOutput):
 
 @auto_docstring
 class IJEPAForPreTraining(TeacherMixin, SSLPreTrainedModel):
-    """An encoder of a part of the image, and a predictor of what a teacher makes of the hidden blocks.
+    """An encoder of a part of the image, and a predictor of a teacher's features of the other blocks.
 
-    Compiled, a step is one graph behind the masks, which are drawn outside it. Their sizes differ from step to step:
-    the first steps compile anew until sizes are variables of the graph, the later ones no more.
+    Compiled, a step is one graph after the masks, which are sampled outside it. Their sizes differ from step to step:
+    the first steps recompile until sizes are variables of the graph, later ones do not.
     """
 
     config_class = IJEPAConfig
@@ -151,7 +152,7 @@ class IJEPAForPreTraining(TeacherMixin, SSLPreTrainedModel):
         pixel_values (`torch.FloatTensor` of shape `(batch, views, channels, height, width)` or without views):
             Images; each view counts as an image.
         context_indices (`torch.LongTensor` of shape `(batch * views, context)`, *optional*):
-            Row-major indices of the patches that the encoder sees; drawn, with the targets, when not given.
+            Row-major indices of the patches that the encoder sees; sampled, with the targets, when not given.
         target_indices (`torch.LongTensor` of shape `(batch * views, num_targets, patches)`, *optional*):
             Row-major indices of the patches of each target block.
         """
@@ -163,7 +164,7 @@ class IJEPAForPreTraining(TeacherMixin, SSLPreTrainedModel):
             context_indices, target_indices = self._blocks(len(images), grid_hw, images.device)
         features = self._targets(images)  # (images, patches, dim)
         encoded = self.backbone(images, visible_indices=context_indices).last_hidden_state
-        # A prediction a block, none of which sees another: all first blocks, then all second ones.
+        # One prediction per block, none of which sees another: all first blocks, then all second ones.
         blocks = target_indices.transpose(0, 1)  # (num_targets, images, patches of a block)
         predictions = self.predictor(
             encoded.repeat(len(blocks), 1, 1), context_indices.repeat(len(blocks), 1), blocks.flatten(0, 1), grid_hw

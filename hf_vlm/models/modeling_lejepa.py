@@ -37,8 +37,8 @@ class LeJEPAConfig(SSLConfig):
         sigreg_weight (`float`, defaults to 0.05): Weight of SIGReg, the rest being that of the invariance; 0.02 for
             small data.
         join_views (`bool`, defaults to `False`):
-            Whether SIGReg takes all views of a batch for one sample, as stable-pretraining's LeJEPA, and not each view
-            for one, as the paper's. A weight is as many times stronger then as there are views, and the sample larger,
+            Whether SIGReg takes all views of a batch as one sample, as stable-pretraining's LeJEPA does, and not each
+            view as one, as the paper does. A weight is then stronger by the number of views, and the sample larger,
             which helps small batches.
         num_slices (`int`, defaults to 1024): Random directions in which the distribution is tested, new each time.
         num_knots (`int`, defaults to 17): Points of the characteristic function, from 0 to `max_knot`.
@@ -71,7 +71,7 @@ class LeJEPAOutput(ModelOutput):
         Distance of the projections' distribution to a Gaussian: about 1 for a sample of one, and in proportion to the
         batch for anything else.
     feature_std (`torch.FloatTensor` of shape `()`):
-        Mean standard deviation of the projections: 1 as SIGReg wants it, 0 when all are alike. They are not normalised
+        Mean standard deviation of the projections: 1 is what SIGReg aims at, 0 a collapse. They are not normalised
         before, which would hide a collapse into the origin.
     """
 
@@ -96,7 +96,7 @@ def _waves(samples: Tensor, num_knots: int, spacing: float) -> Iterator[tuple[in
 class _EppsPulley(torch.autograd.Function):
     """The Epps-Pulley statistic of `samples` (samples, rows, slices) of all ranks, with its gradient written out.
 
-    Kept for the gradient are the samples and a mean a knot; autograd would keep each sample's waves at each knot.
+    Kept for the gradient are the samples and one mean per knot; autograd would keep each sample's waves at each knot.
     """
 
     @staticmethod
@@ -156,7 +156,7 @@ def sample_slices(dim: int, num_slices: int, device: torch.device) -> Tensor:
 
 @auto_docstring
 class LeJEPAForPreTraining(SSLPreTrainedModel):
-    """An encoder whose views of an image agree, kept from collapsing by the shape of their distribution alone."""
+    """An encoder with equal features for views of one image, kept from a collapse by their distribution alone."""
 
     config_class = LeJEPAConfig
     # The paper's two large and six small views, with SimCLR's colours.
@@ -191,11 +191,11 @@ class LeJEPAForPreTraining(SSLPreTrainedModel):
     ) -> LeJEPAOutput:
         r"""
         pixel_values (`torch.FloatTensor` of shape `(batch, views, channels, height, width)`):
-            Large views of each image; their mean is what all views are drawn to.
+            Large views of each image; their mean is the target of all views.
         local_pixel_values (`torch.FloatTensor` of shape `(batch, local_views, channels, h, w)`, *optional*):
             Small views.
         slices (`torch.FloatTensor` of shape `(projection_size, num_slices)`, *optional*):
-            Unit directions of SIGReg; drawn when not given.
+            Unit directions of SIGReg; sampled when not given.
         """
         config, (batch, num_large) = self.config, check_views(pixel_values).shape[:2]
         crops = [pixel_values, *check_local_views(local_pixel_values, batch)]

@@ -30,8 +30,8 @@ class MoCoV3Config(SSLConfig):
     Args:
         backbone_config (`VLMViTConfig` or `dict`, *optional*): The encoder; sin-cos positions when not given.
         freeze_patch_projection (`bool`, defaults to `True`): Whether the patch projection stays as it was initialised
-            or loaded: the paper's remedy for sudden drops of accuracy in training. The encoder is then drawn as in the
-            official code, by Xavier, and otherwise as that of every method.
+            or loaded: the paper's remedy for sudden drops of accuracy in training. The encoder is then initialised as
+            in the official code, by Xavier, and otherwise as that of every method.
         projection_hidden_size (`int`, defaults to 4096): Width of the hidden layers of projector and predictor.
         projection_size (`int`, defaults to 256): Width of what is compared.
         predictor_norm (`bool`, defaults to `True`): Whether batch norm ends the predictor, as in the official code for
@@ -62,10 +62,10 @@ class MoCoV3Config(SSLConfig):
 class MoCoV3Output(ModelOutput):
     r"""
     loss (`torch.FloatTensor` of shape `()`): InfoNCE of both views x 2 x temperature.
-    accuracy (`torch.FloatTensor` of shape `()`): Share of views whose nearest key is that of their own image.
+    accuracy (`torch.FloatTensor` of shape `()`): Fraction of views whose nearest key is that of their own image.
     feature_std (`torch.FloatTensor` of shape `()`):
-        Standard deviation of the normalised encoder outputs x sqrt(dim): 1 when spread evenly, 0 when all alike. The
-        projections would not show a collapse: batch norm gives them a deviation of 1.
+        Standard deviation of the normalised encoder outputs x sqrt(dim): 1 when spread evenly, 0 when all are
+        the same. The projections would not show a collapse: batch norm gives them a deviation of 1.
     """
 
     loss: Tensor | None = None
@@ -76,8 +76,8 @@ class MoCoV3Output(ModelOutput):
 def contrastive_loss(queries: Tensor, keys: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """InfoNCE x 2 x temperature of queries (batch, dim) whose positives are the keys (batch, dim) of the same rows.
 
-    The keys of all ranks are compared, in float32: bfloat16 is 0.03 coarse where logits are near 5. The factor keeps
-    gradients alike at any temperature. Returns the mean over the local queries, and the top-1 accuracy.
+    The keys of all ranks are compared, in float32: bfloat16 resolves logits near 5 to 0.03 only. The factor keeps
+    gradients of one size at any temperature. Returns the mean over the local queries, and the top-1 accuracy.
     """
     with torch.autocast(queries.device.type, enabled=False):
         queries, keys = F.normalize(queries.float(), dim=-1), F.normalize(keys.float(), dim=-1)
@@ -116,7 +116,7 @@ class MoCoV3ForPreTraining(TeacherMixin, SSLPreTrainedModel):
         self.build_teacher("backbone", "projector")
 
     def init_encoder(self) -> None:
-        """The official initialisation of the encoder, by Xavier: what is frozen keeps its scale for good."""
+        """The official initialisation of the encoder, by Xavier: the patch projection, if frozen, keeps its scale."""
         for module in self.backbone.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)

@@ -214,9 +214,9 @@ class VLMViTModel(_Encoder):
         visible_indices (`torch.LongTensor` of shape `(batch, visible)`, *optional*):
             Row-major indices of the patches to encode. All patches are encoded when it is not given.
         masked (`torch.BoolTensor` of shape `(batch, patches)`, *optional*):
-            True for the patches whose content is hidden behind `mask_token`.
+            True for the patches whose content is replaced by `mask_token`.
         mask_token (`torch.FloatTensor` of shape `(1, 1, hidden_size)`, *optional*):
-            What stands in for masked patches. It belongs to the pretraining method, not to the encoder.
+            Embedding of masked patches. It belongs to the pretraining method, not to the encoder.
         class_token_only (`bool`, *optional*, defaults to `False`):
             Whether the last layer computes the class token alone, when nothing else is read.
         """

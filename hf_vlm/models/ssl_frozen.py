@@ -53,8 +53,8 @@ def read_encoder(source: str, revision: str | None = None) -> tuple[PreTrainedCo
             ) from error
     if config.model_type == "vit_mae":
         raise ValueError(
-            f"The encoder {source!r} ({config.model_type}) hides patches at random each time it is asked, and "
-            f"orders the others anew. Convert it, and give what comes out: hf-vlm convert {source} "
+            f"The encoder {source!r} ({config.model_type}) masks patches at random in each pass, and "
+            f"shuffles the others. Convert it, and give what comes out: hf-vlm convert {source} "
             f"runs/{source.rstrip('/').rpartition('/')[2]}"
         )
     vars(config).pop("auto_map", None)
@@ -67,7 +67,7 @@ def read_statistics(source: str, revision: str | None = None) -> tuple[list[floa
         found = BaseImageProcessor.get_image_processor_dict(source, revision=revision)[0]
     except OSError as error:
         raise ValueError(
-            f"{source!r} has no preprocessor_config.json that says how its images are normalised: give teacher_mean "
+            f"{source!r} has no preprocessor_config.json with the normalisation of its images: give teacher_mean "
             "and teacher_std."
         ) from error
     if not found.get("do_normalize", True):
@@ -227,7 +227,7 @@ def read_frozen(config: Any, name: str) -> None:
         )
     for field in ("image_mean", "image_std", f"{name}_mean", f"{name}_std"):
         if len(getattr(config, field)) not in (1, num_channels):
-            raise ValueError(f"{type(config).__name__}: {field} needs {num_channels} values, one a channel.")
+            raise ValueError(f"{type(config).__name__}: {field} needs {num_channels} values, one per channel.")
 
 
 def renormalise(images: Tensor, config: Any, name: str) -> Tensor:
@@ -247,8 +247,8 @@ def renormalise(images: Tensor, config: Any, name: str) -> Tensor:
 class FrozenEncoderMixin:
     """A model with an encoder that never learns and is not saved: its weights have a source of their own.
 
-    The configuration names it. It must be there when the model is loaded; `from_pretrained(folder, <name>=...)` says
-    where it has gone. A subclass calls `load_frozen` at the end of `__init__`.
+    The configuration names it. It must be there when the model is loaded; `from_pretrained(folder, <name>=...)`
+    gives its new location. A subclass calls `load_frozen` at the end of `__init__`.
 
     Attributes:
         frozen_name: What the encoder is called in the model, and its source in the configuration (see `read_frozen`).
@@ -259,7 +259,7 @@ class FrozenEncoderMixin:
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As of all models; the frozen encoder is loaded from its own source.
+        """`from_pretrained` of every model; the frozen encoder is loaded from its own source.
 
         Raises:
             ValueError: if it is not found.
@@ -270,7 +270,7 @@ class FrozenEncoderMixin:
         return loaded
 
     def load_frozen(self: Any) -> None:
-        """Loads the frozen encoder, where the configuration names one, from where it says."""
+        """Loads the frozen encoder, where the configuration names one, from its source."""
         config, name = self.config, self.frozen_name
         source, found, revision = (getattr(config, f"{name}{part}") for part in ("", "_config", "_revision"))
         if found is None or self.device.type == "meta":  # there weights are not loaded until the model is made
@@ -279,14 +279,14 @@ class FrozenEncoderMixin:
             encoder = load_encoder(source, found, revision, self.dtype)
         except ValueError as error:
             raise ValueError(
-                f"{error} The model's own files hold no weights of its {name}: say where it is, by "
+                f"{error} The model's own files hold no weights of its {name}: give its location by "
                 f"model_config.{name} in a recipe or {name}=... of from_pretrained."
             ) from error
         setattr(self, name, encoder.to(self.device))
         self._keys_to_ignore_on_save = {f"{name}.{key}" for key in encoder.state_dict()}
 
     def train(self: Any, mode: bool = True) -> Any:
-        """As of all modules; the frozen encoder stays in evaluation mode."""
+        """`train` of every module; the frozen encoder stays in evaluation mode."""
         super().train(mode)  # type: ignore[misc]
         for name, module in self.named_children():
             if name == self.frozen_name:  # absent until it is loaded

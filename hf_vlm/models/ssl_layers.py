@@ -89,10 +89,10 @@ class SyncedBatchNorm1d(nn.BatchNorm1d):
 
 
 class HeadLinear(nn.Linear):
-    """A linear layer whose weights are as large as its number of inputs asks for, which is torch's own way.
+    """A linear layer initialised by its number of inputs, as torch does and transformers does not.
 
-    AdamW's steps are as small, relative to a weight, as it is large: small weights of which batch norm takes the scale
-    learn so fast that the encoder learns less (measured for SimCLR: benchmarks/RESULTS.md).
+    Relative to a weight, AdamW's steps are the larger the smaller it is: small weights, whose scale batch norm
+    removes, learn so fast that the encoder learns less (measured for SimCLR: benchmarks/RESULTS.md).
     """
 
     def init_parameters(self) -> None:
@@ -123,7 +123,7 @@ class ProjectionHead(nn.Sequential):
 def feature_std(features: Tensor) -> Tensor:
     """Spread () of features (rows, dim): the mean deviation of their directions x sqrt(dim).
 
-    It is 1 where they lie evenly in all directions, and 0 where all are alike: a collapse.
+    It is 1 where they lie evenly in all directions, and 0 where all are the same: a collapse.
     """
     return F.normalize(features.float(), dim=-1).std(dim=0).mean() * features.shape[1] ** 0.5
 
@@ -139,7 +139,7 @@ def check_views(pixel_values: Tensor, num_views: int | None = None) -> Tensor:
 
 
 def check_local_views(local_pixel_values: Tensor | None, batch: int) -> list[Tensor]:
-    """Small views of a batch of so many images, checked, as a list: empty where there are none."""
+    """Small views of a batch of `batch` images, checked, as a list: empty where there are none."""
     if local_pixel_values is None:
         return []
     if local_pixel_values.ndim != 5 or len(local_pixel_values) != batch:

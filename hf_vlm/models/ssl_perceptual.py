@@ -14,11 +14,11 @@ from .ssl_frozen import Size, encode, try_on_meta
 def perceptual_distance(features: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
     """Mean squared distance () of features scaled to length 1 at each position, over positions and layers.
 
-    LPIPS (arXiv 1801.03924) with all of its weights 1, and the mean over layers in place of their sum. 0 where all
-    directions are the same, 2 where they have nothing to do with each other.
+    LPIPS (arXiv 1801.03924) with all of its weights 1, and the mean over layers instead of their sum. 0 where all
+    directions are the same, 2 where they are unrelated.
 
     Args:
-        features, others: (batch, positions, dim) of each layer.
+        features, others: One tensor (batch, positions, dim) per layer.
     """
     distances = [
         (F.normalize(one.float(), dim=-1) - F.normalize(other.float(), dim=-1)).square().sum(-1).mean()
@@ -28,10 +28,10 @@ def perceptual_distance(features: Sequence[Tensor], others: Sequence[Tensor]) ->
 
 
 def features_of_layers(encoder: PreTrainedModel, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
-    """Hidden states (batch, positions, dim) of layers; positions are all tokens, or the places of a map.
+    """Hidden states (batch, positions, dim) of layers; positions are all tokens, or the cells of a map.
 
     Args:
-        encoder: Of transformers or of this package.
+        encoder: An encoder of transformers or of this package.
         images: (batch, channels, height, width) in its normalisation and of a size that fits its patches.
         layers: Indices of hidden states: 0 is what enters the first layer.
     """
@@ -40,7 +40,7 @@ def features_of_layers(encoder: PreTrainedModel, images: Tensor, layers: Sequenc
 
 
 def choose_layers(layers: Sequence[int] | None, num_layers: int) -> list[int]:
-    """The layers to compare: those asked for, else the ends of the four quarters, as PeCo (arXiv 2111.12710).
+    """The layers to compare: those given, else the ends of the four quarters, as PeCo (arXiv 2111.12710).
 
     Raises:
         ValueError: for a layer that the encoder does not have.
@@ -49,7 +49,7 @@ def choose_layers(layers: Sequence[int] | None, num_layers: int) -> list[int]:
         return sorted({max(1, round(num_layers * quarter / 4)) for quarter in (1, 2, 3, 4)})
     if wrong := [layer for layer in layers if not 0 <= layer <= num_layers]:
         raise ValueError(
-            f"perceptual_layers: there is no layer {wrong[0]}; the encoder that judges has layers 1 to {num_layers}, "
+            f"perceptual_layers: there is no layer {wrong[0]}; the perceptual encoder has layers 1 to {num_layers}, "
             "and 0 is what enters the first."
         )
     return list(layers)

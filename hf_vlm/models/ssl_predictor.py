@@ -1,4 +1,4 @@
-"""The light transformer that fills in masked patches: MAE's decoder, I-JEPA's predictor."""
+"""The light transformer that predicts masked patches: MAE's decoder, I-JEPA's predictor."""
 
 from typing import Any
 
@@ -12,12 +12,12 @@ from .vit_layers import VLMViTLayer, build_norm, sincos_positions
 
 
 class MaskedPredictor(VLMViTPreTrainedModel):
-    """Light transformer that predicts what masked patches hold, pixels or features, from encoded visible ones.
+    """Light transformer that predicts masked patches, as pixels or features, from encoded visible ones.
 
     Args:
         config: Width, depth and heads.
         encoder_size: Width of the encoded tokens.
-        output_size: Values predicted a patch.
+        output_size: Values predicted per patch.
         use_cross_attention: Whether masked tokens attend to the visible ones alone (CrossMAE, arXiv 2401.14391).
     """
 
@@ -59,7 +59,7 @@ class MaskedPredictor(VLMViTPreTrainedModel):
             for layer in self.layers:
                 hidden = layer(hidden, None, seen, **kwargs)
         else:
-            # Attention does not depend on the order of tokens, so nothing is put back into the order of the image.
+            # Attention does not depend on the order of tokens, so they need not be in the order of the image.
             everything = torch.cat([seen, hidden], dim=1)
             for layer in self.layers[:-1]:
                 everything = layer(everything, **kwargs)

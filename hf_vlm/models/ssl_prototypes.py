@@ -1,4 +1,4 @@
-"""What DINO's kind shares: the prototype head, targets that cannot collapse, their cross entropy."""
+"""Parts of DINO and its successors: prototype head, targets that cannot collapse, cross entropy, KoLeo."""
 
 import math
 from itertools import pairwise
@@ -16,7 +16,7 @@ class PrototypeHead(nn.Module):
     Takes (rows, input_size), gives (rows, num_prototypes) in -1..1. The prototypes' lengths do not matter.
 
     Args:
-        num_layers: Of the MLP, GELU between them.
+        num_layers: Layers of the MLP, with GELU between them.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class PrototypeHead(nn.Module):
 
 @torch.no_grad()
 def sinkhorn(logits: Tensor, temperature: Tensor, num_iterations: int = 3) -> Tensor:
-    """Soft assignments (rows, prototypes) that use all prototypes alike (SwAV, arXiv 2006.09882).
+    """Soft assignments (rows, prototypes) that use all prototypes equally (SwAV, arXiv 2006.09882).
 
     `logits` are cosines (rows, prototypes) of this rank; the balance is over the rows of all ranks. Rows sum to 1.
     """
@@ -58,7 +58,7 @@ def sinkhorn(logits: Tensor, temperature: Tensor, num_iterations: int = 3) -> Te
 class Centering(nn.Module):
     """DINO's targets: softmax of logits (rows, prototypes) less a running mean of them.
 
-    The mean is over the rows of all ranks, and moves by 1 - momentum a call in training. It is saved.
+    The mean is over the rows of all ranks, and moves by 1 - momentum per call in training. It is saved.
     """
 
     def __init__(self, num_prototypes: int, momentum: float):
@@ -109,7 +109,7 @@ def koleo_loss(features: Tensor, everyone: Tensor, offset: int) -> Tensor:
 
 
 def entropy(probabilities: Tensor) -> Tensor:
-    """Mean entropy of rows (rows, prototypes) as a share of the largest possible one."""
+    """Mean entropy of rows (rows, prototypes) over the largest possible one."""
     return -torch.xlogy(probabilities, probabilities).sum(-1).mean() / math.log(probabilities.shape[-1])
 
 

@@ -60,7 +60,7 @@ def original(case):
 
 
 def features_of(theirs, images):
-    """Of the original, which needs to be told that sizes differ, and in MAE's case not to shuffle the patches."""
+    """Features of the original, with positions resized, and in MAE's case without shuffled patches."""
     options = {}
     if tuple(images.shape[2:]) != (32, 32) and theirs.config.model_type in (
         "vit",
@@ -111,7 +111,7 @@ def test_there_and_back_is_the_same(case):
 
 
 @pytest.mark.parametrize("size", [LARGER, SMALLER])
-def test_other_sizes_of_dinov2_with_registers_differ_as_the_docstring_says(size):
+def test_other_sizes_of_dinov2_with_registers_differ_as_documented(size):
     theirs, _ = original("dinov2_with_registers")
     images = torch.randn(1, 3, *size)
     ours = from_transformers(theirs).model.eval()
@@ -247,7 +247,7 @@ def test_what_does_not_fit_a_layout_is_named(name, fields, words):
         to_transformers(encoder(**fields), name)
 
 
-def test_wrong_sources_say_what_is_wrong(tmp_path, monkeypatch):
+def test_wrong_sources_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="neither a folder with a model nor one on the Hub"):
         load_transformers("nowhere/at-all")

@@ -173,30 +173,6 @@ def test_masks_hide_as_many_patches_as_planned():
     assert sorted(masked.sum(1).tolist(), reverse=True) == sorted(counts, reverse=True)
 
 
-@pytest.mark.parametrize("options", [{}, {"centering": "centering", "separate_heads": True}])
-def test_learns_and_saves_its_state(options, tmp_path):
-    model, inputs = build(frozen_prototypes=0.0, **options), batch(8)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
-    masked = model.sample_mask(model.config, (4, 4), 16)
-    for step in range(60):
-        output = model(**inputs, masked=masked)
-        output.loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        model.after_step((step + 1) / 100)
-        if step == 0:
-            first = output
-    if not options:  # a centre that starts at zero gives targets of one prototype, which are easy at first
-        assert output.dino < first.dino - 0.5
-    assert output.feature_std > 0.6
-    model.save_pretrained(tmp_path)
-    loaded = DINOv2ForPreTraining.from_pretrained(tmp_path).train()
-    assert loaded.progress == pytest.approx(0.6)
-    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
-    expected = model(**inputs, masked=masked).loss.item()
-    assert loaded(**inputs, masked=masked).loss.item() == pytest.approx(expected, rel=1e-5)
-
-
 def test_a_collapse_shows_in_the_logged_entropies():
     """Without a moving centre, and with nothing that spreads, all images end in one prototype."""
     options = {"centering": "centering", "center_momentum": 1.0, "koleo_weight": 0.0, "ibot_weight": 0.0}
@@ -222,7 +198,7 @@ def test_teacher_temperature_rises_with_training():
     assert entropies[2] == pytest.approx(entropies[3])
 
 
-def test_entropy_is_a_share_of_the_largest():
+def test_entropy_is_relative_to_the_largest():
     assert entropy(torch.full((3, 8), 1 / 8)).item() == pytest.approx(1.0)
     assert entropy(torch.eye(8)).item() == pytest.approx(0.0)
 

@@ -38,7 +38,7 @@ def test_values_are_resized_rescaled_and_normalised() -> None:
     pixel_values = processor(images=[Image.fromarray(image)] * 2, return_tensors="pt")["pixel_values"]
     assert pixel_values.shape == (2, 3, 16, 24)
     expected = (antialiased_resize(image, (16, 24)) / 255 - IMAGENET_DEFAULT_MEAN) / IMAGENET_DEFAULT_STD
-    # Pillow rounds each of its two passes to whole grey levels
+    # Pillow rounds each of its two passes to whole gray levels
     np.testing.assert_allclose(pixel_values[1].permute(1, 2, 0).numpy(), expected, atol=1.1 / 255 / 0.224)
 
 
@@ -50,17 +50,17 @@ def test_values_without_resizing_are_exact() -> None:
     np.testing.assert_allclose(pixel_values.transpose(1, 2, 0), expected, atol=1e-6)
 
 
-def test_grey_and_transparent_images_become_rgb() -> None:
-    grey = random_image(8, 8, 1)[:, :, 0]
+def test_grayscale_and_transparent_images_become_rgb() -> None:
+    grayscale = random_image(8, 8, 1)[:, :, 0]
     transparent = np.dstack([random_image(8, 8), np.zeros((8, 8), np.uint8)])
     processor = VLMViTImageProcessor(do_resize=False, do_normalize=False)
-    values = processor(images=[Image.fromarray(grey), Image.fromarray(transparent)], return_tensors="np")
+    values = processor(images=[Image.fromarray(grayscale), Image.fromarray(transparent)], return_tensors="np")
     for channel in values["pixel_values"][0]:
-        np.testing.assert_allclose(channel, grey / 255, atol=1e-6)
+        np.testing.assert_allclose(channel, grayscale / 255, atol=1e-6)
     np.testing.assert_allclose(values["pixel_values"][1], 1.0)  # on white
 
 
-def test_one_channel_models_see_grey() -> None:
+def test_one_channel_models_see_grayscale() -> None:
     image = random_image(8, 8)
     processor = VLMViTImageProcessor(do_resize=False, image_mean=[0.5], image_std=[0.25])
     values = processor(images=Image.fromarray(image), return_tensors="np")["pixel_values"][0]

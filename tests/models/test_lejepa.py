@@ -60,7 +60,7 @@ def test_sigreg_is_least_for_a_normal_sample():
     normal = sigreg(torch.randn(1, 512, 8), slices)
     for other in (torch.zeros(1, 512, 8), torch.randn(1, 512, 8) * 3, torch.randn(1, 512, 8) + 1):
         assert sigreg(other, slices) > 10 * normal
-    # All alike: |ECF| is 1 at every t, and the statistic N x integral (1 - phi)^2 phi.
+    # All the same: |ECF| is 1 at every t, and the statistic N x integral (1 - phi)^2 phi.
     knots = torch.linspace(0, 3, 17)
     phi = (-knots.square() / 2).exp()
     expected = 512 * 2 * torch.trapezoid((1 - phi).square() * phi, knots)
@@ -109,7 +109,7 @@ def test_each_view_is_a_sample_of_its_own():
     assert apart > 20 * sigreg(together[None], torch.eye(4))
 
 
-def test_invariance_counts_all_views_and_draws_them_to_the_large_ones():
+def test_invariance_counts_all_views_and_pulls_them_to_the_large_ones():
     torch.manual_seed(0)
     views = torch.randn(5, 3, 4).double()
     expected = 0.0
@@ -166,7 +166,7 @@ def test_without_sigreg_it_collapses_visibly():
     assert output.feature_std < 0.05
 
 
-def test_wrong_settings_say_what_is_wrong():
+def test_wrong_settings_are_refused():
     with pytest.raises(ValueError, match="sigreg_weight"):
         LeJEPAConfig(sigreg_weight=1.5)
     with pytest.raises(ValueError, match="num_knots"):

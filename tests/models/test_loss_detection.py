@@ -380,23 +380,23 @@ def toy_gradient(weight: Tensor, images: list[int], labels: list[dict[str, Tenso
     return weight.grad
 
 
-@pytest.mark.parametrize("shares", [[[0, 1], [2, 3]], [[1], [3]], [[2], [3]]])  # objects: 4 and 1; none; 1 and none
-def test_two_ranks_have_the_gradient_of_one_process(shares: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("halves", [[[0, 1], [2, 3]], [[1], [3]], [[2], [3]]])  # objects: 4 and 1; none; 1 and none
+def test_two_ranks_have_the_gradient_of_one_process(halves: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
     """The exchange is played by two passes: the first hears what each rank sends, the second answers with the sum.
 
     test_two_ranks.py does the same with processes and DDP.
     """
     labels, weight = random_labels([4, 0, 1, 0]), torch.tensor([1.0, 1.1, 0.9, 1.0])
-    expected = toy_gradient(weight, shares[0] + shares[1], labels)
+    expected = toy_gradient(weight, halves[0] + halves[1], labels)
     sent: list[Tensor] = []
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda counts: sent.append(counts.clone()))
-    for share in shares:
-        toy_gradient(weight, share, labels)
+    for half in halves:
+        toy_gradient(weight, half, labels)
     assert len(sent) == 2  # one exchange a step
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda counts: counts.copy_(sent[0] + sent[1]))
-    averaged = sum(toy_gradient(weight, share, labels) for share in shares) / 2
+    averaged = sum(toy_gradient(weight, half, labels) for half in halves) / 2
     torch.testing.assert_close(averaged, expected, rtol=1e-4, atol=1e-6)
     with torch.no_grad():  # one rank may evaluate alone: nothing is exchanged
         assert mean_over_ranks(torch.tensor([30.0])).item() == 30

@@ -1,11 +1,11 @@
-"""Crops of several sizes in one pass equal a pass for each."""
+"""Crops of several sizes encoded in one pass equal those of one pass per size."""
 
 import pytest
 import torch
 
 from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
-from hf_vlm.models.vit_layers import Packing
+from hf_vlm.models.packing import Packing
 
 VARIANTS = {
     "learned": {},
@@ -28,7 +28,7 @@ def crops():
     return large, small, torch.rand(5, 16) < 0.4, torch.randn(1, 1, 32).double()
 
 
-def test_packing_takes_apart_what_it_put_together():
+def test_unpacking_undoes_packing():
     groups = [torch.randn(2, 3, 4), torch.randn(5, 1, 4)]
     packing = Packing(((2, 3), (5, 1)))
     assert packing.pack(groups).shape == (1, 11, 4)
@@ -53,12 +53,12 @@ def test_packed_crops_equal_separate_passes_in_values_and_gradients(variant):
     torch.testing.assert_close(packed_gradients, apart_gradients)
 
 
-def test_stochastic_depth_keeps_its_share_of_each_group(monkeypatch):
+def test_stochastic_depth_keeps_its_fraction_of_each_group(monkeypatch):
     model = build(drop_path_rate=0.5).train()
     large, small, *_ = crops()
     kept = {len(large): torch.tensor([4, 0, 1]), len(small): torch.tensor([2, 6, 3])}
     for layer in model.layers:
-        monkeypatch.setattr(layer, "_keep", lambda batch, device: kept[batch])
+        monkeypatch.setattr(layer.residual, "sample_kept", lambda num_samples, device: kept[num_samples])
     packed = model.encode_crops([large, small])
     apart = model(large), model(small)
     torch.testing.assert_close(packed[0].last_hidden_state, apart[0].last_hidden_state)

@@ -14,23 +14,23 @@ BACKBONE = {
 
 def build(backbone=None, **options):
     torch.manual_seed(0)
-    options = {"mask_unit_size": 16, **options}
+    options = {"mask_patch_size": 16, **options}
     return SimMIMForPreTraining(SimMIMConfig(backbone_config={**BACKBONE, **(backbone or {})}, **options)).train()
 
 
 def reference(model, images, noise):
-    """Image by image, pixel by pixel: the loss, and the images with what was hidden painted in."""
+    """Image by image, pixel by pixel: the loss, and the reconstructed images with their masks."""
     config, backbone = model.config, model.backbone
     num_prefix = config.backbone_config.num_prefix_tokens
     height, width = images.shape[2:]
-    painted, mask = images.clone(), torch.zeros(len(images), 1, height, width, dtype=torch.bool)
+    reconstructed, mask = images.clone(), torch.zeros(len(images), 1, height, width, dtype=torch.bool)
     columns = -(-width // 16)
     num_visible = round(noise.shape[1] * (1 - config.mask_ratio))
     total = 0.0
     for index, image in enumerate(images):
-        hidden_units = noise[index].argsort()[num_visible:].tolist()
+        masked_blocks = noise[index].argsort()[num_visible:].tolist()
         patches = [(r, c) for r in range(0, height, 8) for c in range(0, width, 8)]
-        hidden = [patch for patch, (r, c) in enumerate(patches) if r // 16 * columns + c // 16 in hidden_units]
+        hidden = [patch for patch, (r, c) in enumerate(patches) if r // 16 * columns + c // 16 in masked_blocks]
         shown = image.clone()
         for patch in hidden:  # what is hidden must not matter
             r, c = patches[patch]
@@ -49,10 +49,10 @@ def reference(model, images, noise):
             r, c = patches[patch]
             values = predictions[patch].view(3, 8, 8)
             errors += (values - image[:, r : r + 8, c : c + 8]).abs().flatten()
-            painted[index, :, r : r + 8, c : c + 8] = values.detach()
+            reconstructed[index, :, r : r + 8, c : c + 8] = values.detach()
             mask[index, :, r : r + 8, c : c + 8] = True
         total = total + sum(errors) / len(errors)
-    return total / len(images), painted, mask
+    return total / len(images), reconstructed, mask
 
 
 @pytest.mark.parametrize("size", [(32, 32), (40, 24)])
@@ -61,37 +61,24 @@ def test_loss_and_gradients_equal_a_slow_reference(size):
     images = torch.randn(3, 3, *size, dtype=torch.float64)
     noise = torch.rand(3, -(-size[0] // 16) * -(-size[1] // 16))
     output = model(images[:, None], noise=noise)
-    expected, painted, mask = reference(model, images, noise)
+    expected, reconstructed, mask = reference(model, images, noise)
     assert output.loss.item() == pytest.approx(expected.item(), rel=1e-6)
     ours = torch.autograd.grad(output.loss, list(model.parameters()))  # all of them take part
     theirs = torch.autograd.grad(expected, list(model.parameters()))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
     found, where = model.reconstruct(images[:, None], noise=noise)
     assert torch.equal(where, mask)
-    torch.testing.assert_close(found, painted.float())
+    torch.testing.assert_close(found, reconstructed.float())
     assert torch.equal(found.where(~mask, 0), images.float().where(~mask, 0))
 
 
-def test_masks_are_squares_of_the_asked_share():
+def test_masks_are_blocks_of_the_given_ratio():
     config = SimMIMConfig(backbone_config={**BACKBONE, "image_size": 224, "patch_size": 16})
     torch.manual_seed(0)
-    hidden = SimMIMForPreTraining.sample_mask(config, (14, 14), 5).view(5, 7, 2, 7, 2)
-    units = hidden[:, :, 0, :, 0]
-    assert torch.equal(hidden, units[:, :, None, :, None].expand(-1, -1, 2, -1, 2))  # 32 pixels are two patches
-    assert units.sum((1, 2)).tolist() == [29] * 5  # 0.6 of 49, as 20 stay
-
-
-def test_overfits_one_batch():
-    model, images, noise = build(), torch.randn(2, 3, 32, 32), torch.rand(2, 4)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(150):
-        loss = model(images, noise=noise).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < 0.1 * losses[0]
+    masked = SimMIMForPreTraining.sample_mask(config, (14, 14), 5).view(5, 7, 2, 7, 2)
+    blocks = masked[:, :, 0, :, 0]
+    assert torch.equal(masked, blocks[:, :, None, :, None].expand(-1, -1, 2, -1, 2))  # 32 pixels are two patches
+    assert blocks.sum((1, 2)).tolist() == [29] * 5  # 0.6 of 49, as 20 stay
 
 
 def test_round_trip_keeps_the_head_and_options(tmp_path):
@@ -103,10 +90,19 @@ def test_round_trip_keeps_the_head_and_options(tmp_path):
     assert loaded(images).masked.sum(1).tolist() == [8, 8]
 
 
-def test_impossible_squares_say_so():
-    with pytest.raises(ValueError, match="mask_unit_size 20 is not a multiple of the patch of 8"):
-        build(mask_unit_size=20)
-    with pytest.raises(ValueError, match="single square of mask_unit_size 32"):
-        build(mask_unit_size=32)(torch.randn(1, 3, 32, 32))
+def test_a_configuration_of_the_former_field_is_read(tmp_path):
+    build().config.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text().replace("mask_patch_size", "mask_unit_size"))
+    config = SimMIMConfig.from_pretrained(tmp_path)
+    assert config.mask_patch_size == 16
+    assert "mask_unit_size" not in config.to_dict()
+
+
+def test_impossible_mask_blocks_are_refused():
+    with pytest.raises(ValueError, match="mask_patch_size 20 is not a multiple of the patch of 8"):
+        build(mask_patch_size=20)
+    with pytest.raises(ValueError, match="single mask block of mask_patch_size 32"):
+        build(mask_patch_size=32)(torch.randn(1, 3, 32, 32))
     with pytest.raises(ValueError, match="mask_ratio"):
         build(mask_ratio=1.0)

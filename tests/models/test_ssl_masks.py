@@ -15,12 +15,12 @@ def test_random_masking_keeps_the_lowest_noise():
     assert mask_from_indices(masked, 4).tolist() == [[True, False, True, False]]
 
 
-def test_rank_is_the_place_in_ascending_order():
+def test_ranks_are_positions_in_ascending_order():
     assert ranks(torch.tensor([[5.0, -1.0, 2.0]])).tolist() == [[2, 0, 1]]
 
 
 @pytest.mark.parametrize("grid", [(8, 8), (7, 5)])
-def test_units_are_masked_as_a_whole(grid):
+def test_mask_blocks_are_masked_as_a_whole(grid):
     torch.manual_seed(0)
     rows, columns = -(-grid[0] // 2), -(-grid[1] // 2)
     noise = torch.rand(6, rows * columns)
@@ -41,7 +41,7 @@ def test_blocks_mask_exactly_as_many_patches_as_asked_for():
 
 
 def test_blocks_are_blocks():
-    """Masks are few connected pieces, where as many random patches would be scattered, and cover all places alike."""
+    """Masks are few connected pieces, where random patches would be scattered, and cover the whole grid."""
     torch.manual_seed(0)
     counts = torch.full((300,), 60)
     masked = block_masking(counts, (14, 14))
@@ -54,9 +54,9 @@ def test_blocks_are_blocks():
     assert edges(masked) < 0.45 * edges(scattered)
     pieces = sum(ndimage.label(mask.numpy())[1] for mask in masked.unflatten(1, (14, 14))) / 300
     assert pieces < 8
-    share = masked.float().mean(0)
-    assert share.min() > 0.01  # corners lie in few of the blocks that fit, as in BEiT
-    assert share.max() < 0.65
+    frequency = masked.float().mean(0)
+    assert frequency.min() > 0.01  # corners lie in few of the blocks that fit, as in BEiT
+    assert frequency.max() < 0.65
 
 
 def test_few_blocks_are_completed_at_random():

@@ -1,4 +1,4 @@
-"""Teachers follow the student by the formula, and schedules are what the papers draw."""
+"""Teachers follow the student by the formula, and schedules are those of the papers."""
 
 import math
 
@@ -32,7 +32,7 @@ def test_teacher_is_a_moving_average_with_rising_momentum():
     assert not any(parameter.requires_grad for parameter in model.teacher.parameters())
     model.after_step(1.0)  # the momentum is 1: nothing moves
     torch.testing.assert_close(model.teacher["head"][0].weight, before + (1 - momentum))
-    model.reset_teacher()
+    model.after_encoder_loaded()
     assert torch.equal(model.teacher["head"][0].weight, model.head[0].weight)
 
 

@@ -206,12 +206,12 @@ def test_a_layer_of_some_tokens_gives_what_it_gives_them_among_all(positions):
 
 def test_drop_path_takes_the_context_and_the_positions_of_the_samples_that_it_keeps():
     layer = build().layers[0].train()
-    layer.drop_path_rate = 0.5
+    layer.residual.rate = 0.5
     states, context = torch.randn(8, 3, 32), torch.randn(8, 6, 32)
     seen = torch.rand(8, 1, 6, 8)
     angles = seen.cos(), seen.sin()
     torch.manual_seed(1)
-    dropped = layer._residual(states, layer._attend, None, context, angles)
+    dropped = layer.residual(states, layer._attend, None, context, angles)
     torch.manual_seed(1)
     kept = torch.randperm(8)[:4]
     expected = states.clone()
@@ -242,14 +242,14 @@ def test_channels_and_patches_of_any_shape():
 def test_drop_path_keeps_the_expectation():
     model = build(drop_path_rate=0.5, num_hidden_layers=1)
     layer = model.layers[0]
-    layer.drop_path_rate = 0.5
+    layer.residual.rate = 0.5
     states = torch.randn(64, 5, 32)
     with torch.no_grad():
         full = layer.eval()(states) - states
         layer.train()
-        drawn = layer._residual(states, lambda kept, packing: torch.ones_like(kept)) - states
-    assert sorted(drawn.mean((1, 2)).round().unique().tolist()) == [0.0, 2.0]
-    assert drawn.mean().item() == pytest.approx(1.0)
+        added = layer.residual(states, lambda kept, packing: torch.ones_like(kept)) - states
+    assert sorted(added.mean((1, 2)).round().unique().tolist()) == [0.0, 2.0]
+    assert added.mean().item() == pytest.approx(1.0)
     assert full.abs().sum() > 0
 
 
@@ -275,7 +275,7 @@ def test_compiles_without_graph_breaks():
     torch.testing.assert_close(compiled(images).feature_maps[0], backbone(images).feature_maps[0])
 
 
-# Parameters of the published encoders in millions: ViT papers' figures without the classifier, DINOv2 giant 1.14 B,
+# Parameters of the published encoders in millions: ViT papers' numbers without the classifier, DINOv2 giant 1.14 B,
 # DINOv3 7B 6.7 B.
 PUBLISHED = {
     "tiny": 5.5,
@@ -324,12 +324,12 @@ def test_round_trip_and_meta_initialisation(tmp_path):
         ({"hidden_size": 24, "position_embedding_type": "rope"}, "head size"),
     ],
 )
-def test_wrong_configurations_say_what_is_wrong(fields, words):
+def test_wrong_configurations_are_refused(fields, words):
     with pytest.raises(ValueError, match=words):
         VLMViTConfig(**{**TINY, **fields})
 
 
-def test_wrong_inputs_say_what_is_wrong():
+def test_wrong_inputs_are_refused():
     model = build()
     with pytest.raises(ValueError, match="must be \\(batch, 3, height, width\\)"):
         model(torch.randn(1, 1, 32, 32))
