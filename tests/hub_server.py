@@ -99,12 +99,16 @@ class Hub(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
+        self.clear()
+        self.lock = threading.RLock()
+        self.endpoint = f"http://127.0.0.1:{self.server_port}"
+
+    def clear(self) -> None:
+        """Forgets all repositories and requests."""
         self.tokens = {"owner": ("me", True), "reader": ("me", False), "stranger": ("them", True)}
         self.repos: dict[tuple[str, str], Repo] = {}
         self.large: dict[str, bytes] = {}
         self.requests: list[str] = []
-        self.lock = threading.RLock()
-        self.endpoint = f"http://127.0.0.1:{self.server_port}"
 
     def start(self) -> "Hub":
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()

@@ -1,6 +1,7 @@
 """The demo in a minute's miniature: what it leaves and what it says."""
 
 import json
+from types import SimpleNamespace
 
 from PIL import Image
 
@@ -11,7 +12,9 @@ TINY = {"max_steps": 4, "eval_steps": 2, "logging_steps": 1, "num_train_examples
 SMALL_BATCHES = {"per_device_train_batch_size": 4, "disable_tqdm": True, "use_cpu": True}
 
 
-def test_the_demo_leaves_a_folder_to_look_at(tmp_path, capsys, monkeypatch):
+def test_the_demo_leaves_a_folder_to_look_at(tmp_path, capsys, monkeypatch, fork_server):
+    monkeypatch.setattr("hf_vlm.cli.demo.subprocess", SimpleNamespace(Popen=fork_server.popen))
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("hf_vlm.cli.demo.NUM_UNLABELLED", NUM_IMAGES)
     results = run_demo(tmp_path, overrides=TINY | SMALL_BATCHES) | {"seconds": 12.3}
     write_report(tmp_path, results)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,10 +10,10 @@ import pytest
 PROGRAM = Path(__file__).with_name("fuzz.py")
 
 
-def fuzz(target, seed, count, folder):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "home")}
+def fuzz(fork_server, target, seed, count, folder):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     words = [sys.executable, str(PROGRAM), target, str(seed), str(count), str(folder)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=600, env=environment)
+    done = fork_server.run(words, timeout=600, cwd=folder, env=environment)
     assert done.returncode == 0, done.stderr[-5000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["read"] + found["refused"] == count
@@ -23,11 +22,11 @@ def fuzz(target, seed, count, folder):
 
 
 @pytest.mark.parametrize(("target", "count"), [("images", 1600), ("annotations", 400)])
-def test_mutated_files(tmp_path, target, count):
-    fuzz(target, 0, count, tmp_path)
+def test_mutated_files(fork_server, tmp_path, target, count):
+    fuzz(fork_server, target, 0, count, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("target", "count"), [("images", 20_000), ("annotations", 3_000)])
-def test_many_mutated_files(tmp_path, target, count):
-    fuzz(target, 1, count, tmp_path)
+def test_many_mutated_files(fork_server, tmp_path, target, count):
+    fuzz(fork_server, target, 1, count, tmp_path)

@@ -1,73 +1,54 @@
-"""A Hub on loopback, and processes that talk to it with the real clients."""
+"""Runs to publish, and programs that talk to a Hub with the real clients."""
 
-import importlib.util
 import json
 import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-
-def _load_hub() -> Any:
-    spec = importlib.util.spec_from_file_location("hub_server", Path(__file__).parents[1] / "hub_server.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules.setdefault("hub_server", importlib.util.module_from_spec(spec))
-    if not hasattr(module, "Hub"):
-        spec.loader.exec_module(module)
-    return module.Hub
-
-
 RunPython = Callable[..., str]
 StartHub = Callable[[Path], tuple[Any, RunPython]]
 
 
-def _runner(run_process: RunPython, endpoint: str, folder: Path) -> RunPython:
-    """Clients need processes of their own: huggingface_hub reads its endpoint when it is imported."""
-    elsewhere = folder / "elsewhere"
-    elsewhere.mkdir(exist_ok=True)
-
-    def run(code: str, *, token: str | None = "owner", forbid_hf_vlm: bool = False) -> str:
-        hub = {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "hf_home"), "HF_HUB_DISABLE_XET": "1"}
-        login = {"HF_TOKEN": token} if token else {}
-        return run_process(code, elsewhere, forbid_hf_vlm=forbid_hf_vlm, **hub, **login)
-
-    return run
-
-
 @pytest.fixture(scope="session")
-def start_hub(run_process: RunPython) -> Iterator[StartHub]:
-    """`start_hub(folder) -> (hub, run_python)`: an empty Hub, and a way to run clients of it inside the folder.
+def start_hub(hub: Any, run_process: RunPython) -> StartHub:
+    """`start_hub(folder) -> (hub, run_python)`: the Hub, emptied, and a way to run clients of it inside the folder.
 
-    The hub has `endpoint`, `tokens`, `repos`, `files(repo_id)` and the `requests` it served.
     `run_python(code, token="owner", forbid_hf_vlm=False)` returns what the code printed; it works in
     `folder / "elsewhere"`, where no source of hf_vlm is in sight.
     """
-    servers = []
 
     def start(folder: Path) -> tuple[Any, RunPython]:
-        server = _load_hub()().start()
-        servers.append(server)
-        return server, _runner(run_process, server.endpoint, folder)
+        hub.clear()
+        elsewhere = folder / "elsewhere"
+        elsewhere.mkdir()
 
-    yield start
-    for server in servers:
-        server.stop()
+        def run(code: str, *, token: str | None = "owner", forbid_hf_vlm: bool = False) -> str:
+            return run_process(code, elsewhere, forbid_hf_vlm=forbid_hf_vlm, token=token)
 
+        return hub, run
 
-@pytest.fixture
-def hub_server(start_hub: StartHub, tmp_path: Path) -> Any:
-    """An empty Hub of the test's own; see `start_hub`."""
-    return start_hub(tmp_path)[0]
+    return start
 
 
 @pytest.fixture
-def run_python(hub_server: Any, run_process: RunPython, tmp_path: Path) -> RunPython:
+def hub_client(start_hub: StartHub, tmp_path: Path) -> tuple[Any, RunPython]:
+    """An empty Hub, and how to run clients of it; see `start_hub`."""
+    return start_hub(tmp_path)
+
+
+@pytest.fixture
+def hub_server(hub_client: tuple[Any, RunPython]) -> Any:
+    """An empty Hub; see `start_hub`."""
+    return hub_client[0]
+
+
+@pytest.fixture
+def run_python(hub_client: tuple[Any, RunPython]) -> RunPython:
     """Runs code as a client of `hub_server`; see `start_hub`."""
-    return _runner(run_process, hub_server.endpoint, tmp_path)
+    return hub_client[1]
 
 
 RECIPE = {"method": "detection", "data": "scenes:easy", "eval_split": "test", "max_steps": 4}

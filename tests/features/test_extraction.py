@@ -4,7 +4,6 @@ import io
 import json
 import os
 import signal
-import subprocess
 import sys
 import textwrap
 
@@ -214,7 +213,7 @@ def test_a_file_from_before_outlives_a_failure(folder, processor, tmp_path):
     assert path.read_bytes() == before
 
 
-def test_a_kill_in_the_middle_leaves_nothing_under_the_name(tmp_path):
+def test_a_kill_in_the_middle_leaves_nothing_under_the_name(tmp_path, fork_server):
     program = """
         import os, signal, sys
         from pathlib import Path
@@ -237,12 +236,8 @@ def test_a_kill_in_the_middle_leaves_nothing_under_the_name(tmp_path):
         extraction.write_features(Path("features.parquet"), encoder, processor, scenes_source(num_samples=50),
                                 batch_size=4)
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = fork_server.run([sys.executable, "-c", textwrap.dedent(program)], cwd=tmp_path, env=environment)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == [".features.parquet.partial"]
 

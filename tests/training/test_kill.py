@@ -45,8 +45,9 @@ WRITERS = {"parquet": write_parquet, "webdataset": write_webdataset}
 class Run:
     """A recipe that is started again and again on the same folder."""
 
-    def __init__(self, folder, recipe, num_ranks):
+    def __init__(self, folder, recipe, num_ranks, popen):
         self.folder = folder
+        self.popen = popen
         self.num_ranks = num_ranks
         folder.mkdir()
         self.recipe = folder / "recipe.json"
@@ -57,7 +58,9 @@ class Run:
         if self.num_ranks > 1:
             words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(self.num_ranks), *words]
         with (self.folder / "output.txt").open("a") as output:
-            return subprocess.Popen([sys.executable, *words], stdout=output, stderr=output, start_new_session=True)
+            return self.popen(
+                [sys.executable, *words], cwd=self.folder, stdout=output, stderr=output, start_new_session=True
+            )
 
     def finish(self):
         assert self.start().wait(timeout=300) == 0, (self.folder / "output.txt").read_text()[-4000:]
@@ -88,7 +91,7 @@ class Run:
         return load_file(self.folder / "run" / "pretraining_model" / "model.safetensors")
 
 
-def check_kills(make_recipe, tmp_path, *, kind, num_ranks, num_workers, num_kills, seed):
+def check_kills(make_recipe, tmp_path, popen, *, kind, num_ranks, num_workers, num_kills, seed):
     data = tmp_path / "data"
     data.mkdir()
     WRITERS[kind](data)
@@ -103,7 +106,7 @@ def check_kills(make_recipe, tmp_path, *, kind, num_ranks, num_workers, num_kill
         save_total_limit=1,
         dataloader_num_workers=num_workers,
     )
-    whole, broken = (Run(tmp_path / name, recipe, num_ranks) for name in ("whole", "broken"))
+    whole, broken = (Run(tmp_path / name, recipe, num_ranks, popen) for name in ("whole", "broken"))
     whole.finish()
     generator = random.Random(seed)
     was_killed = [broken.kill_after(generator.randint(1, 10), generator.uniform(0, 0.05)) for _ in range(num_kills)]
@@ -125,8 +128,9 @@ def check_kills(make_recipe, tmp_path, *, kind, num_ranks, num_workers, num_kill
     assert all(torch.equal(value, weights[name]) for name, value in broken.weights().items())
 
 
-def test_killed_twice_at_random_moments(make_recipe, tmp_path):
-    check_kills(make_recipe, tmp_path, kind="parquet", num_ranks=1, num_workers=0, num_kills=2, seed=0)
+def test_killed_twice_at_random_moments(make_recipe, tmp_path, fork_server):
+    popen = fork_server.popen
+    check_kills(make_recipe, tmp_path, popen, kind="parquet", num_ranks=1, num_workers=0, num_kills=2, seed=0)
 
 
 @pytest.mark.slow
@@ -134,4 +138,5 @@ def test_killed_twice_at_random_moments(make_recipe, tmp_path):
 @pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_killed_many_times_at_random_moments(make_recipe, tmp_path, kind, num_ranks, num_workers):
-    check_kills(make_recipe, tmp_path, kind=kind, num_ranks=num_ranks, num_workers=num_workers, num_kills=4, seed=1)
+    changes = {"kind": kind, "num_ranks": num_ranks, "num_workers": num_workers}
+    check_kills(make_recipe, tmp_path, subprocess.Popen, **changes, num_kills=4, seed=1)

@@ -238,11 +238,20 @@ def test_peaks_by_name(name, kind, tflops):
     assert listed_peak(name, kind) == (None if tflops is None else tflops * 1e12)
 
 
-def test_the_peak_of_another_device_is_measured(monkeypatch):
-    ticks = iter([0.0, 9.0, 10.0, 10.5, 20.0, 20.25, *[30.0, 39.0] * 9])  # the best product took a quarter of a second
+@pytest.mark.parametrize(
+    ("durations", "best"),
+    [
+        ([0.3, 0.2, 0.01, 0.02, 0.02, 0.02], 0.01),
+        ([0.6, 0.5], 0.5),  # more than a second in all: no third product
+    ],
+)
+def test_the_peak_of_another_device_is_measured(monkeypatch, durations, best):
+    ticks = (tick for index, seconds in enumerate(durations) for tick in (10.0 * index, 10.0 * index + seconds))
     monkeypatch.setattr(meters, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
     state = torch.get_rng_state()
-    assert measured_peak(torch.device("cpu"), torch.float32) == 2 * 1024**3 / 0.25
+    found = measured_peak.__wrapped__(torch.device("cpu"), torch.float32)  # not what was measured before
+    assert found == pytest.approx(2 * 1024**3 / best)
+    assert next(ticks, None) is None
     assert torch.equal(torch.get_rng_state(), state)
 
 

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file
@@ -202,13 +201,12 @@ def keep(rank, store, path):
     torch.save(probe_in_two_ranks(rank, store), path)
 
 
-def test_one_rank_probes_for_all_and_a_sharded_model_is_run_by_all(tmp_path):
+def test_one_rank_probes_for_all_and_a_sharded_model_is_run_by_all(tmp_path, fork_server):
     store, path = str(tmp_path / "store"), tmp_path / "other.pt"
-    other = mp.get_context("spawn").Process(target=keep, args=(1, store, path), daemon=True)
-    other.start()
+    code = "import runpy, sys; runpy.run_path(sys.argv[1])['keep'](1, *sys.argv[2:])"
+    other = fork_server.popen([sys.executable, "-c", code, __file__, store, str(path)], cwd=tmp_path)
     entries, num_read = probe_in_two_ranks(0, store)
-    other.join(timeout=120)
-    assert other.exitcode == 0
+    assert other.wait(timeout=120) == 0
     entries_of_other, num_read_of_other = torch.load(path)
     assert entries == entries_of_other
     assert (num_read, num_read_of_other) == (3, 2)
