@@ -1,0 +1,102 @@
+"""Every block of code in README.md runs as it is there, on small data and models."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+# What the commands find in their folder: images of every kind that README names, and an encoder of transformers.
+PREPARE = """
+import json
+from pathlib import Path
+import numpy as np
+from PIL import Image
+from transformers import Dinov2Config, Dinov2Model
+
+rng = np.random.default_rng(0)
+
+def save_image(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(rng.integers(0, 255, (48, 64, 3), dtype=np.uint8)).save(path)
+
+for index in range(8):
+    for folder in ("my-images", "my-org/unlabelled-images"):
+        save_image(Path(folder, f"{index}.png"))
+    for split in ("train", "validation", "test"):
+        save_image(Path("my-coco-folder", split, f"{index}.png"))
+        for name in ("cat", "dog"):
+            save_image(Path("my-class-folders", split, name, f"{index}.png"))
+for split in ("train", "validation", "test"):
+    boxes = [
+        {"id": i, "image_id": i, "category_id": i % 2, "bbox": [4, 6, 20, 30], "area": 600, "iscrowd": 0}
+        for i in range(8)
+    ]
+    Path("my-coco-folder", split, "_annotations.coco.json").write_text(json.dumps({
+        "images": [{"id": i, "file_name": f"{i}.png", "width": 64, "height": 48} for i in range(8)],
+        "annotations": boxes,
+        "categories": [{"id": 0, "name": "cat"}, {"id": 1, "name": "dog"}],
+    }))
+save_image(Path("photo.jpg"))
+Dinov2Model(
+    Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14)
+).save_pretrained("facebook/dinov2-small")
+"""
+RUN_COMMANDS = """
+from hf_vlm.cli.main import main
+for arguments in COMMANDS:
+    assert main(arguments) == 0, arguments
+"""
+
+ENCODER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8}
+TINY_STACK = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+HEADS = {  # by recipe
+    "mae/vit_small.yaml": {"decoder_config": TINY_STACK},
+    "detection/vit_small.yaml": {
+        **{"hidden_size": 32, "intermediate_size": 32, "num_decoder_layers": 1, "num_queries": 5},
+        **{"neck_num_blocks": 1, "num_self_attention_heads": 4, "num_cross_attention_heads": 4},
+    },
+    "classification/vit_small.yaml": {},
+}
+NAMES = {"my-org/my-detector": "me/my-detector"}  # who pushes in the test
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def small(command):
+    """The arguments of a command of README, its trainings made small enough to be run."""
+    arguments = [NAMES.get(word, word) for word in shlex.split(command, comments=True)]
+    if arguments[0] == "accelerate":  # the command it starts on many devices, here on one
+        assert (ROOT / arguments[arguments.index("--config_file") + 1]).is_file()
+        arguments = [*arguments[arguments.index("hf_vlm.cli") :], "--overwrite_output_dir", "true"]
+    arguments = arguments[1:]
+    if arguments[0] in ("pretrain", "finetune"):
+        arguments += ["--max_steps", "1", "--per_device_train_batch_size", "2", "--num_probe_examples", "4"]
+        arguments += ["--encoder_config", json.dumps(ENCODER | {"position_embedding_type": "sincos"})]
+        arguments += ["--model_config", json.dumps(HEADS[arguments[1]]), "--image_size", "32"]
+        arguments += ["--dataloader_num_workers", "0", "--use_cpu", "true", "--bf16", "false"]
+    if arguments[0] == "embed":
+        arguments += ["--num_queries", "2", "--num_neighbors", "2"]
+    return arguments
+
+
+def test_the_commands_run_in_their_order(hub, run_process, tmp_path):
+    hub.clear()
+    make, commands = blocks("")
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert {line.split()[1] for line in make.splitlines() if line.strip()} <= set(targets)
+    runs = [small(line) for line in commands.splitlines() if line.strip()]
+    code = f"{PREPARE}\nCOMMANDS = {runs!r}\n{RUN_COMMANDS}"
+    printed = run_process(code, tmp_path, token="owner")
+    assert "AP" in printed
+    for name in ("out.png", "features.parquet", "neighbors.png", "maps.png", "confusion.png", "views.png"):
+        assert (tmp_path / name).stat().st_size > 0
+    assert "model.safetensors" in hub.files("me/my-detector")
+
+    (block,) = blocks("python")
+    link = tmp_path / "my-org" / "my-detector"
+    link.symlink_to(tmp_path / "runs" / "detector")
+    run_process(block + "\nassert detect('photo.jpg') is not None and mae.config.mask_ratio == 0.75", tmp_path)
