@@ -202,11 +202,11 @@ def test_num_samples_are_the_first(format, folders):
 
 def test_unlabelled_keeps_the_images(folders):
     for format in FORMATS:
-        stream = open_format(format, folders).unlabelled()
-        assert set(next(iter(stream))) == set(stream.features) == {"image", "image_id"}
-        assert stream.object_names is None
-        assert stream.label_names is None
-        assert stream.mask_names is None
+        source = open_format(format, folders).unlabelled()
+        assert set(next(iter(source))) == set(source.features) == {"image", "image_id"}
+        assert source.object_names is None
+        assert source.label_names is None
+        assert source.mask_names is None
 
 
 def test_the_format_is_guessed(folders, tmp_path):
@@ -234,17 +234,17 @@ def test_parquet_round_trip(tmp_path):
     later = {"image_id": [200 + row for row in range(20)]}
     write_detection_parquet(tmp_path / "data" / "train-00001-of-00002.parquet", **later)
     write_detection_parquet(tmp_path / "data" / "validation-00000-of-00001.parquet", num_rows=2)
-    stream = open_source(tmp_path)
-    examples = list(stream)
+    source = open_source(tmp_path)
+    examples = list(source)
     assert [example["image_id"] for example in examples] == [*range(100, 120), *range(200, 220)]
-    assert stream.dataset.num_shards == 6
+    assert source.dataset.num_shards == 6
     for row, example in enumerate(examples):
         assert example["image"] == {"bytes": png(row % 20), "path": None}
         assert example["objects"] == make_objects(row % 20)
-        assert stream.features.encode_example(example) == example
-    assert stream.features == datasets.Features(DETECTION)
-    assert stream.object_names == ["ant", "bee", "cat"]
-    assert stream.object_names is not None
+        assert source.features.encode_example(example) == example
+    assert source.features == datasets.Features(DETECTION)
+    assert source.object_names == ["ant", "bee", "cat"]
+    assert source.object_names is not None
     assert len(list(open_source(tmp_path, "valid"))) == 2
 
 
@@ -273,10 +273,10 @@ def test_parquet_columns_of_other_names_and_types(tmp_path):
     write_parquet(tmp_path / "path.parquet", {"file_name": ["photos/a.png", str(tmp_path / "photos/b.png")]})
     assert [value_of(example) for example in open_source(tmp_path / "bytes")] == [1, 2]
     assert [value_of(example) for example in open_source(tmp_path / "struct")] == [3]
-    stream = open_source(tmp_path / "path.parquet")
-    assert [value_of(example) for example in stream] == [40, 41]
-    assert [example["image_id"] for example in stream] == [0, 1]
-    assert set(stream.features) == {"image", "image_id"}
+    source = open_source(tmp_path / "path.parquet")
+    assert [value_of(example) for example in source] == [40, 41]
+    assert [example["image_id"] for example in source] == [0, 1]
+    assert set(source.features) == {"image", "image_id"}
 
 
 def test_parquet_image_feature_is_not_decoded(tmp_path):
@@ -300,9 +300,9 @@ def test_labels_without_names_are_those_of_all_splits(tmp_path, train, test, nam
     write_parquet(tmp_path / "train.parquet", {"image": [png(0)] * len(train), "label": train})
     write_parquet(tmp_path / "test.parquet", {"image": [png(0)], "label": test})
     write_parquet(tmp_path / "dev.parquet", {"image": [png(0)]})
-    stream = open_source(tmp_path)
-    assert stream.label_names == open_source(tmp_path, "test").label_names == names
-    assert [example["label"] for example in stream] == expected
+    source = open_source(tmp_path)
+    assert source.label_names == open_source(tmp_path, "test").label_names == names
+    assert [example["label"] for example in source] == expected
 
 
 def test_objects_as_a_list_of_structs(tmp_path):
@@ -311,9 +311,9 @@ def test_objects_as_a_list_of_structs(tmp_path):
         [],
     ]
     write_parquet(tmp_path / "a.parquet", {"image": [png(0), png(1)], "annotations": objects})
-    stream = open_source(tmp_path)
-    assert stream.object_names == ["ant", "bee"]
-    first, second = (example["objects"] for example in stream)
+    source = open_source(tmp_path)
+    assert source.object_names == ["ant", "bee"]
+    first, second = (example["objects"] for example in source)
     expected = {"bbox": [[1, 1, 4, 2], [0, 0, 2, 2]], "category": [1, 0], "area": [8, 4], "iscrowd": [0, 0]}
     assert first == expected
     assert second == {"bbox": [], "category": [], "area": [], "iscrowd": []}
@@ -329,13 +329,13 @@ def test_empty_boxes_are_dropped_with_one_warning(tmp_path, caplog):
     }
     write_parquet(tmp_path / "a.parquet", rows)
     with caplog.at_level(logging.WARNING):
-        stream = open_source(tmp_path)
+        source = open_source(tmp_path)
     (message,) = caplog.messages
     assert "2 of 4 boxes are dropped" in message
     assert "row 0 [1.0, 1.0, 0.0, 5.0], row 1 [99.0, 0.0, 3.0, 3.0]" in message
     assert "1 boxes stick out of their image and will be clipped: row 1 [2.0, 2.0, 30.0, 3.0]" in message
     assert "1 of 2 classes have no box: 1" in message
-    kept = [example["objects"] for example in stream]
+    kept = [example["objects"] for example in source]
     assert [objects["bbox"] for objects in kept] == [[boxes[0][0]], [boxes[1][0]]]
     assert [objects["category"] for objects in kept] == [[0], [0]]
     assert [objects["area"] for objects in kept] == [[9], [90]]
@@ -361,8 +361,8 @@ def test_hidden_labels_and_no_objects_leave_the_columns_out(tmp_path, caplog):
     rows = {"image": [{"bytes": png(0), "path": None}] * 2, "label": [-1, -1], "objects": [empty, empty]}
     write_parquet(tmp_path / "test.parquet", rows, features)
     with caplog.at_level(logging.WARNING):
-        stream = open_source(tmp_path, "test")
-    assert set(stream.features) == {"image", "image_id"} == set(next(iter(stream)))
+        source = open_source(tmp_path, "test")
+    assert set(source.features) == {"image", "image_id"} == set(next(iter(source)))
     assert "no row has a label in the column 'label'" in caplog.text
     assert "no row has an object" in caplog.text
 
@@ -370,8 +370,8 @@ def test_hidden_labels_and_no_objects_leave_the_columns_out(tmp_path, caplog):
 def test_repeated_ids_become_positions(tmp_path, caplog):
     write_parquet(tmp_path / "a.parquet", {"image": [png(0)] * 3, "image_id": [4, 4, 5]})
     with caplog.at_level(logging.WARNING):
-        stream = open_source(tmp_path)
-    assert [example["image_id"] for example in stream] == [0, 1, 2]
+        source = open_source(tmp_path)
+    assert [example["image_id"] for example in source] == [0, 1, 2]
     assert "'image_id' is not unique" in caplog.text
 
 
@@ -419,9 +419,9 @@ def test_imagefolder_with_classes_and_splits(tmp_path):
     write_images(tmp_path, ["train/dog/1.png", "train/cat/2.JPG", "train/cat/1.png", "val/dog/9.png", "val/ant/1.png"])
     (tmp_path / "train" / "cat" / "notes.txt").write_text("no image")
     write_images(tmp_path, ["train/.hidden/1.png", "train/cat/.2.png"])
-    stream = open_source(tmp_path)
-    assert stream.label_names == open_source(tmp_path, "validation").label_names == ["ant", "cat", "dog"]
-    examples = list(stream)
+    source = open_source(tmp_path)
+    assert source.label_names == open_source(tmp_path, "validation").label_names == ["ant", "cat", "dog"]
+    examples = list(source)
     names = ["cat/1.png", "cat/2.JPG", "dog/1.png"]
     assert [example["image"] for example in examples] == [
         {"bytes": None, "path": str(tmp_path / "train" / name)} for name in names
@@ -429,7 +429,7 @@ def test_imagefolder_with_classes_and_splits(tmp_path):
     assert [example["label"] for example in examples] == [1, 1, 2]
     assert [example["image_id"] for example in examples] == [0, 1, 2]
     assert [value_of(example) for example in examples] == [2, 1, 0]
-    assert stream.object_names is None
+    assert source.object_names is None
 
 
 @pytest.mark.parametrize(
@@ -438,9 +438,9 @@ def test_imagefolder_with_classes_and_splits(tmp_path):
 )
 def test_imagefolder_without_classes(tmp_path, names):
     write_images(tmp_path, names)
-    stream = open_source(tmp_path)
-    assert [example["image"]["path"] for example in stream] == sorted(str(tmp_path / name) for name in names)
-    assert set(stream.features) == {"image", "image_id"}
+    source = open_source(tmp_path)
+    assert [example["image"]["path"] for example in source] == sorted(str(tmp_path / name) for name in names)
+    assert set(source.features) == {"image", "image_id"}
 
 
 def test_the_first_images_of_class_folders_are_of_all_classes(tmp_path):
@@ -520,8 +520,8 @@ def test_coco_without_annotations_is_unlabelled(tmp_path, caplog):
     del content["annotations"]
     write_coco(tmp_path / "a.json", tmp_path, content, num_images=3)
     with caplog.at_level(logging.WARNING):
-        stream = open_source(tmp_path)
-    assert set(stream.features) == {"image", "image_id"}
+        source = open_source(tmp_path)
+    assert set(source.features) == {"image", "image_id"}
     assert "has no annotations: its images are used without labels" in caplog.text
 
 
@@ -542,13 +542,13 @@ def test_coco_boxes_are_checked(tmp_path, caplog):
     content["categories"].append({"id": 100, "name": "dog"})
     write_coco(tmp_path / "a.json", tmp_path, content, num_images=4)
     with caplog.at_level(logging.WARNING):
-        stream = open_source(tmp_path)
+        source = open_source(tmp_path)
     (message,) = caplog.messages
     assert "2 of 7 boxes are dropped" in message
     assert "annotation 1 [3.0, 3.0, 0.0, 5.0], annotation 2 [-20.0, 0.0, 5.0, 5.0]" in message
     assert "1 boxes stick out of their image and will be clipped: annotation 3" in message
     assert "1 of 4 classes have no box: dog" in message
-    assert [len(example["objects"]["bbox"]) for example in stream] == [0, 1, 3, 1]
+    assert [len(example["objects"]["bbox"]) for example in source] == [0, 1, 3, 1]
 
 
 def change(content, key, index, **values):
@@ -631,10 +631,10 @@ def test_hub_rows_without_id_get_one_from_their_content(tmp_path, caplog):
     features = {"image": image_feature(), "label": datasets.Value("string")}
     write_parquet(tmp_path / "train-00000-of-00001.parquet", rows, features)
     with caplog.at_level(logging.WARNING):
-        stream = open_source(tmp_path, format="hub")
-    ids = [example["image_id"] for example in stream]
+        source = open_source(tmp_path, format="hub")
+    ids = [example["image_id"] for example in source]
     assert len(set(ids)) == 6
-    assert ids == [example["image_id"] for example in stream]
+    assert ids == [example["image_id"] for example in source]
     assert all(0 <= image_id < 2**63 for image_id in ids)
     assert "the column 'label' is left out: without ClassLabel its classes are not known" in caplog.text
 

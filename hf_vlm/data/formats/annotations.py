@@ -30,12 +30,13 @@ logger = logging.getLogger(__name__)
 Array = np.ndarray[Any, Any]
 
 OBJECT_FIELDS = {name: name for name in ("bbox", "category", "area", "iscrowd")}  # stored under their own names
+SEQUENCES, NUMBERS, CATEGORIES = (list, tuple), (int, float), (str, int, float)  # types; a union would be slower
 MAX_INTEGER = 2**1000  # larger ones are beyond float64
 TOLERANCE = 0.5  # pixels that a box may stick out: annotation tools round
 
 
 class ObjectLists(TypedDict):
-    """ObjectLists as lists of equal lengths, with one entry per object."""
+    """Objects as lists of equal lengths, with one entry per object."""
 
     bbox: list[list[float]]  # x, y, width, height
     category: list[Any]  # as the source has it: a number or a name
@@ -56,8 +57,8 @@ def normalise_objects(
         name_of: Name of the object at an index, for messages.
 
     Raises:
-        ValueError: An object has no category or no bbox of four numbers, its area or iscrowd is no number, or the
-            lists are not equally long.
+        ValueError: An object has no category or no bbox of four numbers, its area is no number, its iscrowd neither
+            0 nor 1, or the lists are not equally long.
     """
     columns = _as_columns(stored or [], fields, location)
     objects: ObjectLists = {"bbox": [], "category": [], "area": [], "iscrowd": []}
@@ -96,22 +97,24 @@ def _as_columns(stored: Any, fields: Mapping[str, str], location: object) -> lis
 
 def _problem(box: Any, category: Any, area: Any, crowd: Any) -> str | None:
     """What cannot be filled of an object, in words; None where nothing is wrong."""
-    if not (isinstance(box, list | tuple) and len(box) == 4 and all(map(_is_number, box))):
+    if not (isinstance(box, SEQUENCES) and len(box) == 4 and all(map(_is_number, box))):
         found = "no bbox" if box is None else f"the bbox {box}"
         return f"has {found}; it needs four numbers, x, y, width, height"
-    if _is_null(category) or not isinstance(category, str | int | float):
-        return "has no category" if _is_null(category) else f"has the category {category}, neither a number nor a name"
+    if _is_null(category):
+        return "has no category"
+    if not isinstance(category, CATEGORIES):
+        return f"has the category {category}, neither a number nor a name"
     if area is not None and not _is_number(area):
         return f"has the area {area!r}, which is no number"
-    if not _is_null(crowd) and not (isinstance(crowd, bool) or (_is_number(crowd) and math.isfinite(crowd))):
+    if not (_is_null(crowd) or crowd in (0, 1)):
         return f"has the iscrowd {crowd!r}, which is neither 0 nor 1"
     return None
 
 
 def _is_number(value: Any) -> bool:
     """Whether a value is a number that a float can hold; infinity and NaN are."""
-    return (
-        isinstance(value, int | float)
+    return type(value) is float or (
+        isinstance(value, NUMBERS)
         and not isinstance(value, bool)
         and not (isinstance(value, int) and abs(value) > MAX_INTEGER)
     )

@@ -54,18 +54,18 @@ def root(request, tmp_path):
 
 def test_boxes_come_from_the_rows(root):
     write(root, BOXES)
-    stream = open_imagefolder(root, "train")
-    first, second = stream
-    assert names_of(stream, root) == ["b.png", "sub/a.png"]
-    assert values_of(stream) == [0, 1]
+    source = open_imagefolder(root, "train")
+    first, second = source
+    assert names_of(source, root) == ["b.png", "sub/a.png"]
+    assert values_of(source) == [0, 1]
     assert [first["image_id"], second["image_id"]] == [0, 1]
-    assert stream.object_names == ["0", "1", "2"]
+    assert source.object_names == ["0", "1", "2"]
     expected = {"bbox": [[1, 2, 3.5, 4], [0, 0, 5, 6]], "category": [2, 0], "area": [14, 30], "iscrowd": [0, 0]}
     assert first["objects"] == expected
     assert second["objects"] == {"bbox": [], "category": [], "area": [], "iscrowd": []}
-    assert set(stream.features) == {"image", "image_id", "objects"}
-    for example in stream:
-        assert stream.features.encode_example(example) == example
+    assert set(source.features) == {"image", "image_id", "objects"}
+    for example in source:
+        assert source.features.encode_example(example) == example
 
 
 def test_objects_may_be_a_list_with_names_of_classes(root):
@@ -74,9 +74,9 @@ def test_objects_may_be_a_list_with_names_of_classes(root):
         {"bbox": [0, 0, 2, 2], "category": "ant", "area": 3.0, "iscrowd": 1},
     ]
     write(root, [{"file_name": "b.png", "objects": objects, "id": 70}, {"file_name": "sub/a.png", "id": 71}])
-    stream = open_imagefolder(root, "train")
-    first, second = stream
-    assert stream.object_names == ["ant", "bee"]
+    source = open_imagefolder(root, "train")
+    first, second = source
+    assert source.object_names == ["ant", "bee"]
     assert first["objects"] == {
         "bbox": [[1, 1, 4, 2], [0, 0, 2, 2]],
         "category": [1, 0],
@@ -110,27 +110,27 @@ def test_metadata_in_the_root_serve_all_splits(root):
 def test_csv(root, labels, classes, expected):
     text = f'\ufefffile_name,label,text\r\nb.png,{labels[0]},"two\nlines"\r\nsub/a.png,{labels[1]},\r\n'
     write(root, text, metadata="metadata.csv")
-    stream = open_imagefolder(root, "train")
-    assert stream.label_names == classes
-    assert [example["label"] for example in stream] == expected
+    source = open_imagefolder(root, "train")
+    assert source.label_names == classes
+    assert [example["label"] for example in source] == expected
 
 
 def test_masks_are_named_too(root, caplog):
     names = ["a.png", "b.png", "masks/a.png", "masks/b.png"]
     write(root, [{"file_name": name, "mask_file_name": f"masks/{name}"} for name in names[:2]], names)
-    stream = open_imagefolder(root, "train")
-    assert [example["mask"] for example in stream] == [
+    source = open_imagefolder(root, "train")
+    assert [example["mask"] for example in source] == [
         {"bytes": None, "path": f"{root}/masks/{name}"} for name in names[:2]
     ]
-    assert values_of(stream) == [0, 1]
+    assert values_of(source) == [0, 1]
     assert not caplog.messages
 
 
 def test_images_without_a_row_are_left_out_with_a_warning(root, caplog):
     write(root, BOXES[:1])
     with caplog.at_level(logging.WARNING):
-        stream = open_imagefolder(root, "train")
-    assert names_of(stream, root) == ["b.png"]
+        source = open_imagefolder(root, "train")
+    assert names_of(source, root) == ["b.png"]
     assert "1 images are left out, since" in caplog.text
     assert "does not name them: a.png" in caplog.text
 
@@ -139,11 +139,11 @@ def test_boxes_are_checked_against_the_size(root, caplog):
     objects = {"bbox": [[1, 1, 0, 5], [2, 2, 30, 3]], "categories": [0, 1]}
     write(root, [{"file_name": "b.png", "objects": objects, "width": 16, "height": 12}, {"file_name": "sub/a.png"}])
     with caplog.at_level(logging.WARNING):
-        stream = open_imagefolder(root, "train")
+        source = open_imagefolder(root, "train")
     assert "1 of 2 boxes are dropped" in caplog.text
     assert "metadata.jsonl, line 1 [1.0, 1.0, 0.0, 5.0]" in caplog.text
     assert "1 boxes stick out of their image" in caplog.text
-    first, _ = stream
+    first, _ = source
     assert first["objects"] == {"bbox": [[2, 2, 30, 3]], "category": [1], "area": [90], "iscrowd": [0]}
 
 
@@ -237,7 +237,7 @@ def test_remote_folders_list_as_local_ones(root):
     (root / "train" / "cat" / "notes.txt").write_text("no image")
     found = [str(path).removeprefix(f"{root}/") for path in find_images(root)]
     assert found == ["train/cat/1.png", "train/cat-1/1.JPG", "train/dog/2.png", "val/dog/9.png"]
-    stream = open_imagefolder(root, "train")
-    assert stream.label_names == ["cat", "cat-1", "dog"]
-    assert [example["label"] for example in stream] == [0, 1, 2]
-    assert values_of(stream) == [2, 1, 0]
+    source = open_imagefolder(root, "train")
+    assert source.label_names == ["cat", "cat-1", "dog"]
+    assert [example["label"] for example in source] == [0, 1, 2]
+    assert values_of(source) == [2, 1, 0]

@@ -77,12 +77,12 @@ def test_resumes_exactly(sources):
 
 
 def test_labels_stay_where_classes_are_equal(sources, tmp_path, caplog):
-    stream = open_source(sources)
-    assert stream.label_names == ["0", "1"]
-    assert all(example["label"] == int(name_of(example)["name"][1:]) % 2 for example in stream)
+    source = open_source(sources)
+    assert source.label_names == ["0", "1"]
+    assert all(example["label"] == int(name_of(example)["name"][1:]) % 2 for example in source)
     Dataset.from_list([{"image": b"c0", "label": "dog"}]).to_parquet(tmp_path / "c.parquet")
-    stream = open_source({**sources, str(tmp_path / "c.parquet"): 1})
-    assert list(stream.features) == ["image", "image_id"]
+    source = open_source({**sources, str(tmp_path / "c.parquet"): 1})
+    assert list(source.features) == ["image", "image_id"]
     assert "the column 'label' is left out, since its classes differ" in caplog.text
 
 

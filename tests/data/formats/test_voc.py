@@ -57,9 +57,9 @@ def content(source, split="train"):
 def test_devkit_with_splits(tmp_path, root):
     write_devkit(tmp_path / root, {"train": "ab", "val": "c", "trainval": "abc", "cat_train": "a"})
     assert guess_format(tmp_path) == "voc"
-    stream = open_source(tmp_path)
-    assert stream.object_names == ["bird", "cat", "dog"]
-    assert [example["image_id"] for example in stream] == [0, 1]
+    source = open_source(tmp_path)
+    assert source.object_names == ["bird", "cat", "dog"]
+    assert [example["image_id"] for example in source] == [0, 1]
     assert content(tmp_path) == {name: EXPECTED[name] for name in "ab"}
     assert content(tmp_path, "validation") == {"c": EXPECTED["c"]}
     assert content(tmp_path, "trainval") == EXPECTED

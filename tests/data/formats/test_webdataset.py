@@ -70,12 +70,12 @@ def test_members_of_many_gigabytes(tmp_path, format):
 
 def test_images_in_the_order_of_the_tars(tmp_path, write_shards):
     count = write_shards(tmp_path)
-    stream = open_source(tmp_path)
-    examples = list(stream)
+    source = open_source(tmp_path)
+    examples = list(source)
     assert [value_of(example)["value"] for example in examples] == list(range(count))
     assert examples[5]["image"]["path"] == "train-00001.tar/000005.png"
     assert len({example["image_id"] for example in examples}) == count
-    assert list(stream.features) == ["image", "image_id"]
+    assert list(source.features) == ["image", "image_id"]
     assert [value_of(example)["value"] for example in open_source(tmp_path, num_samples=6)] == list(range(6))
 
 
@@ -89,21 +89,21 @@ def test_ids_do_not_depend_on_where_the_tars_lie(tmp_path, write_shards):
 def test_labels_as_numbers_names_and_json(tmp_path, write_tar, png):
     members = [("0.png", png(0)), ("0.cls", b"2"), ("1.cls", b"0"), ("1.png", png(1)), ("1.txt", b"a caption")]
     write_tar(tmp_path / "numbers" / "0.tar", members)
-    stream = open_source(tmp_path / "numbers")
-    assert stream.label_names == ["0", "1", "2"]
-    assert [example["label"] for example in stream] == [2, 0]
+    source = open_source(tmp_path / "numbers")
+    assert source.label_names == ["0", "1", "2"]
+    assert [example["label"] for example in source] == [2, 0]
 
     (tmp_path / "numbers" / "classes.txt").write_text("cat\ndog\nbird\n")
-    stream = open_source(tmp_path / "numbers")
-    assert stream.label_names == ["cat", "dog", "bird"]
-    assert [example["label"] for example in stream] == [2, 0]
+    source = open_source(tmp_path / "numbers")
+    assert source.label_names == ["cat", "dog", "bird"]
+    assert [example["label"] for example in source] == [2, 0]
 
     write_tar(
         tmp_path / "names" / "0.tar", [("0.png", png(0)), ("0.cls", b"dog\n"), ("1.png", png(1)), ("1.cls", b"cat")]
     )
-    stream = open_source(tmp_path / "names")
-    assert stream.label_names == ["cat", "dog"]
-    assert [example["label"] for example in stream] == [1, 0]
+    source = open_source(tmp_path / "names")
+    assert source.label_names == ["cat", "dog"]
+    assert [example["label"] for example in source] == [1, 0]
 
     members = [("0.json", b'{"label": "dog"}'), ("0.png", png(0)), ("1.png", png(1)), ("1.json", b"{}")]
     write_tar(tmp_path / "json" / "0.tar", members)
@@ -113,9 +113,9 @@ def test_labels_as_numbers_names_and_json(tmp_path, write_tar, png):
 def test_labels_that_are_numbers_and_names_are_all_names(tmp_path, write_tar):
     labels = [b"2", b"cat", b"", b"5000000000"]
     write_tar(tmp_path / "0.tar", labelled(range(4), labels.__getitem__))
-    stream = open_source(tmp_path)
-    assert stream.label_names == ["2", "5000000000", "cat"]
-    assert [example["label"] for example in stream] == [0, 2, -1, 1]
+    source = open_source(tmp_path)
+    assert source.label_names == ["2", "5000000000", "cat"]
+    assert [example["label"] for example in source] == [0, 2, -1, 1]
 
 
 def test_large_numbers_do_not_become_numbers_of_classes(tmp_path, write_tar):
@@ -136,9 +136,9 @@ def test_with_names_of_classes_opening_reads_the_first_samples_alone(tmp_path, c
     write_tar(tmp_path / "0.tar", labelled(range(120), lambda key: b"dog"))
     write_tar(tmp_path / "1.tar", labelled("ab", {"a": b"fish", "b": b"cat"}.get))
     (tmp_path / "classes.txt").write_text("cat\ndog\n")
-    stream = open_source(tmp_path)
+    source = open_source(tmp_path)
     assert not caplog.text
-    assert [example["label"] for example in stream] == [1] * 120 + [0]
+    assert [example["label"] for example in source] == [1] * 120 + [0]
     assert "1.tar: 1 samples whose labels or images make no sense are skipped: a ('fish' is no class)" in caplog.text
 
 
@@ -172,9 +172,9 @@ def test_objects_of_json(tmp_path, as_list, write_tar, png):
     members = [("0.png", png(0)), ("0.json", json.dumps({"objects": []}).encode())]
     members += [("1.png", png(1)), ("1.json", json.dumps({"objects": objects, "width": 10, "height": 8}).encode())]
     write_tar(tmp_path / "0.tar", members)
-    stream = open_source(tmp_path)
-    assert stream.object_names == ["cat", "dog"]
-    empty, filled = (example["objects"] for example in stream)
+    source = open_source(tmp_path)
+    assert source.object_names == ["cat", "dog"]
+    empty, filled = (example["objects"] for example in source)
     assert empty["bbox"] == []
     assert filled == {"bbox": boxes, "category": [1, 0], "area": [12.0, 25.0], "iscrowd": [0, 0]}
 
@@ -269,9 +269,9 @@ def test_remote_tars_give_what_those_on_disk_give(tmp_path, write_shards, serve)
 def test_a_pass_over_a_remote_tar_takes_few_requests(tmp_path, write_shards, serve):
     write_shards(tmp_path, [200])
     with serve(tmp_path) as (url, counts):
-        stream = open_webdataset(UPath(f"{url}/train-00000.tar"), "train")
+        source = open_webdataset(UPath(f"{url}/train-00000.tar"), "train")
         counts["requests"] = 0
-        assert len(list(stream)) == 200
+        assert len(list(source)) == 200
     assert counts["requests"] <= 4
 
 
@@ -280,13 +280,13 @@ def test_a_remote_tar_that_is_cut_short_is_skipped_and_one_that_is_gone_is_not(t
     paths = sorted(tmp_path.iterdir())
     paths[1].write_bytes(paths[1].read_bytes()[: 2 * 1024 + 520])  # within the third image
     with serve(tmp_path) as (url, _):
-        stream = open_webdataset([UPath(f"{url}/{path.name}?key=secret") for path in paths], "train")
-        assert [value_of(example)["value"] for example in stream] == [*range(6), *range(8, 17)]
+        source = open_webdataset([UPath(f"{url}/{path.name}?key=secret") for path in paths], "train")
+        assert [value_of(example)["value"] for example in source] == [*range(6), *range(8, 17)]
         paths[2].unlink()
         with pytest.raises(
             ValueError, match=r"train-00002\.tar cannot be read: the server answers with the status 404"
         ):
-            list(stream)
+            list(source)
     assert "train-00001.tar: the rest of this tar is skipped: it is cut short within 000007.png" in caplog.text
     assert "secret" not in caplog.text
 
@@ -309,18 +309,18 @@ def test_damage_among_labelled_tars_is_skipped(tmp_path, caplog, write_tar):
         path = write_tar(tmp_path / f"{shard}.tar", labelled(range(4), lambda key: b"%d" % key))
         if shard < 2:
             path.write_bytes(path.read_bytes()[: 2 * 2048 + 520])  # 0 is whole, after which 1 may have lost a file
-    stream = open_source(tmp_path)
-    assert stream.label_names == ["0", "1", "2", "3"]
-    assert [example["label"] for example in stream] == [0, 0, 0, 1, 2, 3]
+    source = open_source(tmp_path)
+    assert source.label_names == ["0", "1", "2", "3"]
+    assert [example["label"] for example in source] == [0, 0, 0, 1, 2, 3]
     assert "1.tar: labels are read up to a damage: it is cut short within 2.png at byte 4096" in caplog.text
 
 
 def test_a_tar_that_vanishes_after_opening_stops_the_stream(tmp_path, write_shards):
     write_shards(tmp_path)
-    stream = open_source(tmp_path)
+    source = open_source(tmp_path)
     (tmp_path / "train-00001.tar").unlink()
     with pytest.raises(ValueError, match=r"train-00001\.tar cannot be read: .*No such file"):
-        list(stream)
+        list(source)
 
 
 @pytest.mark.parametrize("protocol", ["", "file://"])
@@ -340,8 +340,8 @@ def test_images_too_large_are_skipped_without_being_read(tmp_path, caplog, png, 
             file.truncate(end)  # without blocks on disk
             file.seek(end)
         file.write(bytes(1024))
-    stream = open_source(f"{protocol}{path}")
-    assert [value_of(example)["value"] for example in stream] == [0, 2]
+    source = open_source(f"{protocol}{path}")
+    assert [value_of(example)["value"] for example in source] == [0, 2]
     assert f"1.png has {size} bytes, more than the {2**29} that are read" in caplog.text
 
 

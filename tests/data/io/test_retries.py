@@ -49,8 +49,8 @@ def encoded(example, generator=None):
 def test_a_file_continues_where_it_failed(tmp_path, serve, write_tar, name, failure, caplog):
     contents = write_noise(tmp_path, write_tar)
     with serve(tmp_path, lambda number: failure if number % 8 > 4 else None) as (url, counts):
-        stream = open_source(f"{url}/{name}?key=secret", format="webdataset" if name.endswith("tar") else "parquet")
-        assert [example["image"]["bytes"] for example in stream] == contents
+        source = open_source(f"{url}/{name}?key=secret", format="webdataset" if name.endswith("tar") else "parquet")
+        assert [example["image"]["bytes"] for example in source] == contents
         assert counts["all"] > 12
     assert re.search(rf"http://127\.0\.0\.1:\d+/{name}: .*; trying again in 0\.001 s", caplog.text)
     assert "secret" not in caplog.text
@@ -79,10 +79,10 @@ def test_a_server_that_stays_away_stops_the_stream(tmp_path, serve, write_tar, n
     write_noise(tmp_path, write_tar)
     with serve(tmp_path, lambda number: 503 if number > counts_at_opening else None) as (url, counts):
         counts_at_opening = 10**6
-        stream = open_source(f"{url}/{name}")
+        source = open_source(f"{url}/{name}")
         counts_at_opening = counts["all"] + 2
         with pytest.raises(ValueError, match=rf"{name} cannot be read.*status 503, 7 times in .* then start again"):
-            list(stream)
+            list(source)
         assert counts["all"] > counts_at_opening + len(files.WAITS)
 
 

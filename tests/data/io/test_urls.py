@@ -173,8 +173,8 @@ def test_files_of_several_folders_are_split_by_where_they_lie(tmp_path, memory, 
             ("{train,val}/*", "validation"): [5],
         }
         for (pattern, split), values in expected.items():
-            stream = open_source(f"{base}/{pattern}.{suffix}", split)
-            assert [value_of(example)["value"] for example in stream] == values
+            source = open_source(f"{base}/{pattern}.{suffix}", split)
+            assert [value_of(example)["value"] for example in source] == values
         with pytest.raises(ValueError, match="has no split 'test'; it has train, validation"):
             open_source(f"{base}/*/*-*.{suffix}", "test")
 

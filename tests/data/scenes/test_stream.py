@@ -10,8 +10,8 @@ from hf_vlm.data.scenes.stream import scenes_source
 
 
 def test_stream_holds_what_the_scenes_hold():
-    stream = scenes_source("easy", "validation", num_samples=70, seed=5)
-    examples = list(stream)
+    source = scenes_source("easy", "validation", num_samples=70, seed=5)
+    examples = list(source)
     assert [example["image_id"] for example in examples] == list(range(70))
     for example in examples[::23]:
         scene = render_scene(5, example["image_id"], PRESETS["easy"], split="validation")
@@ -25,26 +25,26 @@ def test_stream_holds_what_the_scenes_hold():
         assert example["objects"]["area"] == scene.areas.tolist()
         assert example["objects"]["iscrowd"] == [0] * len(scene.boxes)
         assert example["label"] == scene.label
-    assert stream.object_names == stream.label_names == list("01234")
-    assert stream.mask_names == ["background", *"01234"]
-    assert stream.num_examples == 70
+    assert source.object_names == source.label_names == list("01234")
+    assert source.mask_names == ["background", *"01234"]
+    assert source.num_examples == 70
     # The stored form must be the one that the declared features have, or saving and casting would fail.
-    assert stream.features.encode_example(examples[0]) == examples[0]
+    assert source.features.encode_example(examples[0]) == examples[0]
 
 
 def test_stream_without_masks_and_without_labels():
-    stream = scenes_source("easy", num_samples=3, masks=False)
-    assert set(next(iter(stream))) == set(stream.features) == {"image", "image_id", "label", "objects"}
-    bare = stream.unlabelled()
+    source = scenes_source("easy", num_samples=3, masks=False)
+    assert set(next(iter(source))) == set(source.features) == {"image", "image_id", "label", "objects"}
+    bare = source.unlabelled()
     assert set(next(iter(bare))) == set(bare.features) == {"image", "image_id"}
     assert bare.object_names is None
     assert bare.label_names is None
-    assert stream.mask_names is None  # there are no masks
+    assert source.mask_names is None  # there are no masks
 
 
 def test_stream_resumes_exactly_and_twice():
-    stream = scenes_source("easy", num_samples=130, masks=False)
-    everything = [example["image"]["bytes"] for example in stream]
+    source = scenes_source("easy", num_samples=130, masks=False)
+    everything = [example["image"]["bytes"] for example in source]
     seen, state = [], None
     for stop in (1, 50, 70, 130):
         resumed = pickle.loads(pickle.dumps(scenes_source("easy", num_samples=130, masks=False))).dataset
