@@ -54,8 +54,13 @@ TINY_STACK = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 
 HEADS = {  # by recipe
     "mae/vit_small.yaml": {"decoder_config": TINY_STACK},
     "detection/vit_small.yaml": {
-        **{"hidden_size": 32, "intermediate_size": 32, "num_decoder_layers": 1, "num_queries": 5},
-        **{"neck_num_blocks": 1, "num_self_attention_heads": 4, "num_cross_attention_heads": 4},
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_decoder_layers": 1,
+        "num_queries": 5,
+        "neck_num_blocks": 1,
+        "num_self_attention_heads": 4,
+        "num_cross_attention_heads": 4,
     },
     "classification/vit_small.yaml": {},
 }

@@ -19,6 +19,7 @@ from .packing import Packing
 from .vit_layers import (
     LayerScale,
     Positions,
+    SelfInitialised,
     VLMViTAttention,
     VLMViTLayer,
     build_norm,
@@ -129,8 +130,8 @@ class VLMViTPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         std = self.config.initializer_range
-        if hasattr(module, "init_parameters"):
-            module.init_parameters()  # type: ignore[operator]
+        if isinstance(module, SelfInitialised):
+            module.init_parameters()
         elif isinstance(module, nn.Linear):
             init.trunc_normal_(module.weight, std=std)
         elif isinstance(module, LayerScale):

@@ -8,10 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from .vit_layers import SelfInitialised
+
 NEGATIVE_SLOPE = 0.2
 
 
-class EqualisedConv2d(nn.Module):
+class EqualisedConv2d(SelfInitialised):
     """A convolution whose weights have deviation 1 and are scaled where they are used (arXiv 1710.10196).
 
     At a learning rate of 0.001 a step of Adam then changes them by a thousandth, where it would change weights of

@@ -8,6 +8,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .vit_layers import SelfInitialised
+
 
 def world_size() -> int:
     """Number of ranks; 1 where no process group runs."""
@@ -88,7 +90,7 @@ class SyncedBatchNorm1d(nn.BatchNorm1d):
         return normalised.to(inputs.dtype)
 
 
-class HeadLinear(nn.Linear):
+class HeadLinear(SelfInitialised, nn.Linear):
     """A linear layer initialised by its number of inputs, as torch does and transformers does not.
 
     Relative to a weight, AdamW's steps are the larger the smaller it is: small weights, whose scale batch norm

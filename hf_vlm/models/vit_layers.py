@@ -129,6 +129,14 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+class SelfInitialised(nn.Module):
+    """A layer with an initialisation of its own, which `_init_weights` calls in place of that by the configuration."""
+
+    def init_parameters(self) -> None:
+        """Initialises the layer's own parameters."""
+        raise NotImplementedError
+
+
 def build_norm(config: VLMViTConfig, size: int) -> nn.Module:
     """The normalisation layer that the configuration names."""
     norm_class = nn.RMSNorm if config.norm_type == "rmsnorm" else nn.LayerNorm
@@ -273,6 +281,7 @@ class VLMViTLayer(GradientCheckpointingLayer):
 __all__ = [
     "LayerScale",
     "Positions",
+    "SelfInitialised",
     "VLMViTAttention",
     "VLMViTLayer",
     "build_norm",

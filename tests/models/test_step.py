@@ -93,9 +93,10 @@ def test_a_perceptual_loss_computes_no_gradient_of_weights(name):
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by dynamo itself
 @pytest.mark.parametrize("name", [*dict.fromkeys(TINY[name].row for name in PRETRAINING), "mae_partial"])
 def test_compiles_whole_and_once(name):
-    """One layer is enough, as compilation takes seconds per layer; LeJEPA's second one is for packed crops."""
+    """As small as possible: each operator is traced. LeJEPA has a second layer, for packed crops, and three knots."""
     torch._dynamo.reset()
-    model = build(name, backbone={"num_hidden_layers": 2 if name == "lejepa" else 1})
+    options = {"num_knots": 3} if name == "lejepa" else {}
+    model = build(name, backbone={"num_hidden_layers": 2 if name == "lejepa" else 1}, **options)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     inputs = batch(name, 2, with_choices=name == "ijepa")  # its masks vary in size, and are sampled outside its graph
     with torch._dynamo.config.patch(error_on_recompile=True):
