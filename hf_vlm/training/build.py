@@ -15,7 +15,7 @@ from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 from hf_vlm.models.ssl_model import SSLConfig
-from hf_vlm.registry import ModelEntry
+from hf_vlm.registry import MODELS, ModelEntry
 from hf_vlm.training.arguments import VisionTrainingArguments
 from hf_vlm.training.scaling import scaled_momentum
 
@@ -113,7 +113,9 @@ def _build(key: str, construct: Any, config_class: Any, fields: dict[str, Any]) 
     known = set(config_class.__dataclass_fields__) | {"out_features", "out_indices", "transformers_version"}
     unknown = [name for name in fields if name not in known and name not in ("id2label", "label2id")]
     if unknown:
-        raise ValueError(f"{key}: {config_class.__name__} has no field {', '.join(map(repr, unknown))}.")
+        owners = [row.name for row in MODELS if unknown[0] in row.config_class.__dataclass_fields__]
+        hint = f" Methods with a field {unknown[0]!r}: {', '.join(owners)}." if owners else ""
+        raise ValueError(f"{key}: {config_class.__name__} has no field {', '.join(map(repr, unknown))}.{hint}")
     try:
         return construct()
     except ValueError:

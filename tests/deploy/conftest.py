@@ -76,11 +76,13 @@ RUN = {
 def _save_run(folder: Path, model: Any, recipe: dict[str, Any], run: dict[str, Any]) -> Path:
     import yaml
 
-    from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
+    from hf_vlm.registry import find_model_type
 
     model.save_pretrained(folder)
     height, width = ENCODER["image_size"]
-    VLMViTImageProcessor(size={"height": height, "width": width}).save_pretrained(folder)
+    find_model_type(model.config.model_type).processor_class(size={"height": height, "width": width}).save_pretrained(
+        folder
+    )
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     (folder / "run.json").write_text(json.dumps(run))
     return folder

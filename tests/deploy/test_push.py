@@ -19,6 +19,7 @@ DETECTOR_FILES = [
     "model.safetensors",
     "configuration_detection.py",
     "configuration_vlm_vit.py",
+    "image_processing_detection.py",
     "image_processing_vlm_vit.py",
     "modeling_detection.py",
     "modeling_vlm_vit.py",
@@ -44,7 +45,8 @@ def test_only_the_run_is_pushed(detector_run):
     files = files_to_push(detector_run)
     assert set(DETECTOR_FILES) <= set(files)
     assert all((detector_run / name).is_file() for name in files)
-    assert all(name in DETECTOR_FILES or name.endswith("detection.py") or "layers" in name for name in files)
+    parts = {"detection_layers.py", "loss_detection.py", "packing.py", "stochastic_depth.py", "vit_layers.py"}
+    assert set(files) - set(DETECTOR_FILES) == parts
     assert len(files) == len(set(files))
 
 
@@ -196,7 +198,7 @@ def test_what_arrives_is_the_run(pushed):
 
 
 def test_a_pushed_detector_gives_the_same_boxes_elsewhere(pushed):
-    from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
+    from hf_vlm.models.image_processing_detection import VLMViTDetectionImageProcessor
     from hf_vlm.models.modeling_detection import VLMViTForObjectDetection
 
     _, _, runs, printed = pushed
@@ -204,7 +206,7 @@ def test_a_pushed_detector_gives_the_same_boxes_elsewhere(pushed):
     assert result["module"].startswith("transformers_modules.me.")
 
     model = VLMViTForObjectDetection.from_pretrained(runs / "detector").eval()
-    processor = VLMViTImageProcessor.from_pretrained(runs / "detector")
+    processor = VLMViTDetectionImageProcessor.from_pretrained(runs / "detector")
     with torch.no_grad():
         outputs = model(**processor(images=Image.open(runs / "photo.jpg"), return_tensors="pt"))
     local = processor.post_process_object_detection(outputs, threshold=0.3, target_sizes=[(200, 300)])[0]

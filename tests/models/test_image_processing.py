@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from hf_vlm.models.image_processing_detection import VLMViTDetectionImageProcessor
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 
 
@@ -113,7 +114,7 @@ def detections_of(
     boxes: list[list[float]], scores: list[list[float]], sizes: Any = None, **options: Any
 ) -> list[dict[str, torch.Tensor]]:
     outputs = SimpleNamespace(logits=torch.tensor([scores]).logit(), pred_boxes=torch.tensor([boxes]))
-    return VLMViTImageProcessor().post_process_object_detection(outputs, target_sizes=sizes, **options)
+    return VLMViTDetectionImageProcessor().post_process_object_detection(outputs, target_sizes=sizes, **options)
 
 
 def test_boxes_come_back_in_pixels() -> None:

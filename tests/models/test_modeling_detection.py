@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments, pipeline
 
 from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
 from hf_vlm.models.detection_layers import grid_anchors
-from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
+from hf_vlm.models.image_processing_detection import VLMViTDetectionImageProcessor
 from hf_vlm.models.loss_detection import iou_and_giou, to_corners
 from hf_vlm.models.modeling_detection import VLMViTDetectionConfig, VLMViTForObjectDetection
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
@@ -216,7 +216,7 @@ def test_overfits_one_batch() -> None:
         schedule.step()
     with torch.no_grad():
         outputs = model.eval()(batch["pixel_values"])
-    results = VLMViTImageProcessor().post_process_object_detection(outputs, threshold=0.5)
+    results = VLMViTDetectionImageProcessor().post_process_object_detection(outputs, threshold=0.5)
     for result, label in zip(results, batch["labels"]):
         assert len(result["scores"]) == len(label["class_labels"])  # no duplicates and no false alarms
         iou = iou_and_giou(result["boxes"][:, None], to_corners(label["boxes"]))[0]
@@ -296,7 +296,7 @@ def test_activation_checkpointing_changes_no_gradient(model: VLMViTForObjectDete
 
 def test_pipeline_finds_what_the_processor_finds(model: VLMViTForObjectDetection) -> None:
     model.config.id2label = {0: "red", 1: "green", 2: "blue"}
-    processor = VLMViTImageProcessor(size={"height": 32, "width": 32})
+    processor = VLMViTDetectionImageProcessor(size={"height": 32, "width": 32})
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8))
     detector = pipeline("object-detection", model=model, image_processor=processor)
     found = detector(image, threshold=0.0)

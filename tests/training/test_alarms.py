@@ -81,7 +81,7 @@ def test_healthy_runs_raise_none(make_recipe, caplog, method, encoder):
 
 def test_stop_saves_a_checkpoint_and_keeps_the_earlier_ones(make_recipe, tmp_path, pull_together, caplog):
     recipe = make_recipe("simclr", **LONGER, save_strategy="steps", save_steps=5, save_total_limit=1)
-    with pytest.raises(ValueError, match="Training has stopped, since it collapses") as stopped:
+    with pytest.raises(ValueError, match="Training was stopped because it collapses") as stopped:
         pretrain(recipe | {"on_collapse": "stop"})
     checkpoint = last_checkpoint(tmp_path / "simclr")
     step = int(checkpoint.rpartition("-")[2])

@@ -376,6 +376,12 @@ def test_losses_fall(make_recipe, tmp_path):
         ("mae", {"method": "mea"}, "Did you mean 'mae'"),
         ("mae", {"encoder": "nowhere/at-all"}, "neither a folder with a model nor one on the Hub"),
         ("mae", {"model_config": {"mask_ration": 0.5}}, "no field 'mask_ration'"),
+        (
+            "mae",
+            {"model_config": {"perceptual_weight": 1.0}},
+            "Methods with a field 'perceptual_weight': mae_image_losses",
+        ),
+        ("simmim", {"model_config": {"mask_unit_size": 16}}, "'mask_unit_size' is now called 'mask_patch_size'"),
         ("mae", {"encoder_config": {"hidden_size": "wide"}}, "encoder_config"),
         ("mae", {"encoder_preset": "enormous"}, "There are: nano"),
         ("mae", {"views": {"blur_probabilty": 1}}, "blur_probability"),
