@@ -28,7 +28,7 @@ demo: $(STAMP)
 	$(RUN) -m hf_vlm.cli demo
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist worksteal
 
 slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow

@@ -149,7 +149,10 @@ def run_program(words: list[str]) -> int:
             sys.argv = words
             runpy.run_path(words[0], run_name="__main__")
     except SystemExit as error:
-        return error.code if isinstance(error.code, int) else int(error.code is not None)
+        if not isinstance(error.code, int | None):
+            sys.stderr.write(f"{error.code}\n")
+            return 1
+        return error.code or 0
     except BaseException:
         traceback.print_exc()
         return 1

@@ -75,6 +75,7 @@ def test_the_next_command_is_one_that_runs(dinov2, tmp_path, capsys):
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Next: hf-vlm "))
     words = shlex.split(line.removeprefix("Next: hf-vlm ").replace("YOUR_IMAGES", "scenes:easy"))
     short = ["--max_steps", "2", "--per_device_train_batch_size", "4", "--use_cpu", "true", "--image_size", "32"]
+    short += ["--num_probe_examples", "16", "--shuffle_block", "16"]
     short += ["--dataloader_num_workers", "0", "--save_strategy", "no", "--output_dir", run, "--learning_rate", "0.0"]
     assert main([*words, *short]) == 0
     assert main(["convert", run, str(tmp_path / "back"), "--to", "dinov2"]) == 0

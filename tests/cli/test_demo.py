@@ -9,7 +9,7 @@ from hf_vlm.cli.demo import closing_words, results_table, run_demo, write_report
 
 NUM_IMAGES = 40
 TINY = {"max_steps": 4, "eval_steps": 2, "logging_steps": 1, "num_train_examples": 8, "num_eval_examples": 6}
-SMALL_BATCHES = {"per_device_train_batch_size": 4, "disable_tqdm": True, "use_cpu": True}
+SMALL_BATCHES = {"per_device_train_batch_size": 4, "disable_tqdm": True, "use_cpu": True, "num_probe_examples": 16}
 
 
 def test_the_demo_leaves_a_folder_to_look_at(tmp_path, capsys, monkeypatch, fork_server):

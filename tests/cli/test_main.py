@@ -17,6 +17,7 @@ SHORT = [
     *ENCODER,
     *("--image_size", "32", "--max_steps", "2", "--per_device_train_batch_size", "4", "--use_cpu", "true"),
     *("--save_strategy", "no", "--logging_steps", "1", "--dataloader_num_workers", "0", "--data", "scenes:easy"),
+    *("--num_probe_examples", "16", "--shuffle_block", "16"),
 ]
 HEAD = [
     "--model_config",

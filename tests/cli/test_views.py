@@ -9,7 +9,7 @@ from hf_vlm.training.preview import sample_first_views
 from hf_vlm.training.recipe import load_recipe
 from hf_vlm.viz.view_sheet import view_sheet
 
-SMALL = ["--image_size", "32", "--encoder_preset", "nano"]
+SMALL = ["--image_size", "32", "--encoder_preset", "nano", "--shuffle_block", "16"]
 
 
 def test_the_picture_is_that_of_the_recipe_with_its_overrides(tmp_path, capsys):

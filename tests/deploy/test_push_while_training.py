@@ -26,6 +26,7 @@ RECIPE = {
     "per_device_train_batch_size": 4,
     "save_strategy": "steps",
     "save_steps": 1,
+    "num_probe_examples": 16,
     "use_cpu": True,
     "disable_tqdm": True,
     "push_to_hub": True,

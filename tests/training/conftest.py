@@ -1,7 +1,9 @@
 import copy
+import functools
 
 import pytest
 
+from hf_vlm.data.scenes import render
 from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
@@ -71,6 +73,17 @@ def save_teacher(folder):
     VLMViTModel(VLMViTConfig(image_size=32, **ENCODER)).save_pretrained(folder)
     VLMViTImageProcessor(image_mean=[0.5] * 3, image_std=[0.2] * 3).save_pretrained(folder)
     return str(folder)
+
+
+render_scene_once = functools.cache(render.render_scene)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def scenes_are_rendered_once():
+    """Runs of few images read each of them many times; rendering them again took a fifth of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(render, "render_scene", render_scene_once)
+        yield
 
 
 @pytest.fixture
