@@ -1,4 +1,4 @@
-"""One visible table of all models. A new method or head is one file in `models/` and one row here.
+"""The table of all models. A new method or head is one file in `models/` and one row here.
 
 Importing this module registers every row with transformers' Auto classes and marks its code for upload, so that plain
 `save_pretrained` and `push_to_hub` write a folder that loads elsewhere with `trust_remote_code=True`.
@@ -41,7 +41,7 @@ from hf_vlm.models.modeling_vlm_vit import VLMViTBackbone, VLMViTModel
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """A row: its name in recipes, its task, its configuration and class, and what loads and prepares images for it."""
+    """A row: name in recipes, task, configuration and model class, Auto class and image processor."""
 
     name: str
     task: str  # "pretraining", or a task of `hf_vlm.tasks`, named as transformers' pipelines are
@@ -89,7 +89,7 @@ MODELS = (
 
 
 def find_model(name: str, tasks: Collection[str] | None = None) -> ModelEntry:
-    """The row of a name; ValueError with the nearest name when there is none (of the tasks, where some are given)."""
+    """The row of a name, among those of `tasks` if given; ValueError with the nearest name when there is none."""
     names = [entry.name for entry in MODELS if tasks is None or entry.task in tasks]
     if name not in names:
         near = difflib.get_close_matches(name, names, n=1)
@@ -100,7 +100,7 @@ def find_model(name: str, tasks: Collection[str] | None = None) -> ModelEntry:
 
 
 def find_model_type(model_type: str | None) -> ModelEntry | None:
-    """The row of a checkpoint's `model_type`; None for a model that is not of this package."""
+    """The row of a checkpoint's `model_type`; None for models of other packages."""
     return next((entry for entry in MODELS if entry.config_class.model_type == model_type), None)
 
 
@@ -112,12 +112,12 @@ def _register() -> None:
             entry.config_class, image_processor_classes={"pil": entry.processor_class}, exist_ok=True
         )
         entry.auto_class.register(entry.config_class, entry.model_class, exist_ok=True)
-        if entry.task == "pretraining":  # user code that says AutoModel means the same
+        if entry.task == "pretraining":  # user code may call AutoModel as well
             AutoModel.register(entry.config_class, entry.model_class, exist_ok=True)
         entry.config_class.register_for_auto_class()
         entry.model_class.register_for_auto_class(entry.auto_class.__name__)
         entry.processor_class.register_for_auto_class()
-        # Where a pipeline looks a class up before it says "supported".
+        # Pipelines look a class up here before they accept it as supported.
         entry.auto_class._model_mapping._model_mapping[model_type] = entry.model_class.__name__
 
 

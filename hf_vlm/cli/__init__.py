@@ -1,1 +1,1 @@
-"""Floor 5: commands, one file each."""
+"""Floor 8: commands, one file each."""

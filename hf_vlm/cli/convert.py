@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def run(argv: Sequence[str]) -> None:
-    """Converts an encoder of transformers to one of ours, or back, and reports what became of its weights."""
+    """Converts an encoder of transformers to one of ours, or back, and reports what happened to its weights."""
     parser = argparse.ArgumentParser(
         prog="hf-vlm convert",
         description="Converts an encoder of transformers (ViT, DeiT, ViT-MAE, DINOv2, DINOv3, SigLIP), alone or in a "
@@ -21,7 +21,7 @@ def run(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(argv)
     source, folder = arguments.source, arguments.output_dir
     if folder.exists() and (not folder.is_dir() or Path(source).resolve() == folder.resolve()):
-        raise ValueError(f"{folder}: name a folder of its own for what is converted")
+        raise ValueError(f"{folder}: name another folder for the converted encoder")
     if (folder / "config.json").exists():
         raise ValueError(f"{folder} holds a model already (config.json): name another folder, or delete it")
 

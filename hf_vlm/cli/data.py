@@ -17,18 +17,18 @@ NUM_SCENES = 1000
 
 
 def run(argv: Sequence[str]) -> None:
-    """Looks at every image of a source; prints what is there and how to train on it, and draws some."""
+    """Inspects every image of a source; prints a report and commands to train on it, and renders some examples."""
     parser = argparse.ArgumentParser(
         prog="hf-vlm data",
-        description="Looks at every image once: sizes, classes, boxes, duplicates, files that cannot be read, labels "
-        "that make no sense; and draws examples on one picture.",
+        description="Reads every image once and reports sizes, classes, boxes, duplicates, unreadable files and "
+        "labels that make no sense; renders examples on one picture.",
     )
     parser.add_argument("data", help="folder, file, Hub id or scenes")
     parser.add_argument("--split", default="train")
     parser.add_argument("--format", help="format of the source, guessed when not given")
-    parser.add_argument("--num_examples", type=int, help="look at the first N images only")
+    parser.add_argument("--num_examples", type=int, help="read the first N images only")
     parser.add_argument("--save", type=Path, default="contact_sheet.png", help="picture of 24 examples to write")
-    parser.add_argument("--json", type=Path, help="a JSON file for all statistics and the names of all images found")
+    parser.add_argument("--json", type=Path, help="JSON file for all statistics and the names of images with issues")
     arguments = parser.parse_args(argv)
 
     from tqdm.auto import tqdm
@@ -43,7 +43,7 @@ def run(argv: Sequence[str]) -> None:
     source = open_source(arguments.data, arguments.split, format=arguments.format)
     num_examples = images_to_read(source.format, arguments.num_examples)
     reservoir = Reservoir(24)
-    with tqdm(desc="Looking", total=num_examples, unit=" images", disable=None) as bar:
+    with tqdm(desc="Inspecting", total=num_examples, unit=" images", disable=None) as bar:
 
         def on_example(example: dict[str, object]) -> None:
             reservoir.add(example)

@@ -16,7 +16,7 @@ NUM_UNLABELLED = 16_000
 
 
 def run(argv: Sequence[str]) -> None:
-    """Runs the demo and says what it showed."""
+    """Runs the demo and prints its result."""
     parser = argparse.ArgumentParser(
         prog="hf-vlm demo",
         description="Pretrains on unlabelled built-in images, fine-tunes a detector on few labelled ones from the "
@@ -33,13 +33,13 @@ def run(argv: Sequence[str]) -> None:
 
 
 def run_demo(folder: Path, *, seed: int = 0, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Pretrains one encoder and fine-tunes both arms with the same budget, in subfolders of `folder`.
+    """Pretrains one encoder and fine-tunes both variants with the same budget, in subfolders of `folder`.
 
-    It types the commands that a user would, both arms side by side. `overrides` are recipe keys for all three runs (a
-    short test run). Returns the test figures of each arm.
+    It runs the commands that a user would, both fine-tunings at the same time. `overrides` are recipe keys for all
+    three runs (a short test run). Returns the test metrics of each variant.
 
     Raises:
-        ValueError: if one of the commands fails; it has said why.
+        ValueError: if one of the commands fails, which has printed the reason.
     """
     from hf_vlm.tasks.evaluation import evaluate_run
     from hf_vlm.training.run import quiet_libraries
@@ -59,8 +59,8 @@ def run_demo(folder: Path, *, seed: int = 0, overrides: dict[str, Any] | None = 
     command = ["finetune", "demo/detector.yaml", *options, "--output_dir"]
     pretrained = [*command, str(folder / "detector_pretrained"), "--encoder", str(encoder)]
     with (folder / "detector_random.log").open("w") as log:
-        arms = [_start([*command, str(folder / "detector_random")], output=log), _start(pretrained)]
-        _finish(*reversed(arms))
+        finetunings = [_start([*command, str(folder / "detector_random")], output=log), _start(pretrained)]
+        _finish(*reversed(finetunings))
 
     print("\n[3/3] Evaluating both on scenes that neither has seen", flush=True)
     num_test = (overrides or {}).get("num_eval_examples", 500)
@@ -70,10 +70,10 @@ def run_demo(folder: Path, *, seed: int = 0, overrides: dict[str, Any] | None = 
     }
 
 
-def _start(words: list[str], *, output: TextIO | None = None) -> subprocess.Popen[bytes]:
+def _start(argv: list[str], *, output: TextIO | None = None) -> subprocess.Popen[bytes]:
     """Starts a command of ours. On CPUs it has one core: at this size a second thread gains next to nothing."""
     environment = os.environ if torch.accelerator.is_available() else {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "hf_vlm.cli", *words]
+    command = [sys.executable, "-m", "hf_vlm.cli", *argv]
     return subprocess.Popen(command, env=environment, stdout=output, stderr=output)
 
 
@@ -83,7 +83,7 @@ def _finish(*processes: subprocess.Popen[bytes]) -> None:
         for process in processes:
             if process.wait():
                 raise ValueError(
-                    "A step of the demo failed. Why stands above, or in detector_random.log of its folder."
+                    "A step of the demo failed. The reason is printed above, or in detector_random.log of its folder."
                 )
     finally:
         for process in processes:
@@ -91,7 +91,7 @@ def _finish(*processes: subprocess.Popen[bytes]) -> None:
 
 
 def synthesise_unlabelled(path: Path, *, num_images: int) -> None:
-    """Draws the demo's unlabelled images once, into a file as a user would have one, instead of in every epoch."""
+    """Synthesises the demo's unlabelled images once, into a file as a user would have, not again in every epoch."""
     from datasets import Dataset
     from tqdm.auto import tqdm
 
@@ -99,7 +99,7 @@ def synthesise_unlabelled(path: Path, *, num_images: int) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     source = scenes_source("easy", "train", num_samples=num_images, masks=False).unlabelled()
-    scenes = list(tqdm(source, desc="Drawing scenes", total=num_images))
+    scenes = list(tqdm(source, desc="Synthesising scenes", total=num_images))
     Dataset.from_list(scenes, features=source.features).to_parquet(path, batch_size=1000)
 
 
@@ -113,21 +113,24 @@ def write_report(folder: Path, results: dict[str, Any]) -> None:
     table = results_table(results)
     (folder / "README.md").write_text(
         f"# What pretraining on unlabelled images gained\n\n{table}\n\nHeld-out scenes, {results['seconds']:.0f} s in "
-        "all. The models stand in `detector_pretrained/` and `detector_random/`, the encoder in `encoder/`.\n\n"
+        "all. The models are in `detector_pretrained/` and `detector_random/`, the encoder in `encoder/`.\n\n"
         "![Learning curves](learning_curves.png)\n\n![Predictions](predictions.png)\n"
     )
 
 
 def results_table(results: dict[str, Any]) -> str:
-    """A Markdown table of both arms."""
+    """A Markdown table of both variants."""
     names = ("ap", "ap50", "ap75", "ar_100")
     rows = ["| encoder | " + " | ".join(name.upper() for name in names) + " |", "|---|" + "---:|" * len(names)]
-    rows += [f"| {arm} | " + " | ".join(f"{results[arm][name]:.3f}" for name in names) + " |" for arm in VARIANTS]
+    rows += [
+        f"| {variant} | " + " | ".join(f"{results[variant][name]:.3f}" for name in names) + " |"
+        for variant in VARIANTS
+    ]
     return "\n".join(rows)
 
 
 def closing_words(folder: Path, results: dict[str, Any]) -> str:
-    """What was gained, and what to type next."""
+    """The gain of pretraining, and the next commands."""
     gain = results["pretrained"]["ap"] - results["random"]["ap"]
     verdict = (
         f"Pretraining on unlabelled images gained {gain:+.3f} AP with the same labels and the same number of steps."
@@ -147,13 +150,15 @@ With your own images:
 
 
 def plot_curves(folder: Path) -> None:
-    """The loss of pretraining, and the validation AP50 of both arms over the steps."""
+    """The loss of pretraining, and the validation AP50 of both variants over the steps."""
     from hf_vlm.training.callbacks import LogFile, read_log
     from hf_vlm.viz.curves import Panel, plot_panels, series
 
     loss = series(read_log(folder / "encoder" / LogFile.name), "loss")
     labels = {"pretrained": "from pretrained encoder", "random": "from random initialisation"}
-    ap50 = {labels[arm]: series(read_log(folder / f"detector_{arm}" / LogFile.name), "eval_ap50") for arm in VARIANTS}
+    ap50 = {
+        labels[name]: series(read_log(folder / f"detector_{name}" / LogFile.name), "eval_ap50") for name in VARIANTS
+    }
     plot_panels(
         folder / "learning_curves.png",
         [
@@ -164,7 +169,7 @@ def plot_curves(folder: Path) -> None:
 
 
 def render_predictions(folder: Path, num_images: int = 8) -> None:
-    """What the pretrained detector finds in test scenes, beside the truth."""
+    """Predictions of the pretrained detector on test scenes, beside the ground truth."""
     import numpy as np
     from PIL import Image
 

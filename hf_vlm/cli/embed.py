@@ -12,7 +12,7 @@ from hf_vlm.cli.outputs import prepare_file, prepare_picture
 
 
 def run(argv: Sequence[str]) -> None:
-    """Writes the features of images, and draws what an encoder finds alike and what it makes of each patch."""
+    """Writes the features of images, and renders their nearest neighbours and maps of their patches."""
     arguments = _parse(argv)
 
     from hf_vlm.data.images import first_images, images_at
@@ -55,7 +55,7 @@ def run(argv: Sequence[str]) -> None:
 def _write_features(
     path: Path, encoder: Any, processor: Any, source: Any, arguments: argparse.Namespace, *, num_expected: int | None
 ) -> None:
-    """Writes the features, says how many there are and, of a file that stays, where."""
+    """Writes the features; prints their number and, where the file is kept, its path."""
     from hf_vlm.data.io.messages import redact_url
     from hf_vlm.features.extraction import feature_size, write_features
 
@@ -79,37 +79,33 @@ def _write_features(
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="hf-vlm embed",
-        description="Writes the features of all images of a source to Parquet, one row per image. Draws images beside "
-        "their nearest neighbours, and maps of their patches: principal components as colours, attention of the class "
-        "token. Writes features.parquet when nothing is named.",
+        description="Writes the features of all images of a source to Parquet, one row per image. Renders "
+        "images beside their nearest neighbours, and maps of their patches: principal components as colours, "
+        "attention of the class token. Writes features.parquet when no output is named.",
     )
-    parser.add_argument("run", help="folder of an encoder, or of a model with one, or its name on the Hub")
+    parser.add_argument("run", help="folder of an encoder or of a model that contains one, or its name on the Hub")
     parser.add_argument("--data", required=True, help="images: folder, file, Hub id or scenes")
     parser.add_argument("--format", help="format of the source, guessed when not given")
     parser.add_argument("--split", default="train")
-    parser.add_argument(
-        "--num_examples", type=int, help="use the first so many images, of class folders evenly spread ones"
-    )
+    parser.add_argument("--num_examples", type=int, help="use the first N images, or N spread over class folders")
     parser.add_argument("--save", type=Path, help="Parquet file for the features")
     parser.add_argument("--neighbors", type=Path, help="picture of images and their nearest neighbours")
     parser.add_argument("--maps", type=Path, help="picture of images and maps of their patches")
-    parser.add_argument("--queries", help="which images to draw, by index from 0, such as 3,17; else evenly spaced")
-    parser.add_argument("--num_queries", type=int, default=6, help="how many images to draw")
-    parser.add_argument("--num_neighbors", type=int, default=8, help="of each of them")
+    parser.add_argument("--queries", help="indices of images to show, from 0, such as 3,17; default: evenly spaced")
+    parser.add_argument("--num_queries", type=int, default=6, help="number of images to show")
+    parser.add_argument("--num_neighbors", type=int, default=8, help="number of neighbours per image")
     parser.add_argument("--foreground", action="store_true", help="leave the background of the components black")
     parser.add_argument("--patch", help="row,column of a patch: maps of similarity to it, instead of attention")
     parser.add_argument("--pooling", default="mean", help="features: mean of the patch tokens, class token, or both")
     parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument(
-        "--max_bad_fraction", type=float, default=0.01, help="of images that cannot be read; above, stop"
-    )
+    parser.add_argument("--max_bad_fraction", type=float, default=0.01, help="fraction of unreadable images to accept")
     arguments = parser.parse_args(argv)
     _check(arguments)
     return arguments
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """ValueError for what can be seen to be wrong before any work is done."""
+    """ValueError for options that are wrong, before any work is done."""
     if arguments.save is None and arguments.neighbors is None and arguments.maps is None:
         arguments.save = Path("features.parquet")
     if arguments.save is not None:
@@ -129,15 +125,15 @@ def _check(arguments: argparse.Namespace) -> None:
 def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
-    words = text.split(",")
-    if not all(word.strip().isdecimal() for word in words):
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
         raise ValueError(f"{option} {text}: give numbers from 0, separated by commas, such as 3,17")
-    return tuple(int(word) for word in words)
+    return tuple(int(part) for part in parts)
 
 
 @contextlib.contextmanager
 def _feature_path(arguments: argparse.Namespace) -> Iterator[Path | None]:
-    """Where features go: where they are wanted, for a while beside the picture of neighbours, or nowhere."""
+    """Path of the features: as given, or temporary if only the picture of neighbours needs them, or none."""
     if arguments.save is not None or arguments.neighbors is None:
         yield arguments.save
         return

@@ -15,17 +15,15 @@ def run(argv: Sequence[str]) -> None:
     """Prints the metrics of a model as a table."""
     parser = argparse.ArgumentParser(
         prog="hf-vlm evaluate",
-        description="Metrics of a model by its task: COCO's of a detector, accuracies of a classifier, kNN and linear "
-        "accuracy of an encoder's frozen features.",
+        description="Prints the metrics of a model's task: COCO metrics of a detector, accuracy and calibration of a "
+        "classifier, kNN and linear accuracy of an encoder's frozen features.",
     )
     parser.add_argument("run", help="folder of a model, or its name on the Hub")
     parser.add_argument("--data", required=True, help="labelled images: folder, file, Hub id or scenes")
     parser.add_argument("--format", help="format of the source, guessed when not given")
     parser.add_argument("--split", default="test")
-    parser.add_argument(
-        "--num_examples", type=int, help="the first N images of a split, of class folders evenly spread ones"
-    )
-    parser.add_argument("--max_bad_fraction", type=float, default=0.01, help="unreadable images that are skipped")
+    parser.add_argument("--num_examples", type=int, help="use the first N images, or N spread over class folders")
+    parser.add_argument("--max_bad_fraction", type=float, default=0.01, help="fraction of unreadable images to accept")
     parser.add_argument("--save", type=Path, help="JSON file for the metrics")
     parser.add_argument("--plot", type=Path, help="picture of the confusion matrix, for tasks that have one")
     arguments = parser.parse_args(argv)

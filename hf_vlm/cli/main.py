@@ -1,4 +1,4 @@
-"""The command `hf-vlm`: one visible list of commands, each a file of this folder with `run(words)`."""
+"""The command `hf-vlm`: one visible list of commands, each a file of this folder with `run(argv)`."""
 
 import importlib
 import logging
@@ -8,9 +8,9 @@ import warnings
 from collections.abc import Sequence
 
 COMMANDS = {
-    "data": "look at images and labels before training: hf-vlm data SOURCE --save contact_sheet.png",
-    "views": "see what a recipe makes of images:         hf-vlm views RECIPE --data SOURCE --save views.png",
-    "convert": "bring in an encoder of transformers:       hf-vlm convert facebook/dinov2-small runs/dinov2",
+    "data": "inspect images and labels before training: hf-vlm data SOURCE --save contact_sheet.png",
+    "views": "see the views that a recipe trains on:     hf-vlm views RECIPE --data SOURCE --save views.png",
+    "convert": "import an encoder of transformers:         hf-vlm convert facebook/dinov2-small runs/dinov2",
     "pretrain": "pretrain an encoder on unlabelled images:  hf-vlm pretrain RECIPE --data SOURCE",
     "finetune": "fine-tune a model on labelled images:      hf-vlm finetune RECIPE --data SOURCE --encoder RUN",
     "evaluate": "metrics of a model on a split:             hf-vlm evaluate RUN --data SOURCE --split test",
@@ -20,7 +20,7 @@ COMMANDS = {
     "demo": "all of it on built-in images, offline:     hf-vlm demo",
 }
 RESUMABLE = ("pretrain", "finetune")
-RESUME = " What is saved stays; once there is a checkpoint, --resume_from_checkpoint last resumes from it."
+RESUME = " What is saved is kept; --resume_from_checkpoint last resumes from the last checkpoint, if there is one."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments[0] if arguments else "--help"
     if command in ("-h", "--help"):
-        print("Usage: hf-vlm COMMAND ... ; hf-vlm COMMAND --help explains it.\n")
+        print("Usage: hf-vlm COMMAND ... ; hf-vlm COMMAND --help explains one.\n")
         print("\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items()))
         return 0
     if command not in COMMANDS:
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def leave_process_group() -> None:
-    """Ends what a launcher's processes share; a process that exits while threads of it still run may abort."""
+    """Ends the process group of a launcher: a process that exits while its threads still run may abort."""
     distributed = sys.modules.get("torch.distributed")  # commands that never import torch start at once
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.barrier()

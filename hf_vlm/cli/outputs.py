@@ -1,20 +1,20 @@
-"""Checks the files that a command will write before it begins, rather than fail when all work is done."""
+"""Checks of output paths before a command starts, so that it does not fail once all work is done."""
 
 import os
 from pathlib import Path
 
 
 def is_picture(path: Path) -> bool:
-    """Whether Pillow can write such a file, by its ending."""
+    """Whether Pillow can write a file with this extension."""
     from PIL import Image
 
     return Image.registered_extensions().get(path.suffix.lower()) in Image.SAVE
 
 
 def prepare_picture(path: Path, *, like: str, option: str = "--save") -> None:
-    """Make the folder of a picture; ValueError where Pillow cannot write such a file, with a name to copy."""
+    """Make the folder of a picture; ValueError, with an example, where Pillow cannot write such a file."""
     if not is_picture(path):
-        raise ValueError(f"{option} {path}: name a picture, as {like}")
+        raise ValueError(f"{option} {path}: name a picture file, such as {like}")
     prepare_file(path)
 
 

@@ -20,7 +20,7 @@ def run(argv: Sequence[str]) -> None:
     )
     parser.add_argument("run", help="folder of a fine-tuned model, or its name on the Hub")
     parser.add_argument("images", nargs="+", help="image files, folders or wildcards")
-    parser.add_argument("--threshold", type=float, default=0.5, help="lowest score that counts, 0 to 1")
+    parser.add_argument("--threshold", type=float, default=0.5, help="lowest score to report, 0 to 1")
     parser.add_argument("--save", type=Path, help="picture to write; a folder where there are several images")
     arguments = parser.parse_args(argv)
 
@@ -49,12 +49,12 @@ def run(argv: Sequence[str]) -> None:
                 prepare_file(picture)
                 prediction.draw().save(picture)
     if unreadable:
-        named = "".join(f"\n  {redact_url(path)}: {error}" for path, error in list(unreadable.items())[:5])
-        raise ValueError(f"{len(unreadable)} of {len(paths)} images could not be read, among them{named}")
+        examples = "".join(f"\n  {redact_url(path)}: {error}" for path, error in list(unreadable.items())[:5])
+        raise ValueError(f"{len(unreadable)} of {len(paths)} images could not be read, among them{examples}")
 
 
 def _predict(predictor: Any, paths: Sequence[str], threshold: float, unreadable: dict[str, ValueError]) -> list[Any]:
-    """A prediction for each image; None for one that cannot be read, which is put down. A single one must be."""
+    """One prediction per image; None for an unreadable one, which is recorded. A single image must be readable."""
     try:
         return list(predictor.predict(paths, threshold))
     except ValueError:
@@ -71,10 +71,10 @@ def _predict(predictor: Any, paths: Sequence[str], threshold: float, unreadable:
 
 
 def _pictures(paths: Sequence[str], save: Path) -> list[Path]:
-    """Where to draw each image: in `save` itself, or in that folder as the images lie below what all have in common.
+    """Path of the picture of each image: `save` itself, or in that folder as in the images' common folder.
 
     Raises:
-        ValueError: Where Pillow writes no such file, one is named for several images, or an image would be lost.
+        ValueError: Pillow writes no such file, one file is named for several images, or an image would be overwritten.
     """
     if len(paths) == 1 and save.suffix:
         prepare_picture(save, like="out.png")
@@ -84,11 +84,11 @@ def _pictures(paths: Sequence[str], save: Path) -> list[Path]:
     absolute = [os.path.abspath(path) for path in paths]
     common = os.path.commonpath([os.path.dirname(path) for path in absolute])
     relative = [Path(os.path.relpath(path, common)) for path in absolute]
-    alike = Counter(path.with_suffix("") for path in relative)  # a.jpg and a.png make two pictures
+    stems = Counter(path.with_suffix("") for path in relative)  # a.jpg and a.png get two pictures
     pictures = [
-        save / (path.with_name(path.name + ".png") if alike[path.with_suffix("")] > 1 else path.with_suffix(".png"))
+        save / (path.with_name(path.name + ".png") if stems[path.with_suffix("")] > 1 else path.with_suffix(".png"))
         for path in relative
     ]
-    if lost := {os.path.abspath(path) for path in pictures} & set(absolute):
-        raise ValueError(f"--save {save}: {sorted(lost)[0]} is one of the images; name another folder")
+    if overwritten := {os.path.abspath(path) for path in pictures} & set(absolute):
+        raise ValueError(f"--save {save}: {sorted(overwritten)[0]} is one of the images; name another folder")
     return pictures

@@ -14,7 +14,9 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("--private", action="store_true", help="make a private repository")
     parser.add_argument("--revision", help="branch to push to")
     parser.add_argument("--message", default="Upload model", help="commit message")
-    parser.add_argument("--license", help="of the weights, for the card (default: apache-2.0 for weights of your own)")
+    parser.add_argument(
+        "--license", help="licence of the weights, for the card (default for your own weights: apache-2.0)"
+    )
     arguments = parser.parse_args(argv)
 
     from hf_vlm.deploy.push import push

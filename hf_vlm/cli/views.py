@@ -8,10 +8,10 @@ from hf_vlm.cli.outputs import prepare_picture
 
 
 def run(argv: Sequence[str]) -> None:
-    """Draws what a pretraining by a recipe would see first."""
+    """Renders the first images of a pretraining by a recipe, with their views."""
     parser = argparse.ArgumentParser(
         prog="hf-vlm views",
-        description="Draws the first images that a pretraining by the recipe would read, where their views lie, and "
+        description="Renders the first images that a pretraining by the recipe would read, where their views are, and "
         "the views as the model gets them. Without data it shows the built-in images.",
         epilog="Every key of the recipe can be overridden: --views.blur_probability 0 "
         "--views.crop_scale '[0.5, 1]' --seed 1",
@@ -32,7 +32,7 @@ def run(argv: Sequence[str]) -> None:
     quiet_libraries()
     recipe = load_recipe(arguments.recipe, overrides)
     recipe["data"] = recipe.get("data") or "scenes"
-    recipe["use_cpu"] = True  # only data is looked at
-    drawn = sample_first_views(recipe, arguments.num_images)
-    view_sheet(drawn).save(arguments.save)
-    print(f"{len(drawn)} images of {recipe['data']} and their views: {arguments.save}")
+    recipe["use_cpu"] = True  # no model is run
+    sampled = sample_first_views(recipe, arguments.num_images)
+    view_sheet(sampled).save(arguments.save)
+    print(f"{len(sampled)} images of {recipe['data']} and their views: {arguments.save}")

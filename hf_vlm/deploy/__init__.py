@@ -1,1 +1,1 @@
-"""A trained model where its users are: predictions, pictures, model cards and the Hub."""
+"""Deployment of trained models: predictions, model cards, the Hub and suggested next commands."""

@@ -27,19 +27,19 @@ CARD_MARKER = "<!-- Written by hf_vlm from the run's files. Delete this line to 
 def write_model_card(run_dir: str | Path, *, repo_id: str | None = None, license: str | None = None) -> Path:
     """Write `README.md` into a run folder from its `config.json`, `recipe.yaml`, `run.json` and weights.
 
-    What a file does not hold leaves its sentence or section out.
+    Sentences and sections whose values no file holds are left out.
 
     Args:
-        repo_id: Where the model can be loaded from once pushed; by default the recipe's `hub_model_id`, or else the
-            folder, as for a model that stays local.
+        repo_id: Name on the Hub from which the model can be loaded once pushed; by default the recipe's
+            `hub_model_id`, or else the folder, for a model that stays local.
         license: Identifier of the weights' licence, as https://huggingface.co/docs/hub/repositories-licenses lists it;
-            apache-2.0 by default, or none where weights of others went into these: their terms decide.
+            apache-2.0 by default, or none where weights of others were used: their terms decide.
 
     Returns:
         The path of the card.
 
     Raises:
-        ValueError: Where the folder holds no `config.json`, or a file of it cannot be read.
+        ValueError: The folder holds no `config.json`, or one of its files cannot be read.
     """
     from hf_vlm.deploy.next_steps import finetune_command
     from hf_vlm.tasks import TASKS, TRAINABLE_TASKS
@@ -98,7 +98,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _task(config: "PreTrainedConfig") -> "Task":
-    """The task of a model; of a pretraining model that of its encoder."""
+    """The task of a model; for a pretraining model, the task of its encoder."""
     from hf_vlm.registry import find_model_type
     from hf_vlm.tasks import TASKS
 
@@ -184,7 +184,7 @@ def _method_name(method: str | None) -> str | None:
 
 
 def _source(data: Mapping[str, Any]) -> str | None:
-    """The name of what a run read; of a mixture the names of its parts."""
+    """The name of a run's data; for a mixture, the names of its sources."""
     source = data.get("source")
     return ", ".join(source) if isinstance(source, dict) else source
 
@@ -240,7 +240,7 @@ def _metric_rows(metrics: Mapping[str, Any], task: "Task") -> list[tuple[str, st
 
 
 def _metric_name(key: str, task: "Task") -> str:
-    """The task's name of a metric; those of `ap/` are followed by a class."""
+    """The task's name of a metric; keys such as `ap/cat` also name the class."""
     metric, slash, class_name = key.partition("/")
     name = task.metric_names.get(metric + slash, metric)
     return f"{name} of {class_name}" if slash else name

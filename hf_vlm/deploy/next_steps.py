@@ -1,4 +1,4 @@
-"""Commands to type next, with all that a shipped recipe must be given for an encoder."""
+"""Suggested next commands, with all options that a shipped recipe needs for an encoder."""
 
 import json
 import math
@@ -17,7 +17,7 @@ __all__ = ["finetune_command", "next_command"]
 
 
 def next_command(config: VLMViTConfig, recipe: str, options: Sequence[str]) -> str:
-    """A command that gives an encoder to a shipped recipe, with its architecture where the recipe's is another."""
+    """The command that starts a shipped recipe from an encoder, with its architecture where the recipe's differs."""
     values = load_recipe(recipe)
     preset, given = values["encoder_preset"], values.get("encoder_config", {})
     if architecture(config, unlike=preset) != architecture(VLMViTConfig.from_preset(preset, **given), unlike=preset):
@@ -31,7 +31,7 @@ def next_command(config: VLMViTConfig, recipe: str, options: Sequence[str]) -> s
 
 
 def finetune_command(task: Task, config: VLMViTConfig, encoder: str, data: str) -> str:
-    """The command that fine-tunes an encoder for a task, by the recipe for encoders of about its width."""
+    """The command that fine-tunes an encoder for a task, with the recipe for encoders of the nearest width."""
     width = {preset: VLMViTConfig.from_preset(preset).hidden_size for preset in task.recipes}
     nearest = min(width, key=lambda preset: abs(math.log(config.hidden_size / width[preset])))
     return next_command(config, task.recipes[nearest], ["--data", data, "--encoder", encoder])

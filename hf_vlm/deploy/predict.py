@@ -1,4 +1,4 @@
-"""A trained model of any task on images from anywhere."""
+"""Predictions of a trained model of any task on images from anywhere."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -26,15 +26,15 @@ MAX_NAMES_IN_CAPTION = 3
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model predicts of one image, best first: detections, or classes of the whole image.
+    """A model's predictions on one image, best first: detections, or classes of the whole image.
 
     Attributes:
         scores: (n,) float32, 0 to 1.
         labels: (n,) int64 class numbers.
-        label_names: Their n names.
+        label_names: n class names.
         image_size: Height and width of the image in pixels, after its orientation was applied.
         boxes: (n, 4) float32 x1, y1, x2, y2 in pixels of the image; None for tasks without boxes.
-        path: The file it came from, where it came from one.
+        path: Path of the image; None where it was not read from a file.
     """
 
     scores: NDArray[np.float32]
@@ -48,7 +48,7 @@ class Prediction:
         return len(self.scores)
 
     def to_dict(self) -> dict[str, Any]:
-        """The prediction in values that JSON knows: `detections` with boxes as pipelines have them, or `classes`."""
+        """The prediction as JSON values: `detections` with boxes as in transformers' pipelines, or `classes`."""
         height, width = self.image_size
         entries: list[dict[str, Any]] = [
             {"label": name, "label_id": int(label), "score": float(score)}
@@ -61,14 +61,14 @@ class Prediction:
         return {"path": self.path, "height": height, "width": width, what: entries}
 
     def draw(self, image: ImageLike | None = None, *, scale: int | None = None) -> Image.Image:
-        """The image, read again from its path where none is given, with boxes, names and scores on it or below it.
+        """The image (read from its path by default) with boxes, names and scores rendered on it or below it.
 
         Raises:
             ValueError: There is neither an image nor a path, or the image has another size.
         """
         source = self.path if image is None else image
         if source is None:
-            raise ValueError("This prediction was not made from a file: give the image to draw on.")
+            raise ValueError("This prediction was not made from a file: give the image to render it on.")
         array = load_image(source, num_channels=3)
         if array.shape[:2] != self.image_size:
             raise ValueError(f"The image is {array.shape[:2]}, but the prediction was made on {self.image_size}.")
@@ -100,7 +100,7 @@ class Predictor:
             device: Device to compute on; the accelerator by default where there is one, else the CPU.
 
         Raises:
-            ValueError: There is no such model, it is none of this package, predicts nothing, or lacks weights.
+            ValueError: There is no such model, it is not of this package, predicts nothing, or lacks weights.
         """
         # Importing torch and transformers takes seconds, which reading predictions should not cost.
         from hf_vlm.features.device import to_best_device
@@ -118,11 +118,11 @@ class Predictor:
         Args:
             images: Paths (of files, of folders, or with wildcards), Pillow images, or arrays (height, width) or
                 (height, width, channels) of uint8 with RGB colours; one or several.
-            threshold: Lowest score that counts, 0 to 1.
+            threshold: Lowest score to report, 0 to 1.
             batch_size: Images that go through the model at a time.
 
         Returns:
-            One prediction per image, in order; folders and wildcards give their files by name.
+            One prediction per image, in order; the files of folders and wildcards are sorted by name.
 
         Raises:
             ValueError: An image cannot be read or a path matches none.

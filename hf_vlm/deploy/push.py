@@ -42,11 +42,11 @@ def push(
     that of `hf auth login` or of the variable HF_TOKEN.
 
     Args:
-        repo_id: `name` or `owner/name`; created where it does not exist.
-        private: Create the repository private.
+        repo_id: Name on the Hub, `name` or `owner/name`; created where it does not exist.
+        private: Whether to create the repository as private.
         revision: Branch to push to, created where it does not exist; the main branch by default.
-        license: Identifier of the weights' licence, for the card; apache-2.0 by default, but to be named where weights
-            of others went into the model.
+        license: Identifier of the weights' licence, for the card; apache-2.0 by default, but required where weights of
+            others were used.
 
     Returns:
         The address of the model's page.
@@ -59,8 +59,8 @@ def push(
     files = files_to_push(run_dir)
     if license is None and (origins := recorded_origins(_json(run_dir / "run.json"))) and writes_card(run_dir):
         raise ValueError(
-            f"Weights of {' and '.join(origins)} went into {run_dir}: name with --license the licence that their "
-            "terms let you publish it."
+            f"{run_dir} was trained with weights of {' and '.join(origins)}: name with --license a licence that their "
+            "terms allow."
         )
     with _as_value_error(repo_id):
         if get_token() is None:
@@ -85,15 +85,15 @@ def push(
 
 
 def writes_card(run_dir: Path) -> bool:
-    """Whether the card is ours to write: there is none, or one that still has our line."""
+    """Whether pushing writes the card: there is none, or one that still has the marker line."""
     card = run_dir / "README.md"
     return not card.is_file() or CARD_MARKER in card.read_text(encoding="utf-8")
 
 
 def files_to_push(run_dir: str | Path) -> list[str]:
-    """Names of the files that make up a run: configurations, weights, code, recipe and record.
+    """Names of the files of a run that are published: configurations, weights, code, recipe and record.
 
-    Checkpoints, optimiser state and logs of training are not among them.
+    Checkpoints, optimiser state and training logs are not among them.
 
     Raises:
         ValueError: Where one of them is missing (all missing ones are named), or one holds a token.
@@ -126,7 +126,7 @@ def _weights(run_dir: Path) -> list[str]:
 
 
 def _code(run_dir: Path, config_name: str) -> list[str]:
-    """Files of the classes in a configuration's `auto_map`, and all that these import from beside them."""
+    """Files of the classes in a configuration's `auto_map`, and all that these import from the same folder."""
     auto_map: Mapping[str, Any] = _json(run_dir / config_name).get("auto_map") or {}
     references = [ref for value in auto_map.values() for ref in (value if isinstance(value, list) else [value]) if ref]
     if not references:

@@ -1,4 +1,4 @@
-"""kNN and linear accuracy of frozen features: how far an encoder has come without any fine-tuning."""
+"""kNN and linear accuracy of frozen features: the quality of an encoder without any fine-tuning."""
 
 import torch
 from torch import Tensor
@@ -27,10 +27,10 @@ def extract_features(
 def evaluate_features(
     encoder: VLMViTModel, train: ExampleStream, test: ExampleStream, *, batch_size: int = 64
 ) -> dict[str, float]:
-    """kNN and linear accuracy of frozen features: how far the encoder has come without any fine-tuning.
+    """kNN and linear accuracy of frozen features: the quality of an encoder without any fine-tuning.
 
-    `knn` and `linear` are of the mean patch token. Where there is a class token, `knn_class` and `linear_class` are of
-    it, and `knn_both` and `linear_both` of the two side by side.
+    `knn` and `linear` use the mean patch token. Where there is a class token, `knn_class` and `linear_class` use that
+    token, and `knn_both` and `linear_both` the two concatenated.
     """
     pooling, width = "both" if encoder.config.use_class_token else "mean", encoder.config.hidden_size
     train_features, train_labels = extract_features(encoder, train, pooling=pooling, batch_size=batch_size)

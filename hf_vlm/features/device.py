@@ -16,7 +16,7 @@ __all__ = ["enable_fast_matmul", "to_best_device", "use_fast_cpu_matmul"]
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 MAX_ERROR = 2e-6  # relative to the result: float32 gives 2e-7, bfloat16 3e-3
-MIN_GAIN = 1.2  # times faster that the other kernels must be
+MIN_GAIN = 1.2  # speed-up that the other kernels must reach
 ATTENTION = "sdpa_ieee_matmul"
 
 _setting: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
@@ -40,27 +40,27 @@ def use_fast_cpu_matmul(model: PreTrainedModel) -> None:
 
 @functools.cache
 def enable_fast_matmul() -> bool:
-    """Multiply float32 matrices on the CPU by oneDNN where that is exact and faster; returns whether it is so.
+    """Multiply float32 matrices on the CPU by oneDNN where that is exact and faster; returns whether it does.
 
-    torch takes MKL, which runs at half speed on AMD's processors, unless it may round to bfloat16. Where there are no
-    AMX units nothing is rounded even so, and oneDNN's float32 kernels come in: 2.2 times as fast. Both are tried here
-    on a small product, once a process, and the setting is left as it was where it rounds or gains nothing.
+    torch uses MKL, which runs at half speed on AMD's processors, unless it may round to bfloat16. Without AMX units
+    nothing is rounded even then, and oneDNN's float32 kernels run: 2.2 times as fast. Both are tried on a small
+    product, once per process, and the setting is restored where it rounds or gains nothing.
     """
     before = _setting.fp32_precision
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randn(512, 512, generator=generator) for _ in range(2))
     exact = left.double() @ right.double()
-    usual = _seconds(left, right)
+    default_seconds = _seconds(left, right)
     _setting.fp32_precision = "bf16"
     error = ((left @ right).double() - exact).norm() / exact.norm()
-    if error <= MAX_ERROR and _seconds(left, right) * MIN_GAIN <= usual:
+    if error <= MAX_ERROR and _seconds(left, right) * MIN_GAIN <= default_seconds:
         return True
     _setting.fp32_precision = before
     return False
 
 
 def _seconds(left: Tensor, right: Tensor) -> float:
-    """Time of a product: the least of a few, the first of which make the kernel."""
+    """Time of a product: the shortest of a few, the first of which build the kernel."""
     times = []
     for _ in range(5):
         started = time.perf_counter()
@@ -80,9 +80,9 @@ def _ieee_matmul() -> Iterator[None]:
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Fused attention by the usual products, forwards and backwards.
+    """Fused attention with the default (IEEE) kernels, forward and backward.
 
-    It multiplies small pieces, for each of which oneDNN would be called again: that is eight times as slow.
+    It multiplies small tiles, for each of which oneDNN would be called again: that is eight times as slow.
     """
 
     @staticmethod

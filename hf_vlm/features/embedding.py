@@ -1,4 +1,4 @@
-"""Features of images from anywhere, by a frozen encoder with its image processor.
+"""Features of images from anywhere, of a frozen encoder with its image processor.
 
 Images are paths (of files, of folders, or with wildcards), Pillow images or uint8 arrays.
 """

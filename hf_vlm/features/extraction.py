@@ -29,18 +29,14 @@ __all__ = ["METADATA_KEY", "POOLINGS", "encode", "eval_transform_for", "feature_
 
 POOLINGS = ("mean", "class", "both")
 METADATA_KEY = b"hf_vlm"  # in the Parquet file: which encoder made the features, from which data
-FIXED_PROCESSOR_FIELDS = (
-    "resample",
-    "do_rescale",
-    "rescale_factor",
-    "do_normalize",
-)  # settings that EvalTransform has no others of
+# Settings that EvalTransform cannot change.
+FIXED_PROCESSOR_FIELDS = ("resample", "do_rescale", "rescale_factor", "do_normalize")
 ROWS_PER_GROUP = 4096  # held in memory: 25 MB of 1,536 features
 
 
 @contextmanager
 def frozen(encoder: VLMViTModel) -> Iterator[VLMViTModel]:
-    """The encoder without dropout and gradients; afterwards all its parts are in the modes they were in."""
+    """The encoder in evaluation mode without gradients; the modes of its modules are restored afterwards."""
     modes = {part: part.training for part in encoder.modules()}
     encoder.eval()
     try:
@@ -55,10 +51,10 @@ def encode(encoder: VLMViTModel, pixel_values: Tensor, *, pooling: str = "mean")
     """Features (batch, features) float32, on the CPU, of images (batch, channels, height, width).
 
     Args:
-        encoder: On any device.
-        pooling: "mean" of the patch tokens, which every encoder has; the "class" token, which is what methods of whole
-            images train (SimCLR, MoCo v3, LeJEPA, DINOv2); or "both", the class token before the mean, as DINOv2's
-            linear classifiers take them: twice as many features.
+        encoder: Encoder on any device.
+        pooling: "mean" of the patch tokens, which every encoder has; the "class" token, which is what image-level
+            methods train (SimCLR, MoCo v3, LeJEPA, DINOv2); or "both", the class token followed by the mean, as in
+            DINOv2's linear classifiers: twice as many features.
 
     Raises:
         ValueError: There is no such pooling, or the encoder has no class token.
@@ -93,7 +89,7 @@ def eval_transform_for(processor: VLMViTImageProcessor) -> Transform:
 
 
 class ProcessorTransform:
-    """A transform by an image processor of any settings, as those of converted encoders."""
+    """A transform by an image processor with any settings, such as those of converted encoders."""
 
     def __init__(self, processor: VLMViTImageProcessor, size: tuple[int, int], num_channels: int) -> None:
         self.processor, self.size, self.num_channels = processor, size, num_channels
@@ -120,18 +116,20 @@ def write_features(
     """Write the features of all images of a source to a Parquet file, one row per image, in its order.
 
     The columns are `index` (the position in the source, from 0), `image_id`, `path` (null where images have none),
-    `label` where the source has it, and `features` (hidden_size) float32. Which encoder made them is in the
-    metadata of the file, as JSON under the key `hf_vlm`. Rows are written in groups, so that memory does not grow with
-    their number, and under another name, so that no file is there before all are written.
+    `label` where the source has it, and `features` (hidden_size) float32. The metadata of the file name the encoder,
+    as JSON under the key `hf_vlm`. Rows are written in groups, so that memory does not grow with their number, and to
+    a temporary file, which is renamed when it is complete.
 
     Args:
+        path: Parquet file to write.
         source: Images.
-        max_bad_fraction: See `ExampleStream`.
-        about: JSON values that are added to the metadata.
+        pooling: Pooling of the patch tokens; see `encode`.
+        max_bad_fraction: Fraction of unreadable images to accept; see `ExampleStream`.
+        about: JSON values to add to the metadata.
         num_expected: Images of the source, for the progress bar.
 
     Returns:
-        The numbers of images that were written, and that could not be read and were skipped.
+        Number of images written, and number of unreadable images skipped.
 
     Raises:
         ValueError: The path cannot be written, the source gives no image or too many that cannot be read, a feature
@@ -142,7 +140,7 @@ def write_features(
         WithMetadata(eval_transform_for(processor)),
         shuffle=False,
         repeat=False,
-        block_size=batch_size,  # nothing is shuffled: more would only fill the memory
+        block_size=batch_size,  # nothing is shuffled: a larger block would only take memory
         max_bad_fraction=max_bad_fraction,
     )
     schema = _schema(source.features, encoder, processor, {"pooling": pooling, **(about or {})})
@@ -163,7 +161,7 @@ def write_features(
 
 
 def with_index(source: datasets.IterableDataset) -> datasets.IterableDataset:
-    """The columns that are needed, and `index`, the position in the source; bad images count too."""
+    """The columns needed, and `index`, the position in the source, in which bad images count too."""
     columns = [name for name in ("image", "image_id", "label") if name in source.features]
     features = datasets.Features({name: source.features[name] for name in columns})
     features["index"] = datasets.Value("int64")
@@ -175,7 +173,7 @@ def _add_index(example: dict[str, Any], index: int) -> dict[str, Any]:
 
 
 class WithMetadata:
-    """A transform whose views carry index, id and path of their image."""
+    """A transform that adds index, id and path of the image to its view."""
 
     def __init__(self, transform: Transform) -> None:
         self.transform = transform
@@ -195,7 +193,7 @@ def _record_batch(
         first = examples[int((~features.isfinite()).any(dim=1).nonzero()[0])]
         raise ValueError(
             f"The features of the image at index {first['index']} are not finite: the encoder is damaged, or its "
-            "type of numbers too small."
+            "dtype overflows."
         )
     columns = {name: [example[name] for example in examples] for name in schema.names if name != "features"}
     columns["features"] = pa.FixedSizeListArray.from_arrays(features.numpy().ravel(), features.shape[1])
@@ -203,7 +201,7 @@ def _record_batch(
 
 
 def _write_group(writer: pq.ParquetWriter, batches: list[pa.RecordBatch]) -> int:
-    """Write batches as a row group and forget them; returns their rows."""
+    """Write batches as a row group and clear the list; returns the number of rows."""
     table = pa.Table.from_batches(batches)
     writer.write_table(table, row_group_size=len(table))
     batches.clear()
@@ -233,7 +231,7 @@ def _schema(
 
 
 def _fingerprint(encoder: VLMViTModel) -> str:
-    """A short hash of the weights: folders are overwritten by the next run."""
+    """A short hash of the weights, since the next run may overwrite their folder."""
     digest = hashlib.sha256()
     for name, weight in sorted(encoder.state_dict().items()):
         digest.update(name.encode())
@@ -243,7 +241,7 @@ def _fingerprint(encoder: VLMViTModel) -> str:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes the path when all went well, and else is gone."""
+    """A temporary file that is renamed to the path on success, and deleted otherwise."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         file = partial.open("wb")

@@ -1,4 +1,4 @@
-"""The one loader of models: of a run, a checkpoint or the Hub, checked to be whole before anything is computed."""
+"""The one loader of models: from a run, a checkpoint or the Hub, with a check that no weight is missing."""
 
 import contextlib
 import logging
@@ -49,7 +49,7 @@ class LoadedModel:
 
 
 def load_model(source: str | Path) -> LoadedModel:
-    """The model that the folder of a run, or a name on the Hub, holds; of a pretraining model its encoder.
+    """The model in the folder of a run or under a name on the Hub; for a pretraining model, its encoder.
 
     Raises:
         ValueError: There is none, it is not of this package, or weights are missing.
@@ -64,7 +64,7 @@ def load_model(source: str | Path) -> LoadedModel:
 
 
 def load_frozen_encoder(source: str | Path) -> tuple[VLMViTModel, VLMViTImageProcessor]:
-    """The encoder of a folder or of the Hub, also out of a detector or a pretraining model, and its image processor.
+    """The encoder in a folder or on the Hub, also from a detector or a pretraining model, and its image processor.
 
     Raises:
         ValueError: There is none, it has to be converted first, or weights are missing.
@@ -106,13 +106,13 @@ def read_own_config(source: str | Path) -> dict[str, Any]:
             f"  {shlex.join(['hf-vlm', 'convert', name, folder])}\n  --encoder {shlex.quote(folder)}"
         )
     if not is_ours(config):
-        raise ValueError(f"{name} holds no model of hf_vlm, but one of the type {model_type!r}.")
+        raise ValueError(f"{name} holds no model of hf_vlm, but one of type {model_type!r}.")
     return config
 
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Our report replaces the one that transformers prints, in which every head weight looks like a fault."""
+    """Silences transformers' loading report, in which every head weight looks like a fault; ours replaces it."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:

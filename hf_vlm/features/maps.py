@@ -1,4 +1,4 @@
-"""What an encoder makes of each patch: principal components as colours, attention and similarities as maps."""
+"""Maps of patch features: principal components as colours, attention and similarities."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ __all__ = ["FeatureMaps", "feature_maps", "principal_components"]
 Array = np.ndarray[Any, Any]
 
 BATCH_SIZE = 8  # images whose attention is in memory
-SHOWN = (0.05, 0.95)  # quantiles of a component between which its colour rises: outliers would make all else grey
+SHOWN = (0.05, 0.95)  # quantiles of a component that span the colour range: outliers would make all else grey
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +27,8 @@ class FeatureMaps:
 
     Args:
         colors: (n, rows, columns, 3) red, green and blue, 0 to 1.
-        attention: (n, heads, rows, columns), of the class token to the patches in the last layer; what is missing of
-            a sum of 1 is its attention to itself and to registers. None where there is no class token or a patch was
-            chosen.
+        attention: (n, heads, rows, columns), attention of the class token to the patches in the last layer; the rest,
+            up to a sum of 1, goes to itself and to registers. None without a class token or for a chosen patch.
         similarity: (n, rows, columns), cosine similarity to the chosen patch, or to the mean of the image's patches;
             None where there is attention.
         patch: Row and column of the chosen patch.
@@ -54,10 +53,10 @@ def feature_maps(
     (https://arxiv.org/abs/2304.07193, figures 1 and 9): equal colours mean similar features, also across images.
 
     Args:
-        encoder: On any device.
+        encoder: Encoder on any device.
         patch: Row and column of a patch: similarity to it replaces the class token's attention.
-        foreground: Leave the background black, as in DINOv2: patches on that side of the mean of the first component
-            on which the images' borders lie. The colours are then the components of the other patches.
+        foreground: Whether to leave the background black, as in DINOv2: the patches on the same side of the first
+            component's mean as the images' borders. The colours are then the components of the other patches.
 
     Raises:
         ValueError: The size of the images does not fit the encoder, or there is no such patch.
@@ -80,10 +79,10 @@ def feature_maps(
 def principal_components(values: Tensor, num_components: int = 3) -> Tensor:
     """Coordinates (n, num_components) of rows (n, D) along the directions of greatest variance, about their mean.
 
-    Each direction points to where its largest loading is positive, so that the same rows always get the same signs.
+    Signs are fixed: the largest loading of each direction is positive, so that equal rows get equal components.
     """
     centred = values.double() - values.double().mean(dim=0)
-    _, vectors = torch.linalg.eigh(centred.T @ centred)  # (D, D), columns by rising variance
+    _, vectors = torch.linalg.eigh(centred.T @ centred)  # (D, D), columns by ascending variance
     directions = vectors.flip(1)[:, :num_components]
     largest = directions.gather(0, directions.abs().argmax(dim=0, keepdim=True))  # (1, num_components)
     return centred @ (directions * largest.sign())
@@ -107,12 +106,12 @@ def _patches(encoder: VLMViTModel, pixel_values: Tensor, *, has_attention: bool)
 
 @contextmanager
 def _last_attention(encoder: VLMViTModel) -> Iterator[list[Tensor]]:
-    """A list that receives the weights (batch, heads, tokens, tokens) of the last layer, the only ones that are kept.
+    """A list that receives the attention weights (batch, heads, tokens, tokens) of the last layer alone.
 
-    `output_attentions=True` records the same, and those of all other layers beside: gigabytes for large images.
+    `output_attentions=True` would also keep those of all other layers: gigabytes for large images.
     """
     found: list[Tensor] = []
-    usual = encoder.config._attn_implementation
+    before = encoder.config._attn_implementation
     encoder.set_attn_implementation("eager")  # fused kernels have no weights to give
     attention: Any = encoder.layers[-1].attention
     hook = attention.register_forward_hook(lambda _, __, output: found.append(output[1]))
@@ -120,17 +119,17 @@ def _last_attention(encoder: VLMViTModel) -> Iterator[list[Tensor]]:
         yield found
     finally:
         hook.remove()
-        encoder.set_attn_implementation(usual)
+        encoder.set_attn_implementation(before)
 
 
 def _similarity(features: Tensor, patch: tuple[int, int] | None, grid: tuple[int, int]) -> Tensor:
-    """(n, patches)"""
+    """Cosine similarity (n, patches) to the chosen patch, or to the mean of the patches."""
     chosen = features.mean(dim=1) if patch is None else features[:, patch[0] * grid[1] + patch[1]]  # (n, dim)
     return F.cosine_similarity(features, chosen[:, None], dim=2)
 
 
 def _colors(features: Tensor, *, foreground: bool) -> Array:
-    """(n, rows, columns, 3), 0 to 1, of features (n, rows, columns, dim)."""
+    """Colours (n, rows, columns, 3), 0 to 1, of features (n, rows, columns, dim)."""
     is_shown = _foreground(features) if foreground else torch.ones(features.shape[:3], dtype=torch.bool)
     if not is_shown.any():  # all patches are equal
         return np.zeros((*is_shown.shape, 3), dtype=np.float32)
@@ -143,7 +142,7 @@ def _colors(features: Tensor, *, foreground: bool) -> Array:
 
 
 def _foreground(features: Tensor) -> Tensor:
-    """(n, rows, columns) bool: patches on the other side of the first component's mean than the borders are."""
+    """Foreground (n, rows, columns) bool: patches on the other side of the first component's mean than the borders."""
     first = principal_components(features.flatten(0, 2), 1).reshape(features.shape[:3])
     inner = first[:, 1:-1, 1:-1]
     border_sum = first.sum() - inner.sum()

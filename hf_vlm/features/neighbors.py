@@ -32,10 +32,10 @@ class Neighbors:
 
 
 def find_neighbors(features: Tensor, queries: Sequence[int], *, num_neighbors: int = 8) -> Neighbors:
-    """The images that are most similar to some of them, by the cosine of their features (images, D).
+    """The images most similar to the queries, by the cosine similarity of their features (images, D).
 
     Args:
-        queries: Rows of the features. No image is its own neighbour.
+        queries: Rows of the features; an image is not its own neighbour.
         num_neighbors: Number of neighbours of each query; where there are fewer images, all others.
 
     Raises:
@@ -47,7 +47,7 @@ def find_neighbors(features: Tensor, queries: Sequence[int], *, num_neighbors: i
 
 
 def search_file(path: Path, queries: Sequence[int], *, num_neighbors: int = 8) -> Neighbors:
-    """What `find_neighbors` finds, among the features of a file of `write_features`, which is read in pieces.
+    """`find_neighbors` for the features in a file of `write_features`, which is read in chunks.
 
     Args:
         queries: Values of the column `index`.
@@ -76,13 +76,13 @@ def nearest_rows(
     """The rows of a long matrix, given in chunks, with the highest cosine similarities to the queries.
 
     Args:
-        queries: (n, D).
-        chunks: (rows, D) each.
-        num_neighbors: k.
-        excluded: (n,) row that does not count for each query.
+        queries: (n, D) features.
+        chunks: Parts (rows, D) of the matrix, in their order.
+        num_neighbors: Number k of rows to find for each query.
+        excluded: (n,) row to leave out for each query.
 
     Returns:
-        Similarities (n, k), falling, and rows (n, k); fewer than k where there are fewer rows.
+        Similarities (n, k), descending, and rows (n, k); fewer than k where there are fewer rows.
 
     Raises:
         ValueError: num_neighbors is not positive.
@@ -107,7 +107,7 @@ def nearest_rows(
 
 
 def evenly_spaced(num_images: int, num_chosen: int) -> list[int]:
-    """Positions of `num_chosen` images, or of all where there are fewer: the middles of equal parts.
+    """Positions of `num_chosen` images, or of all where there are fewer: the middles of equal segments.
 
     Raises:
         ValueError: num_chosen is not positive.
@@ -115,23 +115,23 @@ def evenly_spaced(num_images: int, num_chosen: int) -> list[int]:
     if num_chosen < 1:
         raise ValueError(f"{num_chosen} images are to be shown; at least one is needed.")
     num_chosen = min(num_chosen, num_images)
-    return [(2 * part + 1) * num_images // (2 * num_chosen) for part in range(num_chosen)]
+    return [(2 * segment + 1) * num_images // (2 * num_chosen) for segment in range(num_chosen)]
 
 
 def _rows_of(queries: Sequence[int], indices: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """The row of each query among rising indices."""
+    """The row of each query among ascending indices."""
     rows = np.searchsorted(indices, queries)
     unknown = [query for query, row in zip(queries, rows) if row == len(indices) or indices[row] != query]
     if unknown:
         raise ValueError(
             f"queries: there is no image {', '.join(map(str, unknown))} among the {len(indices)} that were read, "
-            f"which have the indices {indices[0]} to {indices[-1]}, without those that cannot be read."
+            f"which have the indices {indices[0]} to {indices[-1]}; images that cannot be read are left out."
         )
     return rows
 
 
 def _indices(file: pq.ParquetFile) -> np.ndarray[Any, Any]:
-    return file.read(columns=["index"]).column("index").to_numpy()  # type: ignore[no-any-return]  # 8 bytes an image
+    return file.read(columns=["index"]).column("index").to_numpy()  # type: ignore[no-any-return]  # 8 bytes per image
 
 
 def _chunks(file: pq.ParquetFile) -> Iterator[Tensor]:

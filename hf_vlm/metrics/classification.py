@@ -1,4 +1,4 @@
-"""How well classes are predicted: one class per image, or any number of them."""
+"""Classification metrics: for one class per image, or any number of them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 __all__ = ["classification_metrics", "confusion_matrix", "multi_label_metrics"]
 
-NUM_BINS = 15  # of confidence, as in Guo et al. 2017
+NUM_BINS = 15  # bins of confidence, as in Guo et al. 2017
 Floats = NDArray[np.float64]
 
 
@@ -25,7 +25,7 @@ def classification_metrics(
         per_class: Also return `recall/<class name>` of every class; NaN where a class has no image.
 
     Returns:
-        values from 0 to 1:
+        Metrics from 0 to 1:
 
         - `top1`, and `top5`: fraction of images whose class is the most probable one, or among the five most probable
           ones (1 where there are no more classes than that);
@@ -35,7 +35,7 @@ def classification_metrics(
           width (Guo et al. 2017, https://arxiv.org/abs/1706.04599).
 
     Raises:
-        ValueError: Where the two do not fit together, there is no image, or rows are no probabilities.
+        ValueError: Shapes do not match, there is no image, or rows do not sum to 1.
     """
     scores, names = _probabilities(probabilities, class_names)
     if not np.allclose(scores.sum(axis=1), 1, atol=1e-3):
@@ -45,7 +45,7 @@ def classification_metrics(
     ranking = np.argsort(-scores, axis=1, kind="stable")  # (n, classes)
     hits = ranking == classes[:, None]
     counts = confusion_matrix(classes, ranking[:, 0], num_classes)  # (classes, classes)
-    with np.errstate(invalid="ignore"):  # 0 / 0 is NaN: of a class without images
+    with np.errstate(invalid="ignore"):  # 0 / 0 is NaN: a class without images
         recalls = counts.diagonal() / counts.sum(axis=1)
     metrics = {
         "top1": float(hits[:, 0].mean()),
@@ -70,23 +70,23 @@ def multi_label_metrics(
     """Average precision and F1 where each image has any number of classes.
 
     Args:
-        probabilities: (n, classes) tensor, array or lists of values from 0 to 1, each class for itself.
+        probabilities: (n, classes) tensor, array or lists of probabilities from 0 to 1, independent for each class.
         labels: (n, classes), 1 for each class that is present and 0 for the others.
-        threshold: Lowest probability at which a class counts as found, for F1.
+        threshold: Lowest probability at which a class counts as predicted, for F1.
         class_names: Names of the classes, for the keys of `per_class`; their indices by default.
         per_class: Also return `ap/<class name>` of every class; NaN where a class is in no image.
 
     Returns:
-        values from 0 to 1:
+        Metrics from 0 to 1:
 
         - `map`: mean over the classes of average precision, the sum over the recall steps of the precision there
-          (scikit-learn's `average_precision_score`); classes that are in no image are left out, and where there are
-          no others it is NaN;
-        - `micro_f1`: F1 of all decisions together; `macro_f1`: mean F1 of the classes that are present or found
-          anywhere.
+          (scikit-learn's `average_precision_score`); classes that are in no image are left out; NaN
+          where no class is in any image;
+        - `micro_f1`: F1 over all pairs of image and class; `macro_f1`: mean F1 of the classes that are present or
+          predicted in some image.
 
     Raises:
-        ValueError: Where the two do not fit together, there is no image, or values are out of their range.
+        ValueError: Shapes do not match, there is no image, or values are out of their range.
     """
     from sklearn.metrics import average_precision_score  # takes a second to import
 
@@ -112,14 +112,14 @@ def multi_label_metrics(
 
 
 def confusion_matrix(labels: Any, predictions: Any, num_classes: int) -> NDArray[np.int64]:
-    """Number of images (classes, classes) by their class (rows) and the class predicted for them (columns).
+    """Number of images (classes, classes) by true class (rows) and predicted class (columns).
 
     Args:
         labels: (n,) integers from 0.
         predictions: (n,) integers from 0.
 
     Raises:
-        ValueError: Where there is not one prediction per label, or a class is out of range.
+        ValueError: There is not one prediction per label, or a class is out of range.
     """
     true = _labels(labels, len(labels), num_classes)
     predicted = _labels(predictions, len(labels), num_classes, name="predictions")
@@ -128,7 +128,7 @@ def confusion_matrix(labels: Any, predictions: Any, num_classes: int) -> NDArray
 
 
 def _macro_f1(both: NDArray[Any], predicted: NDArray[Any], true: NDArray[Any]) -> float:
-    """Mean over classes of 2 both / (predicted + true), the classes left out of which there is neither."""
+    """Mean over classes of 2 both / (predicted + true), leaving out classes without both predictions and images."""
     total = predicted + true
     occurs = total > 0
     return float(np.mean(2 * both[occurs] / total[occurs])) if occurs.any() else float("nan")

@@ -40,7 +40,7 @@ def coco_detection_metrics(
             (n,), whose regions may be matched any number of times and count neither as found nor as missed.
         num_classes: Number of classes, where the classes have no names. Default: the labels that occur.
         class_names: Names of the classes 0, 1, ...; used for the keys of `per_class`.
-        max_detections: Best-scored predictions that count, per image and class.
+        max_detections: Number of best-scored predictions that count, per image and class.
         per_class: Also return `ap/<class name>` of every class.
 
     Returns:
@@ -49,7 +49,7 @@ def coco_detection_metrics(
         class without objects does not enter the mean; objects without predictions score 0.
 
     Raises:
-        ValueError: Where the two lists do not match, or boxes, scores or labels are malformed.
+        ValueError: The two lists differ in length, or boxes, scores or labels are malformed.
     """
     metric = CocoDetectionMetric(num_classes=num_classes, class_names=class_names, max_detections=max_detections)
     metric.add(predictions, references)
@@ -57,7 +57,7 @@ def coco_detection_metrics(
 
 
 class CocoDetectionMetric:
-    """Accumulates images batch by batch, then computes what `coco_detection_metrics` returns for all of them at once.
+    """Accumulates images batch by batch, then computes the metrics of `coco_detection_metrics` over all of them.
 
     Only the predictions that can count are kept (the `max_detections` best per image and class), so that memory grows
     with the number of images and not with the number of a model's queries.

@@ -1,4 +1,4 @@
-"""How far features spread over their space, without labels: healthy against collapsed encoders."""
+"""Label-free statistics of features that tell healthy from collapsed encoders."""
 
 from typing import Any
 
@@ -9,11 +9,11 @@ __all__ = ["alignment", "effective_rank", "feature_std", "mean_cosine", "uniform
 
 
 def effective_rank(features: Any, *, chunk_size: int = 4096) -> float:
-    """How many dimensions features use, from 1 (all are multiples of one vector) to min(n, D): RankMe.
+    """Effective number of dimensions (RankMe), from 1 (all features are multiples of one vector) to min(n, D).
 
-    exp of the entropy of the singular values, divided by their sum (Garrido et al. 2023,
+    exp of the entropy of the singular values, normalised to sum to 1 (Garrido et al. 2023,
     https://arxiv.org/abs/2210.02885, equation 1, with its 1e-7 added to each fraction). As there, features are neither
-    centred nor normalised. The singular values are roots of the eigenvalues of the smaller of both Gram matrices.
+    centred nor normalised. The singular values are the square roots of the eigenvalues of the smaller Gram matrix.
 
     Args:
         features: (n, D) tensor, array or lists.
@@ -40,8 +40,8 @@ def effective_rank(features: Any, *, chunk_size: int = 4096) -> float:
 def feature_std(features: Any, *, chunk_size: int = 4096) -> float:
     """Standard deviation of L2-normalised features, mean over the dimensions, times sqrt(D).
 
-    1 where features are spread evenly over the sphere, 0 where all point the same way (Chen and He
-    2021, https://arxiv.org/abs/2011.10566, section 4.1, where 1 / sqrt(D) is the ideal).
+    1 where features are spread evenly over the sphere, 0 where all have the same direction (Chen and He 2021,
+    https://arxiv.org/abs/2011.10566, section 4.1, where 1 / sqrt(D) is the ideal).
 
     Args:
         features: (n, D) tensor, array or lists.
@@ -56,7 +56,7 @@ def feature_std(features: Any, *, chunk_size: int = 4096) -> float:
 
 
 def mean_cosine(features: Any, *, chunk_size: int = 4096) -> float:
-    """Mean cosine similarity of two different features: 1 where all point the same way, near 0 where they spread.
+    """Mean cosine similarity of two different features: 1 for equal directions, near 0 for evenly spread ones.
 
     Args:
         features: (n, D) tensor, array or lists.
@@ -71,17 +71,17 @@ def mean_cosine(features: Any, *, chunk_size: int = 4096) -> float:
 
 
 def alignment(features: Any, others: Any, *, exponent: float = 2.0) -> float:
-    """Mean distance, to a power, of the normalised features of two views of an image: 0 where views do not matter.
+    """Mean distance, to a power, of the normalised features of two views of an image: 0 for equal features.
 
     Wang and Isola 2020, https://arxiv.org/abs/2005.10242, equation 3.
 
     Args:
-        features: (n, D) tensor, array or lists, of one view of each image.
-        others: (n, D), of another view of the same images in the same order.
-        exponent: alpha of the paper.
+        features: (n, D) tensor, array or lists; features of one view of each image.
+        others: (n, D) features of another view of the same images, in the same order.
+        exponent: Power of the distance, the paper's alpha.
 
     Raises:
-        ValueError: Where both differ in shape, there are fewer than 2 features, or some are not finite.
+        ValueError: The two differ in shape, there are fewer than 2 features, or some are not finite.
     """
     features, others = _checked(features), _checked(others)
     if features.shape != others.shape:

@@ -1,4 +1,4 @@
-"""One visible table of the tasks; a new one is one file here and one row."""
+"""The table of all tasks; a new one is one file here and one row."""
 
 from hf_vlm.tasks.classification import CLASSIFICATION
 from hf_vlm.tasks.detection import DETECTION
@@ -8,4 +8,4 @@ from hf_vlm.tasks.task import Evaluation, Task
 __all__ = ["TASKS", "TRAINABLE_TASKS", "Evaluation", "Task"]
 
 TASKS: dict[str, Task] = {task.name: task for task in (FEATURE_EXTRACTION, DETECTION, CLASSIFICATION)}
-TRAINABLE_TASKS = tuple(name for name, task in TASKS.items() if task.recipes)  # what `finetune` makes models for
+TRAINABLE_TASKS = tuple(name for name, task in TASKS.items() if task.recipes)  # the tasks of `finetune`

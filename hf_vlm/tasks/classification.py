@@ -1,4 +1,4 @@
-"""Image classification: one class per image, or several where the data name objects instead."""
+"""Image classification: one class per image, or several where the data have boxes instead of labels."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -24,10 +24,10 @@ MULTI_LABEL = "multi_label_classification"
 
 
 def class_names(source: Source) -> list[str]:
-    """The classes of a source's labels, or else of its objects.
+    """The classes of a source's labels, or, without labels, of its objects.
 
     Raises:
-        ValueError: Where it has neither, or only one class.
+        ValueError: The source has neither, or only one class.
     """
     names = source.label_names if source.label_names is not None else source.object_names
     if names is None:
@@ -38,13 +38,13 @@ def class_names(source: Source) -> list[str]:
     if len(names) < 2:
         raise ValueError(
             f"{source.name} has the classes {names} in split {source.split!r}, but classification needs at least 2: "
-            "add images of what it is not as a class of their own."
+            "add images that show something else as a second class."
         )
     return list(names)
 
 
 def head_fields(source: Source) -> dict[str, Any]:
-    """What the data decide of the model's configuration: one class per image, or several."""
+    """Configuration fields that depend on the data: one class per image, or several."""
     return {"problem_type": "single_label_classification" if source.label_names is not None else MULTI_LABEL}
 
 
@@ -68,7 +68,7 @@ def classification_transform(
 
 
 def collate(*, train: bool, class_names: Sequence[str], augmentation: Mapping[str, Any] | None = None) -> Collate:
-    """A function that stacks examples, and mixes those whose transform has asked for it."""
+    """A function that stacks examples, and mixes those whose transform sampled mixup or CutMix."""
     return functools.partial(collate_classification, num_classes=len(class_names))
 
 
@@ -79,12 +79,12 @@ def predict_classification(
     """Probabilities (images, classes) float32 and labels (images,) or (images, classes) of this rank's images.
 
     Raises:
-        ValueError: Where the data have several classes per image and the model gives one, or the other way round.
+        ValueError: The data have several classes per image and the model predicts one, or the other way round.
     """
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
     is_multi_label = model.config.problem_type == MULTI_LABEL
-    # The first ones are empty, so that a rank without images has something to give.
+    # The first ones are empty, for a rank without images.
     probabilities = [torch.empty(0, num_classes)]
     labels = [torch.empty(0, num_classes) if is_multi_label else torch.empty(0, dtype=torch.int64)]
     loader = DataLoader(
@@ -93,9 +93,9 @@ def predict_classification(
     for batch in tqdm(loader, desc="Evaluating", leave=False, disable=stream.rank != 0):
         if (batch["labels"].ndim == 2) != is_multi_label:
             raise ValueError(
-                "The data have several classes per image, but the model gives one."
+                "The data have several classes per image, but the model predicts one."
                 if batch["labels"].ndim == 2
-                else "The data have one class per image, but the model gives several."
+                else "The data have one class per image, but the model predicts several."
             )
         logits = model(pixel_values=batch["pixel_values"].to(device)).logits.float()
         probabilities.append((logits.sigmoid() if is_multi_label else logits.softmax(dim=-1)).cpu())
@@ -114,10 +114,10 @@ def evaluate_classification(
     per_class: bool = False,
     fit_stream: ExampleStream | None = None,
 ) -> Evaluation:
-    """Accuracy over a stream, gathered from all ranks, and which classes were taken for which.
+    """Accuracy or average precision over a stream, gathered from all ranks, and the confusion matrix.
 
     Raises:
-        ValueError: For a stream without images, and where its classes are not of the model's kind.
+        ValueError: The stream has no images, or several classes per image where the model predicts one, or vice versa.
     """
     probabilities, labels = predict_classification(model, stream, num_classes=len(class_names), batch_size=batch_size)
     if stream.world_size > 1:
@@ -144,7 +144,7 @@ def post_process(
 ) -> list[dict[str, Tensor]]:
     """One dict per image: `scores` and `labels`, best first, of the classes that reach the threshold.
 
-    Where an image has one class it is the best one, at any threshold.
+    With one class per image, that is the best class, whatever the threshold.
     """
     is_multi_label = model.config.problem_type == MULTI_LABEL
     return processor.post_process_image_classification(

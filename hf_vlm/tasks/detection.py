@@ -1,4 +1,4 @@
-"""Object detection: boxes with classes, evaluated by COCO's metrics."""
+"""Object detection: boxes with classes, evaluated by COCO metrics."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +19,7 @@ from hf_vlm.tasks.task import Collate, Evaluation, Task
 
 __all__ = ["DETECTION", "evaluate_detection", "predict_detection"]
 
-MAX_DETECTIONS = 100  # COCO counts no more; kept boxes bound the memory
+MAX_DETECTIONS = 100  # as in COCO; more would only take memory
 
 
 def class_names(source: Source) -> list[str]:
@@ -36,7 +36,7 @@ def detection_transform(
     class_names: Sequence[str],
     augmentation: dict[str, Any] | None = None,
 ) -> DetectionTransform:
-    """The transform that prepares images as the processor of a detector does."""
+    """The transform that prepares images as the processor does, and augments them in training."""
     return DetectionTransform.from_dict(
         augmentation or {},
         size=(processor.size["height"], processor.size["width"]),
@@ -49,7 +49,7 @@ def detection_transform(
 
 
 def collate(**_: Any) -> Collate:
-    """Images stacked, labels one dict per image."""
+    """A function that stacks images and keeps one dict of labels per image."""
     return collate_detection
 
 
@@ -57,7 +57,7 @@ def collate(**_: Any) -> Collate:
 def predict_detection(
     model: nn.Module, stream: ExampleStream, processor: VLMViTDetectionImageProcessor, *, batch_size: int = 32
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Predictions and references of every image of a stream, as `coco_detection_metrics` takes them, in pixels."""
+    """Predictions and references of all images of a stream, in pixels, for `coco_detection_metrics`."""
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
     predictions, references = [], []
@@ -96,7 +96,7 @@ def evaluate_detection(
     per_class: bool = False,
     fit_stream: ExampleStream | None = None,
 ) -> Evaluation:
-    """COCO's metrics over a stream, gathered from all ranks; ValueError for a stream without images."""
+    """COCO metrics over a stream, gathered from all ranks; ValueError for a stream without images."""
     predictions, references = predict_detection(model, stream, processor, batch_size=batch_size)
     if stream.world_size > 1:
         predictions, references = gather_object(predictions), gather_object(references)

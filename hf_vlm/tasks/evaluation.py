@@ -24,7 +24,7 @@ def evaluate_run(
     num_examples: int | None = None,
     max_bad_fraction: float = 0.01,
 ) -> Evaluation:
-    """What a model's folder is worth on a split of a source: the metrics of its task, also by class.
+    """Evaluates a saved model on a split of a source: the metrics of its task, also per class.
 
     Raises:
         ValueError: The folder holds no model, the data lack what its task needs or have other classes, or more than
@@ -51,7 +51,7 @@ def evaluate_run(
 
 
 def check_class_names(source: Source, found: Sequence[str], expected: Sequence[str], owner: str) -> None:
-    """ValueError where the classes of the data are not the expected ones of their owner, in their order."""
+    """ValueError where the classes of the data are not, in their order, the expected ones of `owner`."""
     if list(found) != list(expected):
         raise ValueError(
             f"Split {source.split!r} of {source.name} has the classes {list(found)}, but {owner} has {list(expected)}."
@@ -59,7 +59,7 @@ def check_class_names(source: Source, found: Sequence[str], expected: Sequence[s
 
 
 def eval_stream(source: Source, transform: Any, *, max_bad_fraction: float, **ranks: int) -> ExampleStream:
-    """All examples of a source once, in their order; `rank` and `world_size` where there are several."""
+    """All examples of a source once, in their order; `rank` and `world_size` for one of several ranks."""
     return ExampleStream(
         source.dataset, transform, shuffle=False, repeat=False, max_bad_fraction=max_bad_fraction, **ranks
     )

@@ -25,12 +25,12 @@ def class_names(source: Source) -> list[str]:
 
 
 def transform(processor: VLMViTImageProcessor, **_: Any) -> Transform:
-    """The plain view that the processor makes."""
+    """The transform that prepares images as the processor does."""
     return eval_transform_for(processor)
 
 
 def collate(**_: Any) -> Collate:
-    """Images and labels stacked."""
+    """A function that stacks images and labels."""
     return collate_views
 
 
@@ -44,7 +44,7 @@ def evaluate(
     per_class: bool = False,
     fit_stream: ExampleStream | None = None,
 ) -> Evaluation:
-    """kNN and linear accuracy on a stream of classifiers that are fitted on `fit_stream`, the train split."""
+    """kNN and linear accuracy on `stream`, with classifiers fitted on `fit_stream`, the train split."""
     assert fit_stream is not None
     return Evaluation(metrics=evaluate_features(model, fit_stream, stream, batch_size=batch_size))
 

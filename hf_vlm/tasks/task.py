@@ -1,7 +1,7 @@
-"""The contract of a task: all that fine-tuning, evaluation, prediction and model cards need to know of it.
+"""The contract of a task: all that fine-tuning, evaluation, prediction and model cards need of it.
 
-A new task is one file beside this one and one row in `hf_vlm/tasks/__init__.py`; commands read this contract and never
-ask what a task is called.
+A new task is one file beside this one and one row in `hf_vlm/tasks/__init__.py`; commands use this contract alone and
+never compare names of tasks.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,10 +22,10 @@ Collate = Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What a model is worth on a split.
+    """Result of evaluating a model on a split.
 
     Attributes:
-        metrics: Name to value.
+        metrics: Values by name.
         class_names: Names of the classes 0, 1, ...
         confusion: (classes, classes) counts, rows the true class, columns the predicted one; None for tasks that have
             no such matrix.
@@ -42,21 +42,22 @@ def _no_fields(source: Source) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A task by what the commands ask of it.
+    """What the commands need of a task.
 
     Attributes:
-        name: The name of transformers' pipeline for it, which rows of the registry carry.
-        class_names: Source to the names of the classes 0, 1, ...; ValueError where the data do not fit the task.
-        head_fields: Source to fields of the model's configuration that the data decide.
-        transform: `(processor, *, train, class_names, augmentation)` to what an example becomes.
-        collate: `(*, train, class_names, augmentation)` to the function that makes a batch of examples.
-        evaluate: `(model, stream, processor, *, class_names, batch_size, per_class, fit_stream)` to an
-            [`Evaluation`], the same on all ranks.
-        post_process: `(processor, outputs, *, threshold, sizes, model)` to one dict per image: `scores` and `labels`
-            (n,), best first, and `boxes` (n, 4) in pixels where the task has them; None where nothing is predicted.
-        headline: The metrics that commands print first, by name with the label shown; they are higher-is-better.
-        metric_names: Names of metrics in a model card, of `ap/<class>` under `ap/`; others are shown as they are.
-        recipes: Shipped recipes by the preset of the encoder that they are for.
+        name: Name of transformers' pipeline for it, as in the rows of the registry.
+        class_names: Function from a source to the names of its classes; ValueError where the data do not fit.
+        head_fields: Function from a source to configuration fields of the model that depend on the data.
+        transform: Function `(processor, *, train, class_names, augmentation)` that returns the transform of examples.
+        collate: Function `(*, train, class_names, augmentation)` that returns the collate function.
+        evaluate: Function `(model, stream, processor, *, class_names, batch_size, per_class, fit_stream)` that returns
+            an [`Evaluation`], the same on all ranks.
+        post_process: Function `(processor, outputs, *, threshold, sizes, model)` that returns one dict per image:
+            `scores` and `labels` (n,), best first, and `boxes` (n, 4) in pixels where the task has them; None where
+            nothing is predicted.
+        headline: Labels of the metrics that commands print first, by name of the metric; higher is better for all.
+        metric_names: Names of metrics in a model card, that of `ap/<class>` under `ap/`; others keep their keys.
+        recipes: Shipped recipes by encoder preset.
         card: Template of the model card.
         fits_on_train: Whether evaluation needs the train split too, as classifiers on frozen features do.
     """

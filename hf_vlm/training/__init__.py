@@ -1,4 +1,4 @@
-"""Floor 3: recipes, the trainer, its optimiser groups and callbacks, evaluation, whole runs."""
+"""Floor 5: recipes, the trainer, its optimiser groups and callbacks, probes, whole runs."""
 
 from hf_vlm.training.trainer import VisionTrainer
 

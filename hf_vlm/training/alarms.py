@@ -1,4 +1,4 @@
-"""An alarm for pretraining that collapses: signs in the log, what they mean and what to try."""
+"""An alarm for collapsing pretraining: signs in the log, what they mean and what to try."""
 
 import logging
 import math
@@ -14,8 +14,8 @@ logger = logging.getLogger(__name__)
 
 Entry = dict[str, float]
 
-LEVEL_FROM = 0.25  # fraction of a run before which metrics may be low, since they are of a fresh model
-MARKEDLY_WORSE = 1 / 4  # of the distance at the last warning
+LEVEL_FROM = 0.25  # fraction of a run from which low values count: an untrained model has them too
+MARKEDLY_WORSE = 1 / 4  # fraction of the distance at the last warning, below which there is another
 
 
 def _is_number(value: Any) -> bool:
@@ -24,17 +24,17 @@ def _is_number(value: Any) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Sign:
-    """A metric of the log that collapse brings near 0.
+    """A metric of the log that approaches 0 in a collapse.
 
-    Features of a fresh encoder may be nearly constant too, and those of near-identical images stay so in a healthy
-    run. So a metric is compared with its highest value of the run, and with a fixed level only late.
+    Features of an untrained encoder may be nearly constant too, and those of near-identical images stay so in a
+    healthy run. So a metric is compared with its highest value in the run, and with a fixed level only late in it.
 
     Args:
-        name: Plain description of what has happened.
-        metric: Name in the log.
-        advice: What to try.
+        name: Plain description of the problem.
+        metric: Name of the metric in the log.
+        advice: Remedies to try.
         distance: Function from the metric's value to its distance from collapse; the absolute value by default.
-        fall: Fraction of the highest distance so far below which the sign is reported.
+        fall: Fraction of the highest distance so far, below which the sign is reported.
         level: Distance below which it is reported late in a run.
         matters_from: Highest distance so far that makes a fall worth reporting.
         shown: Other metrics that are reported with it.
@@ -66,7 +66,7 @@ class Sign:
 
 @dataclass(frozen=True, kw_only=True)
 class NotFinite:
-    """A metric that must be a number and is none."""
+    """A metric that must be finite and is not."""
 
     name: str
     metric: str
@@ -152,7 +152,7 @@ SIGNS: tuple[Sign | NotFinite, ...] = (
 
 
 class CollapseAlarm(TrainerCallback):
-    """Reads every log entry and warns when training collapses: once per sign, and again when it got markedly worse.
+    """Checks every log entry and warns when training collapses: once per sign, and again when it is much worse.
 
     With `stop` it ends training at the first sign: a checkpoint is saved, all earlier ones are kept, and `train()`
     raises a ValueError.
@@ -179,7 +179,7 @@ class CollapseAlarm(TrainerCallback):
         self._stop(args, control)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._stop(args, control)  # of the sign of a probe before the first step, whose wish has been forgotten
+        self._stop(args, control)  # for the probe before the first step, after which the Trainer resets `control`
 
     def _stop(self, args: Any, control: TrainerControl) -> None:
         if self._reason is not None:
@@ -189,7 +189,7 @@ class CollapseAlarm(TrainerCallback):
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._reason is not None:
             raise ValueError(
-                f"Training was stopped because it collapses. {self._reason} It is saved as "
-                f"{args.output_dir}/checkpoint-{state.global_step}; to continue from there all the same: "
+                f"Training was stopped because it collapses. {self._reason} The checkpoint "
+                f"is {args.output_dir}/checkpoint-{state.global_step}; to continue from it all the same: "
                 "--resume_from_checkpoint last --on_collapse warn"
             )

@@ -1,4 +1,4 @@
-"""The arguments of a run: TrainingArguments, and what a vision run needs besides."""
+"""The arguments of a run: TrainingArguments and what a vision run needs in addition."""
 
 import math
 import os
@@ -15,23 +15,27 @@ __all__ = ["VisionTrainingArguments"]
 
 @dataclass
 class VisionTrainingArguments(TrainingArguments):
-    """TrainingArguments and what a vision run needs besides: the model, the data and the optimiser's groups.
+    """TrainingArguments and what a vision run needs in addition: the model, the data and the optimiser's groups.
 
     Raises:
-        ValueError: if a run is given neither a number of steps nor something to read.
+        ValueError: if a run is given neither a number of steps nor a number of images.
     """
 
     output_dir: str = field(default="runs/run", metadata={"help": "Folder of the run."})
     overwrite_output_dir: bool = field(
         default=False,
-        metadata={"help": "Start from scratch where a run is; its checkpoints are deleted."},
+        metadata={"help": "Start from scratch in the folder of another run, whose checkpoints are deleted."},
     )
-    method: str = field(default="", metadata={"help": "Row of the registry: simclr, mae, detection, ..."})
+    method: str = field(
+        default="", metadata={"help": "Name of the method in the registry: simclr, mae, detection, ..."}
+    )
     encoder_preset: str = field(default="small", metadata={"help": "Named size of the encoder."})
     encoder_config: dict[str, Any] = field(default_factory=dict, metadata={"help": "VLMViTConfig fields to override."})
     model_config: dict[str, Any] = field(default_factory=dict, metadata={"help": "Fields of the method's config."})
     encoder: str | None = field(default=None, metadata={"help": "Folder or Hub id of encoder weights to start from."})
-    resize_encoder: bool = field(default=False, metadata={"help": "Accept encoder weights that do not all fit."})
+    resize_encoder: bool = field(
+        default=False, metadata={"help": "Load the encoder weights that fit and initialise the others."}
+    )
     data: Any = field(
         default="", metadata={"help": "Source of images: folder, file, URL, Hub id, scenes, or {source: weight, ...}."}
     )
@@ -39,37 +43,54 @@ class VisionTrainingArguments(TrainingArguments):
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     eval_split: str = field(default="validation", metadata={"help": "Split to evaluate on."})
     num_train_examples: int | None = field(
-        default=None, metadata={"help": "Number of images to use: the first N, of class folders evenly spread ones."}
+        default=None,
+        metadata={"help": "Number of images to train on: the first N, or N evenly spread over class folders."},
     )
     num_eval_examples: int | None = field(
         default=None, metadata={"help": "Number of images to evaluate on, chosen in the same way."}
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, flash_attention_2, eager, ..."})
-    image_size: Any = field(default=224, metadata={"help": "Pixels that enter the model: size or [height, width]."})
+    image_size: Any = field(
+        default=224, metadata={"help": "Size of the model's input in pixels: a number or [height, width]."}
+    )
     views: dict[str, Any] = field(default_factory=dict, metadata={"help": "Changes to the method's default views."})
     views_on: str = field(
         default="auto",
-        metadata={"help": "Where views are made: device, workers, or auto: the device where it is an accelerator."},
+        metadata={"help": "Where views are made: device, workers, or auto (the device if it is an accelerator)."},
     )
     augmentation: dict[str, Any] = field(default_factory=dict, metadata={"help": "Augmentation in fine-tuning."})
-    shuffle_block: int = field(default=1024, metadata={"help": "Encoded examples that are shuffled together."})
+    shuffle_block: int = field(
+        default=1024, metadata={"help": "Number of encoded examples that are shuffled together."}
+    )
     approximate_resume: bool = field(
         default=False, metadata={"help": "Resume on another number of processes or workers, from the next epoch on."}
     )
-    max_bad_fraction: float = field(default=0.01, metadata={"help": "Fraction of bad images that stops the run."})
-    layer_decay: float = field(default=1.0, metadata={"help": "Learning rate of a layer relative to the one above."})
-    encoder_lr_multiplier: float = field(default=1.0, metadata={"help": "Learning rate of the encoder's top layer."})
+    max_bad_fraction: float = field(
+        default=0.01, metadata={"help": "Fraction of unreadable images above which the run stops."}
+    )
+    layer_decay: float = field(
+        default=1.0, metadata={"help": "Learning rate of a layer relative to that of the next layer."}
+    )
+    encoder_lr_multiplier: float = field(
+        default=1.0, metadata={"help": "Learning rate of the encoder's last layer relative to learning_rate."}
+    )
     patch_projection_lr_multiplier: float = field(
-        default=1.0, metadata={"help": "Learning rate of the patch projection relative to that of its depth."}
+        default=1.0,
+        metadata={"help": "Learning rate of the patch projection relative to that of the other embeddings."},
     )
     frozen_encoder_steps: float = field(
-        default=0, metadata={"help": "Steps, or a fraction of them below 1, before the encoder learns and warms up."}
+        default=0,
+        metadata={"help": "Steps, or below 1 a fraction of the steps, before the encoder is trained, with a warm-up."},
     )
     images_to_see: Any = field(
-        default=None, metadata={"help": "In place of max_steps: images seen in the run, or auto, by the data's size."}
+        default=None,
+        metadata={
+            "help": "In place of max_steps: number of images seen in the run, or auto, by the size of the data."
+        },
     )
     reference_batch_size: int | None = field(
-        default=None, metadata={"help": "Batch for which learning rate and momentum are meant; others are scaled."}
+        default=None,
+        metadata={"help": "Batch size for which learning rate and momentum are given; they are scaled to others."},
     )
     batch_scaling: str = field(default="sqrt", metadata={"help": "How the learning rate is scaled: sqrt or linear."})
     weight_decay_end: float | None = field(
@@ -77,27 +98,29 @@ class VisionTrainingArguments(TrainingArguments):
     )
     probe_steps: int | None = field(
         default=None,
-        metadata={"help": "Steps between probes of the features; 0: none; not given: ten in a run or fewer."},
+        metadata={"help": "Steps between probes of the features; 0 for none; at most ten probes by default."},
     )
     probe_data: str | None = field(
-        default=None, metadata={"help": "Images to probe on, labelled or not; those of eval_split when not given."}
+        default=None,
+        metadata={"help": "Source of images to probe on, labelled or not; eval_split of the data by default."},
     )
-    num_probe_examples: int = field(default=256, metadata={"help": "Images to probe on."})
+    num_probe_examples: int = field(default=256, metadata={"help": "Number of images to probe on."})
     on_collapse: str = field(
-        default="warn", metadata={"help": "When features collapse in pretraining: warn, stop or ignore."}
+        default="warn",
+        metadata={"help": "Reaction to a collapse of the features in pretraining: warn, stop or ignore."},
     )
 
     # Streams have no columns to remove and carry their own position; every parameter is used in every step.
     remove_unused_columns: bool = field(default=False, metadata={"help": "Keep all columns of a batch."})
     ignore_data_skip: bool = field(default=True, metadata={"help": "The stream resumes by its state, not by replay."})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "No parameter is ever unused."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "A loss that is not finite is logged so."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Log a loss that is not finite as it is."})
 
     def __post_init__(self) -> None:
         self._check_choices()
         num_processes = int(os.environ.get("WORLD_SIZE", "1"))
         if num_processes > 1 and not torch.accelerator.is_available():
-            self.use_cpu = True  # else accelerate makes each process a training of its own, silently
+            self.use_cpu = True  # else accelerate silently lets each process train on its own
         super().__post_init__()
         if self.world_size != num_processes:
             raise ValueError(
@@ -106,11 +129,11 @@ class VisionTrainingArguments(TrainingArguments):
             )
         if self.images_to_see is not None and self.images_to_see != "auto":
             self._set_steps(self.images_to_see)
-        if self.images_to_see != "auto":  # then the steps are not known yet
+        if self.images_to_see != "auto":  # auto: the number of steps is not known yet
             self._settle_steps()
 
     def _check_choices(self) -> None:
-        """ValueError for a setting of ours that is out of its range, or one that cannot work here."""
+        """ValueError for a setting of ours that is out of its range, or one of transformers that cannot work."""
         if (self.max_steps > 0) == (self.images_to_see is not None):
             raise ValueError(
                 "A recipe needs max_steps, a positive number of optimiser steps, or else images_to_see, and not both."
@@ -130,7 +153,7 @@ class VisionTrainingArguments(TrainingArguments):
             raise ValueError("label_smoothing_factor is not supported: set model_config.label_smoothing instead.")
 
     def see_images_of(self, num_images: int | None) -> None:
-        """Sets the number of steps by the size of the data, where the recipe leaves it to that.
+        """Sets the number of steps by the size of the data, for `images_to_see: auto`.
 
         Raises:
             ValueError: if the size is not known.
@@ -151,7 +174,7 @@ class VisionTrainingArguments(TrainingArguments):
         self.max_steps = math.ceil(num_seen / self.total_batch_size)
 
     def _settle_steps(self) -> None:
-        """Turns fractions of the run into numbers of steps, as checkpoints keep them, and checks what is frozen."""
+        """Turns fractions of the run into numbers of steps, and checks `frozen_encoder_steps`."""
         for name in ("logging_steps", "eval_steps", "save_steps"):
             if (steps := getattr(self, name)) is not None and 0 < steps < 1:
                 setattr(self, name, math.ceil(self.max_steps * steps))
@@ -163,12 +186,12 @@ class VisionTrainingArguments(TrainingArguments):
 
     @property
     def total_batch_size(self) -> int:
-        """Images of an optimiser step, over all processes."""
+        """Images per optimiser step, over all processes."""
         return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
 
     @property
     def scaled_learning_rate(self) -> float:
-        """The learning rate for the batch of this run."""
+        """The learning rate for the batch size of this run."""
         if self.reference_batch_size is None:
             return self.learning_rate
         return scaling.scaled_learning_rate(
@@ -184,11 +207,11 @@ class VisionTrainingArguments(TrainingArguments):
 
     @property
     def num_frozen_encoder_steps(self) -> int:
-        """Optimiser steps in which the encoder does not learn; a fraction of the run is rounded up as warm-up is."""
+        """Optimiser steps in which the encoder is not trained; a fraction of the run is rounded up, as for warm-up."""
         steps = self.frozen_encoder_steps
         return int(steps) if steps >= 1 else math.ceil(self.max_steps * steps)
 
     @property
     def makes_views_on_device(self) -> bool:
-        """Whether views are made in batches on the device rather than one by one in the data workers."""
+        """Whether views are made in batches on the device rather than one at a time in the data workers."""
         return self.views_on == "device" or (self.views_on == "auto" and self.device.type != "cpu")

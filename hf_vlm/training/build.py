@@ -1,4 +1,4 @@
-"""Builds what a recipe names: encoder, method, image processor; loads encoder weights and reports them."""
+"""Builds the encoder, the model and the image processor of a recipe; loads encoder weights with a report."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ from hf_vlm.training.scaling import scaled_momentum
 
 logger = logging.getLogger(__name__)
 
-# What must agree between a recipe's encoder and weights; all else is how they are trained, or follows from these.
+# Fields that must agree between a recipe's encoder and weights; the others concern training or follow from these.
 ARCHITECTURE = (
     "patch_size",
     "num_channels",
@@ -39,14 +39,11 @@ ARCHITECTURE = (
     "qkv_bias",
 )
 
-REGULARISATION = (
-    "drop_path_rate",
-    "attention_dropout",
-)  # fields of encoder_config that concern training alone
+REGULARISATION = ("drop_path_rate", "attention_dropout")  # fields of encoder_config that affect training only
 
 
 def build_encoder_config(args: VisionTrainingArguments) -> VLMViTConfig:
-    """The encoder that a recipe describes; ValueError names what is wrong with it."""
+    """The encoder configuration of a recipe; ValueError names what is wrong with it."""
     fields = {"image_size": list(args.image_hw), **args.encoder_config}
     return _build(
         "encoder_config", lambda: VLMViTConfig.from_preset(args.encoder_preset, **fields), VLMViTConfig, fields
@@ -64,7 +61,7 @@ def build_model(
 
     Args:
         class_names: Names of the classes of a model with a head for classes.
-        head_fields: Fields of its configuration that the data decide; the recipe's `model_config` overrides them.
+        head_fields: Configuration fields that depend on the data; the recipe's `model_config` overrides them.
 
     Raises:
         ValueError: if its configuration is refused, or the encoder does not fit.
@@ -88,7 +85,7 @@ def build_config(
     class_names: Sequence[str] | None = None,
     head_fields: Mapping[str, Any] | None = None,
 ) -> Any:
-    """The configuration of a recipe's model; its encoder as the recipe describes it where none is given."""
+    """The configuration of a recipe's model; `encoder` defaults to the recipe's."""
     encoder = encoder or build_encoder_config(args)
     fields = {"backbone_config": encoder.to_dict(), **(head_fields or {}), **args.model_config}
     contract = entry.config_class if issubclass(entry.config_class, SSLConfig) else SSLConfig
@@ -132,17 +129,17 @@ def architecture(config: VLMViTConfig, *, unlike: str) -> dict[str, Any]:
 
 
 def fitting_encoder_config(config: VLMViTConfig, *, preset: str, given: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's `encoder_config`, `given` beside `preset`, changed such that its encoder is built as `config` is."""
+    """The `encoder_config` that, with `preset`, builds an encoder like `config` and keeps other fields of `given`."""
     kept = {name: value for name, value in given.items() if name not in ARCHITECTURE}
     return kept | architecture(config, unlike=preset)
 
 
 def load_encoder(args: VisionTrainingArguments) -> VLMViTModel:
-    """Loads `args.encoder` (a run's folder, any checkpoint of ours, a Hub id) loudly.
+    """Loads `args.encoder` (a run's folder, any checkpoint of ours, a Hub id), with a report of its weights.
 
     Raises:
-        ValueError: if nothing is there, it is one of transformers, its architecture is not the recipe's, or weights
-            are missing, unless `resize_encoder` asks to take what fits.
+        ValueError: if nothing is there, it is one of transformers, or, without `resize_encoder`, its architecture
+            differs from the recipe's or weights are missing.
     """
     assert args.encoder is not None
     wanted = build_encoder_config(args)
@@ -161,10 +158,10 @@ def load_encoder(args: VisionTrainingArguments) -> VLMViTModel:
         raise ValueError(
             f"encoder: {args.encoder} does not fit the recipe.\n  "
             + "\n  ".join(differences)
-            + f"\nBuild it as they are, with --encoder_config {shlex.quote(json.dumps(fitting))}\nor take what fits, "
-            "with --resize_encoder true."
+            + f"\nBuild the encoder of the weights, with --encoder_config {shlex.quote(json.dumps(fitting))}\n"
+            "or load the weights that fit, with --resize_encoder true."
         )
-    if wanted.patch_hw == found.patch_hw:  # positions are of the grid that they were trained for
+    if wanted.patch_hw == found.patch_hw:  # positions belong to the grid that they were trained for
         wanted.image_size = found.image_size
     config = wanted if differences else found
     for name in REGULARISATION:

@@ -1,4 +1,4 @@
-"""What happens beside the steps: state that advances, and a log that stays readable while training runs."""
+"""Callbacks of training: model state that advances, weight decay, and a log file readable while training runs."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ class AfterStep(TrainerCallback):
 
 
 class WeightDecaySchedule(TrainerCallback):
-    """Sets the weight decay of each step, a function of the step alone, so that a resumed run has the same."""
+    """Sets the weight decay of each step, a function of the step alone, so that a resumed run continues it."""
 
     def __init__(self, start: float, end: float):
         self.start, self.end = start, end
@@ -56,8 +56,8 @@ class LogFile(TrainerCallback):
             clear_run_folder(path.parent)
         kept = [entry for entry in read_log(path) if entry["step"] <= state.global_step] if state.global_step else []
         rewritten = path.with_suffix(".tmp")
-        rewritten.write_text("".join(json.dumps(entry) + "\n" for entry in kept))  # a resumed run repeats no step
-        rewritten.replace(path)  # at once: a run that is killed here keeps its log
+        rewritten.write_text("".join(json.dumps(entry) + "\n" for entry in kept))  # a resumed run logs no step twice
+        rewritten.replace(path)  # atomic: a run that is killed here keeps its log
 
     def on_log(
         self,
@@ -73,7 +73,7 @@ class LogFile(TrainerCallback):
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
-    """Entries of a `log.jsonl`, but for a last line that a kill has cut; none where there is no file."""
+    """Entries of a `log.jsonl`, without a last line that is incomplete after a kill; empty without a file."""
     lines = path.read_text().split("\n")[:-1] if path.is_file() else []
     return [json.loads(line) for line in lines]
 

@@ -1,4 +1,4 @@
-"""The position in the data within a checkpoint, which checkpoints of a run are whole, and whose they are."""
+"""The data position in a checkpoint; complete checkpoints of a run, and checks of its folder."""
 
 import json
 import logging
@@ -31,15 +31,15 @@ def save_data_state(checkpoint: Path, loader: StatefulDataLoader[Any], args: Vis
 def load_data_state(checkpoint: Path, stream: ExampleStream, args: VisionTrainingArguments) -> dict[str, Any] | None:
     """The state of this rank's loader in a checkpoint.
 
-    None where the position cannot be kept, since the numbers of processes or workers differ, and `approximate_resume`
-    allows that: the stream then continues with the next epoch.
+    None where the numbers of processes or workers differ and `approximate_resume` allows that: the stream then
+    continues with the next epoch instead of the exact position.
 
     Raises:
         ValueError: The numbers differ and that is not allowed, or the checkpoint holds no position.
     """
     paths = sorted(checkpoint.glob(_path(checkpoint, "*").name))
     if not paths:
-        raise ValueError(f"{checkpoint} holds no position in the data: it is no checkpoint of such a run.")
+        raise ValueError(f"{checkpoint} holds no data position: it is not a checkpoint of a run on a stream.")
     own = _path(checkpoint, args.process_index)
     state = _load(own if own in paths else paths[0])
     changed = [f"{state[name]} {name} (now {now})" for name, now in _layout(args).items() if state[name] != now]
@@ -64,7 +64,7 @@ def load_data_state(checkpoint: Path, stream: ExampleStream, args: VisionTrainin
 
 
 def check_run_folder(args: VisionTrainingArguments) -> None:
-    """Makes sure that a new run has a folder in which only its own checkpoints are found later.
+    """Makes sure that the folder of a new run will hold its own checkpoints only.
 
     Raises:
         ValueError: if `output_dir` holds a run or a model that is not to be overwritten.
@@ -79,7 +79,7 @@ def check_run_folder(args: VisionTrainingArguments) -> None:
 
 
 def clear_run_folder(folder: Path) -> None:
-    """Deletes an earlier run's checkpoints and record, which would pass for those of the new run."""
+    """Deletes an earlier run's checkpoints and record, which would be taken for those of the new run."""
     for path in _checkpoints(folder):
         shutil.rmtree(path)
     (folder / RUN_FILE).unlink(missing_ok=True)
@@ -102,7 +102,7 @@ def last_checkpoint(folder: str | Path) -> str:
 
 
 def _is_complete(checkpoint: Path) -> bool:
-    """Whether the file that the trainer writes last, when all ranks have written theirs, is there and whole."""
+    """Whether the file that the trainer writes last, after all ranks have written theirs, is there and complete."""
     try:
         json.loads((checkpoint / TRAINER_STATE_NAME).read_bytes())
     except (OSError, ValueError):
@@ -111,7 +111,7 @@ def _is_complete(checkpoint: Path) -> bool:
 
 
 def _layout(args: VisionTrainingArguments) -> dict[str, int]:
-    """What the positions depend on, by the names that messages use."""
+    """What the positions depend on, by the names used in messages."""
     return {"processes": args.world_size, "data workers": args.dataloader_num_workers}
 
 

@@ -1,4 +1,4 @@
-"""How fast training runs: images a second, waiting for data, model FLOPs utilisation (MFU) and peak memory."""
+"""Training throughput: images per second, waiting for data, model FLOPs utilisation (MFU) and peak memory."""
 
 import contextlib
 import functools
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 MAX_DATA_WAIT_FRACTION = 0.2  # fraction of the time above which waiting for data is worth a warning
 
-# Dense matrix TFLOP/s of accelerators by what the products are computed in, boost clock, from the makers' data sheets.
+# Dense matrix TFLOP/s of accelerators by the precision of the products, at boost clock, from the makers' data sheets.
 # Where a sheet gives the rate with 2:4 sparsity, this is half of it. More special names come first.
 PEAK_TFLOPS: dict[str, dict[str, float]] = {
     "A100": {"bf16": 312, "fp16": 312, "tf32": 156, "fp32": 19.5},  # NVIDIA A100 data sheet
@@ -37,7 +37,7 @@ PEAK_TFLOPS: dict[str, dict[str, float]] = {
     "RTX 4090": {"bf16": 165.2, "fp16": 165.2, "tf32": 82.6, "fp32": 82.6},  # NVIDIA Ada white paper, fp32 sums
     "MI300X": {"bf16": 1307.4, "fp16": 1307.4, "tf32": 653.7, "fp32": 163.4},  # AMD Instinct MI300X data sheet
 }
-UNLISTED_CHIPS = re.compile(r"\b(MIG|Laptop|4090 D)\b")  # carry the name of an accelerator, but not its rate
+UNLISTED_CHIPS = re.compile(r"\b(MIG|Laptop|4090 D)\b")  # have the name of a listed accelerator, but not its rate
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
 
@@ -49,12 +49,12 @@ class ThroughputMeter:
     """Speed and memory of a training log entry: `images_per_second`, `data_wait`, `mfu`, `peak_memory_gib`.
 
     `mfu` is model FLOPs / (time x peak FLOP/s of the device), on this rank. Model FLOPs are those of the matrix
-    products, convolutions and attention of forward and backward, two a multiply-add; element-wise work, the optimiser
-    and whatever is computed a second time (activation checkpointing, fused attention's backward) do not count. They
-    are counted once, before the first training step, which is never part of a timed interval.
+    products, convolutions and attention of forward and backward, two per multiply-add. Element-wise work, the
+    optimiser and recomputation (activation checkpointing, fused attention's backward) do not count. They are counted
+    once, before the first training step, which is never part of a timed interval.
 
     Attributes:
-        num_flops: FLOPs of forward and backward of a batch on this rank; 0 where unknown.
+        num_flops: Number of FLOPs of forward and backward of a batch on this rank; 0 where unknown.
     """
 
     def __init__(self, args: VisionTrainingArguments):
@@ -75,7 +75,7 @@ class ThroughputMeter:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves what runs inside out of the time."""
+        """Excludes what runs inside from the measured time."""
         started = time.perf_counter()
         yield
         since, step = self._last_log
@@ -84,8 +84,8 @@ class ThroughputMeter:
     def count(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         """Counts the FLOPs of forward and backward once; later calls, and those without gradients, do nothing.
 
-        It takes a pass of its own, which leaves random numbers, gradients and buffers as they were: under the counter
-        some gradients round differently, and a compiled model would not run compiled.
+        It runs an extra pass, which preserves random states and buffers: under the counter some gradients round
+        differently, and a compiled model would not run compiled.
         """
         if self._has_counted or not torch.is_grad_enabled():
             return
@@ -112,7 +112,7 @@ class ThroughputMeter:
         self._peak_flops = peak_flops(device, precision(self.args, next(model.parameters()).dtype))
 
     def metrics(self, step: int) -> dict[str, float]:
-        """Metrics since the last call; of the first interval, which includes one-time preparations, memory alone."""
+        """Metrics since the last call; for the first interval, which includes one-time set-up, memory only."""
         (since, last_step), now, waited = self._last_log, time.perf_counter(), self._wait_seconds
         self._last_log, self._wait_seconds = (now, step), 0.0
         memory = peak_memory_gib(self.args.device)
@@ -140,7 +140,7 @@ class ThroughputMeter:
 
 
 class FlopCounter(FlopCounterMode):
-    """Counts the model FLOPs of what runs inside; `problem` says why the count cannot be used, if so."""
+    """Counts the model FLOPs of what runs inside; `problem` holds the reason where the count cannot be used."""
 
     def __init__(self) -> None:
         aten = torch.ops.aten
@@ -177,17 +177,17 @@ class FlopCounter(FlopCounterMode):
 
 
 def attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-    """Of the scores and of the weighted sums, by the shapes of what attention is given."""
+    """FLOPs of the scores and of the weighted sums, by the shapes of query, key and value."""
     return sdpa_flop_count(query, key, value)
 
 
 def attention_backward_flops(grad: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-    """Two matrix products for each of the forward's."""
+    """FLOPs of the backward pass: two matrix products for each of the forward's."""
     return 2 * sdpa_flop_count(query, key, value)
 
 
 def precision(args: VisionTrainingArguments, dtype: torch.dtype) -> str:
-    """What matrix products are computed in: bf16, fp16, tf32 or fp32."""
+    """Precision of the matrix products: bf16, fp16, tf32 or fp32."""
     if args.bf16 or dtype == torch.bfloat16:
         return "bf16"
     if args.fp16 or dtype == torch.float16:
@@ -211,7 +211,7 @@ def listed_peak(name: str, precision: str) -> float | None:
 
 @functools.cache
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the best of some matrix products, on the threads that training has; measured once per process."""
+    """FLOP/s of the fastest of a few matrix products, on training's threads; measured once per process."""
     size = 1024 if device.type == "cpu" else 4096
     matrix = torch.linspace(-1, 1, size * size, device=device).view(size, size).to(dtype)  # uses no random numbers
     seconds = []
@@ -227,7 +227,7 @@ def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def peak_memory_gib(device: torch.device) -> float | None:
-    """The most memory so far: allocated on an accelerator, else of this process; None where it is not known."""
+    """Peak memory so far, allocated on the accelerator or, on a CPU, by this process; None where it is not known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     if device.type != "cpu":
@@ -243,12 +243,12 @@ def peak_memory_gib(device: torch.device) -> float | None:
 
 
 def remedy_for_waiting(args: VisionTrainingArguments) -> str:
-    """What most likely lets training wait less for data."""
+    """Advice on how to wait less for data."""
     num_cores = max((os.cpu_count() or 1) // args.world_size, 1)  # of this rank, if all ranks share this machine
     if args.dataloader_num_workers < num_cores - 1 or not args.dataloader_num_workers:
-        return f"Raise dataloader_num_workers (now {args.dataloader_num_workers}; {num_cores} CPU cores a process)."
+        return f"Raise dataloader_num_workers (now {args.dataloader_num_workers}; {num_cores} CPU cores per process)."
     return (
-        "All CPU cores prepare images already: store images in about the size that enters the model (Parquet or "
+        "All CPU cores prepare images already: store images at about the model's input size (Parquet or "
         "WebDataset reads faster than single files), choose cheaper views, or use more cores."
     )
 

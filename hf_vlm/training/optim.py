@@ -1,4 +1,4 @@
-"""Parameter groups (layer-wise learning rates, weight decay only where it belongs) and their schedules."""
+"""Parameter groups (layer-wise learning rates, no weight decay of vectors and tokens) and their schedules."""
 
 import functools
 import re
@@ -37,11 +37,11 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Groups for the optimiser: one per depth and per weight decay.
 
-    The top encoder layer learns at `learning_rate x encoder_lr_multiplier`, each layer below at `layer_decay` times
-    the rate above it (BEiT, arXiv 2106.08254), all else at `learning_rate`. The patch projection's rate is that of its
-    depth x `patch_projection_lr_multiplier` (DINOv2, arXiv 2304.07193). Vectors, gains and the parameters named in
-    `no_decay` (the model's `no_weight_decay()`) do not decay. What has no gradient, as a teacher, is in no group. The
-    schedules read a group's `in_encoder` and `decays`.
+    The last encoder layer has the rate `learning_rate x encoder_lr_multiplier`, each earlier layer `layer_decay` times
+    that of the next one (BEiT, arXiv 2106.08254), all else `learning_rate`. The rate of the patch projection is
+    that of its depth x `patch_projection_lr_multiplier` (DINOv2, arXiv 2304.07193). Vectors, gains and
+    the parameters named in `no_decay` (the model's `no_weight_decay()`) do not decay. Parameters without gradients,
+    such as a teacher's, are in no group. The schedules read a group's `in_encoder` and `decays`.
     """
     groups: dict[tuple[int, float, bool], list[Tensor]] = defaultdict(list)
     for name, parameter in model.named_parameters():
@@ -68,11 +68,11 @@ def parameter_groups(
 
 
 def late_encoder_schedule(scheduler: Any, *, num_frozen_steps: int, num_warmup_steps: int) -> LambdaLR:
-    """The schedule of an optimiser's groups with a later start for those of the encoder.
+    """The schedule of an optimiser's groups, with a later start for the encoder's.
 
-    Their rate is multiplied by 0 for `num_frozen_steps`, then by a line from 0 to 1 over `num_warmup_steps`, as
-    warm-up is in transformers. Gradients of the encoder are computed all the same: DDP wants every parameter in every
-    step, and the averages that AdamW makes of them are ready when the encoder starts.
+    Their rate is multiplied by 0 for `num_frozen_steps`, then by a linear warm-up from 0 to 1 over
+    `num_warmup_steps`, as in transformers. Gradients of the encoder are computed all the same: DDP needs every
+    parameter in every step, and AdamW's moving averages are ready when the encoder starts.
 
     Raises:
         ValueError: if the schedule is not a function of the step.
@@ -95,7 +95,7 @@ def late_encoder_schedule(scheduler: Any, *, num_frozen_steps: int, num_warmup_s
 
 
 def weight_decay_at(step: int, num_steps: int, *, start: float, end: float) -> float:
-    """Weight decay of a step counted from 0: half a cosine from `start` towards `end` (DINO, arXiv 2104.14294)."""
+    """Weight decay of a step counted from 0: half a cosine from `start` to `end` (DINO, arXiv 2104.14294)."""
     return cosine(start, end, step / num_steps)
 
 

@@ -1,4 +1,4 @@
-"""The first images of a run with the very views that it will make of them."""
+"""The first images of a run with the views that it will train on."""
 
 import copy
 from dataclasses import dataclass
@@ -21,14 +21,14 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class SampledViews:
-    """An image and what is made of it, all (height, width, C) uint8.
+    """An image and its views, all (height, width, C) uint8.
 
     Args:
         image: Decoded image.
         views: Views as the model gets them, before normalisation.
         local_views: Local views, in the same form.
         boxes: (top, left, height, width) in the image, of the views and then of the local views.
-        hidden: For each view (height, width), True where the method masks it; empty for methods that do not.
+        hidden: Mask (height, width) of each view, true where the method masks it; empty for methods without masks.
     """
 
     image: Array
@@ -41,7 +41,7 @@ class SampledViews:
 def sample_first_views(recipe: dict[str, Any], num_images: int) -> list[SampledViews]:
     """The first images that a pretraining by the recipe reads, with their views.
 
-    The masks are sampled as the method samples them, but are not those of the run.
+    The masks are sampled by the method, but are not those of the run.
 
     Raises:
         ValueError: for a recipe or data that cannot be used, with what to do about it.

@@ -1,4 +1,4 @@
-"""Probes: what features are worth while they are trained, on a few fixed images, with labels or without."""
+"""Probes: the quality of features during training, on a few fixed images, with or without labels."""
 
 import contextlib
 import functools
@@ -35,15 +35,15 @@ __all__ = ["Probe", "build_probe", "last_probe"]
 logger = logging.getLogger(__name__)
 
 PREFIX = "probe_"
-NUM_PROBES = 10  # in a run whose recipe does not set their number
-MAX_COST = 1 / 30  # fraction of a run that these may take
-SEED = 0  # of the choice of images and of their views: the same in all runs, so that runs can be compared
+NUM_PROBES = 10  # per run, unless the recipe sets probe_steps
+MAX_COST = 1 / 30  # fraction of a run's cost that these may take
+SEED = 0  # of the images and their views: the same in all runs, so that runs can be compared
 MAX_BATCH = 64  # images encoded at a time
 
 
 @dataclass(frozen=True)
 class ProbeTransform:
-    """Of each image two views as training makes them, and where it has a label the plain one."""
+    """Two views of each image as in training and, for a labelled image, the plain view."""
 
     views: ViewTransform
     plain: Transform
@@ -56,17 +56,16 @@ class ProbeTransform:
 class Probe(TrainerCallback):
     """Logs statistics of the encoder's features on fixed images: at the start, every N steps, and at the end.
 
-    `probe_effective_rank`, `probe_feature_std`, `probe_mean_cosine` and `probe_uniformity` are of a view of each
-    image, `probe_alignment` is between two, `probe_knn` and `probe_linear` are of the plain images that have labels,
-    each half of them classified by the other; `probe_seconds` is its time. Statistics of features that are not
-    finite are NaN.
+    `probe_effective_rank`, `probe_feature_std`, `probe_mean_cosine` and `probe_uniformity` use one view of
+    each image, `probe_alignment` two; `probe_knn` and `probe_linear` use the plain labelled images, each half
+    classified by the other half; `probe_seconds` is the duration. Statistics of features that are not finite are NaN.
 
-    Training continues as if there were no probes: no random number is drawn, and no mode or state is changed. One
-    process encodes and the others wait, but for an encoder that is sharded, which all must run.
+    Training continues as if there were no probes: random states, modes and model state are preserved. One process
+    encodes and the others wait, except for a sharded encoder, which all ranks must run.
 
     Args:
         trainer: Trainer whose log receives the metrics.
-        images: Stream of what a [`ProbeTransform`] makes of the images.
+        images: Stream of images, transformed by a [`ProbeTransform`].
         num_examples: Number of images.
         every: Number of steps between probes.
     """
@@ -94,14 +93,14 @@ class Probe(TrainerCallback):
         with self.trainer.excluded_from_timing(), preserved_randomness(args.device):
             if state.is_world_process_zero or isinstance(model, FSDPModule):
                 metrics = self._measure(args, state, model)
-            if args.world_size > 1:  # all must come to the same conclusions
+            if args.world_size > 1:  # all ranks must log the same, for they decide by it
                 shared = [metrics]
                 dist.broadcast_object_list(shared, src=0)
                 metrics = shared[0]
         if metrics:
             should_log = control.should_log
             self.trainer.log({PREFIX + name: value for name, value in metrics.items()})
-            control.should_log = should_log  # an entry fulfils the wish for one, but this is not the one wished for
+            control.should_log = should_log  # `log` resets it, but the Trainer's own entry is still due
 
     def _measure(self, args: Any, state: TrainerState, model: nn.Module) -> dict[str, float]:
         started = time.perf_counter()
@@ -111,7 +110,7 @@ class Probe(TrainerCallback):
                 model, min(args.train_batch_size, MAX_BATCH), is_shown=is_shown
             )
             metrics = {**feature_statistics(first, second), **accuracy(plain, labels)}
-        except Exception as error:  # a look at the training must not end it
+        except Exception as error:  # a failing probe must not end the training
             logger.warning("Step %d is not probed: %s", state.global_step, error)
             return {}
         return {**metrics, "seconds": round(time.perf_counter() - started, 2)}
@@ -137,7 +136,7 @@ class Probe(TrainerCallback):
 
 
 def encoding(model: Any) -> Callable[[Tensor], Tensor]:
-    """What turns images into pooled features of the trained encoder."""
+    """The function from images to pooled features of the trained encoder."""
     # A sharded model gathers its weights only for what it knows as a method that runs forward; others need nothing.
     model.encode_for_probe = functools.partial(encode, model.trained_encoder)
     register_fsdp_forward_method(model, "encode_for_probe")
@@ -145,7 +144,7 @@ def encoding(model: Any) -> Callable[[Tensor], Tensor]:
 
 
 def feature_statistics(features: Tensor, others: Tensor) -> dict[str, float]:
-    """Statistics without labels of the features (n, D) of one view of each image, and of another."""
+    """Label-free statistics of features (n, D) of one view of each image, and their alignment with another view."""
     if not (features.isfinite().all() and others.isfinite().all()):
         names = ("effective_rank", "feature_std", "mean_cosine", "alignment", "uniformity")
         return dict.fromkeys(names, math.nan)
@@ -159,7 +158,7 @@ def feature_statistics(features: Tensor, others: Tensor) -> dict[str, float]:
 
 
 def accuracy(features: Tensor, labels: Tensor) -> dict[str, float]:
-    """kNN and linear accuracy of features (n, D) with labels (n,): of each half by the other; empty if too few."""
+    """kNN and linear accuracy of features (n, D) with labels (n,), each half by the other; empty if too few."""
     halves = [(features[start::2], labels[start::2]) for start in (0, 1)]
     if any(len(half_labels.unique()) < 2 for _, half_labels in halves) or not features.isfinite().all():
         return {}
@@ -187,7 +186,7 @@ def build_probe(
     processor: VLMViTImageProcessor,
     source: Source,
 ) -> Probe:
-    """The probe of a training on `source` with views of `transform`. ValueError where its data cannot be opened."""
+    """The probe of a run on `source` with the views of `transform`; ValueError where its data cannot be opened."""
     args = trainer.args
     views = ViewTransform(
         [transform.views[0], transform.views[-1]],
@@ -207,31 +206,31 @@ def build_probe(
 
 
 def open_probe_source(args: VisionTrainingArguments, source: Source) -> Source:
-    """The images to look at: `eval_split` of `probe_data`, or else of the data; `train_split` where there is none.
+    """The images to probe on: `eval_split` of `probe_data`, or else of the data; `train_split` where there is none.
 
-    `source` is the training's, whose images are not listed a second time.
+    `source` is that of training, so that its images are not listed a second time.
     """
     data, format = (args.probe_data, None) if args.probe_data else (args.data, args.format)
     try:
         return open_source(data, args.eval_split, format=format, num_samples=args.num_eval_examples)
     except ValueError as error:
-        # One shard of one is all of the source, with a position of its own: iterating moves that of a stream.
+        # A copy (one shard of one) with its own position: iterating changes that of a stream.
         if args.probe_data:
             images = open_source(data, args.train_split)
         else:
             images = replace(source, dataset=source.dataset.shard(num_shards=1, index=0))
-        logger.info("Probes look at images of the split %r: %s", args.train_split, error)
+        logger.info("Probes use images of the split %r: %s", args.train_split, error)
         return images
 
 
 def probe_interval(args: VisionTrainingArguments) -> int:
-    """Steps between probes: those of the recipe, or else ten per run, fewer where they are expensive.
+    """Steps between probes: `probe_steps` of the recipe, or else ten per run, fewer where they are expensive.
 
-    A probed image is encoded twice, a training image once and its gradient costs twice that: about the same.
+    A probed image is encoded twice, a training image once, with a backward pass of twice the cost: about the same.
     """
     if args.probe_steps:
         return args.probe_steps
-    num_images = args.train_batch_size * args.gradient_accumulation_steps  # a step, of this process
+    num_images = args.train_batch_size * args.gradient_accumulation_steps  # per step, of this process
     affordable = math.ceil(args.num_probe_examples / num_images / MAX_COST)
     return max(math.ceil(args.max_steps / NUM_PROBES), affordable)
 

@@ -1,4 +1,4 @@
-"""Origins of a model's weights, and what of a run may be published."""
+"""Origins of a model's weights, and the values of a run that may be published."""
 
 import json
 import re
@@ -39,10 +39,10 @@ def publishable(value: Any) -> Any:
 
 
 def origins_of(source: str | None) -> list[str]:
-    """Models of others whose weights went into one: names on the Hub, or of folders without a record.
+    """Models of others that a model was trained from: names on the Hub, or of folders without a record.
 
     Args:
-        source: Hub id, the folder of a run or of what `hf-vlm convert` wrote, or another model's folder; or none.
+        source: Hub id or folder of a model, which may be a run's or written by `hf-vlm convert`; None for no model.
     """
     if not source:
         return []
@@ -54,13 +54,13 @@ def origins_of(source: str | None) -> list[str]:
 
 
 def recorded_origins(run: dict[str, Any]) -> list[str]:
-    """The origins that the record of a run names; one of an earlier version names the encoder alone."""
+    """The origins in the record of a run; records of earlier versions hold the encoder only."""
     encoder = run.get("encoder")
     return list(run.get("origins", [encoder] if encoder and is_hub_id(encoder) else []))
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name is of a model or data set on the Hub, and not of a folder here."""
+    """Whether a name is that of a model or data set on the Hub, and not of a local folder."""
     return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None and not Path(name).exists()
 
 

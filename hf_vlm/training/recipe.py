@@ -1,4 +1,4 @@
-"""A recipe: flat YAML whose keys are TrainingArguments' names and ours, read strictly."""
+"""A recipe: flat YAML with the fields of VisionTrainingArguments as keys, read strictly."""
 
 import difflib
 import re
@@ -16,11 +16,11 @@ from hf_vlm.training.arguments import VisionTrainingArguments
 __all__ = ["check_recipe", "find_recipe", "load_recipe", "parse_arguments", "shipped_folder"]
 
 RUN_LENGTHS = ("max_steps", "images_to_see")
-RENAMED_KEYS = {"data_kind": "format", "max_bad_share": "max_bad_fraction"}  # of recipes of version 0.1
+RENAMED_KEYS = {"data_kind": "format", "max_bad_share": "max_bad_fraction"}  # in recipes of version 0.1
 
 
 class _RecipeLoader(yaml.SafeLoader):
-    """YAML 1.2's numbers and booleans: PyYAML takes 1e-4 for a string, and `save_strategy: no` for false."""
+    """YAML 1.2 numbers and booleans: PyYAML reads 1e-4 as a string, and `save_strategy: no` as false."""
 
     yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float"))]
@@ -62,7 +62,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
 
 
 def find_recipe(path: str | Path) -> Path:
-    """A recipe's file: as given, or among the recipes that come with the package."""
+    """Path of a recipe: as given, or among the recipes shipped with the package."""
     path = Path(path)
     shipped = shipped_folder("recipes")
     for candidate in (path, shipped / path, shipped.parent / path):
@@ -73,25 +73,25 @@ def find_recipe(path: str | Path) -> Path:
 
 
 def shipped_folder(name: str) -> Path:
-    """A folder that comes with the package: inside an installed one, or beside it in a source checkout."""
+    """A folder shipped with the package: inside an installed package, or next to it in a source checkout."""
     package = Path(__file__).resolve().parents[1]
     inside = package / name
     return inside if inside.is_dir() else package.parent / name
 
 
-def parse_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
-    """Turns `--key value` and `--key=value` words into pairs; values are read as YAML, or else are plain text.
+def parse_overrides(argv: Sequence[str]) -> list[tuple[str, Any]]:
+    """Turns `--key value` and `--key=value` into pairs; values are read as YAML, or else are plain text.
 
     Raises:
-        ValueError: A value is missing, or is no YAML though its key takes no text.
+        ValueError: A value is missing, or is not valid YAML and its key takes no text.
     """
     pairs = []
-    remaining = list(words)
+    remaining = list(argv)
     while remaining:
-        word = remaining.pop(0)
-        if not word.startswith("--"):
-            raise ValueError(f"Expected --key value, but found {word!r}.")
-        key, equals, value = word[2:].partition("=")
+        argument = remaining.pop(0)
+        if not argument.startswith("--"):
+            raise ValueError(f"Expected --key value, but found {argument!r}.")
+        key, equals, value = argument[2:].partition("=")
         if not equals:
             if not remaining or remaining[0].startswith("--"):
                 raise ValueError(f"--{key} needs a value.")
@@ -104,8 +104,8 @@ def parse_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
 def _read_value(key: str, text: str) -> Any:
     try:
         return yaml.load(text, _RecipeLoader)
-    except yaml.YAMLError as error:  # as of *.parquet, where YAML takes the star for a sign of its own
-        hint = typing.get_type_hints(VisionTrainingArguments).get(key, Any)  # Any for what a dictionary holds
+    except yaml.YAMLError as error:  # such as *.parquet: YAML reads the star as an alias
+        hint = typing.get_type_hints(VisionTrainingArguments).get(key, Any)  # Any for values inside a dictionary
         options = (hint,) if isinstance(hint, types.GenericAlias) else (hint, *typing.get_args(hint))
         if Any in options or str in options:
             return text
@@ -113,7 +113,7 @@ def _read_value(key: str, text: str) -> Any:
 
 
 def check_recipe(recipe: dict[str, Any], where: str) -> dict[str, Any]:
-    """Checks keys and value types of a recipe and returns it with numbers of the declared type."""
+    """Checks keys and value types of a recipe and returns it with numbers converted to the declared type."""
     hints = typing.get_type_hints(VisionTrainingArguments)
     known = [f.name for f in fields(VisionTrainingArguments) if f.init]
     for key in recipe:
@@ -127,8 +127,8 @@ def check_recipe(recipe: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _checked(key: str, value: Any, hint: Any, where: str) -> Any:
-    """Checks plain types and ours: what TrainingArguments declares as richer, it checks itself."""
-    if key == "data" and isinstance(value, int | float):  # a folder named by a year
+    """Checks plain types and our own keys; TrainingArguments checks its other types itself."""
+    if key == "data" and isinstance(value, int | float):  # a folder named 2024
         return str(value)
     if typing.get_origin(hint) is dict and key in VisionTrainingArguments.__annotations__:
         if not isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""What a run was made of: the record that lies beside every saved model."""
+"""The record of a run, which is saved with every model: recipe, data, versions, metrics."""
 
 import hashlib
 import json
@@ -18,11 +18,11 @@ from hf_vlm.training.arguments import VisionTrainingArguments
 from hf_vlm.training.provenance import RUN_FILE, origins_of, publishable
 
 RECIPE_FILE = "recipe.yaml"
-NOT_REPRODUCED_KEYS = ("overwrite_output_dir", "resume_from_checkpoint")  # of a recipe, and nothing to repeat
+NOT_REPRODUCED_KEYS = ("overwrite_output_dir", "resume_from_checkpoint")  # recipe keys that concern one start of a run
 
 
 class RunRecord:
-    """What a run was made of: written beside every saved model."""
+    """The record of a run: recipe, data, versions, git state and metrics, saved with every model."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class RunRecord:
 
     @staticmethod
     def _origins(*sources: str | None) -> list[str]:
-        """Models of others that this run's weights start from or learn from."""
+        """Models of others that this run's weights are initialised or distilled from."""
         return sorted({origin for source in sources for origin in origins_of(source)})
 
     def write(self, folder: Path) -> None:
@@ -78,7 +78,7 @@ class RunRecord:
 
 
 def as_json(values: Any) -> str:
-    """Indented JSON; metrics over no object at all, which are NaN and no JSON, become null."""
+    """Indented JSON; NaN, the value of metrics without objects, is not JSON and becomes null."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):

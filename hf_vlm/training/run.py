@@ -42,7 +42,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-PRETRAINING_MODEL_FOLDER = "pretraining_model"  # the whole of it, beside the encoder that people use
+PRETRAINING_MODEL_FOLDER = "pretraining_model"  # with heads and decoder, in the folder of the encoder
 
 
 def pretrain(
@@ -54,8 +54,8 @@ def pretrain(
     """Pretrains an encoder by a recipe.
 
     Leaves in `output_dir` the encoder with its image processor, the recipe, `run.json` and `log.jsonl`; the whole
-    pretraining model (heads, decoder) in its subfolder `pretraining_model`; checkpoints beside. Returns what
-    `run.json` holds.
+    pretraining model (heads, decoder) in its subfolder `pretraining_model`; and the checkpoints. Returns the content
+    of `run.json`.
 
     Args:
         write_card: Function that writes the card into a folder with a saved model.
@@ -99,7 +99,7 @@ def _save_pretrained(
     record: RunRecord,
     plot: Callable[[Path], Any] | None,
 ) -> None:
-    """Saves the whole model in a folder of its own, and the trained encoder where users look for it."""
+    """Saves the whole model in a subfolder, and the trained encoder in `output_dir`."""
     model, output_dir = trainer.model, Path(trainer.args.output_dir)
     trainer.save_model(str(output_dir / PRETRAINING_MODEL_FOLDER), _internal_call=True)
     weights = trainer.accelerator.get_state_dict(model.trained_encoder)  # all ranks gather what is sharded
@@ -120,7 +120,7 @@ def finetune(recipe: dict[str, Any], *, write_card: Callable[[Path], Any] | None
     """Fine-tunes a model for the task of the recipe's method, from `encoder` or from random initialisation.
 
     Leaves in `output_dir` the model with its image processor, the recipe, `log.jsonl` and `run.json`, which holds the
-    metrics on `eval_split`. Returns what `run.json` holds.
+    metrics on `eval_split`. Returns the content of `run.json`.
 
     Raises:
         ValueError: for a recipe, an encoder or data that cannot be used, with what to do about it.
@@ -157,7 +157,9 @@ def finetune(recipe: dict[str, Any], *, write_card: Callable[[Path], Any] | None
         on_save=record.write,
     )
     _train(trainer, record)
-    trainer.save_model(args.output_dir, _internal_call=True)  # now: held-out images can stop the last evaluation
+    trainer.save_model(
+        args.output_dir, _internal_call=True
+    )  # before the last evaluation, which bad held-out images can stop
     metrics = _last_metrics(trainer)
     record.summary["metrics"] = {n.removeprefix("eval_"): v for n, v in metrics.items() if n.startswith("eval_")}
     if args.should_save:
@@ -180,7 +182,7 @@ def view_transform(
 
 
 def open_recipe_source(args: VisionTrainingArguments, split: str, num_examples: int | None) -> Source:
-    """A split of the recipe's data; ValueError where it names none."""
+    """A split of the recipe's data; ValueError where the recipe names no data."""
     if not args.data:
         raise ValueError("No data: name a folder, a file, a Hub id or scenes with --data or in the recipe.")
     return open_source(args.data, split, format=args.format, num_samples=num_examples)
@@ -189,7 +191,7 @@ def open_recipe_source(args: VisionTrainingArguments, split: str, num_examples: 
 def train_stream(
     args: VisionTrainingArguments, source: Source, transform: Callable[..., dict[str, Any]]
 ) -> ExampleStream:
-    """What this rank trains on, in its order."""
+    """The examples that this rank trains on, in their order."""
     return ExampleStream(
         source.dataset,
         transform,
@@ -214,7 +216,7 @@ def _train(trainer: VisionTrainer, record: RunRecord) -> None:
 
 
 def _last_metrics(trainer: VisionTrainer) -> dict[str, float]:
-    """Metrics of the model as it is after training, from the log where its last step was one of evaluation."""
+    """Metrics of the trained model: from the log if the last step was evaluated, else from a new evaluation."""
     entries = [entry for entry in trainer.state.log_history if any(name.startswith("eval_") for name in entry)]
     if entries and entries[-1]["step"] == trainer.state.global_step and not trainer.args.load_best_model_at_end:
         return dict(entries[-1])
@@ -222,6 +224,6 @@ def _last_metrics(trainer: VisionTrainer) -> dict[str, float]:
 
 
 def quiet_libraries() -> None:
-    """Commands show their own progress; the libraries' bars for loading and saving weights would tear it apart."""
+    """Disables the libraries' progress bars for loading and saving weights: commands show their own progress."""
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()

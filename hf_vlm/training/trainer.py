@@ -40,14 +40,14 @@ Evaluator = Callable[[nn.Module, Any], Evaluation]
 
 
 class VisionTrainer(Trainer):
-    """Trains on an [`ExampleStream`] and resumes it exactly; evaluates a task by a plain function.
+    """Trains on an [`ExampleStream`] and resumes it exactly; evaluates by the function of a task.
 
     Args:
-        train_dataset: An `ExampleStream` (other datasets go the stock way).
+        train_dataset: An `ExampleStream` (other datasets are handled by the stock Trainer).
         evaluator: Function of the model and `eval_dataset`, whose metrics `evaluate()` logs as `eval_<name>`.
-        on_save: Called with each folder that was written, to add what belongs to the run (recipe, card).
-        render: Makes of each batch, once it is on the device, what the model takes (see `DeviceViews`).
-        Everything else as in `transformers.Trainer`.
+        on_save: Function called with each folder with a saved model, to add recipe, record and card.
+        render: Function from a batch on the device to the inputs of the model (see `DeviceViews`).
+        args, kwargs: Other arguments of `transformers.Trainer`.
     """
 
     args: VisionTrainingArguments
@@ -81,7 +81,7 @@ class VisionTrainer(Trainer):
     # ---- data
 
     def get_train_dataloader(self) -> Any:
-        """A loader whose state is the stream's; not handed to accelerate, which would look one batch ahead."""
+        """A loader whose state is the stream's; not prepared by accelerate, which would prefetch one batch."""
         if not isinstance(self.train_dataset, ExampleStream):
             return super().get_train_dataloader()
         num_workers = self.args.dataloader_num_workers
@@ -104,18 +104,18 @@ class VisionTrainer(Trainer):
     _stream_loader: StatefulDataLoader | None = None
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The stock method moves the batch to the device."""
+        """The batch on the device, rendered there where views are made on the device."""
         inputs = super()._prepare_inputs(inputs)
         return inputs if self.render is None else self.render(inputs)
 
     def _prepare_input(self, data: Any) -> Any:
-        """The stock method, which would wait for all that the device still computes before it copies pinned memory."""
+        """The stock method without its wait for the device's pending work before pinned memory is copied."""
         if isinstance(data, Tensor) and not self.is_deepspeed_enabled:
             return data.to(self.args.device, non_blocking=True)
         return super()._prepare_input(data)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """The stock method, timed: what it takes is time in which nothing is trained."""
+        """The stock method, timed as waiting for data."""
         with self._throughput.waiting():
             return super().get_batch_samples(*args, **kwargs)
 
@@ -137,14 +137,14 @@ class VisionTrainer(Trainer):
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """The stock method, such that a checkpoint with a trainer state is whole, whenever the run is killed."""
+        """The stock method, so that a checkpoint with a trainer state is complete whenever the run is killed."""
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)  # of an earlier run through the same step
         super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Called last of what every rank writes, before the trainer state."""
+        """The stock method, called last on every rank before the trainer state is written; adds the data position."""
         super()._save_rng_state(output_dir)
         if self._stream_loader is not None:
             save_data_state(Path(output_dir), self._stream_loader, self.args)
@@ -161,7 +161,7 @@ class VisionTrainer(Trainer):
     # ---- Hub
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Makes the repository; ValueError where the Hub refuses, before any step is trained."""
+        """Creates the repository; ValueError where the Hub refuses, before any step is trained."""
         try:
             super().init_hf_repo(token, private)
         except HfHubHTTPError as error:
@@ -169,9 +169,9 @@ class VisionTrainer(Trainer):
             raise ValueError(f"push_to_hub: {self.args.hub_model_id} cannot be written to: {reason}") from error
 
     def upload(self, folder: str | Path, message: str, *, blocking: bool = True) -> Any:
-        """Publishes a saved model with all that lies beside it, but nothing of the training's state.
+        """Publishes the folder of a saved model without the training state.
 
-        The stock upload sends the pickled arguments, token and all, and leaves the model's code out.
+        The stock upload includes the pickled arguments with their token, and leaves out the model's code.
         """
         send: Any = HfApi().upload_folder
         return send(
@@ -207,7 +207,7 @@ class VisionTrainer(Trainer):
     # ---- optimiser
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The chosen optimiser over layer-wise parameter groups."""
+        """The optimiser of the arguments over layer-wise parameter groups."""
         if self.optimizer is None:
             model = self.model if model is None else model
             config = self.model.config
@@ -227,7 +227,7 @@ class VisionTrainer(Trainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """The stock schedule, in which the encoder may start later than the head on top of it."""
+        """The stock schedule, with a later start of the encoder for `frozen_encoder_steps`."""
         is_new = self.lr_scheduler is None
         super().create_scheduler(num_training_steps, optimizer)
         if is_new and self.args.num_frozen_encoder_steps:
@@ -239,7 +239,7 @@ class VisionTrainer(Trainer):
         return self.lr_scheduler
 
     def _get_learning_rate(self) -> float:
-        """The rate that is logged: that of the head on top of the encoder, whose own layers may have lower ones."""
+        """The logged learning rate: that of the head; the encoder's layers may have lower ones."""
         return float(self.optimizer.param_groups[-1]["lr"])
 
     # ---- logs and evaluation
@@ -255,15 +255,15 @@ class VisionTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Of a batch, for `total_flos`: as counted. The stock estimate takes pixels for tokens, and knows no views."""
+        """Counted FLOPs of a batch, for `total_flos`; the stock estimate takes pixels for tokens and ignores views."""
         return self._throughput.num_flops
 
     def excluded_from_timing(self) -> AbstractContextManager[None]:
-        """For work that is not training: it does not count in the throughput."""
+        """A context for work that is not training, which the throughput leaves out."""
         return self._throughput.paused()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds to a training log entry the means of the loss parts and the metrics of a [`ThroughputMeter`]."""
+        """Adds the means of the loss parts and the metrics of the [`ThroughputMeter`] to a training log entry."""
         if "loss" in logs:
             logs.update(self._mean_parts())
             logs.update(self._throughput.metrics(self.state.global_step))
@@ -271,7 +271,7 @@ class VisionTrainer(Trainer):
         super().log(logs, start_time)
 
     def _mean_parts(self) -> dict[str, float]:
-        """Means of the loss parts since the last log, over the ranks as the loss is."""
+        """Means of the loss parts since the last log entry, over steps and ranks."""
         if not self._part_sums:
             return {}
         means: Any = self.accelerator.reduce(torch.stack(list(self._part_sums.values())), "mean")
@@ -283,7 +283,7 @@ class VisionTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Runs the evaluator and logs what it returns; without one, the stock evaluation."""
+        """Runs the evaluator and logs its metrics; without one, the stock evaluation."""
         if self.evaluator is None:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         evaluation = self.evaluator(self.model, self.eval_dataset if eval_dataset is None else eval_dataset)

@@ -1,1 +1,1 @@
-"""Everything that people look at: rendered predictions, sheets of images, maps, curves."""
+"""All pictures: rendered predictions, sheets of images, maps, curves."""

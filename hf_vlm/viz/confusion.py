@@ -1,4 +1,4 @@
-"""Which classes are taken for which: a confusion matrix as a picture."""
+"""A confusion matrix as a picture."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 __all__ = ["plot_confusion"]
 
-MAX_NAMED = 40  # classes; the names of more could not be read
+MAX_NAMED = 40  # classes; the names of more would be illegible
 MAX_LENGTH = 24  # characters of a name; longer ones would leave no room for the matrix
-MAX_COUNTED = 15  # classes; the numbers of more could not
+MAX_COUNTED = 15  # classes; the counts of more would be illegible
 
 
 def plot_confusion(path: Path, matrix: NDArray[Any], class_names: Sequence[str]) -> None:
@@ -59,4 +59,4 @@ def plot_confusion(path: Path, matrix: NDArray[Any], class_names: Sequence[str])
 
 def _shorten(name: str) -> str:
     short = name if len(name) <= MAX_LENGTH else name[: MAX_LENGTH - 1] + "…"
-    return short.replace("$", r"\$")  # else matplotlib reads a formula
+    return short.replace("$", r"\$")  # else matplotlib renders a formula

@@ -26,10 +26,10 @@ TINT = 0.45  # opacity of a mask's colours
 
 
 class Reservoir:
-    """Keeps some examples of a stream of unknown length, each with the same chance, in their order.
+    """Reservoir sampling: keeps some examples of a stream of unknown length, all equally likely, in their order.
 
     Args:
-        size: How many to keep.
+        size: Number of examples to keep.
         seed: Seed of the choice.
     """
 
@@ -44,7 +44,7 @@ class Reservoir:
         return [self._kept[position] for position in sorted(self._kept)]
 
     def add(self, example: Example) -> None:
-        """Offer the next example."""
+        """Keep the next example, or leave it."""
         position, self._num_seen = self._num_seen, self._num_seen + 1
         if len(self._kept) >= self.size:
             slot = int(self._generator.integers(self._num_seen))
@@ -104,8 +104,8 @@ def _with_boxes(
     picture: Image.Image, objects: dict[str, Any], features: datasets.Features, scale: tuple[float, float]
 ) -> Image.Image:
     boxes = np.asarray(objects["bbox"], dtype=np.float64).reshape(-1, 4)
-    known = np.isfinite(boxes).all(axis=1)  # others have no position
-    boxes, categories = boxes[known], np.asarray(objects["category"], dtype=np.int64)[known].tolist()
+    is_finite = np.isfinite(boxes).all(axis=1)  # others have no position
+    boxes, categories = boxes[is_finite], np.asarray(objects["category"], dtype=np.int64)[is_finite].tolist()
     boxes = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1) * [*scale, *scale]
     class_names = _class_names(features)
     names = [class_names[index] if 0 <= index < len(class_names) else "?" for index in categories]
@@ -115,10 +115,10 @@ def _with_boxes(
 
 
 def _tinted(picture: Image.Image, mask: Any) -> Image.Image:
-    """The picture in the colours of its mask, where that is not 0; as it is where there is no mask to be read."""
+    """The picture tinted with the colours of its mask where that is not 0; unchanged where the mask is unreadable."""
     try:
         with Image.open(io.BytesIO(read_image_bytes(mask))) as file:
-            values = np.asarray(file).astype(np.int32)  # of a palette the indices
+            values = np.asarray(file).astype(np.int32)  # for palettes these are the indices
     except Exception:  # Pillow raises anything for broken files
         return picture
     if values.ndim == 3:  # colours encode values

@@ -1,4 +1,4 @@
-"""Pictures of what a log holds over the steps."""
+"""Plots of a log's metrics over the steps."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ PROBE_PANELS: tuple[tuple[str, tuple[str, ...], Limits], ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """Curves over the steps by their labels; points are marked where they are few."""
+    """Curves over the steps, by label; points are marked where there are few."""
 
     title: str
     curves: Mapping[str, Series]
@@ -39,7 +39,7 @@ def series(entries: Sequence[Mapping[str, float]], metric: str) -> Series:
 
 
 def plot_panels(path: Path, panels: Sequence[Panel], *, columns: int = 2) -> None:
-    """Plots panels beside and below each other into a picture."""
+    """Plots panels in a grid into a picture."""
     from matplotlib.figure import Figure  # takes a second
 
     rows = -(-len(panels) // columns)

@@ -13,7 +13,7 @@ from hf_vlm.viz.sheets import INK, PAPER, Color, class_color, load_font
 __all__ = ["render_detections"]
 
 Rectangle = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels, the last column and row included
-SMALL = 320  # pixels of the longer side from which an image can be looked at as it is
+SMALL = 320  # pixels of the longer side from which an image is not enlarged
 
 
 def render_detections(
@@ -25,25 +25,25 @@ def render_detections(
     class_ids: Any = None,
     scale: int | None = None,
 ) -> Image.Image:
-    """Draw boxes with their names on a copy of an image.
+    """Render boxes with their names on a copy of an image.
 
     Args:
         image: A Pillow image, or an RGB or grey array of uint8.
         boxes: (n, 4) x1, y1, x2, y2 in pixels of the image.
         names: Text on each of the n boxes; none where it is empty.
         scores: (n,) numbers that follow the names.
-        class_ids: (n,) integers that choose the colours; the names choose them otherwise.
+        class_ids: (n,) integers that determine the colours; by default the names do.
         scale: Whole factor by which image and boxes are enlarged first; by default one that makes the longer side of
             a small image close to 320 pixels, and 1 for all others.
 
     Raises:
-        ValueError: Where boxes, names, scores and class_ids are not equally many, or scale is not positive.
+        ValueError: Boxes, names, scores and class_ids differ in number, or scale is not positive.
     """
     picture = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image).squeeze())
     boxes = np.asarray(boxes, dtype=float).reshape(-1, 4)
-    for what, values in (("names", names), ("scores", scores), ("class_ids", class_ids)):
+    for option, values in (("names", names), ("scores", scores), ("class_ids", class_ids)):
         if values is not None and len(values) != len(boxes):
-            raise ValueError(f"{len(values)} {what} for {len(boxes)} boxes.")
+            raise ValueError(f"{len(values)} {option} for {len(boxes)} boxes.")
     picture, scale = _enlarged(picture.convert("RGB"), scale)
     canvas = ImageDraw.Draw(picture)
     line_width = max(2, round(max(picture.size) / 320))
@@ -93,7 +93,7 @@ def _render_label(
     size: tuple[int, int],
     taken: list[Rectangle],
 ) -> Rectangle:
-    """Write the text on its class's colour, at the first place around the box that no other text has taken."""
+    """Write the text on its class's colour, at the first free position around the box."""
     margin = max(2, round(font.size / 5))
     width = math.ceil(font.getlength(text)) + 2 * margin
     height = round(font.size * 1.15) + margin
@@ -105,18 +105,18 @@ def _render_label(
         (right + 1 - width, bottom + 1),
         (left, top),
     ]
-    places = []
+    positions = []
     for x, y in corners:
         x = min(max(x, 0), max(size[0] - width, 0))
         if y >= 0 and y + height <= size[1]:
-            places.append((x, y, x + width - 1, y + height - 1))
-    free = [place for place in places if not any(_overlap(place, other) for other in taken)]
-    place = (free or places or [(left, top, left + width - 1, top + height - 1)])[0]
-    canvas.rectangle(place, fill=color)
+            positions.append((x, y, x + width - 1, y + height - 1))
+    free = [position for position in positions if not any(_overlap(position, other) for other in taken)]
+    position = (free or positions or [(left, top, left + width - 1, top + height - 1)])[0]
+    canvas.rectangle(position, fill=color)
     luminance = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
-    middle = ((place[0] + place[2] + 1) / 2, (place[1] + place[3] + 1) / 2)
+    middle = ((position[0] + position[2] + 1) / 2, (position[1] + position[3] + 1) / 2)
     canvas.text(middle, text, fill=INK if luminance > 140 else PAPER, font=font, anchor="mm")
-    return place
+    return position
 
 
 def _overlap(a: Rectangle, b: Rectangle) -> bool:

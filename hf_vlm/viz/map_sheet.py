@@ -1,4 +1,4 @@
-"""Images and what an encoder makes of their patches on one picture."""
+"""Images and feature maps of their patches on one picture."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -27,9 +27,8 @@ FONT_SIZE = 13
 def map_sheet(images: Sequence[Array], maps: FeatureMaps) -> Image.Image:
     """One row per image: the image, the components of its patches as colours, and attention or similarity as heat.
 
-    Attention is shown as the mean over the heads and, smaller, for each head. Heat goes from the minimum to
-    the maximum of each map, which are printed below it: for attention as multiples of what each patch would get if all
-    patches got the same.
+    Attention is shown as the mean over the heads and, smaller, for each head. Colours range from the minimum to
+    the maximum of each map, which are printed below it; for attention as multiples of a uniform distribution.
 
     Args:
         images: n images (height, width, channels) uint8, of any size: maps are stretched to their shapes.
@@ -68,7 +67,7 @@ def _enlarged(values: Array, size: tuple[int, int]) -> Image.Image:
 
 
 def _heat(values: Array, size: tuple[int, int]) -> Image.Image:
-    """Values (rows, columns) as colours, the least dark, the greatest bright; all dark where they are equal."""
+    """Values (rows, columns) as colours, the lowest dark, the highest bright; all dark where they are equal."""
     fractions = (values - values.min()) / max(float(np.ptp(values)), 1e-12)
     colors = cv2.applyColorMap(np.round(255 * fractions).astype(np.uint8), cv2.COLORMAP_INFERNO)
     return _enlarged(colors[:, :, ::-1], size)
@@ -103,7 +102,8 @@ def plot_feature_maps(
     """A picture of images with maps of their patches: principal components as colours, and attention.
 
     Args:
-        patch: Row and column of a patch; see `feature_maps`, as for `foreground`.
+        patch: Row and column of a patch; see `feature_maps`.
+        foreground: Whether to leave the background black; see `feature_maps`.
 
     Raises:
         ValueError: There is no image, one cannot be read, or there is no such patch.

@@ -42,7 +42,7 @@ def neighbor_sheet(
     Args:
         neighbors: Result of `find_neighbors` or `search_file`.
         images: Images by index, (height, width, channels) uint8, of any size.
-        labels: Labels by index; numbers that are no class mean no label.
+        labels: Labels by index; numbers that are no class stand for no label.
         class_names: Names of the labels.
     """
     rows = []
@@ -52,7 +52,7 @@ def neighbor_sheet(
             _tile(images[index], caption, _label(index, labels, class_names))
             for index, caption in zip([query, *indices], captions)
         ]
-        pictures[0] = ImageOps.expand(pictures[0], (0, 0, 2 * GAP, 0), PAPER)  # sets it apart
+        pictures[0] = ImageOps.expand(pictures[0], (0, 0, 2 * GAP, 0), PAPER)  # a gap after the query
         titles = ["image", *(str(rank) for rank in range(1, len(indices) + 1))]
         rows.append(list(zip(titles, pictures)))
     return titled_rows(rows, gap=GAP)
@@ -117,7 +117,7 @@ def plot_neighbors(
 def plot_stored_neighbors(
     path: Path, source: Source, queries: Sequence[int], *, num_neighbors: int = 8
 ) -> Image.Image:
-    """The picture of `draw_neighbors` for features that `write_features` made of a source, which is read again.
+    """The picture of `plot_neighbors` for features in a file of `write_features`; the source is read again.
 
     Args:
         queries: Values of the column `index`.

@@ -1,4 +1,4 @@
-"""Pictures beside and below each other, with captions and the colours of classes; Pillow only."""
+"""Grids of pictures with captions, and the colours of classes; Pillow only."""
 
 import colorsys
 import math
@@ -29,7 +29,7 @@ INK, PAPER = (33, 33, 33), (255, 255, 255)
 
 
 def in_colors(image: NDArray[Any]) -> NDArray[Any]:
-    """An image (height, width, channels) with three channels; of other numbers than three the first, as grey."""
+    """An image (height, width, channels) as RGB; if it has other than three channels, the first one as grey."""
     return image if image.shape[2] == 3 else image[:, :, :1].repeat(3, axis=2)
 
 
@@ -92,20 +92,20 @@ def titled_rows(rows: Sequence[Sequence[tuple[str, Image.Image]]], *, gap: int =
 
 
 def legend(names: Sequence[str], *, width: int) -> Image.Image:
-    """The names of classes 0, 1, ... beside their colours, in as many lines as the width, in pixels, needs."""
+    """The names of classes 0, 1, ... beside their colours, wrapped to the width in pixels."""
     font = load_font(max(12, round(width / 100)))
     swatch = round(font.size)
     line, gap = round(1.6 * swatch), swatch // 2
-    places, left, top = [], gap, 0
+    positions, left, top = [], gap, 0
     for name in names:
         extent = round(swatch + gap + font.getlength(name))
         if left + extent > width and left > gap:
             left, top = gap, top + line
-        places.append((left, top + line // 2))
+        positions.append((left, top + line // 2))
         left += extent + 3 * gap
     picture = Image.new("RGB", (width, top + line), PAPER)
     canvas = ImageDraw.Draw(picture)
-    for i, (x, y) in enumerate(places):
+    for i, (x, y) in enumerate(positions):
         canvas.rectangle((x, y - swatch // 2, x + swatch - 1, y + swatch // 2 - 1), fill=class_color(i))
         canvas.text((x + swatch + gap, y), names[i], fill=INK, font=font, anchor="lm")
     return picture
@@ -114,7 +114,7 @@ def legend(names: Sequence[str], *, width: int) -> Image.Image:
 def side_by_side(
     predicted: Image.Image, truth: Image.Image, *, captions: tuple[str, str] = ("predicted", "ground truth")
 ) -> Image.Image:
-    """Two pictures beside each other under their captions, brought to the height of the taller one."""
+    """Two pictures side by side under their captions, resized to the height of the taller one."""
     height = max(predicted.height, truth.height)
     pictures = [
         picture.resize((round(picture.width * height / picture.height), height), Image.Resampling.BICUBIC)

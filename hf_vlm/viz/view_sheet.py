@@ -32,9 +32,9 @@ def view_sheet(sampled: Sequence[SampledViews]) -> Image.Image:
 
 
 def _columns(sampled: SampledViews) -> list[tuple[str, Image.Image]]:
-    """Titles and pictures of a row: the image, each view, what is masked of each, and all local views."""
+    """Titles and pictures of a row: the image, each view, each masked view, and all local views."""
     height, width = sampled.views[0].shape[:2]
-    scale = max(SIDE // height, 1)  # of local views too: the model gets them smaller
+    scale = max(SIDE // height, 1)  # for local views too: the model gets them smaller
     tiles = [_tile(view, index, scale) for index, view in enumerate(sampled.views)]
     columns = [("image", _with_boxes(sampled, tiles[0].height))]
     for index, tile in enumerate(tiles):

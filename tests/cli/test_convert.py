@@ -98,8 +98,8 @@ def test_an_encoder_of_transformers_is_refused_with_the_command_that_converts_it
     ("source", "target", "to", "message"),
     [
         ("nowhere/at-all", "out", [], "neither a folder with a model nor one on the Hub"),
-        ("dinov2", "dinov2", [], "name a folder of its own"),
-        ("dinov2", "dinov2/config.json", [], "name a folder of its own"),
+        ("dinov2", "dinov2", [], "name another folder for the converted"),
+        ("dinov2", "dinov2/config.json", [], "name another folder for the converted"),
         ("dinov2", "out", ["--to", "vit"], "is no encoder of hf_vlm, but of type 'dinov2'"),
         ("ours", "out", [], "is an encoder of hf_vlm already"),
         ("ours", "out", ["--to", "vit"], "does not fit the layout of vit: layerscale_value 1.0"),

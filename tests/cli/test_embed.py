@@ -105,8 +105,11 @@ def test_skipped_images_are_counted_and_features_are_written_by_default(run, tmp
         (["--data", "images", "--maps", "m.png", "--queries", "0,2"], "no image 2; the data ends before"),
         (["--data", "images", "--maps", "m.png", "--patch", "1"], "--patch: give a row and a column"),
         (["--data", "images", "--maps", "m.png", "--patch", "4,0"], "4 rows and 4 columns of patches"),
-        (["--data", "images", "--maps", "maps"], "--maps maps: name a picture, as maps.png"),
-        (["--data", "images", "--neighbors", "n.txt"], "--neighbors n.txt: name a picture, as neighbors.png"),
+        (["--data", "images", "--maps", "maps"], "--maps maps: name a picture file, such as maps.png"),
+        (
+            ["--data", "images", "--neighbors", "n.txt"],
+            "n.txt: name a picture file, such as neighbors.png",
+        ),
         (["--data", "images", "--save", "images"], "images is a folder; name a file"),
         (["--data", "images", "--save", "file/features.parquet"], "file/features.parquet cannot be written"),
         (["--data", "images", "--batch_size", "0"], "--batch_size 0: at least 1"),

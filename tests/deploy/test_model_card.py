@@ -201,7 +201,7 @@ def test_weights_of_others_are_named_and_their_terms_decide(encoder_run):
     assert "apache-2.0" not in text
     assert ModelCard(text).data.base_model == "org/dinov2"
     assert "published under cc-by-nc-4.0" in write_model_card(encoder_run, license="cc-by-nc-4.0").read_text()
-    with pytest.raises(ValueError, match=r"Weights of org/dinov2 and siglip went into .*--license"):
+    with pytest.raises(ValueError, match=r"trained with weights of org/dinov2 and siglip: .*--license"):
         push(encoder_run, "me/my-encoder")
 
 

@@ -1,4 +1,4 @@
-"""Classification metrics against scikit-learn's and against loops."""
+"""Classification metrics against scikit-learn and against loops."""
 
 import math
 from pathlib import Path
@@ -14,7 +14,7 @@ from hf_vlm.metrics.classification import classification_metrics, confusion_matr
 
 
 def predictions(num_images=200, num_classes=8, seed=0):
-    """Probabilities that know something of the labels; the last class is in no image."""
+    """Probabilities that are correlated with the labels; the last class is in no image."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, num_classes - 1, num_images)
     logits = rng.normal(size=(num_images, num_classes))
@@ -36,7 +36,7 @@ def slow_calibration_error(probabilities, labels):
 
 @pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
 @pytest.mark.parametrize("as_given", [np.asarray, torch.tensor, lambda values: values.tolist()])
-def test_accuracies_are_those_of_scikit_learn(as_given):
+def test_accuracies_equal_scikit_learn(as_given):
     probabilities, labels = predictions()
     found = probabilities.argmax(axis=1)
     assert 7 in found
@@ -53,7 +53,7 @@ def test_accuracies_are_those_of_scikit_learn(as_given):
     assert metrics["top1"] < metrics["top5"] < 1
 
 
-def test_recalls_by_class():
+def test_recall_per_class():
     probabilities, labels = predictions()
     names = list("abcdefgh")
     metrics = classification_metrics(probabilities, labels, class_names=names, per_class=True)
@@ -66,7 +66,7 @@ def test_recalls_by_class():
     assert "recall/0" in classification_metrics(probabilities, labels, per_class=True)
 
 
-def test_few_classes_are_all_among_the_best_five():
+def test_top5_of_few_classes_is_one():
     probabilities, labels = predictions(num_classes=3)
     assert classification_metrics(probabilities, labels)["top5"] == 1
 
@@ -84,7 +84,7 @@ def multi_label_predictions(num_images=120, num_classes=6):
 
 
 def slow_average_precision(scores, labels):
-    """Sum over falling thresholds of the step of recall x the precision there."""
+    """Sum over descending thresholds of the step of recall x the precision there."""
     value, recall = 0.0, 0.0
     for threshold in sorted(set(scores.tolist()), reverse=True):
         found = scores >= threshold
@@ -116,7 +116,7 @@ def test_no_label_at_all():
     assert all(math.isnan(metrics[name]) for name in ("map", "micro_f1", "macro_f1"))
 
 
-def test_confusions_are_counted():
+def test_confusion_matrix_counts_images():
     labels, found = [0, 0, 1, 2, 2, 2], [0, 1, 1, 2, 0, 2]
     matrix = confusion_matrix(torch.tensor(labels), found, 4)
     np.testing.assert_array_equal(matrix, sklearn_metrics.confusion_matrix(labels, found, labels=range(4)))
@@ -136,7 +136,7 @@ def test_confusions_are_counted():
         ([[0.5, 0.5]], [2], r"labels \[2\] are not all within 0 to 1"),
     ],
 )
-def test_what_does_not_fit_is_explained(probabilities, labels, words):
+def test_malformed_inputs_are_explained(probabilities, labels, words):
     with pytest.raises(ValueError, match=words):
         classification_metrics(probabilities, labels)
 

@@ -52,16 +52,18 @@ def curve(predictions, references, label, threshold, area, limit):
     for prediction, reference in zip(predictions, references, strict=True):
         detections = [
             (box, score)
-            for box, score, kind in zip(prediction["boxes"], prediction["scores"], prediction["labels"], strict=True)
-            if kind == label
+            for box, score, category in zip(
+                prediction["boxes"], prediction["scores"], prediction["labels"], strict=True
+            )
+            if category == label
         ]
         detections.sort(key=lambda entry: -entry[1])
         objects = [
             (box, size, crowd)
-            for box, kind, size, crowd in zip(
+            for box, category, size, crowd in zip(
                 reference["boxes"], reference["labels"], reference["area"], reference["iscrowd"], strict=True
             )
-            if kind == label
+            if category == label
         ]
         found, count = match_image(detections[:limit], objects, threshold, *AREAS[area])
         matches += found
@@ -183,7 +185,7 @@ def test_an_image_without_objects_counts_its_false_positives():
 
 
 @pytest.mark.parametrize("max_detections", [100, 4])
-def test_in_pieces_equals_at_once(max_detections):
+def test_batches_equal_all_at_once(max_detections):
     predictions, references = random_case(5, num_images=9)
     metric = CocoDetectionMetric(num_classes=3, max_detections=max_detections)
     for first, last in ((0, 1), (1, 5), (5, 5), (5, 9)):
@@ -194,7 +196,7 @@ def test_in_pieces_equals_at_once(max_detections):
     assert metric.compute() == at_once
 
 
-def test_memory_holds_only_what_counts():
+def test_only_predictions_that_count_are_kept():
     metric = CocoDetectionMetric(num_classes=2, max_detections=10)
     rng = np.random.default_rng(0)
     corners = rng.uniform(0, 50, (900, 2))

@@ -1,4 +1,4 @@
-"""The evaluate modules, loaded by path with no network, give the plain functions' figures."""
+"""The evaluate modules, loaded by path with no network, give the plain functions' metrics."""
 
 from pathlib import Path
 

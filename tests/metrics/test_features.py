@@ -1,4 +1,4 @@
-"""Label-free figures against loops in float64, and where the answer is known."""
+"""Label-free statistics against loops in float64, and where the answer is known."""
 
 import itertools
 import math
@@ -12,7 +12,7 @@ from hf_vlm.metrics import alignment, effective_rank, feature_std, mean_cosine, 
 ONE_SET = [effective_rank, feature_std, mean_cosine, uniformity]
 
 
-def draw(seed, num=40, width=7):
+def random_features(seed, num=40, width=7):
     rng = np.random.default_rng(seed)
     return rng.normal(size=(num, width)) * np.linspace(0.2, 2, width) + rng.normal(size=width)
 
@@ -27,8 +27,8 @@ def squared_distance(one, other):
 
 def effective_rank_loop(features):
     singular_values = np.linalg.svd(features, compute_uv=False)
-    shares = [value / sum(singular_values) + 1e-7 for value in singular_values]
-    return math.exp(-sum(share * math.log(share) for share in shares))
+    fractions = [value / sum(singular_values) + 1e-7 for value in singular_values]
+    return math.exp(-sum(fraction * math.log(fraction) for fraction in fractions))
 
 
 def feature_std_loop(features):
@@ -55,8 +55,8 @@ def uniformity_loop(features):
     ("metric", "loop"),
     list(zip(ONE_SET, [effective_rank_loop, feature_std_loop, mean_cosine_loop, uniformity_loop], strict=True)),
 )
-def test_figures_equal_the_loops_in_chunks_of_any_size(metric, loop, shape):
-    features = draw(0, *shape)
+def test_statistics_equal_the_loops_in_chunks_of_any_size(metric, loop, shape):
+    features = random_features(0, *shape)
     expected = loop(features)
     assert metric(features) == pytest.approx(expected, rel=1e-9)
     assert metric(features, chunk_size=3) == pytest.approx(expected, rel=1e-9)
@@ -64,7 +64,7 @@ def test_figures_equal_the_loops_in_chunks_of_any_size(metric, loop, shape):
 
 
 def test_alignment_equals_the_loop():
-    features, others = draw(0), draw(1)
+    features, others = random_features(0), random_features(1)
     pairs = list(zip(directions(features), directions(others), strict=True))
     squared = sum(squared_distance(*pair) for pair in pairs) / len(pairs)
     plain = sum(math.sqrt(squared_distance(*pair)) for pair in pairs) / len(pairs)
@@ -101,7 +101,7 @@ def test_features_that_are_all_the_same_have_collapsed(dtype):
 
 
 def test_a_common_part_hides_what_differs():
-    features = draw(0)
+    features = random_features(0)
     shifted = features + 100
     assert effective_rank(shifted) < 2 < effective_rank(features)
     assert feature_std(shifted) < 0.05 < feature_std(features)
@@ -116,11 +116,11 @@ def test_zeros_are_no_direction_and_no_error(metric):
 @pytest.mark.parametrize("metric", [*ONE_SET, lambda features: alignment(features, features)])
 def test_malformed_features_are_named(metric):
     with pytest.raises(ValueError, match=r"features have shape \(1, 7\); expected \(n, D\) with n of 2 or more"):
-        metric(draw(0)[:1])
+        metric(random_features(0)[:1])
     with pytest.raises(ValueError, match="not finite"):
-        metric(draw(0) * math.nan)
+        metric(random_features(0) * math.nan)
 
 
 def test_views_must_be_of_the_same_images():
     with pytest.raises(ValueError, match=r"\(40, 7\) and others \(39, 7\) must be of the same images"):
-        alignment(draw(0), draw(1)[:-1])
+        alignment(random_features(0), random_features(1)[:-1])

@@ -87,7 +87,7 @@ def test_malformed_inputs_are_named(probe):
         probe(train, train_labels, test * math.nan, test_labels)
 
 
-def test_what_a_probe_needs():
+def test_too_few_features_or_classes_are_refused():
     (train, train_labels), (test, test_labels) = clusters(0, 30), clusters(1, 10)
     with pytest.raises(ValueError, match="num_neighbors is 31; it must be from 1 to 30"):
         knn_accuracy(train, train_labels, test, test_labels, num_neighbors=31)

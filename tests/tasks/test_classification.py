@@ -1,4 +1,4 @@
-"""The task of classification: what it asks of the data, and its evaluation against counting by hand."""
+"""The task of classification: what it requires of the data, and its evaluation against counts by hand."""
 
 import io
 from types import SimpleNamespace
@@ -38,13 +38,13 @@ def test_classes_are_those_of_the_labels_or_else_of_the_objects():
         (None, ["car"], "needs at least 2"),
     ],
 )
-def test_data_of_no_or_one_class_are_refused(labels, objects, words):
+def test_data_with_fewer_than_two_classes_are_refused(labels, objects, words):
     with pytest.raises(ValueError, match=words):
         CLASSIFICATION.class_names(source_of(labels, objects))
 
 
 class BrightestChannel(torch.nn.Module):
-    """Gives the mean of each channel as the logit of a class."""
+    """Returns the mean of each channel as the logit of a class."""
 
     def __init__(self, problem_type):
         super().__init__()
@@ -108,26 +108,26 @@ def test_several_classes_per_image():
     assert 0.5 < expected["map"] < 1
 
 
-def test_data_of_the_other_kind_are_refused():
-    with pytest.raises(ValueError, match="data have several classes per image, but the model gives one"):
+def test_data_of_the_other_problem_type_are_refused():
+    with pytest.raises(ValueError, match="data have several classes per image, but the model predicts one"):
         evaluate(BrightestChannel(SINGLE), with_objects())
-    with pytest.raises(ValueError, match="data have one class per image, but the model gives several"):
+    with pytest.raises(ValueError, match="data have one class per image, but the model predicts several"):
         evaluate(BrightestChannel(MULTI), labelled())
 
 
 def test_predictions():
     outputs = SimpleNamespace(logits=torch.tensor([[2.0, 3.0, -1.0], [-3.0, -4.0, -5.0]]))
     found = {
-        kind: CLASSIFICATION.post_process(
-            PROCESSOR, outputs, threshold=0.5, sizes=[(12, 16)] * 2, model=BrightestChannel(kind)
+        problem_type: CLASSIFICATION.post_process(
+            PROCESSOR, outputs, threshold=0.5, sizes=[(12, 16)] * 2, model=BrightestChannel(problem_type)
         )
-        for kind in (SINGLE, MULTI)
+        for problem_type in (SINGLE, MULTI)
     }
     assert [image["labels"].tolist() for image in found[SINGLE]] == [[1], [0]]
     assert [image["labels"].tolist() for image in found[MULTI]] == [[1, 0], []]
 
 
-def test_batches_of_training_are_mixed_where_asked_for():
+def test_training_batches_are_mixed_where_asked_for():
     augmentation = {"mixup_alpha": 0.8}
     options = {"class_names": NAMES, "augmentation": augmentation}
     example = {"image": {"bytes": None, "path": None}, "image_id": 0, "label": 1}

@@ -53,7 +53,7 @@ def test_a_detector_without_some_weights_is_refused(tmp_path, detector, processo
         evaluate_run(tmp_path, "scenes:easy", "test", num_examples=2)
 
 
-def test_as_many_unreadable_images_as_allowed_are_skipped(tmp_path, processor):
+def test_unreadable_images_up_to_the_allowed_fraction_are_skipped(tmp_path, processor):
     VLMViTModel(VLMViTConfig(**ENCODER)).save_pretrained(tmp_path / "encoder")
     processor.save_pretrained(tmp_path / "encoder")
     for split, name in itertools.product(("train", "test"), "ab"):

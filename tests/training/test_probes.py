@@ -227,7 +227,7 @@ def test_without_an_evaluation_split_the_images_of_training_are_looked_at(make_r
     write_folder(tmp_path / "images", 24, classes=[""])
     with caplog.at_level("INFO"):
         pretrain(make_recipe("mae", data=str(tmp_path / "images"), max_steps=2))
-    assert "Probes look at images of the split 'train'" in caplog.text
+    assert "Probes use images of the split 'train'" in caplog.text
     assert "has no split 'validation'" in caplog.text
     found = probed(tmp_path / "mae")[2]
     assert 1 < found["probe_effective_rank"] <= 16

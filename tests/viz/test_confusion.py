@@ -1,4 +1,4 @@
-"""The picture of a confusion matrix: what is on it."""
+"""The picture of a confusion matrix: values, names and counts."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def test_rows_are_fractions_of_the_true_class(tmp_path, plotted):
 
 
 @pytest.mark.parametrize(("num_classes", "named", "counted"), [(16, True, False), (41, False, False)])
-def test_many_classes_leave_out_what_could_not_be_read(tmp_path, plotted, num_classes, named, counted):
+def test_many_classes_are_shown_without_names_and_counts(tmp_path, plotted, num_classes, named, counted):
     plot_confusion(
         tmp_path / "confusion.png", np.eye(num_classes, dtype=int), [f"class {i}" for i in range(num_classes)]
     )
@@ -42,18 +42,18 @@ def test_many_classes_leave_out_what_could_not_be_read(tmp_path, plotted, num_cl
     assert bool(axis.texts) == counted
 
 
-def test_any_name_is_written(tmp_path):
+def test_any_name_is_rendered(tmp_path):
     plot_confusion(tmp_path / "confusion.png", np.eye(3, dtype=int), ["5 $", r"\frac$x$ _^", 100 * "long "])
     with Image.open(tmp_path / "confusion.png") as picture:
         assert min(picture.size) > 300
 
 
-def test_long_names_are_cut(tmp_path, plotted):
+def test_long_names_are_truncated(tmp_path, plotted):
     plot_confusion(tmp_path / "confusion.png", np.eye(2, dtype=int), [24 * "a", 25 * "b"])
     assert names_of(plotted[0])[0] == [24 * "a", 23 * "b" + "…"]
 
 
 @pytest.mark.parametrize("matrix", [np.eye(3), np.zeros((2, 2)), np.ones((2, 3))])
-def test_what_does_not_fit_is_refused(tmp_path, matrix):
+def test_malformed_matrices_are_refused(tmp_path, matrix):
     with pytest.raises(ValueError, match="2 classes must be 2 x 2 and count at least one image"):
         plot_confusion(tmp_path / "confusion.png", matrix, ["a", "b"])

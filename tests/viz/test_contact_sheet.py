@@ -1,4 +1,4 @@
-"""Examples are drawn with their own boxes, masks and labels."""
+"""Examples are rendered with their own boxes, masks and labels."""
 
 import io
 
@@ -33,7 +33,7 @@ def labelled(names):
     return datasets.Features(BASE | {"objects": objects_feature(names)})
 
 
-def test_boxes_have_their_place_and_their_class_colour():
+def test_boxes_have_their_position_and_their_class_colour():
     objects = objects_of([[100, 40, 200, 100], [0, 0, 60, 60]], [1, 0])
     pixels = np.asarray(render_example(example_of(objects=objects), labelled(["ant", "bee"])))
     picture = pixels[: SIDE // 2]  # half of 640 x 320; the caption is below
@@ -46,7 +46,7 @@ def test_boxes_have_their_place_and_their_class_colour():
     assert tuple(picture[29, 10]) == class_color(0)
 
 
-def test_names_of_many_classes_stand_on_the_boxes():
+def test_names_of_many_classes_are_on_the_boxes():
     objects = objects_of([[100, 100, 200, 100]], [24])
     few, many = (labelled([f"class {index}" for index in range(count)]) for count in (20, 25))
     tall = render_example(example_of(objects=objects), many)
@@ -59,7 +59,7 @@ def test_names_of_many_classes_stand_on_the_boxes():
     assert (above == GREY).all()
 
 
-def test_boxes_that_make_no_sense_do_not_stop_the_drawing():
+def test_malformed_boxes_do_not_stop_the_rendering():
     objects = objects_of([[float("nan"), 0, 9, 9], [5, 5, -3, 9], [900, 900, 9, 9], [0, 0, 50, 50]], [0, 0, 0, -1])
     render_example(example_of(objects=objects), labelled(["ant"]))
 
@@ -95,7 +95,7 @@ def test_a_broken_mask_leaves_the_picture():
     assert (pixels[: SIDE // 2] == GREY).all()
 
 
-def test_labels_stand_in_the_caption(monkeypatch):
+def test_labels_are_in_the_caption(monkeypatch):
     captions = []
     monkeypatch.setattr("hf_vlm.viz.contact_sheet.captioned", lambda picture, text: captions.append(text) or picture)
     features = datasets.Features(BASE | {"label": datasets.ClassLabel(names=["cat", "dog"])})
@@ -115,7 +115,7 @@ def test_shapes_are_kept_and_small_images_enlarged():
     assert example_sheet([example_of()] * 3, features, columns=2).width == 2 * 320 + 3 * 12
 
 
-def test_a_caption_is_cut_to_the_picture():
+def test_a_caption_is_truncated_to_the_picture():
     picture = Image.new("RGB", (200, 50), GREY)
     short, long = captioned(picture, "a"), captioned(picture, "a long name of a file that has no end" * 3)
     assert short.size == long.size

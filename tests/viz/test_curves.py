@@ -1,4 +1,4 @@
-"""Curves of a log: what is drawn, and where."""
+"""Curves of a log: values, labels and panels."""
 
 import json
 
@@ -17,7 +17,7 @@ ENTRIES = [
 
 
 @pytest.fixture
-def drawn(monkeypatch):
+def plotted(monkeypatch):
     """What is plotted: (steps, values, label, marker) of each curve."""
     curves = []
     plot = Axes.plot
@@ -30,15 +30,15 @@ def drawn(monkeypatch):
     return curves
 
 
-def test_a_series_leaves_out_entries_without_the_figure():
+def test_a_series_leaves_out_entries_without_the_metric():
     assert series(ENTRIES, "probe_effective_rank") == ([0, 4], [5.0, 9.0])
     assert series(ENTRIES, "nothing") == ([], [])
 
 
-def test_probes_are_drawn_with_the_loss(tmp_path, drawn):
+def test_probes_are_plotted_with_the_loss(tmp_path, plotted):
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in ENTRIES))
     plot_probes(tmp_path)
-    assert [(label, steps) for steps, _, label, _ in drawn] == [
+    assert [(label, steps) for steps, _, label, _ in plotted] == [
         ("loss", [2, 4]),
         ("probe_effective_rank", [0, 4]),
         ("probe_feature_std", [0, 4]),
@@ -50,17 +50,17 @@ def test_probes_are_drawn_with_the_loss(tmp_path, drawn):
         assert picture.size == (1200, 960)
 
 
-def test_figures_that_a_run_has_not_take_no_room(tmp_path, drawn):
+def test_metrics_without_values_get_no_curve(tmp_path, plotted):
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in ENTRIES[:2]))
     plot_probes(tmp_path)
-    assert "probe_knn" not in [label for *_, label, _ in drawn]
+    assert "probe_knn" not in [label for *_, label, _ in plotted]
     with Image.open(tmp_path / "probes.png") as picture:
         assert picture.size == (1200, 960)  # three panels: two rows
 
 
-def test_points_are_marked_where_they_are_few(tmp_path, drawn):
+def test_points_are_marked_where_they_are_few(tmp_path, plotted):
     few, many = (list(range(3)),) * 2, (list(range(30)),) * 2
     plot_panels(tmp_path / "panels.png", [Panel(title="both", curves={"few": few, "many": many})], columns=1)
-    assert [(label, marker) for *_, label, marker in drawn] == [("few", "o"), ("many", None)]
+    assert [(label, marker) for *_, label, marker in plotted] == [("few", "o"), ("many", None)]
     with Image.open(tmp_path / "panels.png") as picture:
         assert picture.size == (600, 480)

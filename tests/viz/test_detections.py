@@ -1,4 +1,4 @@
-"""Drawn pixels are where the boxes are."""
+"""Rendered pixels are where the boxes are."""
 
 import numpy as np
 import pytest
@@ -14,8 +14,8 @@ def blank(width=400, height=330):
     return Image.new("RGB", (width, height), BACKGROUND)
 
 
-def painted(picture):
-    """(height, width) which pixels differ from the background."""
+def changed_pixels(picture):
+    """Mask (height, width) of the pixels that differ from the background."""
     return (np.asarray(picture) != BACKGROUND).any(axis=2)
 
 
@@ -25,32 +25,32 @@ def test_a_box_covers_exactly_its_own_edge_pixels():
     expected = np.zeros((330, 400), dtype=bool)
     expected[60:160, 50:150] = True
     expected[62:158, 52:148] = False  # the line lies inside and is two pixels wide
-    np.testing.assert_array_equal(painted(picture), expected)
+    np.testing.assert_array_equal(changed_pixels(picture), expected)
     assert picture.getpixel((50, 60)) == picture.getpixel((149, 159)) == class_color(3)
 
 
 def test_a_small_image_is_enlarged_with_its_boxes():
     picture = render_detections(blank(64, 48), [[10, 20, 30, 40]], [""], class_ids=[0])
     assert picture.size == (320, 240)
-    rows, columns = np.nonzero(painted(picture))
+    rows, columns = np.nonzero(changed_pixels(picture))
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (100, 199, 50, 149)
     assert render_detections(blank(64, 48), [], [], scale=1).size == (64, 48)
     assert render_detections(blank(64, 48), [], [], scale=3).size == (192, 144)
 
 
-def test_boxes_outside_are_cut_and_none_fails():
+def test_boxes_outside_are_clipped_and_none_fails():
     boxes = [[-50, -50, 20, 20], [380, 300, 500, 500], [395, 325, 395, 325], [600, 600, 700, 700], [-9, -9, -5, -5]]
     picture = render_detections(blank(), boxes, [""] * 5, class_ids=range(5))
     assert picture.getpixel((0, 0)) == class_color(4)
     assert picture.getpixel((19, 19)) == class_color(0)
     assert picture.getpixel((380, 329)) == class_color(1)
-    assert painted(picture)[100:290, 30:370].sum() == 0
+    assert changed_pixels(picture)[100:290, 30:370].sum() == 0
 
 
 def test_the_original_is_left_alone_and_arrays_work():
     original = blank()
     picture = render_detections(original, [[50, 60, 150, 160]], ["cat"], scores=[0.5])
-    assert not painted(original).any()
+    assert not changed_pixels(original).any()
     assert (
         picture.tobytes()
         == render_detections(np.asarray(original), [[50, 60, 150, 160]], ["cat"], scores=[0.5]).tobytes()
@@ -70,7 +70,7 @@ def test_text_lies_above_its_box_in_its_colour():
     assert not (inside == BACKGROUND).all(axis=1).any()
     assert ((inside != class_color(1)).any(axis=1)).sum() > 20  # letters
     longer = render_detections(blank(), [[50, 60, 350, 160]], ["cat"], scores=[0.876], class_ids=[1])
-    assert painted(longer)[30:60].sum() > painted(picture)[30:60].sum()
+    assert changed_pixels(longer)[30:60].sum() > changed_pixels(picture)[30:60].sum()
 
 
 def test_texts_do_not_lie_on_each_other():
@@ -87,7 +87,7 @@ def test_texts_do_not_lie_on_each_other():
 
 def test_text_stays_in_the_picture():
     picture = render_detections(blank(), [[380, 0, 400, 330]], ["a long name of a class"], scores=[0.5], class_ids=[2])
-    columns = np.nonzero(painted(picture).any(axis=0))[0]
+    columns = np.nonzero(changed_pixels(picture).any(axis=0))[0]
     assert columns.max() == 399
     assert columns.min() < 300
 
@@ -128,7 +128,7 @@ def test_side_by_side_keeps_both_pictures():
     assert (pixels[:band, 104:] < 128).any()
 
 
-def test_contact_sheet_places_row_by_row():
+def test_contact_sheet_fills_row_by_row():
     pictures = [Image.new("RGB", (20, 10), (i, i, i)) for i in range(5)]
     sheet = np.asarray(contact_sheet(pictures, columns=2, gap=3))
     assert sheet.shape == (3 * 13 + 3, 2 * 23 + 3, 3)

@@ -47,8 +47,8 @@ def at_patches(tile, grid=GRID):
 
 def assert_heat(tile, values):
     """The tile shows the values in matplotlib's inferno, whose table differs from opencv's by a level or two."""
-    shares = (values - values.min()) / (values.max() - values.min())
-    expected = 255 * mpl.colormaps["inferno"](np.round(255 * shares).astype(int))[:, :, :3]
+    fractions = (values - values.min()) / (values.max() - values.min())
+    expected = 255 * mpl.colormaps["inferno"](np.round(255 * fractions).astype(int))[:, :, :3]
     np.testing.assert_allclose(at_patches(tile), expected, atol=2)
 
 

@@ -1,4 +1,4 @@
-"""The picture of neighbours shows each image where its rank says, with what is known of it."""
+"""The picture of neighbours shows each image at its rank, with similarity, index and label."""
 
 import numpy as np
 import pytest
@@ -34,7 +34,7 @@ def cells(sheet, lines):
     return [[pixels[y : y + CELL, x : x + CELL] for x in lefts] for y in (top, top + height + GAP)]
 
 
-def test_each_image_stands_at_its_rank_in_the_color_of_its_class(captions):
+def test_each_image_is_at_its_rank_in_the_color_of_its_class(captions):
     labels = {3: 0, 70: 1, 12: 1, 5: -1}
     sheet = neighbor_sheet(NEIGHBORS, IMAGES, labels=labels, class_names=["cat", "dog"])
     shown = cells(sheet, lines=2)

@@ -12,7 +12,7 @@ def noise(*shape):
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
-def drawn_image(channels=3, hidden=(), **changes):
+def sampled_image(channels=3, hidden=(), **changes):
     values = {
         "image": np.full((60, 80, channels), 90, dtype=np.uint8),
         "views": [noise(112, 100, channels), noise(112, 100, channels) // 2],
@@ -23,15 +23,15 @@ def drawn_image(channels=3, hidden=(), **changes):
     return SampledViews(**values | changes)
 
 
-def columns(sheet, row, drawn, scale=2):
-    """The pixels of each view's tile of a row, without frames, and the place where the columns end."""
-    height = drawn.views[0].shape[0] * scale
+def columns(sheet, row, sampled, scale=2):
+    """The pixels of each view's tile of a row, without frames, and the position where the columns end."""
+    height = sampled.views[0].shape[0] * scale
     band = sheet.height - (sheet.height // (height + 2 * FRAME + GAP)) * (height + 2 * FRAME + GAP)
     top = band + row * (height + 2 * FRAME + GAP)
-    left = 2 * GAP + round(drawn.image.shape[1] * (height + 2 * FRAME) / drawn.image.shape[0])
+    left = 2 * GAP + round(sampled.image.shape[1] * (height + 2 * FRAME) / sampled.image.shape[0])
     pixels, tiles = np.asarray(sheet), []
-    for _ in (*drawn.views, *drawn.hidden):
-        width = drawn.views[0].shape[1] * scale
+    for _ in (*sampled.views, *sampled.hidden):
+        width = sampled.views[0].shape[1] * scale
         frame = pixels[top : top + height + 2 * FRAME, left : left + width + 2 * FRAME]
         tiles.append(frame)
         left += width + 2 * FRAME + GAP
@@ -39,11 +39,11 @@ def columns(sheet, row, drawn, scale=2):
 
 
 def test_a_tile_is_the_view_in_the_colour_of_its_box():
-    drawn = drawn_image()
-    sheet = view_sheet([drawn, drawn])
+    sampled = sampled_image()
+    sheet = view_sheet([sampled, sampled])
     for row in (0, 1):
-        tiles, top, _ = columns(sheet, row, drawn)
-        for index, (tile, view) in enumerate(zip(tiles, drawn.views)):
+        tiles, top, _ = columns(sheet, row, sampled)
+        for index, (tile, view) in enumerate(zip(tiles, sampled.views)):
             np.testing.assert_array_equal(tile[FRAME:-FRAME:2, FRAME:-FRAME:2], view)
             np.testing.assert_array_equal(tile[FRAME + 1 : -FRAME : 2, FRAME + 1 : -FRAME : 2], view)
             assert (tile[:FRAME] == class_color(index)).all()
@@ -60,22 +60,22 @@ def test_a_tile_is_the_view_in_the_colour_of_its_box():
 def test_masked_patches_are_grey():
     hidden = np.zeros((112, 100), dtype=bool)
     hidden[:56] = True
-    drawn = drawn_image(hidden=[hidden, ~hidden])
-    tiles, _, _ = columns(view_sheet([drawn]), 0, drawn)
-    for tile, view, mask in zip(tiles[2:], drawn.views, (hidden, ~hidden)):
+    sampled = sampled_image(hidden=[hidden, ~hidden])
+    tiles, _, _ = columns(view_sheet([sampled]), 0, sampled)
+    for tile, view, mask in zip(tiles[2:], sampled.views, (hidden, ~hidden)):
         shown = tile[FRAME:-FRAME:2, FRAME:-FRAME:2]
         assert (shown[mask] == HIDDEN).all()
         np.testing.assert_array_equal(shown[~mask], view[~mask])
 
 
-def test_local_views_stand_in_columns_as_much_smaller_as_they_are():
+def test_local_views_are_in_columns_at_their_relative_size():
     local = [noise(40, 48, 3) // (index + 1) for index in range(3)]
-    drawn = drawn_image(local_views=local, boxes=[(0, 0, 9, 9)] * 5)
-    sheet = view_sheet([drawn])
-    _, top, left = columns(sheet, 0, drawn)
+    sampled = sampled_image(local_views=local, boxes=[(0, 0, 9, 9)] * 5)
+    sheet = view_sheet([sampled])
+    _, top, left = columns(sheet, 0, sampled)
     pixels = np.asarray(sheet)
     width, height = 2 * 48 + 2 * FRAME, 2 * 40 + 2 * FRAME
-    for index, view in enumerate(local):  # two fit above each other, and so stand in a row of two
+    for index, view in enumerate(local):  # two fit above each other, and so they form a row of two
         x, y = left + index % 2 * (width + GAP), top + index // 2 * (height + GAP)
         tile = pixels[y : y + height, x : x + width]
         np.testing.assert_array_equal(tile[FRAME:-FRAME:2, FRAME:-FRAME:2], view)
@@ -85,21 +85,21 @@ def test_local_views_stand_in_columns_as_much_smaller_as_they_are():
 
 def test_large_views_are_shown_as_they_are_and_grey_ones_in_grey():
     view = noise(300, 310, 1)
-    drawn = drawn_image(channels=1, views=[view], boxes=[(0, 0, 60, 60)])
-    tiles, _, _ = columns(view_sheet([drawn]), 0, drawn, scale=1)
+    sampled = sampled_image(channels=1, views=[view], boxes=[(0, 0, 60, 60)])
+    tiles, _, _ = columns(view_sheet([sampled]), 0, sampled, scale=1)
     np.testing.assert_array_equal(tiles[0][FRAME:-FRAME, FRAME:-FRAME], view.repeat(3, axis=2))
 
 
-def test_titles_stand_above_their_columns(monkeypatch):
+def test_titles_are_above_their_columns(monkeypatch):
     titles = []
     monkeypatch.setattr(
         "hf_vlm.viz.sheets.captioned",
         lambda picture, text, **options: titles.append(text) or captioned(picture, text, **options),
     )
-    view_sheet([drawn_image(local_views=[noise(40, 48, 3)], boxes=[(0, 0, 9, 9)] * 3)] * 2)
+    view_sheet([sampled_image(local_views=[noise(40, 48, 3)], boxes=[(0, 0, 9, 9)] * 3)] * 2)
     assert titles == ["image", "view 1, 100 x 112", "view 2, 100 x 112", "local views, 48 x 40"]
     titles.clear()
-    view_sheet([drawn_image(views=[noise(112, 100, 3)], hidden=[np.eye(112, 100) > 2])])
+    view_sheet([sampled_image(views=[noise(112, 100, 3)], hidden=[np.eye(112, 100) > 2])])
     assert titles == ["image", "view, 100 x 112", "0% masked"]
 
 
