@@ -29,7 +29,7 @@ def run(argv: Sequence[str]) -> None:
     results = run_demo(arguments.output_dir, seed=arguments.seed)
     results["seconds"] = round(time.perf_counter() - started, 1)
     write_report(arguments.output_dir, results)
-    print(closing_words(arguments.output_dir, results))
+    print(closing_message(arguments.output_dir, results))
 
 
 def run_demo(folder: Path, *, seed: int = 0, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def results_table(results: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def closing_words(folder: Path, results: dict[str, Any]) -> str:
+def closing_message(folder: Path, results: dict[str, Any]) -> str:
     """The gain of pretraining, and the next commands."""
     gain = results["pretrained"]["ap"] - results["random"]["ap"]
     verdict = (

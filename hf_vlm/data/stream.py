@@ -127,9 +127,9 @@ class ExampleStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         if block_size < 1:
             raise ValueError(f"block_size must be 1 or more, got {block_size}")
         if not 0 <= rank < world_size:
-            raise ValueError(f"rank must lie in 0 to world_size - 1 = {world_size - 1}, got {rank}")
+            raise ValueError(f"rank must be between 0 and world_size - 1 = {world_size - 1}, got {rank}")
         if not 0.0 <= max_bad_fraction <= 1.0:
-            raise ValueError(f"max_bad_fraction must lie in 0 to 1, got {max_bad_fraction}")
+            raise ValueError(f"max_bad_fraction must be between 0 and 1, got {max_bad_fraction}")
         self.source = source
         self.transform = transform
         self.seed = seed

@@ -156,8 +156,8 @@ def _probabilities(values: Any, class_names: Sequence[str] | None) -> tuple[Floa
         raise ValueError(f"probabilities have shape {scores.shape}; expected (n, classes) with n > 0.")
     if not ((scores >= 0) & (scores <= 1)).all():
         raise ValueError(
-            "probabilities must lie in 0 to 1: give the softmax or the sigmoid of the logits. NaN comes from a model "
-            "that has diverged."
+            "probabilities must be between 0 and 1: give the softmax or the sigmoid of the logits. NaN comes from a "
+            "model that has diverged."
         )
     names = range(scores.shape[1]) if class_names is None else class_names
     if len(names) != scores.shape[1]:

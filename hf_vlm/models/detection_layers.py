@@ -19,7 +19,7 @@ MAX_LOG_SCALE = math.log(1000.0)
 
 
 def grid_anchors(level_sizes: LevelSizes, anchor_size: float, device: torch.device) -> Tensor:
-    """Boxes (locations, 4) (cx, cy, w, h) as fractions of the image: one a cell, `anchor_size` cells wide and high."""
+    """Boxes (locations, 4) (cx, cy, w, h) relative to the image: one per cell, `anchor_size` cells wide and high."""
     levels = []
     for rows, columns in level_sizes:
         y = (torch.arange(rows, device=device, dtype=torch.float32) + 0.5) / rows
@@ -39,7 +39,7 @@ def refine_boxes(reference: Tensor, deltas: Tensor) -> Tensor:
 
 
 def box_position_embedding(boxes: Tensor, size: int) -> Tensor:
-    """Sines and cosines (..., 4 * size) of boxes (..., 4), `size` values a coordinate (DAB-DETR, arXiv 2201.12329)."""
+    """Sines and cosines (..., 4 * size) of boxes (..., 4), `size` per coordinate (DAB-DETR, arXiv 2201.12329)."""
     frequencies = 10000.0 ** (-torch.arange(size // 2, device=boxes.device, dtype=torch.float32) / (size // 2))
     angles = 2 * math.pi * boxes.float()[..., None] * frequencies  # (..., 4, size / 2)
     return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2)

@@ -261,7 +261,7 @@ def dense_losses(
 
 
 def mean_over_ranks(counts: Tensor) -> Tensor:
-    """Divisors a rank for losses that are summed: counts over all ranks, at least 1 in all, shared by the ranks.
+    """Divisors per rank for losses that are summed: counts over all ranks, at least 1 in all, shared by the ranks.
 
     DDP averages gradients, so sums divided by (count over all ranks / ranks) add up to the gradient of one process
     with the joined batch. Without gradients (evaluation, which may run on one rank alone) nothing is exchanged.

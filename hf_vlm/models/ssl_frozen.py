@@ -77,7 +77,7 @@ def read_statistics(source: str, revision: str | None = None) -> tuple[list[floa
 
 
 def vision_part(config: Any) -> Any:
-    """The configuration of what sees images: of CLIP and its like, `vision_config`."""
+    """Configuration of the vision tower: `vision_config` of CLIP and similar models."""
     return getattr(config, "vision_config", config)
 
 
@@ -112,7 +112,7 @@ def load_encoder(source: str, config: PreTrainedConfig, revision: str | None, dt
     # Poolers are not read; classifiers' checkpoints lack them.
     if missing := sorted(name for name in report["missing_keys"] if "pooler" not in name.split(".")):
         raise ValueError(f"The weights of the encoder {source!r} lack {', '.join(missing[:5])}: it would be random.")
-    return _seeing(model).requires_grad_(False).eval()
+    return _vision_tower(model).requires_grad_(False).eval()
 
 
 def output_shape(config: PreTrainedConfig, size: Size) -> tuple[int, bool]:
@@ -138,7 +138,7 @@ def try_on_meta(config: PreTrainedConfig, size: Size, use: Callable[[PreTrainedM
         with torch.device("meta"):
             model = VLMViTModel(config) if isinstance(config, VLMViTConfig) else AutoModel.from_config(config)
             images = torch.empty(1, getattr(vision_part(config), "num_channels", 3), *size)
-            return use(_seeing(model).eval(), images)
+            return use(_vision_tower(model).eval(), images)
     except Exception as error:  # whatever a model makes of images that it was not built for
         reason = str(error).splitlines()[0]
         raise ValueError(
@@ -294,8 +294,8 @@ class FrozenEncoderMixin:
         return self
 
 
-def _seeing(model: PreTrainedModel) -> PreTrainedModel:
-    """What sees images: of CLIP and its like a part."""
+def _vision_tower(model: PreTrainedModel) -> PreTrainedModel:
+    """The vision tower: a part of CLIP and similar models, all of a model that only takes images."""
     return getattr(model, "vision_model", model)
 
 

@@ -88,23 +88,23 @@ def cross_entropy(logits: Tensor, targets: Tensor, temperature: float) -> Tensor
     return scaled.logsumexp(-1) - (targets * scaled).sum(-1)
 
 
-def koleo_loss(features: Tensor, everyone: Tensor, offset: int) -> Tensor:
+def koleo_loss(features: Tensor, all_features: Tensor, offset: int) -> Tensor:
     """KoLeo (arXiv 1806.03198): minus the mean log distance to the nearest other row; rows spread over the sphere.
 
     Args:
         features: (rows, dim) of this rank, L2-normalised, float32.
-        everyone: (world x rows, dim), those of all ranks.
+        all_features: (world x rows, dim), those of all ranks.
         offset: Where this rank's rows begin in it.
 
     Returns:
         (); finite where two rows are the same.
     """
     with torch.no_grad():
-        similarities = features @ everyone.T
+        similarities = features @ all_features.T
         own = torch.arange(len(features), device=features.device)
         similarities[own, own + offset] = -2.0
         nearest = similarities.argmax(dim=1)
-    squared = (features - everyone[nearest]).square().sum(1)
+    squared = (features - all_features[nearest]).square().sum(1)
     return -0.5 * (squared + 1e-8).log().mean()
 
 

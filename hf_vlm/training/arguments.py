@@ -152,7 +152,7 @@ class VisionTrainingArguments(TrainingArguments):
         if self.label_smoothing_factor:  # the Trainer gathers integer labels, which tasks here need not have
             raise ValueError("label_smoothing_factor is not supported: set model_config.label_smoothing instead.")
 
-    def see_images_of(self, num_images: int | None) -> None:
+    def set_steps_for(self, num_images: int | None) -> None:
         """Sets the number of steps by the size of the data, for `images_to_see: auto`.
 
         Raises:

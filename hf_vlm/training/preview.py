@@ -28,14 +28,14 @@ class SampledViews:
         views: Views as the model gets them, before normalisation.
         local_views: Local views, in the same form.
         boxes: (top, left, height, width) in the image, of the views and then of the local views.
-        hidden: Mask (height, width) of each view, true where the method masks it; empty for methods without masks.
+        masks: Mask (height, width) of each view, true where the method masks it; empty for methods without masks.
     """
 
     image: Array
     views: list[Array]
     local_views: list[Array]
     boxes: list[tuple[int, int, int, int]]
-    hidden: list[Array]
+    masks: list[Array]
 
 
 def sample_first_views(recipe: dict[str, Any], num_images: int) -> list[SampledViews]:
@@ -61,8 +61,8 @@ def sample_first_views(recipe: dict[str, Any], num_images: int) -> list[SampledV
             torch.manual_seed(int(rng.integers(2**31)))
             masks = entry.model_class.sample_mask(config, grid_hw, len(transform.views))
         masks = [] if masks is None else masks.unflatten(1, grid_hw).numpy()
-        hidden = [mask.repeat(patch_size[0], axis=0).repeat(patch_size[1], axis=1) for mask in masks]  # (H, W) each
-        return {"views": SampledViews(**views, hidden=hidden)}
+        masks = [mask.repeat(patch_size[0], axis=0).repeat(patch_size[1], axis=1) for mask in masks]  # (H, W) each
+        return {"views": SampledViews(**views, masks=masks)}
 
     source = open_recipe_source(args, args.train_split, args.num_train_examples).unlabelled()
     return [example["views"] for example in islice(train_stream(args, source, sampled), num_images)]

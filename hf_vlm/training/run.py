@@ -68,7 +68,7 @@ def pretrain(
     set_seed(args.seed)
     entry = find_model(args.method, ["pretraining"])
     source = open_recipe_source(args, args.train_split, args.num_train_examples)
-    args.see_images_of(source.num_examples)
+    args.set_steps_for(source.num_examples)
     model = build_model(args, entry)
     processor = build_processor(args, entry.processor_class, model.config.backbone_config.num_channels)
     transform = view_transform(args, model.default_views, processor)
@@ -130,7 +130,7 @@ def finetune(recipe: dict[str, Any], *, write_card: Callable[[Path], Any] | None
     entry = find_model(args.method, TRAINABLE_TASKS)
     task = TASKS[entry.task]
     source = open_recipe_source(args, args.train_split, args.num_train_examples)
-    args.see_images_of(source.num_examples)
+    args.set_steps_for(source.num_examples)
     names = task.class_names(source)
     model = build_model(args, entry, class_names=names, head_fields=task.head_fields(source))
     processor = build_processor(args, entry.processor_class, model.config.backbone_config.num_channels)

@@ -15,7 +15,7 @@ __all__ = ["view_sheet"]
 Array = np.ndarray[Any, Any]
 
 SIDE = 224  # pixels of a view's height up to which it is enlarged, by a whole number
-HIDDEN = 226  # grey level of masked patches
+MASKED = 226  # grey level of masked patches
 GAP = 8
 FRAME = 4  # pixels around a view, in the colour of its box
 
@@ -40,9 +40,9 @@ def _columns(sampled: SampledViews) -> list[tuple[str, Image.Image]]:
     for index, tile in enumerate(tiles):
         number = f" {index + 1}" if len(tiles) > 1 else ""
         columns.append((f"view{number}, {width} x {height}", tile))
-    for index, hidden in enumerate(sampled.hidden):
-        masked = np.where(hidden[:, :, None], np.uint8(HIDDEN), sampled.views[index])
-        columns.append((f"{hidden.mean():.0%} masked", _tile(masked, index, scale)))
+    for index, mask in enumerate(sampled.masks):
+        masked = np.where(mask[:, :, None], np.uint8(MASKED), sampled.views[index])
+        columns.append((f"{mask.mean():.0%} masked", _tile(masked, index, scale)))
     if sampled.local_views:
         height, width = sampled.local_views[0].shape[:2]
         columns.append((f"local views, {width} x {height}", _local_views(sampled, scale, tiles[0].height)))

@@ -110,7 +110,7 @@ def test_encoder_card(encoder_run):
     ]
     assert "It was pretrained with MAE on images without labels" in text
     assert 'encoder = AutoModel.from_pretrained("me/my-encoder", trust_remote_code=True).eval()\n' in text
-    assert "| accuracy of nearest neighbours on its features | 0.750 |" in text
+    assert "| kNN accuracy on its features | 0.750 |" in text
     assert "--encoder me/my-encoder" in text
     assert (
         "The data set [org/pictures](https://huggingface.co/datasets/org/pictures), split `train`. No labels" in text
@@ -196,7 +196,7 @@ def test_folders_of_the_publisher_are_not_told(detector_run, tmp_path):
 def test_weights_of_others_are_named_and_their_terms_decide(encoder_run):
     change(encoder_run, encoder="runs/dinov2", origins=["org/dinov2", "siglip"])
     text = write_model_card(encoder_run).read_text()
-    assert "Weights of [org/dinov2](https://huggingface.co/org/dinov2) and `siglip` went into them" in text
+    assert "Training used weights of [org/dinov2](https://huggingface.co/org/dinov2) and `siglip`" in text
     assert "No weights of others" not in text
     assert "apache-2.0" not in text
     assert ModelCard(text).data.base_model == "org/dinov2"

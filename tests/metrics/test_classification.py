@@ -127,7 +127,7 @@ def test_confusion_matrix_counts_images():
     ("probabilities", "labels", "words"),
     [
         ([[0.5, 0.6]], [0], "do not sum to 1"),
-        ([[2.0, -1.0]], [0], "must lie in 0 to 1"),
+        ([[2.0, -1.0]], [0], "must be between 0 and 1"),
         ([[math.nan, 0.5]], [0], "diverged"),
         ([0.5, 0.5], [0], r"shape \(2,\)"),
         (np.zeros((0, 2)), [], "n > 0"),

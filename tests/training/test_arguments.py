@@ -80,7 +80,7 @@ def test_a_folder_named_by_a_year_and_a_size_in_a_list(tmp_path):
 def test_shares_of_a_run_become_steps(tmp_path):
     text = "images_to_see: auto\nsave_steps: 0.05\neval_steps: 0.1\nper_device_train_batch_size: 4\nuse_cpu: true"
     args = parse_arguments(load_recipe(write(tmp_path, text)))
-    args.see_images_of(1000)
+    args.set_steps_for(1000)
     assert (args.save_steps, args.eval_steps) == (math.ceil(args.max_steps / 20), math.ceil(args.max_steps / 10))
 
 
@@ -171,15 +171,15 @@ def test_the_length_follows_the_images_and_the_batch():
     args = parse_arguments({"images_to_see": 1000, **shape})
     assert (args.total_batch_size, args.max_steps) == (32, 32)
     args = parse_arguments({"images_to_see": "auto", "frozen_encoder_steps": 0.1, **shape})
-    args.see_images_of(50_000)
+    args.set_steps_for(50_000)
     assert args.max_steps == 50_000 * 1000 / 32
     args = parse_arguments({"images_to_see": "auto", "frozen_encoder_steps": 200, **shape})
-    args.see_images_of(50_000)
+    args.set_steps_for(50_000)
     assert args.num_frozen_encoder_steps == 200
     with pytest.raises(ValueError, match="frozen_encoder_steps"):
-        parse_arguments({"images_to_see": "auto", "frozen_encoder_steps": 200, **shape}).see_images_of(4)
+        parse_arguments({"images_to_see": "auto", "frozen_encoder_steps": 200, **shape}).set_steps_for(4)
     with pytest.raises(ValueError, match="gives only when read"):
-        parse_arguments({"images_to_see": "auto", "data": "tars", **shape}).see_images_of(None)
+        parse_arguments({"images_to_see": "auto", "data": "tars", **shape}).set_steps_for(None)
     for wrong in ({}, {"max_steps": 5, "images_to_see": 10}, {"images_to_see": "many"}, {"images_to_see": 0}):
         with pytest.raises(ValueError, match="images_to_see"):
             parse_arguments({**shape, **wrong})

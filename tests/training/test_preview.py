@@ -34,11 +34,11 @@ def test_masks_are_whole_patches_of_the_method_s_share(make_recipe):
     recipe = make_recipe("mae")
     recipe["model_config"]["mask_ratio"] = 0.5
     for image in sample_first_views(recipe, 3):
-        (hidden,) = image.hidden
-        patches = hidden.reshape(4, 8, 4, 8).transpose(0, 2, 1, 3).reshape(16, 64)
+        (mask,) = image.masks
+        patches = mask.reshape(4, 8, 4, 8).transpose(0, 2, 1, 3).reshape(16, 64)
         assert (patches.all(axis=1) | ~patches.any(axis=1)).all()
-        assert hidden.mean() == 0.5
-    assert sample_first_views(make_recipe("simclr"), 1)[0].hidden == []
+        assert mask.mean() == 0.5
+    assert sample_first_views(make_recipe("simclr"), 1)[0].masks == []
 
 
 def test_boxes_are_where_the_views_come_from(make_recipe):

@@ -5,20 +5,20 @@ import pytest
 
 from hf_vlm.training.preview import SampledViews
 from hf_vlm.viz.sheets import captioned, class_color
-from hf_vlm.viz.view_sheet import FRAME, GAP, HIDDEN, view_sheet
+from hf_vlm.viz.view_sheet import FRAME, GAP, MASKED, view_sheet
 
 
 def noise(*shape):
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
-def sampled_image(channels=3, hidden=(), **changes):
+def sampled_image(channels=3, masks=(), **changes):
     values = {
         "image": np.full((60, 80, channels), 90, dtype=np.uint8),
         "views": [noise(112, 100, channels), noise(112, 100, channels) // 2],
         "local_views": [],
         "boxes": [(10, 20, 30, 40), (0, 0, 60, 60)],
-        "hidden": list(hidden),
+        "masks": list(masks),
     }
     return SampledViews(**values | changes)
 
@@ -30,7 +30,7 @@ def columns(sheet, row, sampled, scale=2):
     top = band + row * (height + 2 * FRAME + GAP)
     left = 2 * GAP + round(sampled.image.shape[1] * (height + 2 * FRAME) / sampled.image.shape[0])
     pixels, tiles = np.asarray(sheet), []
-    for _ in (*sampled.views, *sampled.hidden):
+    for _ in (*sampled.views, *sampled.masks):
         width = sampled.views[0].shape[1] * scale
         frame = pixels[top : top + height + 2 * FRAME, left : left + width + 2 * FRAME]
         tiles.append(frame)
@@ -58,13 +58,13 @@ def test_a_tile_is_the_view_in_the_colour_of_its_box():
 
 
 def test_masked_patches_are_grey():
-    hidden = np.zeros((112, 100), dtype=bool)
-    hidden[:56] = True
-    sampled = sampled_image(hidden=[hidden, ~hidden])
+    upper = np.zeros((112, 100), dtype=bool)
+    upper[:56] = True
+    sampled = sampled_image(masks=[upper, ~upper])
     tiles, _, _ = columns(view_sheet([sampled]), 0, sampled)
-    for tile, view, mask in zip(tiles[2:], sampled.views, (hidden, ~hidden)):
+    for tile, view, mask in zip(tiles[2:], sampled.views, (upper, ~upper)):
         shown = tile[FRAME:-FRAME:2, FRAME:-FRAME:2]
-        assert (shown[mask] == HIDDEN).all()
+        assert (shown[mask] == MASKED).all()
         np.testing.assert_array_equal(shown[~mask], view[~mask])
 
 
@@ -99,7 +99,7 @@ def test_titles_are_above_their_columns(monkeypatch):
     view_sheet([sampled_image(local_views=[noise(40, 48, 3)], boxes=[(0, 0, 9, 9)] * 3)] * 2)
     assert titles == ["image", "view 1, 100 x 112", "view 2, 100 x 112", "local views, 48 x 40"]
     titles.clear()
-    view_sheet([sampled_image(views=[noise(112, 100, 3)], hidden=[np.eye(112, 100) > 2])])
+    view_sheet([sampled_image(views=[noise(112, 100, 3)], masks=[np.eye(112, 100) > 2])])
     assert titles == ["image", "view, 100 x 112", "0% masked"]
 
 

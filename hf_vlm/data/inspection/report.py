@@ -28,7 +28,7 @@ class MinMedianMax:
 
     @classmethod
     def of(cls, values: np.ndarray[Any, Any]) -> Self | None:
-        """None where there are no values."""
+        """Statistics of an array of values; None if it is empty."""
         if not len(values):
             return None
         return cls(*(float(value) for value in (values.min(), np.median(values), values.max())))

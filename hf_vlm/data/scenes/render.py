@@ -76,7 +76,7 @@ class SceneSettings:
         ]
         for low, name, value, high in bounds:
             if not low <= value <= high:
-                raise ValueError(f"SceneSettings: {name}={value} must lie in {low}..{high:g}")
+                raise ValueError(f"SceneSettings: {name}={value} must be between {low} and {high:g}")
 
 
 PRESETS = {

@@ -1,6 +1,6 @@
 """The views of a `ViewTransform` made in batches on the device of the model, from the same sampled parameters.
 
-The workers decode, draw and send uint8 images with their parameters; the device renders whole batches by matrices. A
+The workers decode, sample and send uint8 images with their parameters; the device renders whole batches by matrices. A
 crop, its resize, and its flips are one small matrix along each side of an image, and a blur is another pair:
 
     view = rows @ image @ columns^T        rows (h, H), columns (w, W)

@@ -69,7 +69,7 @@ def as_range(name: str, value: Any, *, low: float, high: float) -> tuple[float, 
 def as_probability(name: str, value: Any) -> float:
     """A number of 0 to 1."""
     if not _is_numbers([value], 1) or not 0.0 <= value <= 1.0:
-        raise ValueError(f"{name} must lie in 0 to 1, got {value!r}.")
+        raise ValueError(f"{name} must be between 0 and 1, got {value!r}.")
     return float(value)
 
 

@@ -50,7 +50,8 @@ class ViewSettings:
         crop_ratio: Range of the crop's width / height relative to the view's: how much the content is distorted.
         flip_probability: Probability of a horizontal flip.
         vertical_flip_probability: Probability of a vertical flip.
-        jitter: Strengths of brightness, contrast, saturation and hue, as in torchvision's ColorJitter.
+        jitter: Strengths of brightness, contrast, saturation and hue, as in torchvision's ColorJitter, in random order
+            (`image_ops.sample_color_jitter`).
         jitter_probability: Probability of applying the four together.
         grayscale_probability: Probability of losing the colours.
         blur_probability: Probability of a Gaussian blur.

@@ -170,9 +170,9 @@ def test_clips_move_and_keep_their_tracks():
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match="unknown preset of scenes 'eazy'; there are easy, hard"):
         scene_settings("eazy")
-    with pytest.raises(ValueError, match=r"max_digit_size=60 must lie in 4..35.5"):
+    with pytest.raises(ValueError, match=r"max_digit_size=60 must be between 4 and 35.5"):
         SceneSettings(max_digit_size=60)
-    with pytest.raises(ValueError, match=r"num_classes=11 must lie in 1..10"):
+    with pytest.raises(ValueError, match=r"num_classes=11 must be between 1 and 10"):
         SceneSettings(num_classes=11)
-    with pytest.raises(ValueError, match=r"min_digits=4 must lie in 1..3"):
+    with pytest.raises(ValueError, match=r"min_digits=4 must be between 1 and 3"):
         SceneSettings(min_digits=4)

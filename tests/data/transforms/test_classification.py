@@ -151,7 +151,7 @@ def test_grey_images():
         ({"mixup": 0.5}, "'mixup' of the classification augmentation.*'mixup_alpha'"),
         ({"size": 32}, "Unknown option 'size'"),
         ({"flip": 0.5}, "now called 'flip_probability'"),
-        ({"erasing_probability": 2}, "erasing_probability must lie in 0 to 1"),
+        ({"erasing_probability": 2}, "erasing_probability must be between 0 and 1"),
         ({"crop_scale": [0.0, 1.0]}, "crop_scale must be a pair"),
         ({"cutmix_alpha": -1}, "cutmix_alpha must be"),
     ],

@@ -286,7 +286,7 @@ def test_an_undecodable_image_is_a_bad_image():
     [
         ({"flip_probabilty": 0.5}, "'flip_probabilty' of the detection augmentation.*'flip_probability'"),
         ({"crop_scale": [0.0, 1.0]}, "crop_scale must be a pair"),
-        ({"min_visible": 1.5}, "min_visible must lie in 0 to 1"),
+        ({"min_visible": 1.5}, "min_visible must be between 0 and 1"),
         ({"jitter": 0.4}, "jitter must be four strengths"),
     ],
 )

@@ -100,7 +100,7 @@ def test_a_rectangle_is_erased_by_noise():
     [
         ({"mixup_alpha": -1}, "mixup_alpha must be a number of 0 or more"),
         ({"cutmix_alpha": "1"}, "cutmix_alpha must be a number of 0 or more"),
-        ({"mix_probability": 2}, "mix_probability must lie in 0 to 1"),
+        ({"mix_probability": 2}, "mix_probability must be between 0 and 1"),
     ],
 )
 def test_wrong_settings_are_explained(values, words):

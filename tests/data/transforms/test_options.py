@@ -49,7 +49,7 @@ def test_ranges_out_of_range_are_refused(value):
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, "1", None, [0.5]])
 def test_probabilities_out_of_range_are_refused(value):
-    with pytest.raises(ValueError, match="flip must lie in 0 to 1"):
+    with pytest.raises(ValueError, match="flip must be between 0 and 1"):
         as_probability("flip", value)
 
 

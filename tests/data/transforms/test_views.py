@@ -287,7 +287,7 @@ def test_grey_images():
         ({"size": 32, "views": [{}, {"size": 16}]}, "one size"),
         ({"size": 32, "crop_scale": [0.5, 0.2]}, "crop_scale must be a pair"),
         ({"size": 32, "grey": 0.2}, "'grey' of views is now called 'grayscale_probability'"),
-        ({"size": 32, "flip_probability": 2}, "flip_probability must lie in 0 to 1"),
+        ({"size": 32, "flip_probability": 2}, "flip_probability must be between 0 and 1"),
     ],
 )
 def test_wrong_settings_are_explained(values, message):
