@@ -454,6 +454,15 @@ def test_the_first_images_of_class_folders_are_of_all_classes(tmp_path):
 
 
 def test_imagefolder_mistakes_are_named(tmp_path, caplog):
+def test_a_test_split_without_class_folders_leaves_the_other_splits_their_labels(tmp_path, caplog):
+    write_images(tmp_path, ["train/cat/1.png", "train/dog/1.png", "val/dog/1.png", "test/1.png", "test/2.png"])
+    assert [example["label"] for example in open_source(tmp_path)] == [0, 1]
+    assert [example["label"] for example in open_source(tmp_path, "validation")] == [1]
+    assert "have no label" not in caplog.text
+    assert set(open_source(tmp_path, "test").features) == {"image", "image_id"}
+    assert "the images of split 'test' lie in no folder of a class; they have no label" in caplog.text
+
+
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty holds no Parquet files, .* no images; it is empty"):
         open_source(tmp_path / "empty")
