@@ -134,6 +134,11 @@ def evaluate_classification(
     )
 
 
+def has_confusion(model: PreTrainedModel) -> bool:
+    """Whether the model gives one class per image."""
+    return bool(model.config.problem_type != MULTI_LABEL)
+
+
 def post_process(
     processor: VLMViTClassificationImageProcessor,
     outputs: Any,
@@ -165,6 +170,7 @@ CLASSIFICATION = Task(
     post_process=post_process,
     headline={"top1": "accuracy", "balanced_accuracy": "balanced accuracy", "map": "mAP", "macro_f1": "macro F1"},
     metric_names={
+    has_confusion=has_confusion,
         "recall/": "recall",
         "ap/": "AP",
         "top1": "accuracy",

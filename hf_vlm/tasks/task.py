@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers.modeling_utils import PreTrainedModel
 
 from hf_vlm.data.source import Source
 from hf_vlm.data.stream import Transform
@@ -40,6 +41,10 @@ def _no_fields(source: Source) -> dict[str, Any]:
     return {}
 
 
+def _never(model: PreTrainedModel) -> bool:
+    return False
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """A task by what the commands ask of it.
@@ -52,6 +57,7 @@ class Task:
         collate: `(*, train, class_names, augmentation)` to the function that makes a batch of examples.
         evaluate: `(model, stream, processor, *, class_names, batch_size, per_class, fit_stream)` to an
             [`Evaluation`], the same on all ranks.
+        has_confusion: Model to whether its evaluation has a confusion matrix.
         post_process: `(processor, outputs, *, threshold, sizes, model)` to one dict per image: `scores` and `labels`
             (n,), best first, and `boxes` (n, 4) in pixels where the task has them; None where nothing is predicted.
         headline: The metrics that commands print first, by name with the label shown; they are higher-is-better.
@@ -69,6 +75,7 @@ class Task:
     card: str
     head_fields: Callable[[Source], dict[str, Any]] = _no_fields
     post_process: Callable[..., list[dict[str, Tensor]]] | None = None
+    has_confusion: Callable[[PreTrainedModel], bool] = _never
     headline: Mapping[str, str] = field(default_factory=dict)
     metric_names: Mapping[str, str] = field(default_factory=dict)
     recipes: Mapping[str, str] = field(default_factory=dict)

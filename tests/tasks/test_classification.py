@@ -105,6 +105,8 @@ def test_several_classes_per_image():
     expected = multi_label_metrics(scores, labels, class_names=NAMES, per_class=True)
     assert evaluation.metrics == pytest.approx(expected)
     assert evaluation.confusion is None
+    assert CLASSIFICATION.has_confusion(BrightestChannel(SINGLE))
+    assert not CLASSIFICATION.has_confusion(BrightestChannel(MULTI))
     assert 0.5 < expected["map"] < 1
 
 
