@@ -32,8 +32,8 @@ def class_names(source: Source) -> list[str]:
     names = source.label_names if source.label_names is not None else source.object_names
     if names is None:
         raise ValueError(
-            f"{source.name} has neither labels nor boxes in split {source.split!r}: image classification needs one "
-            "folder per class, a column 'label' or a column 'objects'."
+            f"{source.name} has neither labels nor boxes in split {source.split!r}: image classification needs a "
+            "folder for each of two or more classes, a column 'label' or a column 'objects'."
         )
     if len(names) < 2:
         raise ValueError(
