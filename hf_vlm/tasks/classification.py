@@ -143,18 +143,21 @@ def post_process(
     processor: VLMViTClassificationImageProcessor,
     outputs: Any,
     *,
-    threshold: float,
+    threshold: float | None,
     sizes: Sequence[tuple[int, int]],
     model: PreTrainedModel,
 ) -> list[dict[str, Tensor]]:
     """One dict per image: `scores` and `labels`, best first, of the classes that reach the threshold.
 
-    Where an image has one class it is the best one, at any threshold.
+    Without a threshold it is 0.5 where an image may have several classes; where it has one that is the best one, at
+    any score.
     """
     is_multi_label = model.config.problem_type == MULTI_LABEL
+    if threshold is None:
+        threshold = 0.5 if is_multi_label else 0.0
     return processor.post_process_image_classification(
         outputs,
-        threshold=threshold if is_multi_label else 0.0,
+        threshold=threshold,
         top_k=model.config.num_labels if is_multi_label else 1,
         problem_type=model.config.problem_type,
     )
@@ -167,10 +170,10 @@ CLASSIFICATION = Task(
     transform=classification_transform,
     collate=collate,
     evaluate=evaluate_classification,
+    has_confusion=has_confusion,
     post_process=post_process,
     headline={"top1": "accuracy", "balanced_accuracy": "balanced accuracy", "map": "mAP", "macro_f1": "macro F1"},
     metric_names={
-    has_confusion=has_confusion,
         "recall/": "recall",
         "ap/": "AP",
         "top1": "accuracy",

@@ -59,7 +59,8 @@ class Task:
             [`Evaluation`], the same on all ranks.
         has_confusion: Model to whether its evaluation has a confusion matrix.
         post_process: `(processor, outputs, *, threshold, sizes, model)` to one dict per image: `scores` and `labels`
-            (n,), best first, and `boxes` (n, 4) in pixels where the task has them; None where nothing is predicted.
+            (n,), best first, and `boxes` (n, 4) in pixels where the task has them. A threshold of None is the task's
+            own. None where nothing is predicted.
         headline: The metrics that commands print first, by name with the label shown; they are higher-is-better.
         metric_names: Names of metrics in a model card, of `ap/<class>` under `ap/`; others are shown as they are.
         recipes: Shipped recipes by the preset of the encoder that they are for.
@@ -74,8 +75,8 @@ class Task:
     evaluate: Callable[..., Evaluation]
     card: str
     head_fields: Callable[[Source], dict[str, Any]] = _no_fields
-    post_process: Callable[..., list[dict[str, Tensor]]] | None = None
     has_confusion: Callable[[PreTrainedModel], bool] = _never
+    post_process: Callable[..., list[dict[str, Tensor]]] | None = None
     headline: Mapping[str, str] = field(default_factory=dict)
     metric_names: Mapping[str, str] = field(default_factory=dict)
     recipes: Mapping[str, str] = field(default_factory=dict)

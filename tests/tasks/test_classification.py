@@ -117,16 +117,21 @@ def test_data_of_the_other_kind_are_refused():
         evaluate(BrightestChannel(MULTI), labelled())
 
 
-def test_predictions():
+@pytest.mark.parametrize(
+    ("kind", "threshold", "labels"),
+    [
+        (SINGLE, None, [[1], [0]]),  # 0.72 and 0.67
+        (SINGLE, 0.7, [[1], []]),
+        (MULTI, None, [[1, 0], []]),  # 0.95, 0.88, 0.27; 0.05, 0.02, 0.01
+        (MULTI, 0.9, [[1], []]),
+        (MULTI, 0.04, [[1, 0, 2], [0]]),
+    ],
+)
+def test_predictions(kind, threshold, labels):
     outputs = SimpleNamespace(logits=torch.tensor([[2.0, 3.0, -1.0], [-3.0, -4.0, -5.0]]))
-    found = {
-        kind: CLASSIFICATION.post_process(
-            PROCESSOR, outputs, threshold=0.5, sizes=[(12, 16)] * 2, model=BrightestChannel(kind)
-        )
-        for kind in (SINGLE, MULTI)
-    }
-    assert [image["labels"].tolist() for image in found[SINGLE]] == [[1], [0]]
-    assert [image["labels"].tolist() for image in found[MULTI]] == [[1, 0], []]
+    options = {"sizes": [(12, 16)] * 2, "model": BrightestChannel(kind)}
+    found = CLASSIFICATION.post_process(PROCESSOR, outputs, threshold=threshold, **options)
+    assert [image["labels"].tolist() for image in found] == labels
 
 
 def test_batches_of_training_are_mixed_where_asked_for():
