@@ -122,5 +122,9 @@ def _register() -> None:
 
 
 _register()
+# Folders of detectors of version 0.1 name the encoder's image processor, which turned boxes to pixels then.
+VLMViTImageProcessor.post_process_object_detection = (  # type: ignore[attr-defined]
+    VLMViTDetectionImageProcessor.post_process_object_detection
+)
 
 __all__ = ["MODELS", "ModelEntry", "find_model", "find_model_type"]

@@ -2,10 +2,12 @@
 
 import inspect
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import TINY, batch, build
+from transformers import AutoImageProcessor
 
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.registry import MODELS, find_model
@@ -65,6 +67,18 @@ def test_an_encoder_is_read_out_of_every_pretraining_model(tmp_path):
             encoder = encoder_class.from_pretrained(tmp_path / entry.name)
             for name, weight in encoder.state_dict().items():
                 assert torch.equal(weight, model.backbone.state_dict()[name]), (entry.name, name)
+
+
+def test_the_image_processor_of_former_detectors_post_processes_boxes(tmp_path):
+    VLMViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)  # as version 0.1 left it
+    former = AutoImageProcessor.from_pretrained(tmp_path)
+    logits, boxes = torch.tensor([[[2.0, -3.0], [-4.0, 1.0]]]), torch.tensor([[[0.5, 0.5, 0.2, 0.4]] * 2])
+    found = former.post_process_object_detection(
+        SimpleNamespace(logits=logits, pred_boxes=boxes), threshold=0.5, target_sizes=[(100, 200)]
+    )
+    assert found[0]["labels"].tolist() == [0, 1]
+    torch.testing.assert_close(found[0]["scores"], torch.tensor([2.0, 1.0]).sigmoid())
+    torch.testing.assert_close(found[0]["boxes"], torch.tensor([[80.0, 30.0, 120.0, 70.0]] * 2))
 
 
 def test_unknown_names_are_answered_with_the_nearest():

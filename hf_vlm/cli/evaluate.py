@@ -3,12 +3,8 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from hf_vlm.cli.outputs import prepare_file, prepare_picture
-
-if TYPE_CHECKING:
-    from hf_vlm.tasks import Evaluation
 
 
 def run(argv: Sequence[str]) -> None:
@@ -31,6 +27,7 @@ def run(argv: Sequence[str]) -> None:
     from hf_vlm.tasks.evaluation import evaluate_run
     from hf_vlm.training.record import as_json
     from hf_vlm.training.run import quiet_libraries
+    from hf_vlm.viz.confusion import plot_confusion
 
     if arguments.save is not None:
         prepare_file(arguments.save)
@@ -44,19 +41,12 @@ def run(argv: Sequence[str]) -> None:
         format=arguments.format,
         num_examples=arguments.num_examples,
         max_bad_fraction=arguments.max_bad_fraction,
+        needs_confusion=arguments.plot is not None,
     )
     width = max(map(len, evaluation.metrics))
     print("\n".join(f"{name:<{width}}  {value:.4f}" for name, value in evaluation.metrics.items()))
     if arguments.save:
         arguments.save.write_text(as_json(evaluation.metrics) + "\n")
-    if arguments.plot:
-        _plot(arguments.plot, evaluation)
-
-
-def _plot(path: Path, evaluation: "Evaluation") -> None:
-    from hf_vlm.viz.confusion import plot_confusion
-
-    if evaluation.confusion is None:
-        raise ValueError("--plot: this model's task has no confusion matrix.")
-    plot_confusion(path, evaluation.confusion, evaluation.class_names)
-    print(f"Confusion matrix: {path}")
+    if arguments.plot and evaluation.confusion is not None:
+        plot_confusion(arguments.plot, evaluation.confusion, evaluation.class_names)
+        print(f"Confusion matrix: {arguments.plot}")

@@ -20,7 +20,11 @@ def run(argv: Sequence[str]) -> None:
     )
     parser.add_argument("run", help="folder of a fine-tuned model, or its name on the Hub")
     parser.add_argument("images", nargs="+", help="image files, folders or wildcards")
-    parser.add_argument("--threshold", type=float, default=0.5, help="lowest score to report, 0 to 1")
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        help="lowest score to report, 0 to 1; by default 0.5, and 0 for models with one class per image",
+    )
     parser.add_argument("--save", type=Path, help="picture to write; a folder where there are several images")
     arguments = parser.parse_args(argv)
 
@@ -31,7 +35,7 @@ def run(argv: Sequence[str]) -> None:
     from hf_vlm.deploy.predict import Predictor
     from hf_vlm.training.run import quiet_libraries
 
-    if not 0 <= arguments.threshold <= 1:
+    if arguments.threshold is not None and not 0 <= arguments.threshold <= 1:
         raise ValueError(f"--threshold {arguments.threshold}: scores are from 0 to 1")
     quiet_libraries()
     paths = [path for given in arguments.images for path in image_paths(given)]
@@ -53,7 +57,9 @@ def run(argv: Sequence[str]) -> None:
         raise ValueError(f"{len(unreadable)} of {len(paths)} images could not be read, among them{examples}")
 
 
-def _predict(predictor: Any, paths: Sequence[str], threshold: float, unreadable: dict[str, ValueError]) -> list[Any]:
+def _predict(
+    predictor: Any, paths: Sequence[str], threshold: float | None, unreadable: dict[str, ValueError]
+) -> list[Any]:
     """One prediction per image; None for an unreadable one, which is recorded. A single image must be readable."""
     try:
         return list(predictor.predict(paths, threshold))

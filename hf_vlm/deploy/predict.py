@@ -111,14 +111,14 @@ class Predictor:
         return predictor
 
     def predict(
-        self, images: ImageLike | Iterable[ImageLike], threshold: float = 0.5, *, batch_size: int = 8
+        self, images: ImageLike | Iterable[ImageLike], threshold: float | None = None, *, batch_size: int = 8
     ) -> list[Prediction]:
         """Predictions of images.
 
         Args:
             images: Paths (of files, of folders, or with wildcards), Pillow images, or arrays (height, width) or
                 (height, width, channels) of uint8 with RGB colours; one or several.
-            threshold: Lowest score to report, 0 to 1.
+            threshold: Lowest score to report, 0 to 1; by default 0.5, and 0 for models with one class per image.
             batch_size: Images that go through the model at a time.
 
         Returns:
@@ -129,7 +129,7 @@ class Predictor:
         """
         import torch
 
-        if not 0 <= threshold <= 1:
+        if threshold is not None and not 0 <= threshold <= 1:
             raise ValueError(f"threshold is {threshold}; scores are from 0 to 1.")
         everything = list(expand_images(images))
         found: list[Prediction] = []
@@ -138,7 +138,7 @@ class Predictor:
                 found += self._predict_batch(everything[first : first + batch_size], threshold)
         return found
 
-    def _predict_batch(self, batch: Sequence[ImageLike], threshold: float) -> list[Prediction]:
+    def _predict_batch(self, batch: Sequence[ImageLike], threshold: float | None) -> list[Prediction]:
         assert self.task.post_process is not None
         arrays = [load_image(image, num_channels=self.processor.num_channels) for image in batch]
         sizes = [(array.shape[0], array.shape[1]) for array in arrays]

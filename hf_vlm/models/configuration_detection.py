@@ -45,7 +45,7 @@ class VLMViTDetectionConfig(PreTrainedConfig):
 
     model_type = "vlm_vit_detection"
     sub_configs = {"backbone_config": VLMViTConfig}
-    keys_to_ignore_at_inference = ["loss_dict", "last_hidden_state", "reference_boxes", "neck_feature_maps"]
+    keys_to_ignore_at_inference = ["loss_dict", "last_hidden_state", "reference_boxes"]
 
     backbone_config: dict[str, Any] | PreTrainedConfig | None = None
     num_feature_taps: int = 4

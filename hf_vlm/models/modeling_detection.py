@@ -48,8 +48,6 @@ class VLMViTObjectDetectionOutput(ModelOutput):
         The queries after the decoder's final norm.
     reference_boxes (`torch.FloatTensor` of shape `(batch, queries, 4)`):
         The proposals that the queries started from, best first.
-    neck_feature_maps (`tuple[torch.FloatTensor]`):
-        Maps `(batch, hidden_size, rows, columns)` of the neck, coarse to fine.
     """
 
     loss: Tensor | None = None
@@ -58,7 +56,6 @@ class VLMViTObjectDetectionOutput(ModelOutput):
     pred_boxes: Tensor | None = None
     last_hidden_state: Tensor | None = None
     reference_boxes: Tensor | None = None
-    neck_feature_maps: tuple[Tensor, ...] | None = None
 
 
 class ProposalHead(nn.Module):
@@ -187,7 +184,6 @@ class VLMViTForObjectDetection(VLMViTPreTrainedModel):
             pred_boxes=boxes[-1],
             last_hidden_state=hidden_states[-1],
             reference_boxes=reference_boxes,
-            neck_feature_maps=feature_maps,
         )
 
 

@@ -32,8 +32,8 @@ def class_names(source: Source) -> list[str]:
     names = source.label_names if source.label_names is not None else source.object_names
     if names is None:
         raise ValueError(
-            f"{source.name} has neither labels nor boxes in split {source.split!r}: image classification needs one "
-            "folder per class, a column 'label' or a column 'objects'."
+            f"{source.name} has neither labels nor boxes in split {source.split!r}: image classification needs a "
+            "folder for each of two or more classes, a column 'label' or a column 'objects'."
         )
     if len(names) < 2:
         raise ValueError(
@@ -134,22 +134,29 @@ def evaluate_classification(
     )
 
 
+def has_confusion(model: PreTrainedModel) -> bool:
+    """Whether the model gives one class per image."""
+    return bool(model.config.problem_type != MULTI_LABEL)
+
+
 def post_process(
     processor: VLMViTClassificationImageProcessor,
     outputs: Any,
     *,
-    threshold: float,
+    threshold: float | None,
     sizes: Sequence[tuple[int, int]],
     model: PreTrainedModel,
 ) -> list[dict[str, Tensor]]:
     """One dict per image: `scores` and `labels`, best first, of the classes that reach the threshold.
 
-    With one class per image, that is the best class, whatever the threshold.
+    The default threshold is 0.5 for several classes per image, and 0 for one: the best class, whatever its score.
     """
     is_multi_label = model.config.problem_type == MULTI_LABEL
+    if threshold is None:
+        threshold = 0.5 if is_multi_label else 0.0
     return processor.post_process_image_classification(
         outputs,
-        threshold=threshold if is_multi_label else 0.0,
+        threshold=threshold,
         top_k=model.config.num_labels if is_multi_label else 1,
         problem_type=model.config.problem_type,
     )
@@ -162,6 +169,7 @@ CLASSIFICATION = Task(
     transform=classification_transform,
     collate=collate,
     evaluate=evaluate_classification,
+    has_confusion=has_confusion,
     post_process=post_process,
     headline={"top1": "accuracy", "balanced_accuracy": "balanced accuracy", "map": "mAP", "macro_f1": "macro F1"},
     metric_names={

@@ -109,11 +109,12 @@ def post_process(
     processor: VLMViTDetectionImageProcessor,
     outputs: Any,
     *,
-    threshold: float,
+    threshold: float | None,
     sizes: Sequence[tuple[int, int]],
     model: nn.Module,
 ) -> list[dict[str, Tensor]]:
-    """Boxes in pixels, scores and labels of each image."""
+    """Boxes in pixels, scores and labels of each image; the threshold is 0.5 where none is given."""
+    threshold = 0.5 if threshold is None else threshold
     return processor.post_process_object_detection(outputs, threshold=threshold, target_sizes=sizes)
 
 

@@ -23,15 +23,21 @@ def evaluate_run(
     format: str | None = None,
     num_examples: int | None = None,
     max_bad_fraction: float = 0.01,
+    needs_confusion: bool = False,
 ) -> Evaluation:
     """Evaluates a saved model on a split of a source: the metrics of its task, also per class.
 
     Raises:
-        ValueError: The folder holds no model, the data lack what its task needs or have other classes, or more than
-            `max_bad_fraction` of the images cannot be read.
+        ValueError: The folder holds no model, the data lack what its task needs or have other classes, more than
+            `max_bad_fraction` of the images cannot be read, or `needs_confusion` asks for a confusion matrix of a
+            model that has none.
     """
     loaded = load_model(run_dir)
     task = TASKS[loaded.entry.task]
+    if needs_confusion and not task.has_confusion(loaded.model):
+        raise ValueError(
+            f"The model {run_dir} has no confusion matrix to plot: only models that give one class per image have one."
+        )
     streams = {}
     for name in ("train", split) if task.fits_on_train else (split,):
         source = open_source(data, name, format=format, num_samples=num_examples)
@@ -53,8 +59,10 @@ def evaluate_run(
 def check_class_names(source: Source, found: Sequence[str], expected: Sequence[str], owner: str) -> None:
     """ValueError where the classes of the data are not, in their order, the expected ones of `owner`."""
     if list(found) != list(expected):
+        order = ", in another order: use the same order in both" if set(found) == set(expected) else ""
         raise ValueError(
-            f"Split {source.split!r} of {source.name} has the classes {list(found)}, but {owner} has {list(expected)}."
+            f"Split {source.split!r} of {source.name} has the classes {list(found)}, but {owner} has {list(expected)}"
+            f"{order}."
         )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers.modeling_utils import PreTrainedModel
 
 from hf_vlm.data.source import Source
 from hf_vlm.data.stream import Transform
@@ -40,6 +41,10 @@ def _no_fields(source: Source) -> dict[str, Any]:
     return {}
 
 
+def _never(model: PreTrainedModel) -> bool:
+    return False
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """What the commands need of a task.
@@ -52,9 +57,10 @@ class Task:
         collate: Function `(*, train, class_names, augmentation)` that returns the collate function.
         evaluate: Function `(model, stream, processor, *, class_names, batch_size, per_class, fit_stream)` that returns
             an [`Evaluation`], the same on all ranks.
+        has_confusion: Function from a model to whether its evaluation has a confusion matrix.
         post_process: Function `(processor, outputs, *, threshold, sizes, model)` that returns one dict per image:
-            `scores` and `labels` (n,), best first, and `boxes` (n, 4) in pixels where the task has them; None where
-            nothing is predicted.
+            `scores` and `labels` (n,), best first, and `boxes` (n, 4) in pixels where the task has them. A threshold
+            of None is the task's default. None for tasks without predictions.
         headline: Labels of the metrics that commands print first, by name of the metric; higher is better for all.
         metric_names: Names of metrics in a model card, that of `ap/<class>` under `ap/`; others keep their keys.
         recipes: Shipped recipes by encoder preset.
@@ -69,6 +75,7 @@ class Task:
     evaluate: Callable[..., Evaluation]
     card: str
     head_fields: Callable[[Source], dict[str, Any]] = _no_fields
+    has_confusion: Callable[[PreTrainedModel], bool] = _never
     post_process: Callable[..., list[dict[str, Tensor]]] | None = None
     headline: Mapping[str, str] = field(default_factory=dict)
     metric_names: Mapping[str, str] = field(default_factory=dict)

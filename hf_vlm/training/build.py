@@ -61,10 +61,10 @@ def build_model(
 
     Args:
         class_names: Names of the classes of a model with a head for classes.
-        head_fields: Configuration fields that depend on the data; the recipe's `model_config` overrides them.
+        head_fields: Configuration fields that depend on the data.
 
     Raises:
-        ValueError: if its configuration is refused, or the encoder does not fit.
+        ValueError: if its configuration is refused or contradicts the data, or the encoder does not fit.
     """
     encoder = load_encoder(args) if args.encoder else None
     config = build_config(args, entry, None if encoder is None else encoder.config, class_names, head_fields)
@@ -87,7 +87,16 @@ def build_config(
 ) -> Any:
     """The configuration of a recipe's model; `encoder` defaults to the recipe's."""
     encoder = encoder or build_encoder_config(args)
-    fields = {"backbone_config": encoder.to_dict(), **(head_fields or {}), **args.model_config}
+    decided = dict(head_fields or {})
+    if class_names is not None:
+        decided["id2label"] = dict(enumerate(class_names))
+        decided["label2id"] = {name: index for index, name in enumerate(class_names)}
+    for name, value in decided.items():
+        if args.model_config.get(name, value) != value:
+            raise ValueError(
+                f"model_config: {name} is {args.model_config[name]!r}, but the data make it {value!r}: leave it out."
+            )
+    fields = {"backbone_config": encoder.to_dict(), **args.model_config, **decided}
     contract = entry.config_class if issubclass(entry.config_class, SSLConfig) else SSLConfig
     if contract.needs_image_statistics:
         processor = build_processor(args, entry.processor_class, encoder.num_channels)
@@ -96,9 +105,6 @@ def build_config(
         for name in contract.batch_scaled_momentum:
             momentum = fields.get(name, contract.__dataclass_fields__[name].default)
             fields[name] = scaled_momentum(momentum, args.total_batch_size, args.reference_batch_size)
-    if class_names is not None:
-        fields["id2label"] = dict(enumerate(class_names))
-        fields["label2id"] = {name: index for index, name in enumerate(class_names)}
     return _build("model_config", lambda: entry.config_class(**fields), entry.config_class, fields)
 
 

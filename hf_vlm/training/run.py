@@ -20,7 +20,7 @@ from hf_vlm.data.transforms.views import ViewTransform
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 from hf_vlm.registry import find_model
-from hf_vlm.tasks import TASKS, TRAINABLE_TASKS
+from hf_vlm.tasks import TASKS, TRAINABLE_TASKS, Task
 from hf_vlm.tasks.evaluation import check_class_names, eval_stream
 from hf_vlm.training.alarms import CollapseAlarm
 from hf_vlm.training.arguments import VisionTrainingArguments
@@ -129,6 +129,7 @@ def finetune(recipe: dict[str, Any], *, write_card: Callable[[Path], Any] | None
     set_seed(args.seed)
     entry = find_model(args.method, TRAINABLE_TASKS)
     task = TASKS[entry.task]
+    _check_best_metric(args, task)
     source = open_recipe_source(args, args.train_split, args.num_train_examples)
     args.set_steps_for(source.num_examples)
     names = task.class_names(source)
@@ -213,6 +214,17 @@ def _train(trainer: VisionTrainer, record: RunRecord) -> None:
         "num_images_seen": result.global_step * trainer.args.total_batch_size,
         "train_loss": result.training_loss,
     }
+
+
+def _check_best_metric(args: VisionTrainingArguments, task: Task) -> None:
+    """ValueError where the best checkpoint is to be chosen by what evaluation does not measure, as the loss."""
+    wanted = args.metric_for_best_model
+    measured = {*task.headline, *(name for name in task.metric_names if not name.endswith("/"))}
+    if wanted is not None and wanted.removeprefix("eval_") not in measured:
+        raise ValueError(
+            f"metric_for_best_model is {wanted!r}, which evaluation does not measure: name one of "
+            f"{', '.join(sorted(measured))}."
+        )
 
 
 def _last_metrics(trainer: VisionTrainer) -> dict[str, float]:

@@ -367,6 +367,17 @@ def test_hidden_labels_and_no_objects_leave_the_columns_out(tmp_path, caplog):
     assert "no row has an object" in caplog.text
 
 
+def test_a_label_column_of_another_type_is_not_left_out_in_silence(tmp_path, caplog):
+    features = {"image": image_feature(), "label": datasets.Value("bool")}
+    rows = {"image": [{"bytes": png(0), "path": None}] * 2, "label": [True, False]}
+    write_parquet(tmp_path / "a.parquet", rows, features)
+    with caplog.at_level(logging.WARNING):
+        assert set(open_source(tmp_path).features) == {"image", "image_id"}
+    assert "the column 'label' is left out: a label is one integer or text per image, these are Value('bool')" in (
+        caplog.text
+    )
+
+
 def test_repeated_ids_become_positions(tmp_path, caplog):
     write_parquet(tmp_path / "a.parquet", {"image": [png(0)] * 3, "image_id": [4, 4, 5]})
     with caplog.at_level(logging.WARNING):
@@ -441,6 +452,15 @@ def test_imagefolder_without_classes(tmp_path, names):
     source = open_source(tmp_path)
     assert [example["image"]["path"] for example in source] == sorted(str(tmp_path / name) for name in names)
     assert set(source.features) == {"image", "image_id"}
+
+
+def test_a_test_split_without_class_folders_leaves_the_other_splits_their_labels(tmp_path, caplog):
+    write_images(tmp_path, ["train/cat/1.png", "train/dog/1.png", "val/dog/1.png", "test/1.png", "test/2.png"])
+    assert [example["label"] for example in open_source(tmp_path)] == [0, 1]
+    assert [example["label"] for example in open_source(tmp_path, "validation")] == [1]
+    assert "have no label" not in caplog.text
+    assert set(open_source(tmp_path, "test").features) == {"image", "image_id"}
+    assert "the images of split 'test' lie in no folder of a class; they have no label" in caplog.text
 
 
 def test_the_first_images_of_class_folders_are_of_all_classes(tmp_path):

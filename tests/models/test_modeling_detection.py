@@ -135,7 +135,7 @@ def test_queries_start_from_the_best_proposals_at_any_number(model: VLMViTForObj
     few = model(pixel_values)
     assert few.logits.shape == (2, 5, 3)
     torch.testing.assert_close(few.reference_boxes, everything.reference_boxes[:, :5])
-    source = everything.neck_feature_maps[0].flatten(2).transpose(1, 2)
+    source = model.neck(model.backbone(pixel_values).feature_maps)[0].flatten(2).transpose(1, 2)
     _, logits, _ = model.proposal_head(source, grid_anchors([(4, 4)], 2.0, source.device), 16)
     scores = logits.amax(-1)
     torch.testing.assert_close(scores, scores.sort(descending=True).values)
@@ -308,6 +308,11 @@ def test_pipeline_finds_what_the_processor_finds(model: VLMViTForObjectDetection
         assert item["score"] == pytest.approx(float(score))
         assert item["label"] == model.config.id2label[int(label)]
         assert list(item["box"].values()) == box.int().tolist()
+    others = [image, image.rotate(90), image.rotate(180)]  # a batch is taken apart again by the pipeline
+    alone, together = [detector(one, threshold=0.0) for one in others], detector(others, threshold=0.0, batch_size=3)
+    for one, other in zip(alone, together, strict=True):
+        assert [item["label"] for item in other] == [item["label"] for item in one]
+        assert [item["score"] for item in other] == pytest.approx([item["score"] for item in one], abs=1e-6)
 
 
 def test_stock_trainer_trains_and_evaluates(model: VLMViTForObjectDetection, tmp_path: Path) -> None:

@@ -105,6 +105,8 @@ def test_several_classes_per_image():
     expected = multi_label_metrics(scores, labels, class_names=NAMES, per_class=True)
     assert evaluation.metrics == pytest.approx(expected)
     assert evaluation.confusion is None
+    assert CLASSIFICATION.has_confusion(BrightestChannel(SINGLE))
+    assert not CLASSIFICATION.has_confusion(BrightestChannel(MULTI))
     assert 0.5 < expected["map"] < 1
 
 
@@ -115,16 +117,21 @@ def test_data_of_the_other_problem_type_are_refused():
         evaluate(BrightestChannel(MULTI), labelled())
 
 
-def test_predictions():
+@pytest.mark.parametrize(
+    ("kind", "threshold", "labels"),
+    [
+        (SINGLE, None, [[1], [0]]),  # 0.72 and 0.67
+        (SINGLE, 0.7, [[1], []]),
+        (MULTI, None, [[1, 0], []]),  # 0.95, 0.88, 0.27; 0.05, 0.02, 0.01
+        (MULTI, 0.9, [[1], []]),
+        (MULTI, 0.04, [[1, 0, 2], [0]]),
+    ],
+)
+def test_predictions(kind, threshold, labels):
     outputs = SimpleNamespace(logits=torch.tensor([[2.0, 3.0, -1.0], [-3.0, -4.0, -5.0]]))
-    found = {
-        problem_type: CLASSIFICATION.post_process(
-            PROCESSOR, outputs, threshold=0.5, sizes=[(12, 16)] * 2, model=BrightestChannel(problem_type)
-        )
-        for problem_type in (SINGLE, MULTI)
-    }
-    assert [image["labels"].tolist() for image in found[SINGLE]] == [[1], [0]]
-    assert [image["labels"].tolist() for image in found[MULTI]] == [[1, 0], []]
+    options = {"sizes": [(12, 16)] * 2, "model": BrightestChannel(kind)}
+    found = CLASSIFICATION.post_process(PROCESSOR, outputs, threshold=threshold, **options)
+    assert [image["labels"].tolist() for image in found] == labels
 
 
 def test_training_batches_are_mixed_where_asked_for():

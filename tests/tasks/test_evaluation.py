@@ -1,6 +1,7 @@
 """Saved models of every task are evaluated from their folders; what does not fit is refused."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -10,7 +11,7 @@ from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 from hf_vlm.registry import MODELS
 from hf_vlm.tasks import TASKS, TRAINABLE_TASKS
-from hf_vlm.tasks.evaluation import evaluate_run
+from hf_vlm.tasks.evaluation import check_class_names, evaluate_run
 from hf_vlm.training.recipe import load_recipe, shipped_folder
 
 METRICS = {name + part for name in ("knn", "linear") for part in ("", "_class", "_both")}
@@ -41,6 +42,21 @@ def test_classes_of_the_data_must_be_those_of_the_detector(tmp_path, detector, p
         evaluate_run(tmp_path, "scenes:easy", "test", num_examples=2)
     with pytest.raises(ValueError, match="neither a folder with a model"):
         evaluate_run(tmp_path / "nothing", "scenes:easy", "test")
+
+
+def test_classes_in_another_order_are_named_so():
+    source = SimpleNamespace(name="photos", split="test")
+    check_class_names(source, ["cat", "dog"], ["cat", "dog"], "the model")
+    for expected, words in ((["dog", "cat"], "in another order: use"), (["cat"], r"has \['cat'\]\.$")):
+        with pytest.raises(ValueError, match=words):
+            check_class_names(source, ["cat", "dog"], expected, "the model")
+
+
+def test_a_plot_of_confusion_is_refused_before_the_data_are_opened(tmp_path, detector, processor):
+    detector.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has no confusion matrix to plot"):
+        evaluate_run(tmp_path, str(tmp_path / "no data"), "test", needs_confusion=True)
 
 
 def test_a_detector_without_some_weights_is_refused(tmp_path, detector, processor):

@@ -405,6 +405,23 @@ def test_bad_input_says_what_is_wrong(make_recipe, monkeypatch, method, changes,
         train(make_recipe(method, **changes))
 
 
+def test_the_best_checkpoint_is_not_chosen_by_what_is_not_measured(make_recipe):
+    for metric in ("loss", "eval_loss", "app"):
+        with pytest.raises(ValueError, match=f"{metric}', which evaluation does not measure: name one of ap, ap50"):
+            finetune(make_recipe("detection") | {"metric_for_best_model": metric})
+
+
+def test_what_the_data_decide_is_not_overridden(make_recipe):
+    args = parse_arguments(make_recipe("detection") | {"model_config": {"problem_type": "a"}})
+    options = {"class_names": ["x", "y"], "head_fields": {"problem_type": "b"}}
+    with pytest.raises(ValueError, match="problem_type is 'a', but the data make it 'b': leave it out"):
+        build_config(args, find_model("classification"), **options)
+    args.model_config = {"problem_type": "single_label_classification", "id2label": {0: "u", 1: "v"}}
+    options["head_fields"] = {"problem_type": "single_label_classification"}
+    with pytest.raises(ValueError, match=r"id2label is .* but the data make it"):
+        build_config(args, find_model("classification"), **options)
+
+
 def test_an_encoder_of_another_patch_size_is_refused_unless_asked_for(make_recipe, tmp_path, caplog):
     pretrain(make_recipe("mae", max_steps=1))
     encoder = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 16}

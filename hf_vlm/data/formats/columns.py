@@ -120,6 +120,14 @@ def find_columns(features: Mapping[str, Any], source: object) -> ColumnMap:
         found = [name for name in names if fits(features.get(name)) and name not in columns.values()]
         if found:
             columns[column] = found[0]
+    unused = [name for name in COLUMN_NAMES["label"] if name in features and name not in columns.values()]
+    if "label" not in columns and unused:
+        logger.warning(
+            "%s: the column %r is left out: a label is one integer or text per image, these are %s",
+            source,
+            unused[0],
+            features[unused[0]],
+        )
     if "objects" not in columns:
         return ColumnMap(columns)
     fields = object_fields(features[columns["objects"]])

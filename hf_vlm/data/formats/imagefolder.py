@@ -29,7 +29,8 @@ def open_imagefolder(folder: Path, split: str, *, num_samples: int | None = None
 
     Subfolders named as splits (`train`, `val`, `valid`, `validation`, `test`) are splits; without them all is `train`.
     Where every image lies in a subfolder one level deep and there are several of these, they are the classes, those of
-    all splits together. Other layouts have no label.
+    all splits together. Other layouts have no label; nor has a split whose images lie in no subfolder, as those of a
+    test split do whose labels are hidden.
 
     A `metadata.jsonl` or `metadata.csv` in the folder or in those of the splits replaces the subfolders: a row
     has `file_name`, relative to the metadata, and columns such as `label`, a number or a name, or
@@ -53,7 +54,11 @@ def open_imagefolder(folder: Path, split: str, *, num_samples: int | None = None
     if metadata:
         everything = {str(path) for path in find_images(folder)}
         return metadata_source(metadata, everything, chosen, folder, num_samples=num_samples)
-    names = _class_names([path.relative_to(roots.get(name, folder)) for name in images for path in images[name]])
+    layouts = {name: [path.relative_to(roots.get(name, folder)) for path in paths] for name, paths in images.items()}
+    names = _class_names(layouts)
+    if names and _is_flat(choose_split(layouts, split, folder)):
+        logger.warning("%s: the images of split %r lie in no folder of a class; they have no label", folder, split)
+        names = []
     paths = chosen[:num_samples]
     if names and num_samples is not None:  # sorted by class: the first ones would be of one class
         paths = [chosen[index * len(chosen) // len(paths)] for index in range(len(paths))]
@@ -91,10 +96,15 @@ def _is_hidden(path: str) -> bool:
     return any(part.startswith((".", "__MACOSX")) for part in path.split("/"))
 
 
-def _class_names(paths: Sequence[Path]) -> list[str]:
-    """Names of the classes, given the paths relative to their split; empty where the folders are no classes."""
+def _class_names(layouts: Mapping[str, Sequence[Path]]) -> list[str]:
+    """Names of the classes, given the paths in each split; empty where the folders are no classes."""
+    paths = [path for layout in layouts.values() if not _is_flat(layout) for path in layout]
     names = sorted({path.parts[0] for path in paths})
     return names if len(names) > 1 and all(len(path.parts) == 2 for path in paths) else []
+
+
+def _is_flat(layout: Sequence[Path]) -> bool:
+    return all(len(path.parts) == 1 for path in layout)
 
 
 def _warn_of_others(folder: Path, roots: Mapping[str, Path]) -> None:
