@@ -31,7 +31,6 @@ def run(argv: Sequence[str]) -> None:
     from tqdm.auto import tqdm
 
     from hf_vlm.data.images import image_paths
-    from hf_vlm.data.io.messages import redact_url
     from hf_vlm.deploy.predict import Predictor
     from hf_vlm.training.run import quiet_libraries
 
@@ -41,7 +40,7 @@ def run(argv: Sequence[str]) -> None:
     paths = [path for given in arguments.images for path in image_paths(given)]
     pictures = _pictures(paths, arguments.save) if arguments.save is not None else [None] * len(paths)
     predictor = Predictor.from_pretrained(arguments.run)
-    unreadable: dict[str, ValueError] = {}
+    unreadable: list[ValueError] = []
     for first in tqdm(range(0, len(paths), BATCH_SIZE), desc="Predicting", leave=False, disable=None):
         batch = slice(first, first + BATCH_SIZE)
         found = _predict(predictor, paths[batch], arguments.threshold, unreadable)
@@ -53,13 +52,11 @@ def run(argv: Sequence[str]) -> None:
                 prepare_file(picture)
                 prediction.draw().save(picture)
     if unreadable:
-        examples = "".join(f"\n  {redact_url(path)}: {error}" for path, error in list(unreadable.items())[:5])
+        examples = "".join(f"\n  {error}" for error in unreadable[:5])
         raise ValueError(f"{len(unreadable)} of {len(paths)} images could not be read, among them{examples}")
 
 
-def _predict(
-    predictor: Any, paths: Sequence[str], threshold: float | None, unreadable: dict[str, ValueError]
-) -> list[Any]:
+def _predict(predictor: Any, paths: Sequence[str], threshold: float | None, unreadable: list[ValueError]) -> list[Any]:
     """One prediction per image; None for an unreadable one, which is recorded. A single image must be readable."""
     try:
         return list(predictor.predict(paths, threshold))
@@ -71,7 +68,7 @@ def _predict(
         try:
             found += predictor.predict(path, threshold)
         except ValueError as error:
-            unreadable[path] = error
+            unreadable.append(error)
             found.append(None)
     return found
 

@@ -88,7 +88,7 @@ def check_many_images(detector, folder, capsys):
     printed = capsys.readouterr()
     assert [json.loads(line)["path"][-7:] for line in printed.out.splitlines()] == ["a/1.jpg", "a/1.png", "b/1.png"]
     assert "1 of 4 images could not be read" in printed.err
-    assert "broken.png" in printed.err
+    assert printed.err.count("broken.png") == 1
     assert main(["predict", detector, str(folder / "b" / "1.png"), "--save", str(drawn / "out.xyz")]) == 2
     assert "name a picture" in capsys.readouterr().err
 
