@@ -1,0 +1,53 @@
+"""Data sets on the Hub."""
+
+import logging
+
+import datasets
+import pytest
+from sample_data import DETECTION, make_objects, png, write_detection_parquet, write_parquet
+
+from hf_vlm.data.schema import image_feature
+from hf_vlm.data.sources import open_source
+
+
+def test_hub_streams_have_the_schema(tmp_path, monkeypatch):
+    write_detection_parquet(tmp_path / "train-00000-of-00001.parquet", num_rows=5)
+    write_detection_parquet(tmp_path / "validation-00000-of-00001.parquet", num_rows=3)
+    asked = []
+    load = datasets.load_dataset
+
+    def load_from_disk(source, name=None, **options):
+        asked.append((source, name, options["revision"]))
+        return load(str(tmp_path), **{**options, "revision": None})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_from_disk)
+    stream = open_source("my-org/cells", "val", name="small", revision="v1")
+    assert asked == [("my-org/cells", "small", "v1")]
+    assert stream.features == datasets.Features(DETECTION)
+    for row, example in enumerate(stream):
+        assert example["image"]["bytes"] == png(row)
+        assert (example["image_id"], example["objects"]) == (100 + row, make_objects(row))
+    with pytest.raises(ValueError, match=r"my-org/cells has no split 'test'; it has train, validation"):
+        open_source("my-org/cells", "test")
+
+
+def test_hub_rows_without_id_get_one_from_their_content(tmp_path, caplog):
+    rows = {"image": [{"bytes": png(row), "path": None} for row in range(6)], "label": ["a"] * 6}
+    features = {"image": image_feature(), "label": datasets.Value("string")}
+    write_parquet(tmp_path / "train-00000-of-00001.parquet", rows, features)
+    with caplog.at_level(logging.WARNING):
+        source = open_source(tmp_path, format="hub")
+    ids = [example["image_id"] for example in source]
+    assert len(set(ids)) == 6
+    assert ids == [example["image_id"] for example in source]
+    assert all(0 <= image_id < 2**63 for image_id in ids)
+    assert "the column 'label' is left out: without ClassLabel its classes are not known" in caplog.text
+
+
+def test_hub_failures_are_named(monkeypatch):
+    def fail(*args, **options):
+        raise ConnectionError("the Hub cannot be reached")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(ValueError, match=r"scene is no folder or file here.*the Hub cannot be reached.*mean 'scenes'"):
+        open_source("scene")

@@ -1,0 +1,215 @@
+"""Parquet files, one row per image."""
+
+import logging
+
+import datasets
+import pyarrow as pa
+import pytest
+from sample_data import (
+    DETECTION,
+    HEIGHT,
+    WIDTH,
+    make_objects,
+    png,
+    value_of,
+    write_detection_parquet,
+    write_images,
+    write_parquet,
+)
+
+from hf_vlm.data.schema import image_feature
+from hf_vlm.data.sources import open_source
+
+
+def test_parquet_round_trip(tmp_path):
+    write_detection_parquet(tmp_path / "data" / "train-00000-of-00002.parquet")
+    later = {"image_id": [200 + row for row in range(20)]}
+    write_detection_parquet(tmp_path / "data" / "train-00001-of-00002.parquet", **later)
+    write_detection_parquet(tmp_path / "data" / "validation-00000-of-00001.parquet", num_rows=2)
+    source = open_source(tmp_path)
+    examples = list(source)
+    assert [example["image_id"] for example in examples] == [*range(100, 120), *range(200, 220)]
+    assert source.dataset.num_shards == 6
+    for row, example in enumerate(examples):
+        assert example["image"] == {"bytes": png(row % 20), "path": None}
+        assert example["objects"] == make_objects(row % 20)
+        assert source.features.encode_example(example) == example
+    assert source.features == datasets.Features(DETECTION)
+    assert source.object_names == ["ant", "bee", "cat"]
+    assert source.object_names is not None
+    assert len(list(open_source(tmp_path, "valid"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("names", "split"),
+    [
+        (["a.parquet"], "train"),
+        (["train/0.parquet", "test/0.parquet"], "train"),
+        (["x/val/0.parquet", "x/train/0.parquet"], "validation"),
+        (["dev.parquet", "training.parquet"], "validation"),
+        (["unsupervised-00000-of-00001.parquet", "train.parquet"], "unsupervised"),
+    ],
+)
+def test_parquet_layouts(tmp_path, names, split):
+    for number, name in enumerate(names):
+        write_parquet(tmp_path / name, {"image": [png(number)]})
+    assert [value_of(example) for example in open_source(tmp_path, split)] == [0]
+
+
+def test_parquet_columns_of_other_names_and_types(tmp_path):
+    write_images(tmp_path, ["photos/a.png", "photos/b.png"], start=40)
+    write_parquet(
+        tmp_path / "bytes" / "a.parquet", {"caption": ["x", "y"], "img": [png(1), png(2)], "path": ["p", "q"]}
+    )
+    write_parquet(tmp_path / "struct" / "a.parquet", {"photo": [{"bytes": png(3), "path": "p"}], "path": ["q"]})
+    write_parquet(tmp_path / "path.parquet", {"file_name": ["photos/a.png", str(tmp_path / "photos/b.png")]})
+    assert [value_of(example) for example in open_source(tmp_path / "bytes")] == [1, 2]
+    assert [value_of(example) for example in open_source(tmp_path / "struct")] == [3]
+    source = open_source(tmp_path / "path.parquet")
+    assert [value_of(example) for example in source] == [40, 41]
+    assert [example["image_id"] for example in source] == [0, 1]
+    assert set(source.features) == {"image", "image_id"}
+
+
+def test_parquet_image_feature_is_not_decoded(tmp_path):
+    features = datasets.Features(
+        {"image": datasets.Image(), "mask": datasets.Image(), "note": datasets.Value("string")}
+    )
+    rows = {"image": [{"bytes": png(5), "path": None}], "mask": [{"bytes": png(6), "path": None}], "note": ["n"]}
+    write_parquet(tmp_path / "a.parquet", rows, features)
+    (example,) = open_source(tmp_path)
+    assert example == {"image": rows["image"][0], "image_id": 0, "mask": rows["mask"][0]}
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "names", "expected"),
+    [
+        (["dog", "cat", "dog"], ["ant"], ["ant", "cat", "dog"], [2, 1, 2]),
+        ([3, 0, 1], [5], ["0", "1", "2", "3", "4", "5"], [3, 0, 1]),
+    ],
+)
+def test_labels_without_names_are_those_of_all_splits(tmp_path, train, test, names, expected):
+    write_parquet(tmp_path / "train.parquet", {"image": [png(0)] * len(train), "label": train})
+    write_parquet(tmp_path / "test.parquet", {"image": [png(0)], "label": test})
+    write_parquet(tmp_path / "dev.parquet", {"image": [png(0)]})
+    source = open_source(tmp_path)
+    assert source.label_names == open_source(tmp_path, "test").label_names == names
+    assert [example["label"] for example in source] == expected
+
+
+def test_objects_as_a_list_of_structs(tmp_path):
+    objects = [
+        [{"bbox": [1.0, 1.0, 4.0, 2.0], "category": "bee"}, {"bbox": [0.0, 0.0, 2.0, 2.0], "category": "ant"}],
+        [],
+    ]
+    write_parquet(tmp_path / "a.parquet", {"image": [png(0), png(1)], "annotations": objects})
+    source = open_source(tmp_path)
+    assert source.object_names == ["ant", "bee"]
+    first, second = (example["objects"] for example in source)
+    expected = {"bbox": [[1, 1, 4, 2], [0, 0, 2, 2]], "category": [1, 0], "area": [8, 4], "iscrowd": [0, 0]}
+    assert first == expected
+    assert second == {"bbox": [], "category": [], "area": [], "iscrowd": []}
+
+
+def test_empty_boxes_are_dropped_with_one_warning(tmp_path, caplog):
+    boxes = [[[0.0, 0.0, 3.0, 3.0], [1.0, 1.0, 0.0, 5.0]], [[2.0, 2.0, 30.0, 3.0], [99.0, 0.0, 3.0, 3.0]]]
+    rows = {
+        "image": [png(0), png(1)],
+        "width": [WIDTH] * 2,
+        "height": [HEIGHT] * 2,
+        "objects": [{"bbox": row, "category": [0, 1]} for row in boxes],
+    }
+    write_parquet(tmp_path / "a.parquet", rows)
+    with caplog.at_level(logging.WARNING):
+        source = open_source(tmp_path)
+    (message,) = caplog.messages
+    assert "2 of 4 boxes are dropped" in message
+    assert "row 0 [1.0, 1.0, 0.0, 5.0], row 1 [99.0, 0.0, 3.0, 3.0]" in message
+    assert "1 boxes stick out of their image and will be clipped: row 1 [2.0, 2.0, 30.0, 3.0]" in message
+    assert "1 of 2 classes have no box: 1" in message
+    kept = [example["objects"] for example in source]
+    assert [objects["bbox"] for objects in kept] == [[boxes[0][0]], [boxes[1][0]]]
+    assert [objects["category"] for objects in kept] == [[0], [0]]
+    assert [objects["area"] for objects in kept] == [[9], [90]]
+
+
+def test_boxes_that_look_like_corners_are_doubted(tmp_path, caplog):
+    corners = [[4.0, 4.0, 15.0, 11.0], [8.0, 6.0, 14.0, 10.0], [0.0, 0.0, 3.0, 3.0]]
+    objects = [{"bbox": [box], "category": [0]} for box in corners]
+    columns = {"image": [png(0)] * 3, "width": [WIDTH] * 3, "height": [HEIGHT] * 3, "objects": objects}
+    write_parquet(tmp_path / "a.parquet", columns)
+    with caplog.at_level(logging.WARNING):
+        open_source(tmp_path)
+    assert "may be corners; a bbox must be [x, y, width, height]" in caplog.text
+
+
+def test_hidden_labels_and_no_objects_leave_the_columns_out(tmp_path, caplog):
+    features = {
+        "image": image_feature(),
+        "label": datasets.ClassLabel(names=["a", "b"]),
+        "objects": DETECTION["objects"],
+    }
+    empty = {"bbox": [], "category": [], "area": [], "iscrowd": []}
+    rows = {"image": [{"bytes": png(0), "path": None}] * 2, "label": [-1, -1], "objects": [empty, empty]}
+    write_parquet(tmp_path / "test.parquet", rows, features)
+    with caplog.at_level(logging.WARNING):
+        source = open_source(tmp_path, "test")
+    assert set(source.features) == {"image", "image_id"} == set(next(iter(source)))
+    assert "no row has a label in the column 'label'" in caplog.text
+    assert "no row has an object" in caplog.text
+
+
+def test_a_label_column_of_another_type_is_not_left_out_in_silence(tmp_path, caplog):
+    features = {"image": image_feature(), "label": datasets.Value("bool")}
+    rows = {"image": [{"bytes": png(0), "path": None}] * 2, "label": [True, False]}
+    write_parquet(tmp_path / "a.parquet", rows, features)
+    with caplog.at_level(logging.WARNING):
+        assert set(open_source(tmp_path).features) == {"image", "image_id"}
+    assert "the column 'label' is left out: a label is one integer or text per image, these are Value('bool')" in (
+        caplog.text
+    )
+
+
+def test_repeated_ids_become_positions(tmp_path, caplog):
+    write_parquet(tmp_path / "a.parquet", {"image": [png(0)] * 3, "image_id": [4, 4, 5]})
+    with caplog.at_level(logging.WARNING):
+        source = open_source(tmp_path)
+    assert [example["image_id"] for example in source] == [0, 1, 2]
+    assert "'image_id' is not unique" in caplog.text
+
+
+def test_parquet_mistakes_are_named(tmp_path):
+    write_parquet(tmp_path / "none" / "a.parquet", {"text": ["x"], "number": [1]})
+    with pytest.raises(ValueError, match=r"no column of images; its columns are text, number\. Name it 'image'"):
+        open_source(tmp_path / "none")
+    objects = {"bbox": [[0.0, 0.0, 2.0, 2.0]], "category": [3], "area": [4.0], "iscrowd": [0]}
+    write_detection_parquet(tmp_path / "range.parquet", objects=[objects, *map(make_objects, range(1, 20))])
+    with pytest.raises(ValueError, match=r"1 boxes have a category outside 0\.\.2, which .* 3 classes: 3 of row 0"):
+        open_source(tmp_path / "range.parquet")
+    label = {"image": image_feature(), "label": datasets.ClassLabel(names=["a", "b"])}
+    images = [{"bytes": png(0), "path": None}] * 3
+    write_parquet(tmp_path / "label.parquet", {"image": images, "label": [0, -1, 1]}, label)
+    with pytest.raises(ValueError, match=r"1 labels are none of the 2 classes: -1 in row 1"):
+        open_source(tmp_path / "label.parquet")
+    uneven = {"bbox": [[0.0, 0.0, 2.0, 2.0]], "category": [0, 1]}
+    write_parquet(tmp_path / "uneven.parquet", {"image": [png(0)], "objects": [uneven]})
+    with pytest.raises(ValueError, match="1 rows have not one category per box: row 0"):
+        open_source(tmp_path / "uneven.parquet")
+    short = {"bbox": [[0.0, 2.0, 2.0]], "category": [0]}
+    write_parquet(tmp_path / "short.parquet", {"image": [png(0)], "objects": [short]})
+    with pytest.raises(ValueError, match=r"1 boxes are not four numbers.*\[0.0, 2.0, 2.0\] in row 0"):
+        open_source(tmp_path / "short.parquet")
+    (tmp_path / "broken.parquet").write_bytes(b"no parquet at all")
+    with pytest.raises(ValueError, match=r"broken\.parquet cannot be read as Parquet"):
+        open_source(tmp_path / "broken.parquet")
+    write_parquet(tmp_path / "two" / "train-0.parquet", {"image": [png(0)], "label": [1]})
+    write_parquet(tmp_path / "two" / "train-1.parquet", {"image": [png(0)], "label": ["x"]})
+    with pytest.raises(ValueError, match=r"train-1\.parquet and .*train-0\.parquet differ in their columns label"):
+        open_source(tmp_path / "two")
+    write_parquet(tmp_path / "zero.parquet", {"image": pa.array([], pa.binary())})
+    with pytest.raises(ValueError, match=r"there are no rows in .*zero\.parquet"):
+        open_source(tmp_path / "zero.parquet")
+    write_parquet(tmp_path / "mixed" / "train.parquet", {"image": [png(0)]})
+    write_parquet(tmp_path / "mixed" / "more.parquet", {"image": [png(0)]})
+    with pytest.raises(ValueError, match=r"no split can be recognised in .*more\.parquet.* other files name"):
+        open_source(tmp_path / "mixed")
