@@ -147,7 +147,7 @@ def test_two_processes_train_as_one(tmp_path):
         words += ["--learning_rate", "0.0"] if name == "start" else []  # the weights before any step
         done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.count("The encoder stands in") == 1
+        assert done.stdout.count("The encoder is in") == 1
         found[name] = load_file(folder / "model.safetensors")
         logged[name] = [entry for entry in read_log(folder / "log.jsonl") if "loss" in entry]  # of steps, not probes
     assert logged["one"]
