@@ -274,7 +274,7 @@ def test_what_is_no_encoder_is_refused(processor, tmp_path):
     with pytest.raises(ValueError, match="hf-vlm convert"):
         load_frozen_encoder(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "resnet"}')
-    with pytest.raises(ValueError, match="one of the type 'resnet'"):
+    with pytest.raises(ValueError, match="but one of type 'resnet'"):
         load_frozen_encoder(tmp_path)
     encoder = make_encoder()
     encoder.save_pretrained(tmp_path)

@@ -86,7 +86,7 @@ def test_stop_saves_a_checkpoint_and_keeps_the_earlier_ones(make_recipe, tmp_pat
     checkpoint = last_checkpoint(tmp_path / "simclr")
     step = int(checkpoint.rpartition("-")[2])
     assert f"Step {step}: the " in str(stopped.value)
-    assert f"saved as {checkpoint};" in str(stopped.value)
+    assert f"The checkpoint is {checkpoint};" in str(stopped.value)
     assert step < 80
     assert max(entry["step"] for entry in read_log(tmp_path / "simclr" / "log.jsonl")) == step
     others = [path.name for path in (tmp_path / "simclr").glob("checkpoint-*") if str(path) != checkpoint]
