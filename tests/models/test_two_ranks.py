@@ -1,10 +1,12 @@
 """Two gloo processes under DDP have the gradients of one process with the joined batch, for every objective."""
 
+import sys
 from datetime import timedelta
+from pathlib import Path
 
+import tiny
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from tiny import PRETRAINING, batch, build
 from torch.nn.parallel import DistributedDataParallel
 
@@ -39,7 +41,6 @@ def run(model, inputs):
 
 
 def gradients_of_rank(rank, store):
-    """Gradients after DDP's averaging, and running statistics, of each objective on this rank's half of the batch."""
     """Gradients after DDP's averaging, and running statistics, of each objective on this rank's half of the batch.
 
     And LeJEPA's slices of two steps, those of both ranks (12, 4) each.
@@ -71,13 +72,13 @@ def state_of(model):
     }
 
 
-def test_two_ranks_have_the_gradients_of_one_process(tmp_path):
+def test_two_ranks_have_the_gradients_of_one_process(tmp_path, fork_server):
     store = str(tmp_path / "store")
-    other = mp.get_context("spawn").Process(target=gradients_of_rank, args=(1, store), daemon=True)
-    other.start()
+    code = "import runpy, sys; runpy.run_path(sys.argv[1])['gradients_of_rank'](1, sys.argv[2])"
+    tests = Path(tiny.__file__).parent  # what is imported from there
+    other = fork_server.popen([sys.executable, "-c", code, __file__, store], cwd=tests)
     found = gradients_of_rank(0, store)
-    other.join(timeout=120)
-    assert other.exitcode == 0
+    assert other.wait(timeout=120) == 0
     for slices in found["slices"]:
         assert torch.equal(*slices.chunk(2))
     assert not torch.equal(*found["slices"])
