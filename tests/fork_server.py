@@ -80,7 +80,8 @@ class ForkServer:
         """As `subprocess.Popen` of a command that begins with `sys.executable`."""
         if words[0] != sys.executable:
             raise ValueError(f"the fork server runs programs in Python, not {words[0]}")
-        settings = {"cwd": str(cwd or Path.cwd()), "env": {**(env or os.environ)}, "session": start_new_session}
+        settings = {"cwd": str(cwd or Path.cwd()), "env": {**(env or os.environ)}}
+        settings["start_new_session"] = start_new_session
         files = [1 if stdout is None else stdout.fileno(), 2 if stderr is None else stderr.fileno()]
         return ForkedProcess(self, self.request({"words": list(words[1:]), **settings}, files=files))
 
@@ -115,9 +116,9 @@ def serve(connection: socket.socket) -> None:
         connection.send(json.dumps(answer).encode())
 
 
-def become(words: list[str], cwd: str, env: dict[str, str], session: bool, files: list[int]) -> None:
+def become(words: list[str], cwd: str, env: dict[str, str], start_new_session: bool, files: list[int]) -> None:
     """Continues as `python WORDS`."""
-    if session:
+    if start_new_session:
         os.setsid()
     for number, file in enumerate(files, start=1):
         os.dup2(file, number)

@@ -2,10 +2,13 @@
 
 import io
 import json
+from contextlib import contextmanager
 
 import datasets
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from PIL import Image
 
 from hf_vlm.data.io.decode import decode_image
@@ -110,3 +113,17 @@ def assert_coco_examples(stream, num_images=10):
         expected["category"] = [[1, 0, 2][category] for category in expected["category"]]
         assert example["objects"] == expected
         assert stream.features.encode_example(example) == example
+
+
+@contextmanager
+def on_remote(folder, name):
+    """The files of a folder, copied to `memory://NAME`."""
+    remote = pytest.importorskip("upath").UPath(f"memory://{name}")
+    try:
+        for path in folder.rglob("*.*"):
+            target = remote / path.relative_to(folder).as_posix()
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+        yield remote
+    finally:
+        fsspec.filesystem("memory").rm(f"/{name}", recursive=True)

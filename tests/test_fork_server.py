@@ -1,4 +1,4 @@
-"""A forked program ends, prints and is told its arguments as a fresh interpreter's."""
+"""A forked program ends, prints and gets its arguments as a fresh interpreter's."""
 
 import os
 import signal

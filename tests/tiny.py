@@ -136,6 +136,13 @@ PRETRAINING = [
 ]
 
 
+def perturb(model: torch.nn.Module, std: float = 0.2) -> None:
+    """Adds noise to all parameters: heads that differ between classes and locations."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(std * torch.randn_like(parameter))
+
+
 def config_fields(name, folder, backbone=BACKBONE):
     """Fields of the configuration; a frozen encoder, where there is one, is saved in `folder`."""
     tiny = TINY[name]

@@ -34,8 +34,8 @@ def test_the_demo_leaves_a_folder_to_look_at(tmp_path, capsys, monkeypatch, fork
 
 
 def test_the_words_follow_the_figures(tmp_path):
-    figures = {"ap": 0.4, "ap50": 0.6, "ap75": 0.3, "ar_100": 0.5}
-    ahead = {"pretrained": figures, "random": figures | {"ap": 0.3}, "seconds": 100}
+    metrics = {"ap": 0.4, "ap50": 0.6, "ap75": 0.3, "ar_100": 0.5}
+    ahead = {"pretrained": metrics, "random": metrics | {"ap": 0.3}, "seconds": 100}
     assert "gained +0.100 AP" in closing_message(tmp_path, ahead)
-    assert "did not help" in closing_message(tmp_path, ahead | {"random": figures | {"ap": 0.45}})
+    assert "did not help" in closing_message(tmp_path, ahead | {"random": metrics | {"ap": 0.45}})
     assert "| random | 0.300 | 0.600 |" in results_table(ahead)

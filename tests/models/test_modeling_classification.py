@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import perturb
 from transformers import Trainer, TrainingArguments, pipeline
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
@@ -38,12 +39,6 @@ def model() -> VLMViTForImageClassification:
     built = VLMViTForImageClassification(classification_config()).eval()
     perturb(built)
     return built
-
-
-def perturb(model: torch.nn.Module, std: float = 0.2) -> None:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(std * torch.randn_like(parameter))
 
 
 def batch_of(num_images: int) -> dict[str, torch.Tensor]:

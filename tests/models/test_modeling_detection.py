@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import perturb
 from transformers import Trainer, TrainingArguments, pipeline
 
 from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
@@ -44,12 +45,6 @@ def model() -> VLMViTForObjectDetection:
     built = VLMViTForObjectDetection(detection_config()).eval()
     perturb(built)
     return built
-
-
-def perturb(model: torch.nn.Module, std: float = 0.2) -> None:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(std * torch.randn_like(parameter))
 
 
 def batch_of(num_images: int, *, with_objects: bool = True, seed: int = 0) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""FLOPs against counts by hand, figures against a clock of the test's own, and runs that counting must not change."""
+"""FLOPs against counts by hand, metrics against a clock of the test's own, and runs that counting must not change."""
 
 import json
 from types import SimpleNamespace
@@ -97,11 +97,11 @@ def test_figures_of_steps_with_gradient_accumulation(monkeypatch, clock):
     clock(2.0)
     with speedometer.waiting():
         clock(0.5)
-    figures = speedometer.metrics(3)
+    metrics = speedometer.metrics(3)
     num_flops = 2 * (2 * 8 * 50 * 20)  # forward, and backward for the weight alone
-    assert figures["images_per_second"] == 2 * 3 * 8 * 2 / 2.5
-    assert figures["data_wait"] == 0.2
-    assert figures["mfu"] == pytest.approx(2 * 3 * num_flops / 2.5 / 1e6, abs=1e-4)
+    assert metrics["images_per_second"] == 2 * 3 * 8 * 2 / 2.5
+    assert metrics["data_wait"] == 0.2
+    assert metrics["mfu"] == pytest.approx(2 * 3 * num_flops / 2.5 / 1e6, abs=1e-4)
     clock(1.0)
     assert speedometer.metrics(4)["mfu"] == pytest.approx(3 * num_flops / 1e6, abs=1e-4)
 

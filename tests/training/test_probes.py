@@ -1,4 +1,4 @@
-"""Probes give the figures of the features, and training does not notice them."""
+"""Probes give the metrics of the features, and training does not notice them."""
 
 import contextlib
 import json
@@ -279,9 +279,9 @@ def test_what_cannot_be_probed_does_not_end_training(make_recipe, tmp_path, monk
 
 def test_features_that_are_not_finite_have_no_figures():
     features = torch.randn(6, 4)
-    figures = feature_statistics(features, features * math.nan)
-    assert set(figures) == set(feature_statistics(features, features))
-    assert all(math.isnan(value) for value in figures.values())
+    metrics = feature_statistics(features, features * math.nan)
+    assert set(metrics) == set(feature_statistics(features, features))
+    assert all(math.isnan(value) for value in metrics.values())
     assert accuracy(features * math.inf, torch.tensor([0, 0, 1, 1, 0, 1])) == {}
 
 

@@ -1,8 +1,8 @@
 """Pascal VOC folders: layouts, boxes, and what is wrong in them."""
 
-import fsspec
 import pytest
 from PIL import Image
+from sample_data import on_remote
 
 from hf_vlm.data.formats.voc import looks_like_voc, open_voc
 from hf_vlm.data.sources import guess_format, open_source
@@ -169,18 +169,10 @@ def test_a_stray_xml_is_no_annotation(tmp_path):
 
 
 def test_a_remote_folder_opens_as_a_local_one(tmp_path):
-    upath = pytest.importorskip("upath")
     write_devkit(tmp_path, {"train": "ab", "val": "c"})
-    remote = upath.UPath("memory://voc-test")
-    try:
-        for path in tmp_path.rglob("*.*"):
-            target = remote / path.relative_to(tmp_path).as_posix()
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(path.read_bytes())
+    with on_remote(tmp_path, "voc-test") as remote:
         assert looks_like_voc(remote)
         examples = list(open_voc(remote, "train"))
-    finally:
-        fsspec.filesystem("memory").rm("/voc-test", recursive=True)
     assert [example["image"]["path"] for example in examples] == [
         f"memory://voc-test/JPEGImages/{name}.jpg" for name in "ab"
     ]

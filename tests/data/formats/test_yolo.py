@@ -1,9 +1,9 @@
 """YOLO data sets: layouts, boxes, and what is wrong in them."""
 
-import fsspec
 import pytest
 import yaml
 from PIL import Image
+from sample_data import on_remote
 
 from hf_vlm.data.formats.yolo import looks_like_yolo, open_yolo
 from hf_vlm.data.sources import guess_format, open_source
@@ -206,20 +206,12 @@ def test_what_is_not_yolo_is_not_taken_for_it(tmp_path):
 
 @pytest.mark.parametrize("has_yaml", [True, False])
 def test_a_remote_folder_opens_as_a_local_one(tmp_path, has_yaml):
-    upath = pytest.importorskip("upath")
     write(tmp_path, "train/images", "train/labels", "ac")
     if has_yaml:
         write_yaml(tmp_path / "data.yaml", train="../train/images")
-    remote = upath.UPath("memory://yolo-test")
-    try:
-        for path in tmp_path.rglob("*.*"):
-            target = remote / path.relative_to(tmp_path).as_posix()
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(path.read_bytes())
+    with on_remote(tmp_path, "yolo-test") as remote:
         assert looks_like_yolo(remote)
         examples = list(open_yolo(remote, "train"))
-    finally:
-        fsspec.filesystem("memory").rm("/yolo-test", recursive=True)
     for name, example in zip("ac", examples, strict=True):
         assert example["image"]["path"] == f"memory://yolo-test/train/images/{name}.jpg"
         expected = [pytest.approx(box, abs=1e-4) for _, box in EXPECTED[name]]
