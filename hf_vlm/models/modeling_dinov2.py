@@ -44,8 +44,8 @@ class DINOv2Config(SSLConfig):
         momentum (`float`, defaults to 0.992): Momentum of the teacher at the start; 1 at the end.
         centering (`str`, defaults to `"sinkhorn"`): `"sinkhorn"`, or `"centering"` by a running mean as in DINO.
         center_momentum (`float`, defaults to 0.9): Momentum of that mean.
-        frozen_prototypes (`float`, defaults to 0.01): Fraction of training, at the start, in which
-            prototypes do not learn.
+        frozen_prototypes (`float`, defaults to 0.01): Fraction of training, at the start, in which the learning rate
+            of prototypes is 0 (see `late_parameters`, which the package's trainer reads).
         mask_probability (`float`, defaults to 0.5): Fraction of the global views that are masked.
         mask_ratio_range (`list`, defaults to [0.1, 0.5]): Range of the fraction of their patches that is
             masked, spread evenly over the views.
@@ -198,8 +198,7 @@ class DINOv2ForPreTraining(TeacherMixin, SSLPreTrainedModel):
 
         encoded = self.backbone.encode_crops(crops, masked=masked, mask_token=self.mask_token)
         pooled = torch.cat([output.pooler_output for output in encoded])  # ((2 + local views) * batch, dim)
-        learns = self.progress >= config.frozen_prototypes
-        view_logits, patch_logits = self._apply_heads(self, pooled, self._patches(encoded[0])[chosen], learns)
+        view_logits, patch_logits = self._apply_heads(self, pooled, self._patches(encoded[0])[chosen])
 
         dino = view_loss(
             view_logits.unflatten(0, (-1, batch)), view_targets.unflatten(0, (2, batch)), config.student_temperature
@@ -258,12 +257,17 @@ class DINOv2ForPreTraining(TeacherMixin, SSLPreTrainedModel):
         with torch.autocast(features.device.type, enabled=False):
             return koleo_loss(features, gather_with_gradient(features), rank() * len(features))
 
-    def _apply_heads(self, part: Any, pooled: Tensor, patches: Tensor, *learns: Tensor) -> tuple[Tensor, Tensor]:
+    def _apply_heads(self, part: Any, pooled: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of views and of patches by the heads of student or teacher; one that serves both is applied once."""
         if self.config.separate_heads:
-            return part.head(pooled, *learns), part.patch_head(patches, *learns)
-        logits = part.head(torch.cat([pooled, patches]), *learns)
+            return part.head(pooled), part.patch_head(patches)
+        logits = part.head(torch.cat([pooled, patches]))
         return logits[: len(pooled)], logits[len(pooled) :]
+
+    def late_parameters(self) -> dict[str, float]:
+        """The student's prototypes, by `frozen_prototypes`."""
+        heads = ("head", "patch_head") if self.config.separate_heads else ("head",)
+        return dict.fromkeys((f"{head}.prototypes.weight" for head in heads), self.config.frozen_prototypes)
 
 
 __all__ = ["DINOv2Config", "DINOv2ForPreTraining", "DINOv2Output"]

@@ -24,6 +24,7 @@ from .vit_layers import (
     VLMViTLayer,
     build_norm,
     gather_patches,
+    interpolate_positions,
     patch_grid,
     patchify,
     rope_positions,
@@ -61,7 +62,7 @@ class VLMViTEmbeddings(nn.Module):
             return self.position_embedding
         rows, columns = config.grid_hw
         stored = self.position_embedding.reshape(1, rows, columns, -1).permute(0, 3, 1, 2)  # (1, dim, rows, columns)
-        resized = F.interpolate(stored.float(), size=grid_hw, mode="bicubic", align_corners=False)
+        resized = interpolate_positions(stored.float(), grid_hw, config.position_interpolation)
         return resized.to(stored.dtype).flatten(2).transpose(1, 2)  # (1, patches, dim)
 
     def forward(
@@ -125,6 +126,14 @@ class VLMViTPreTrainedModel(PreTrainedModel):
         Tokens are no matrices, though they are stored with leading axes of one.
         """
         return {name for name, _ in self.named_parameters() if name.endswith(TOKENS)}
+
+    def late_parameters(self) -> dict[str, float]:
+        """Parameters that begin to learn later than the others: name -> fraction of training that is done by then.
+
+        Their learning rate is 0 until then. They have gradients from the start, so that the moving averages of AdamW
+        are ready.
+        """
+        return {}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -30,13 +30,9 @@ class PrototypeHead(nn.Module):
         self.mlp = nn.Sequential(*layers[:-1])
         self.prototypes = nn.Linear(bottleneck_size, num_prototypes, bias=False)
 
-    def forward(self, features: Tensor, learns: Tensor | None = None) -> Tensor:
-        """Logits of features; where `learns` () is 0 the prototypes get no gradient, where it is 1 they do."""
-        weight = self.prototypes.weight
-        if learns is not None:  # a gate without a decision that the host would have to make
-            weight = torch.lerp(weight.detach(), weight, learns.to(weight.dtype))
+    def forward(self, features: Tensor) -> Tensor:
         embedded = F.normalize(self.mlp(features), dim=-1, eps=1e-6)
-        return F.linear(embedded, F.normalize(weight, dim=-1))
+        return F.linear(embedded, F.normalize(self.prototypes.weight, dim=-1))
 
 
 @torch.no_grad()
