@@ -11,7 +11,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor, nn
 from torchdata.stateful_dataloader import StatefulDataLoader
-from transformers import Trainer, set_seed
+from transformers import PrinterCallback, ProgressCallback, Trainer, set_seed
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
@@ -21,6 +21,7 @@ from hf_vlm.features.device import use_fast_cpu_matmul
 from hf_vlm.tasks.task import Evaluation
 from hf_vlm.training.arguments import VisionTrainingArguments
 from hf_vlm.training.callbacks import AfterStep, LogFile, WeightDecaySchedule
+from hf_vlm.training.console import ConsoleLog
 from hf_vlm.training.data_state import check_run_folder, last_checkpoint, load_data_state, save_data_state
 from hf_vlm.training.meters import ThroughputMeter
 from hf_vlm.training.optim import late_schedule, parameter_groups
@@ -70,6 +71,9 @@ class VisionTrainer(Trainer):
         self.render = render
         if self.args.device.type == "cpu" and self.args.attn_implementation is None:
             use_fast_cpu_matmul(self.model)
+        for stock in (ProgressCallback, PrinterCallback):
+            self.remove_callback(stock)
+        self.add_callback(ConsoleLog())
         self.add_callback(AfterStep())
         if self.args.weight_decay_end is not None:
             self.add_callback(WeightDecaySchedule(self.args.weight_decay, self.args.weight_decay_end))
