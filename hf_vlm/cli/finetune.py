@@ -3,6 +3,8 @@
 import argparse
 from collections.abc import Sequence
 
+from hf_vlm.cli.recipes import print_recipe_help, read_recipe
+
 
 def run(argv: Sequence[str]) -> None:
     """Fine-tunes a model for the recipe's task."""
@@ -18,11 +20,10 @@ def run(argv: Sequence[str]) -> None:
         "labels, encoder and machine",
     )
     if not argv or {"-h", "--help"} & set(argv):
-        parser.parse_args(["--help"])
+        print_recipe_help(parser)
 
     from accelerate import PartialState
 
-    from hf_vlm.cli.recipes import read_recipe
     from hf_vlm.deploy.model_card import write_model_card
     from hf_vlm.registry import find_model
     from hf_vlm.tasks import TASKS

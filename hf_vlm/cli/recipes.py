@@ -1,7 +1,17 @@
 """The recipe of `pretrain` and `finetune`: the one that is named, or else one that fits data, encoder and machine."""
 
+import argparse
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
+
+
+def print_recipe_help(parser: argparse.ArgumentParser) -> NoReturn:
+    """Prints the help of a command with every key of a recipe, and ends it."""
+    from hf_vlm.training.recipe_help import format_keys
+
+    parser.print_help()
+    print(f"\nKeys of a recipe, each of which is an option too:\n\n{format_keys()}")
+    raise SystemExit(0)
 
 
 def split_recipe(argv: Sequence[str]) -> tuple[str | None, list[str]]:
