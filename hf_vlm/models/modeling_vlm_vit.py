@@ -49,14 +49,16 @@ class VLMViTEmbeddings(nn.Module):
             rows, columns = config.grid_hw
             self.position_embedding = nn.Parameter(torch.empty(1, rows * columns, config.hidden_size))
 
-    def positions(self, grid_hw: tuple[int, int]) -> Tensor | None:
-        """Positions to add to the patch tokens of a grid: (1, patches, hidden_size), or None for rotary ones."""
-        config, device = self.config, self.patch_projection.weight.device
+    def positions(self, grid_hw: tuple[int, int], device: torch.device | None = None) -> Tensor | None:
+        """Positions to add to the patch tokens of a grid: (1, patches, hidden_size), or None for rotary ones.
+
+        Fixed ones are float32, on `device`; learned ones are as they are stored.
+        """
+        config = self.config
         if config.position_embedding_type == "rope":
             return None
         if config.position_embedding_type == "sincos":
-            positions = sincos_positions(config.hidden_size, grid_hw, device, spread_hw=config.grid_hw)
-            return positions[None].to(self.patch_projection.weight.dtype)
+            return sincos_positions(config.hidden_size, grid_hw, device, spread_hw=config.grid_hw)[None]
         if grid_hw == config.grid_hw:
             return self.position_embedding
         rows, columns = config.grid_hw
@@ -72,7 +74,7 @@ class VLMViTEmbeddings(nn.Module):
         mask_token: Tensor | None = None,
     ) -> Tensor:
         batch, patch_hw = len(pixel_values), self.config.patch_hw
-        positions = self.positions(patch_grid(pixel_values, patch_hw))
+        positions = self.positions(patch_grid(pixel_values, patch_hw), pixel_values.device)
         if visible_indices is None:
             patches = patchify(pixel_values, patch_hw)  # (batch, patches, channels * patch height * patch width)
         else:  # only what is seen is cut out and embedded: masked patches cost nothing
@@ -82,7 +84,7 @@ class VLMViTEmbeddings(nn.Module):
         if masked is not None and mask_token is not None:
             tokens = torch.where(masked[:, :, None], mask_token.to(tokens.dtype), tokens)
         if positions is not None:
-            tokens = tokens + positions
+            tokens = tokens + positions.to(pixel_values.dtype)
         prefix = []
         if self.config.use_class_token:
             prefix.append(self.class_token.expand(batch, -1, -1))
@@ -167,6 +169,11 @@ class _Encoder(VLMViTPreTrainedModel):
         self.layers = nn.ModuleList([VLMViTLayer(config, rate) for rate in rates])
         self.norm = build_norm(config, config.hidden_size)
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Type of tokens: that of the final norm, which, unlike linear layers, no quantisation packs into integers."""
+        return self.norm.weight.dtype
+
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.patch_projection
 
@@ -179,7 +186,7 @@ class _Encoder(VLMViTPreTrainedModel):
     ) -> tuple[Tensor, Positions]:
         """Tokens (batch, prefix + patches, dim), and cos and sin (batch or 1, 1, patches, head_dim) where rotary."""
         check_pixel_values(pixel_values, self.config)
-        pixel_values = pixel_values.to(self.embeddings.patch_projection.weight.dtype)
+        pixel_values = pixel_values.to(self.compute_dtype)
         tokens = self.embeddings(pixel_values, visible_indices, masked, mask_token)
         if self.config.position_embedding_type != "rope":
             return tokens, None

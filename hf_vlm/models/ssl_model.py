@@ -71,6 +71,20 @@ class SSLPreTrainedModel(VLMViTPreTrainedModel):
     config_class = SSLConfig
     default_views: ClassVar[dict[str, Any]] = {"num_views": 1}
 
+    def initialize_weights(self) -> None:
+        """Initialises all weights, or those that a checkpoint lacks; then, once, what follows from them."""
+        is_new = not getattr(self, "_is_hf_initialized", False)  # as transformers marks modules
+        super().initialize_weights()
+        if is_new:
+            self.finish_init()
+
+    @torch.no_grad()
+    def finish_init(self) -> None:
+        """Sets what follows from other weights, such as a teacher, by the functions of `transformers.initialization`.
+
+        They leave alone what a checkpoint gave.
+        """
+
     @property
     def trained_encoder(self) -> nn.Module:
         """The encoder that is probed and saved for use; a method with a teacher may choose the teacher's."""
