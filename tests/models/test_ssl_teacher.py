@@ -65,6 +65,11 @@ def test_warm_up():
     assert warm_up(0.04, 0.07, torch.tensor(0.5), 0.0).item() == pytest.approx(0.07)
 
 
+def take_steps(optimizer, count):
+    for _ in range(count):
+        optimizer.step()
+
+
 def test_training_without_after_step_is_refused_in_its_third_step():
     model = Student()
     optimizer = torch.optim.SGD(model.head.parameters(), lr=0.1)
@@ -75,13 +80,11 @@ def test_training_without_after_step_is_refused_in_its_third_step():
         if step % 2:  # one step that was interrupted does no harm
             model.after_step(0.1)
     with pytest.raises(ValueError, match=r"Student is trained without after_step.*callbacks=\[hf_vlm.AfterStep\(\)\]"):
-        for _ in range(2):
-            optimizer.step()
+        take_steps(optimizer, 2)
     copied = copy.deepcopy(model).train()
     optimizer = torch.optim.SGD(copied.head.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="without after_step"):
-        for _ in range(3):
-            optimizer.step()
+        take_steps(optimizer, 3)
 
 
 def test_a_model_is_forgotten_when_it_is_deleted():
