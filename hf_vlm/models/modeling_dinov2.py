@@ -55,6 +55,7 @@ class DINOv2Config(SSLConfig):
 
     model_type = "vlm_dinov2"
     batch_scaled_momentum: ClassVar[tuple[str, ...]] = ("momentum",)
+    trained_encoder: ClassVar[str] = "teacher.backbone"  # the better of the two, as in the paper
 
     num_prototypes: int = 65536
     head_hidden_size: int = 2048
@@ -166,10 +167,6 @@ class DINOv2ForPreTraining(TeacherMixin, SSLPreTrainedModel):
             self.patch_targets = Centering(config.num_prototypes, config.center_momentum)
         self.build_teacher("backbone", "head", *(["patch_head"] if config.separate_heads else []))
         self.post_init()
-
-    @property
-    def trained_encoder(self) -> nn.Module:
-        return self.teacher["backbone"]  # the better of the two, as in the paper
 
     @can_return_tuple
     @auto_docstring

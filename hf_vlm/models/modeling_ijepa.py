@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import initialization as init
 from transformers.utils import ModelOutput, auto_docstring
 from transformers.utils.generic import can_return_tuple
@@ -47,6 +47,7 @@ class IJEPAConfig(SSLConfig):
     model_type = "vlm_ijepa"
     sub_configs = {"backbone_config": VLMViTConfig, "predictor_config": VLMViTConfig}
     batch_scaled_momentum: ClassVar[tuple[str, ...]] = ("momentum",)
+    trained_encoder: ClassVar[str] = "teacher.backbone"  # the one that is evaluated in the paper
 
     predictor_config: Any = None
     num_targets: int = 4
@@ -138,10 +139,6 @@ class IJEPAForPreTraining(TeacherMixin, SSLPreTrainedModel):
                 for name in ("attention.projection.weight", "mlp.down_projection.weight"):
                     weight = layer.get_parameter(name)
                     init.copy_(weight, weight / math.sqrt(2 * depth))
-
-    @property
-    def trained_encoder(self) -> nn.Module:
-        return self.teacher["backbone"]  # the one that is evaluated in the paper
 
     @can_return_tuple
     @auto_docstring

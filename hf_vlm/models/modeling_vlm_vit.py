@@ -1,5 +1,6 @@
 """The encoder: a plain Vision Transformer (arXiv 2010.11929) as a model and as a backbone."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import auto_docstring
@@ -157,6 +159,17 @@ def check_pixel_values(pixel_values: Tensor, config: VLMViTConfig) -> None:
             )
 
 
+def saved_encoder(source: Any, **options: Any) -> str:
+    """Name of the encoder for use in a saved model, which is found by the options of `from_pretrained`."""
+    known = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download", "proxies")
+    try:
+        found, _ = PreTrainedConfig.get_config_dict(source, **{key: options[key] for key in known if key in options})
+    except OSError:  # weights without a configuration, which is then given
+        found = {}
+    former = "teacher.backbone" if found.get("model_type") in ("vlm_dinov2", "vlm_ijepa") else "backbone"
+    return found.get("trained_encoder", former)  # version 0.1 did not save it
+
+
 class _Encoder(VLMViTPreTrainedModel):
     """Parts and steps that the model and the backbone share, so that their weights have the same names."""
 
@@ -168,6 +181,21 @@ class _Encoder(VLMViTPreTrainedModel):
         self.embeddings = VLMViTEmbeddings(config)
         self.layers = nn.ModuleList([VLMViTLayer(config, rate) for rate in rates])
         self.norm = build_norm(config, config.hidden_size)
+
+    @classmethod
+    def from_pretrained(cls, source: Any, *args: Any, **kwargs: Any) -> Any:
+        """`from_pretrained` of every model. Of a saved pretraining model it takes the encoder that is for use.
+
+        That is the teacher's for some methods, as their configuration says in `trained_encoder`.
+        """
+        trained = "backbone" if source is None else saved_encoder(source, **kwargs)
+        if trained == "backbone":
+            return super().from_pretrained(source, *args, **kwargs)
+        names = {r"^backbone\.": "student.", rf"^{re.escape(trained)}\.": "backbone."}
+        loaded = super().from_pretrained(source, *args, key_mapping=names, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        vars(model).pop("_weight_conversions", None)  # else it would be saved under the names that it was found by
+        return loaded
 
     @property
     def compute_dtype(self) -> torch.dtype:
