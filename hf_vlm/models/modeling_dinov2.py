@@ -55,6 +55,7 @@ class DINOv2Config(SSLConfig):
 
     model_type = "vlm_dinov2"
     batch_scaled_momentum: ClassVar[tuple[str, ...]] = ("momentum",)
+    trained_encoder: ClassVar[str] = "teacher.backbone"  # the better of the two, as in the paper
 
     num_prototypes: int = 65536
     head_hidden_size: int = 2048
@@ -164,12 +165,8 @@ class DINOv2ForPreTraining(TeacherMixin, SSLPreTrainedModel):
         if config.centering == "centering":
             self.view_targets = Centering(config.num_prototypes, config.center_momentum)
             self.patch_targets = Centering(config.num_prototypes, config.center_momentum)
-        self.post_init()
         self.build_teacher("backbone", "head", *(["patch_head"] if config.separate_heads else []))
-
-    @property
-    def trained_encoder(self) -> nn.Module:
-        return self.teacher["backbone"]  # the better of the two, as in the paper
+        self.post_init()
 
     @can_return_tuple
     @auto_docstring
@@ -236,8 +233,10 @@ class DINOv2ForPreTraining(TeacherMixin, SSLPreTrainedModel):
     @torch.no_grad()
     def _targets(self, views: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """The teacher's assignments of views (2 * batch, prototypes) and of chosen patches (masked, prototypes)."""
-        config, encoded = self.config, self.teacher["backbone"](views)
-        logits = self._apply_heads(self.teacher, encoded.pooler_output, self._patches(encoded)[chosen])
+        config = self.config
+        with self.teaching():
+            encoded = self.teacher["backbone"](views)
+            logits = self._apply_heads(self.teacher, encoded.pooler_output, self._patches(encoded)[chosen])
         temperature = warm_up(
             config.warmup_teacher_temperature,
             config.teacher_temperature,

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import initialization as init
 from transformers.utils import ModelOutput, auto_docstring
 from transformers.utils.generic import can_return_tuple
 
@@ -46,6 +47,7 @@ class IJEPAConfig(SSLConfig):
     model_type = "vlm_ijepa"
     sub_configs = {"backbone_config": VLMViTConfig, "predictor_config": VLMViTConfig}
     batch_scaled_momentum: ClassVar[tuple[str, ...]] = ("momentum",)
+    trained_encoder: ClassVar[str] = "teacher.backbone"  # the one that is evaluated in the paper
 
     predictor_config: Any = None
     num_targets: int = 4
@@ -123,21 +125,20 @@ class IJEPAForPreTraining(TeacherMixin, SSLPreTrainedModel):
         size = config.backbone_config.hidden_size
         self.backbone = VLMViTModel(config.backbone_config)
         self.predictor = MaskedPredictor(config.predictor_config, size, size)
-        self.post_init()
-        self.shrink_layers()
         self.build_teacher("backbone")
+        self.post_init()
 
-    @torch.no_grad()
+    def finish_init(self) -> None:
+        self.shrink_layers()
+        super().finish_init()
+
     def shrink_layers(self) -> None:
         """The official initialisation: the deeper a layer, the less it adds at first."""
         for layers in (self.backbone.layers, self.predictor.layers):
             for depth, layer in enumerate(layers, start=1):
                 for name in ("attention.projection.weight", "mlp.down_projection.weight"):
-                    layer.get_parameter(name).div_(math.sqrt(2 * depth))
-
-    @property
-    def trained_encoder(self) -> nn.Module:
-        return self.teacher["backbone"]  # the one that is evaluated in the paper
+                    weight = layer.get_parameter(name)
+                    init.copy_(weight, weight / math.sqrt(2 * depth))
 
     @can_return_tuple
     @auto_docstring
@@ -179,7 +180,8 @@ class IJEPAForPreTraining(TeacherMixin, SSLPreTrainedModel):
     @torch.no_grad()
     def _targets(self, images: Tensor) -> Tensor:
         """The teacher's features of all patches, normalised each: (images, patches, dim) float32."""
-        tokens = self.teacher["backbone"](images).last_hidden_state
+        with self.teaching():
+            tokens = self.teacher["backbone"](images).last_hidden_state
         patches = tokens[:, self.config.backbone_config.num_prefix_tokens :].float()
         return F.layer_norm(patches, patches.shape[-1:])
 

@@ -103,11 +103,15 @@ class MAEForPreTraining(SSLPreTrainedModel):
 
     def __init__(self, config: MAEConfig):
         super().__init__(config)
+        self.build(config)
+        self.post_init()
+
+    def build(self, config: Any) -> None:
+        """Makes the parts of the model."""
         decoder, use_cross_attention = config.decoder_config, config.use_cross_attention
         width = config.backbone_config.hidden_size
         self.backbone = VLMViTModel(config.backbone_config)
         self.decoder = MaskedPredictor(decoder, width, decoder.patch_dim, use_cross_attention=use_cross_attention)
-        self.post_init()
 
     @can_return_tuple
     @auto_docstring

@@ -139,17 +139,19 @@ class MAEImageLossesForPreTraining(FrozenEncoderMixin, TeacherMixin, MAEForPreTr
                 "MAEImageLossesConfig: set perceptual_weight or adversarial_weight; without both it is the method mae."
             )
         super().__init__(config)
-        encoder = config.backbone_config
-        if config.adversarial_weight:
-            self.discriminator = PatchDiscriminator(
-                encoder.num_channels, config.discriminator_size, config.discriminator_layers
-            )
-        self.post_init()
-        self.build_teacher(*(["backbone"] if config.perceptual_weight and not config.perceptual_encoder else []))
         if config.perceptual_weight:
+            encoder = config.backbone_config
             compared, size = config.perceptual_encoder_config or encoder, self._perceptual_size(encoder.image_hw)
             self.perceptual_layers = choose_layers(config.perceptual_layers, count_layers(compared, size))
             self.load_frozen()
+
+    def build(self, config: MAEImageLossesConfig) -> None:
+        super().build(config)
+        if config.adversarial_weight:
+            self.discriminator = PatchDiscriminator(
+                config.backbone_config.num_channels, config.discriminator_size, config.discriminator_layers
+            )
+        self.build_teacher(*(["backbone"] if config.perceptual_weight and not config.perceptual_encoder else []))
 
     @can_return_tuple
     @auto_docstring
@@ -185,7 +187,8 @@ class MAEImageLossesForPreTraining(FrozenEncoderMixin, TeacherMixin, MAEForPreTr
                 renormalise(images.float(), self.config, self.frozen_name),
                 self._perceptual_size((images.shape[2], images.shape[3])),
             ).to(encoder.dtype)
-        return features_of_layers(encoder, images, self.perceptual_layers)
+        with self.teaching():
+            return features_of_layers(encoder, images, self.perceptual_layers)
 
     @property
     def _perceptual_encoder(self) -> Any:

@@ -6,8 +6,11 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from .ssl_layers import sum_over_ranks
+from .ssl_state import Float32State
+from .vit_layers import SelfInitialised
 
 
 class PrototypeHead(nn.Module):
@@ -51,7 +54,7 @@ def sinkhorn(logits: Tensor, temperature: Tensor, num_iterations: int = 3) -> Te
     return assignments
 
 
-class Centering(nn.Module):
+class Centering(Float32State, SelfInitialised):
     """DINO's targets: softmax of logits (rows, prototypes) less a running mean of them.
 
     The mean is over the rows of all ranks, and moves by 1 - momentum per call in training. It is saved.
@@ -60,7 +63,10 @@ class Centering(nn.Module):
     def __init__(self, num_prototypes: int, momentum: float):
         super().__init__()
         self.momentum = momentum
-        self.register_buffer("center", torch.zeros(1, num_prototypes))
+        self.register_buffer("center", torch.zeros(1, num_prototypes, dtype=torch.float32))
+
+    def init_parameters(self) -> None:
+        init.zeros_(self.center)
 
     @torch.no_grad()
     def forward(self, logits: Tensor, temperature: Tensor) -> Tensor:
