@@ -29,7 +29,7 @@ from .vit_layers import patch_grid
 
 @strict
 class DINOv2Config(SSLConfig):
-    r"""Configuration of [`DINOv2ForPreTraining`]; the defaults are those of the paper's ViT-L/16 on ImageNet-1k.
+    r"""Configuration of [`DINOv2ForPreTraining`]; the defaults are the official ones of ViT-L/16 on ImageNet-1k.
 
     Args:
         backbone_config (`VLMViTConfig` or `dict`, *optional*): The encoder.
@@ -42,7 +42,8 @@ class DINOv2Config(SSLConfig):
         warmup_teacher_temperature (`float`, defaults to 0.04): Temperature of the teacher at the start.
         teacher_temperature_warmup (`float`, defaults to 0.3): Fraction of training until the temperature is reached.
         momentum (`float`, defaults to 0.992): Momentum of the teacher at the start; 1 at the end.
-        centering (`str`, defaults to `"sinkhorn"`): `"sinkhorn"`, or `"centering"` by a running mean as in DINO.
+        centering (`str`, defaults to `"sinkhorn"`): `"sinkhorn"` as in the paper, or `"centering"` by a running mean,
+            as in DINO and in the official short runs.
         center_momentum (`float`, defaults to 0.9): Momentum of that mean.
         frozen_prototypes (`float`, defaults to 0.01): Fraction of training, at the start, in which the learning rate
             of prototypes is 0 (see `late_parameters`, which the package's trainer reads).
@@ -142,7 +143,8 @@ class DINOv2ForPreTraining(TeacherMixin, SSLPreTrainedModel):
     """A student that sees crops and masked images learns what its moving average predicts for whole ones."""
 
     config_class = DINOv2Config
-    # The paper's: two large views with unequal blur and solarisation, eight small ones.
+    # DINO's: two large views with unequal blur and solarisation, eight small ones. DINOv2's code applies the blur with
+    # one minus the probability that it is given: never and mostly.
     default_views = {
         "crop_scale": [0.32, 1.0],
         "flip_probability": 0.5,

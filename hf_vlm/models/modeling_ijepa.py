@@ -26,15 +26,15 @@ PREDICTOR_DEFAULTS = {"hidden_size": 384, "num_hidden_layers": 12, "num_attentio
 
 @strict
 class IJEPAConfig(SSLConfig):
-    r"""Configuration of [`IJEPAForPreTraining`]; the defaults are the paper's.
+    r"""Configuration of [`IJEPAForPreTraining`]; the defaults are the paper's, but for the heads of the predictor.
 
     Args:
         backbone_config (`VLMViTConfig` or `dict`, *optional*):
             The encoder; with sin-cos positions and without a class token when not given. Where there is a class
             token, the predictor sees it as one more token of the context, and so it learns to sum the context up.
         predictor_config (`VLMViTConfig` or `dict`, *optional*):
-            Width, depth and heads of the predictor; 384 x 12 with 12 heads when not given. Image, patch and channels
-            are the encoder's.
+            Width, depth and heads of the predictor; 384 x 12 with 12 heads when not given (the paper's has as many
+            heads as the encoder). Image, patch and channels are the encoder's.
         num_targets (`int`, defaults to 4): Target blocks of an image.
         target_scale (`list`, defaults to [0.15, 0.2]): Range of their area as a fraction of the image's.
         target_aspect (`list`, defaults to [0.75, 1.5]): Range of their height / width.
@@ -133,7 +133,12 @@ class IJEPAForPreTraining(TeacherMixin, SSLPreTrainedModel):
         super().finish_init()
 
     def shrink_layers(self) -> None:
-        """The official initialisation: the deeper a layer, the less it adds at first."""
+        """The deeper a layer, the less it adds at first, as in BEiT (arXiv 2106.08254).
+
+        The official constructor does this too, but `init_model` then initialises all linear layers again, with a
+        deviation of 0.02. This, and Xavier's rule in the predictor, gave better features in narrow encoders
+        (benchmarks/RESULTS.md, "Initial weights of narrow layers").
+        """
         for layers in (self.backbone.layers, self.predictor.layers):
             for depth, layer in enumerate(layers, start=1):
                 for name in ("attention.projection.weight", "mlp.down_projection.weight"):

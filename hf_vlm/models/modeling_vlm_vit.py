@@ -179,16 +179,20 @@ def saved_encoder(source: Any, **options: Any) -> str:
     return found.get("trained_encoder", former)  # version 0.1 did not save it
 
 
+def drop_path_rates(config: VLMViTConfig) -> list[float]:
+    """Rate of stochastic depth of each layer."""
+    last = config.num_hidden_layers - 1
+    relative = [1.0 if config.drop_path_uniform else i / max(1, last) for i in range(last + 1)]
+    return [config.drop_path_rate * r for r in relative]
+
+
 class _Encoder(VLMViTPreTrainedModel):
     """Parts and steps that the model and the backbone share, so that their weights have the same names."""
 
     def __init__(self, config: VLMViTConfig):
         super().__init__(config)
-        rates = [
-            config.drop_path_rate * i / max(1, config.num_hidden_layers - 1) for i in range(config.num_hidden_layers)
-        ]
         self.embeddings = VLMViTEmbeddings(config)
-        self.layers = nn.ModuleList([VLMViTLayer(config, rate) for rate in rates])
+        self.layers = nn.ModuleList([VLMViTLayer(config, rate) for rate in drop_path_rates(config)])
         self.norm = build_norm(config, config.hidden_size)
 
     @classmethod

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .ssl_layers import sum_over_ranks
+from .ssl_layers import HeadLinear, sum_over_ranks
 from .ssl_state import Float32State
 from .vit_layers import SelfInitialised
 
@@ -16,7 +16,9 @@ from .vit_layers import SelfInitialised
 class PrototypeHead(nn.Module):
     """DINO's head (arXiv 2104.14294): an MLP, L2 normalisation, cosines to learned prototypes.
 
-    Takes (rows, input_size), gives (rows, num_prototypes) in -1..1. The prototypes' lengths do not matter.
+    Takes (rows, input_size), gives (rows, num_prototypes) float32 in -1..1. Prototypes are directions, as in DINO with
+    `norm_last_layer`; DINOv2's official code learns their lengths too, from 1 on. The directions are initialised as
+    there, by torch's rule: with shorter vectors Adam's steps would turn them faster.
 
     Args:
         num_layers: Layers of the MLP, with GELU between them.
@@ -31,11 +33,14 @@ class PrototypeHead(nn.Module):
         for size_in, size_out in pairwise(sizes):
             layers += [nn.Linear(size_in, size_out), nn.GELU()]
         self.mlp = nn.Sequential(*layers[:-1])
-        self.prototypes = nn.Linear(bottleneck_size, num_prototypes, bias=False)
+        self.prototypes = HeadLinear(bottleneck_size, num_prototypes, bias=False)
 
     def forward(self, features: Tensor) -> Tensor:
-        embedded = F.normalize(self.mlp(features), dim=-1, eps=1e-6)
-        return F.linear(embedded, F.normalize(self.prototypes.weight, dim=-1))
+        embedded = self.mlp(features)
+        # bfloat16 would resolve cosines near 1 to 0.004, a tenth of the teacher's temperature.
+        with torch.autocast(embedded.device.type, enabled=False):
+            embedded = F.normalize(embedded.float(), dim=-1, eps=1e-6)
+            return F.linear(embedded, F.normalize(self.prototypes.weight.float(), dim=-1))
 
 
 @torch.no_grad()

@@ -39,7 +39,8 @@ ARCHITECTURE = (
     "qkv_bias",
 )
 
-REGULARISATION = ("drop_path_rate", "attention_dropout")  # fields of encoder_config that affect training only
+# Fields of encoder_config that affect training only.
+REGULARISATION = ("drop_path_rate", "drop_path_uniform", "attention_dropout")
 
 
 def build_encoder_config(args: VisionTrainingArguments) -> VLMViTConfig:
