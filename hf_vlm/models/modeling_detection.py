@@ -172,7 +172,7 @@ class VLMViTForObjectDetection(VLMViTPreTrainedModel):
         boxes = [refine_boxes(reference_boxes, self.box_head(states)) for states in hidden_states]
         if labels is not None:
             targets = DetectionTargets.from_labels(
-                labels, batch_size=len(pixel_values), num_labels=self.config.num_labels, device=source.device
+                labels, batch_size=pixel_values.shape[0], num_labels=self.config.num_labels, device=source.device
             )
             stages = torch.stack([proposal_logits, *logits]), torch.stack([proposal_boxes, *boxes])
             dense = None if self.dense_head is None else self.dense_head(feature_maps, anchors)

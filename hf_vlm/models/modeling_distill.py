@@ -136,7 +136,7 @@ class RunningStandardizer(nn.Module):
         return (features - self.mean) * torch.rsqrt(self.variance + 1e-6)
 
     def _update(self, features: Tensor) -> None:
-        count = len(features) * world_size()
+        count = features.shape[0] * world_size()
         mean = sum_over_ranks(features.sum(0)) / count  # (size,)
         variance = sum_over_ranks((features - mean).square().sum(0)) / count
         self.num_batches += 1

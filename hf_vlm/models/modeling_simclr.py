@@ -81,7 +81,7 @@ def nt_xent(projections: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         The loss (), and the fraction () of views whose nearest other view is their partner.
     """
     projections = projections.float()
-    num_local = len(projections)
+    num_local = projections.shape[0]
     rows = torch.arange(num_local, device=projections.device)
     offset = rank() * num_local
     partners = (rows + num_local // 2) % num_local + offset

@@ -71,7 +71,7 @@ class VLMViTEmbeddings(nn.Module):
         masked: Tensor | None = None,
         mask_token: Tensor | None = None,
     ) -> Tensor:
-        batch, patch_hw = len(pixel_values), self.config.patch_hw
+        batch, patch_hw = pixel_values.shape[0], self.config.patch_hw
         positions = self.positions(patch_grid(pixel_values, patch_hw))
         if visible_indices is None:
             patches = patchify(pixel_values, patch_hw)  # (batch, patches, channels * patch height * patch width)
@@ -296,7 +296,7 @@ class VLMViTBackbone(BackboneMixin, _Encoder):
             if name in self.out_features:
                 tokens = self.norm(hidden_states) if self.config.apply_layernorm else hidden_states
                 patches = tokens[:, self.config.num_prefix_tokens :]  # (batch, patches, hidden_size)
-                maps.append(patches.transpose(1, 2).reshape(len(patches), -1, *grid_hw))  # (batch, dim, rows, columns)
+                maps.append(patches.transpose(1, 2).unflatten(2, grid_hw))  # (batch, dim, rows, columns)
         return BackboneOutput(feature_maps=tuple(maps))
 
 

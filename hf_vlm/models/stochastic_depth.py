@@ -42,8 +42,8 @@ class StochasticDepth(nn.Module):
             return states + branch(states, *inputs, packing=packing, **kwargs)
         if packing is not None:
             return self._add_packed(states, branch, *inputs, packing=packing, **kwargs)
-        kept = self.sample_kept(len(states), states.device)
-        few = [_select(value, kept, len(states)) for value in inputs]
+        kept = self.sample_kept(states.shape[0], states.device)
+        few = [_select(value, kept, states.shape[0]) for value in inputs]
         return _add(states, kept, branch(states[kept], *few, packing=None, **kwargs))
 
     def sample_kept(self, num_samples: int, device: torch.device) -> Tensor:
@@ -54,7 +54,7 @@ class StochasticDepth(nn.Module):
         self, states: Tensor, branch: Callable[..., Tensor], *inputs: Any, packing: Packing, **kwargs: Any
     ) -> Tensor:
         groups = packing.unpack(states)  # (samples, tokens, dim) each
-        kept = [self.sample_kept(len(group), states.device) for group in groups]
+        kept = [self.sample_kept(group.shape[0], states.device) for group in groups]
         few = [group[index] for group, index in zip(groups, kept)]
         smaller = Packing.of(few)
         updates = smaller.unpack(branch(smaller.pack(few), *inputs, packing=smaller, **kwargs))
@@ -63,14 +63,14 @@ class StochasticDepth(nn.Module):
 
 def _add(states: Tensor, kept: Tensor, updates: Tensor) -> Tensor:
     """Adds updates (kept, tokens, dim) to the kept samples of states, scaled to keep the expectation."""
-    return states.index_add(0, kept, updates.to(states.dtype), alpha=len(states) / len(kept))
+    return states.index_add(0, kept, updates.to(states.dtype), alpha=states.shape[0] / kept.shape[0])
 
 
 def _select(value: Any, kept: Tensor, num_samples: int) -> Any:
     """The kept samples of an input with one entry per sample; rotary positions may be the same for all samples."""
     if isinstance(value, tuple):
         return tuple(_select(part, kept, num_samples) for part in value)
-    return value[kept] if value is not None and len(value) == num_samples else value
+    return value[kept] if value is not None and value.shape[0] == num_samples else value
 
 
 __all__ = ["StochasticDepth"]
