@@ -178,7 +178,6 @@ class DINOv2ForPreTraining(TeacherMixin, SSLPreTrainedModel):
         pixel_values: Tensor,
         local_pixel_values: Tensor | None = None,
         masked: Tensor | None = None,
-        **kwargs: Any,
     ) -> DINOv2Output:
         r"""
         pixel_values (`torch.FloatTensor` of shape `(batch, 2, channels, height, width)`):

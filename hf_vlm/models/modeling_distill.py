@@ -183,7 +183,7 @@ class DistillForPreTraining(FrozenEncoderMixin, SSLPreTrainedModel):
 
     @can_return_tuple
     @auto_docstring
-    def forward(self, pixel_values: Tensor, **kwargs: Any) -> DistillOutput:
+    def forward(self, pixel_values: Tensor) -> DistillOutput:
         r"""
         pixel_values (`torch.FloatTensor` of shape `(batch, views, channels, height, width)` or without views):
             Images, normalised by `image_mean` and `image_std`; each view counts as an image.

@@ -146,7 +146,6 @@ class IJEPAForPreTraining(TeacherMixin, SSLPreTrainedModel):
         pixel_values: Tensor,
         context_indices: Tensor | None = None,
         target_indices: Tensor | None = None,
-        **kwargs: Any,
     ) -> IJEPAOutput:
         r"""
         pixel_values (`torch.FloatTensor` of shape `(batch, views, channels, height, width)` or without views):

@@ -111,7 +111,7 @@ class MAEForPreTraining(SSLPreTrainedModel):
 
     @can_return_tuple
     @auto_docstring
-    def forward(self, pixel_values: Tensor, noise: Tensor | None = None, **kwargs: Any) -> MAEOutput:
+    def forward(self, pixel_values: Tensor, noise: Tensor | None = None) -> MAEOutput:
         r"""
         pixel_values (`torch.FloatTensor` of shape `(batch, views, channels, height, width)` or without views):
             Images; each view counts as an image.

@@ -130,7 +130,7 @@ class MoCoV3ForPreTraining(TeacherMixin, SSLPreTrainedModel):
 
     @can_return_tuple
     @auto_docstring
-    def forward(self, pixel_values: Tensor, **kwargs: Any) -> MoCoV3Output:
+    def forward(self, pixel_values: Tensor) -> MoCoV3Output:
         r"""
         pixel_values (`torch.FloatTensor` of shape `(batch, 2, channels, height, width)`):
             Two views of each image.

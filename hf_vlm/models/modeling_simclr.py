@@ -120,7 +120,7 @@ class SimCLRForPreTraining(SSLPreTrainedModel):
 
     @can_return_tuple
     @auto_docstring
-    def forward(self, pixel_values: Tensor, **kwargs: Any) -> SimCLROutput:
+    def forward(self, pixel_values: Tensor) -> SimCLROutput:
         r"""
         pixel_values (`torch.FloatTensor` of shape `(batch, 2, channels, height, width)`):
             Two views of each image.

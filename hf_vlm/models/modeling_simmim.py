@@ -96,7 +96,7 @@ class SimMIMForPreTraining(SSLPreTrainedModel):
 
     @can_return_tuple
     @auto_docstring
-    def forward(self, pixel_values: Tensor, noise: Tensor | None = None, **kwargs: Any) -> SimMIMOutput:
+    def forward(self, pixel_values: Tensor, noise: Tensor | None = None) -> SimMIMOutput:
         r"""
         pixel_values (`torch.FloatTensor` of shape `(batch, views, channels, height, width)` or without views):
             Images; each view counts as an image.

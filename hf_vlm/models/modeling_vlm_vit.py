@@ -155,6 +155,15 @@ def check_pixel_values(pixel_values: Tensor, config: VLMViTConfig) -> None:
             )
 
 
+def wanted_outputs(config: Any, **options: bool | None) -> dict[str, bool]:
+    """Options `output_...` of a head's encoder: what is given, else what the head's configuration asks for.
+
+    What neither decides is left out, so that the encoder's own configuration does.
+    """
+    wanted = {name: getattr(config, name) or None if value is None else value for name, value in options.items()}
+    return {name: value for name, value in wanted.items() if value is not None}
+
+
 class _Encoder(VLMViTPreTrainedModel):
     """Parts and steps that the model and the backbone share, so that their weights have the same names."""
 
@@ -209,7 +218,9 @@ class VLMViTModel(_Encoder):
         masked: Tensor | None = None,
         mask_token: Tensor | None = None,
         class_token_only: bool = False,
-        **kwargs: Any,
+        *,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
     ) -> BaseModelOutputWithPooling:
         r"""
         visible_indices (`torch.LongTensor` of shape `(batch, visible)`, *optional*):
@@ -223,8 +234,8 @@ class VLMViTModel(_Encoder):
         """
         hidden_states, positions = self._embed(pixel_values, visible_indices, masked, mask_token)
         for layer in self.layers[:-1]:
-            hidden_states = layer(hidden_states, positions, **kwargs)
-        return self._finish(hidden_states, positions, class_token_only, **kwargs)
+            hidden_states = layer(hidden_states, positions, output_attentions=output_attentions)
+        return self._finish(hidden_states, positions, class_token_only, output_attentions=output_attentions)
 
     def _finish(
         self, hidden_states: Tensor, positions: Positions, class_token_only: bool, **kwargs: Any
@@ -246,7 +257,6 @@ class VLMViTModel(_Encoder):
         masked: Tensor | None = None,
         mask_token: Tensor | None = None,
         class_tokens_only: bool = False,
-        **kwargs: Any,
     ) -> list[BaseModelOutputWithPooling]:
         """Encodes crops of several sizes in one pass, packed without padding.
 
@@ -264,9 +274,9 @@ class VLMViTModel(_Encoder):
         packing = Packing.of(groups)
         hidden_states = packing.pack(groups)  # (1, all tokens, hidden_size)
         for layer in self.layers[:-1]:
-            hidden_states = layer(hidden_states, positions, packing=packing, **kwargs)
+            hidden_states = layer(hidden_states, positions, packing=packing)
         return [
-            self._finish(tokens, where, class_token_only=class_tokens_only or index > 0, **kwargs)
+            self._finish(tokens, where, class_token_only=class_tokens_only or index > 0)
             for index, (tokens, where) in enumerate(zip(packing.unpack(hidden_states), positions))
         ]
 
@@ -286,18 +296,30 @@ class VLMViTBackbone(BackboneMixin, _Encoder):
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     @auto_docstring
-    def forward(self, pixel_values: Tensor, **kwargs: Any) -> BackboneOutput:
+    def forward(
+        self,
+        pixel_values: Tensor,
+        *,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+    ) -> BackboneOutput:
         hidden_states, positions = self._embed(pixel_values)
         grid_hw = patch_grid(pixel_values, self.config.patch_hw)
         maps = []
         stages: Sequence[nn.Module] = [nn.Identity(), *self.layers]
         for name, stage in zip(self.stage_names, stages):
-            hidden_states = stage(hidden_states) if name == "stem" else stage(hidden_states, positions, **kwargs)
+            if name != "stem":
+                hidden_states = stage(hidden_states, positions, output_attentions=output_attentions)
             if name in self.out_features:
                 tokens = self.norm(hidden_states) if self.config.apply_layernorm else hidden_states
-                patches = tokens[:, self.config.num_prefix_tokens :]  # (batch, patches, hidden_size)
-                maps.append(patches.transpose(1, 2).unflatten(2, grid_hw))  # (batch, dim, rows, columns)
+                maps.append(self._feature_map(tokens, grid_hw))
         return BackboneOutput(feature_maps=tuple(maps))
 
+    def _feature_map(self, tokens: Tensor, grid_hw: tuple[int, int]) -> Tensor:
+        """Patch tokens as a map (batch, dim, rows, columns), or all tokens (batch, tokens, dim) as they are."""
+        if not self.config.reshape_hidden_states:
+            return tokens
+        return tokens[:, self.config.num_prefix_tokens :].transpose(1, 2).unflatten(2, grid_hw)
 
-__all__ = ["VLMViTBackbone", "VLMViTModel", "VLMViTPreTrainedModel"]
+
+__all__ = ["VLMViTBackbone", "VLMViTModel", "VLMViTPreTrainedModel", "wanted_outputs"]
