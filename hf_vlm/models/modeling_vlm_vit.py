@@ -109,6 +109,16 @@ class VLMViTPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": VLMViTLayer, "attentions": VLMViTAttention}
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """The stock method; the configuration names, for remote code, all Auto classes that load the folder."""
+        if self.is_remote_code():
+            self.config.auto_map = self.auto_map()
+        return super().save_pretrained(*args, **kwargs)
+
+    def auto_map(self) -> dict[str, str]:
+        """Auto classes and what they load, beside the class that was registered for this one."""
+        return {"AutoModel": f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"}
+
     def after_step(self, progress: float) -> None:
         """Called once per optimiser step, for state that gradients do not change: teachers, schedules.
 
@@ -175,6 +185,9 @@ class _Encoder(VLMViTPreTrainedModel):
         self.embeddings = VLMViTEmbeddings(config)
         self.layers = nn.ModuleList([VLMViTLayer(config, rate) for rate in rates])
         self.norm = build_norm(config, config.hidden_size)
+
+    def auto_map(self) -> dict[str, str]:
+        return {"AutoModel": "modeling_vlm_vit.VLMViTModel", "AutoBackbone": "modeling_vlm_vit.VLMViTBackbone"}
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.patch_projection
