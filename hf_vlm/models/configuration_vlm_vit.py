@@ -91,6 +91,8 @@ class VLMViTConfig(BackboneConfigMixin, PreTrainedConfig):
         drop_path_uniform (`bool`, defaults to `False`): Stochastic depth of all layers that of the last, as in DINOv2.
         use_qk_norm (`bool`, defaults to `False`): Normalise queries and keys per head (arXiv 2302.05442).
         apply_layernorm (`bool`, defaults to `True`): Whether backbone feature maps pass the final norm.
+        reshape_hidden_states (`bool`, defaults to `True`): Whether the backbone gives maps of the patches (batch,
+            hidden_size, rows, columns), and not all tokens (batch, prefix + patches, hidden_size).
         out_features, out_indices: Stages that [`VLMViTBackbone`] returns: `"stage1"` to `"stageN"`, or the last.
 
     Raises:
@@ -124,6 +126,7 @@ class VLMViTConfig(BackboneConfigMixin, PreTrainedConfig):
     use_qk_norm: bool = False
     initializer_range: float = 0.02
     apply_layernorm: bool = True
+    reshape_hidden_states: bool = True
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 

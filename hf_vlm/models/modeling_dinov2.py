@@ -131,7 +131,7 @@ def view_loss(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
         targets: (2, batch, prototypes) of the teacher, which sees the large views.
         temperature: The student's.
     """
-    num_small, batch = len(logits) - 2, logits.shape[1]
+    num_small, batch = logits.shape[0] - 2, logits.shape[1]
     of_large = cross_entropy(logits[:2], targets.flip(0), temperature).sum()
     # The cross entropy is linear in the targets: a small view against both is twice that against their mean.
     of_small = 2 * cross_entropy(logits[2:], targets.mean(0), temperature).sum()
@@ -177,7 +177,6 @@ class DINOv2ForPreTraining(TeacherMixin, SSLPreTrainedModel):
         pixel_values: Tensor,
         local_pixel_values: Tensor | None = None,
         masked: Tensor | None = None,
-        **kwargs: Any,
     ) -> DINOv2Output:
         r"""
         pixel_values (`torch.FloatTensor` of shape `(batch, 2, channels, height, width)`):
@@ -187,7 +186,7 @@ class DINOv2ForPreTraining(TeacherMixin, SSLPreTrainedModel):
         masked (`torch.BoolTensor` of shape `(2 * batch, patches)`, *optional*):
             Patches that the student does not see, first views first; sampled when not given.
         """
-        config, batch = self.config, len(pixel_values)
+        config, batch = self.config, pixel_values.shape[0]
         views = flatten_views_view_major(check_views(pixel_values, num_views=2))  # (2 * batch, channels, h, w)
         crops = [views, *map(flatten_views_view_major, check_local_views(local_pixel_values, batch))]
         masked, num_masked = self._masks(views, masked)
@@ -204,7 +203,7 @@ class DINOv2ForPreTraining(TeacherMixin, SSLPreTrainedModel):
         )
         of_patches = cross_entropy(patch_logits, patch_targets, config.student_temperature)  # (masked,)
         of_images = masked.sum(1)[chosen // masked.shape[1]]  # (masked,): masked patches in the image of each
-        ibot = (of_patches / of_images).sum() / len(masked)
+        ibot = (of_patches / of_images).sum() / masked.shape[0]
         features = F.normalize(encoded[0].pooler_output.float(), dim=-1)  # (2 * batch, dim)
         spread = torch.stack([self._koleo(view) for view in features.chunk(2)]).sum()
         return DINOv2Output(
@@ -222,8 +221,8 @@ class DINOv2ForPreTraining(TeacherMixin, SSLPreTrainedModel):
         if masked is not None:
             return masked, int(masked.sum())
         grid_hw = patch_grid(views, self.config.backbone_config.patch_hw)
-        masked = self.sample_mask(self.config, grid_hw, len(views), views.device)
-        return masked, sum(masked_counts(self.config, grid_hw, len(views)))
+        masked = self.sample_mask(self.config, grid_hw, views.shape[0], views.device)
+        return masked, sum(masked_counts(self.config, grid_hw, views.shape[0]))
 
     @staticmethod
     def sample_mask(
@@ -256,14 +255,14 @@ class DINOv2ForPreTraining(TeacherMixin, SSLPreTrainedModel):
     @staticmethod
     def _koleo(features: Tensor) -> Tensor:
         with torch.autocast(features.device.type, enabled=False):
-            return koleo_loss(features, gather_with_gradient(features), rank() * len(features))
+            return koleo_loss(features, gather_with_gradient(features), rank() * features.shape[0])
 
     def _apply_heads(self, part: Any, pooled: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of views and of patches by the heads of student or teacher; one that serves both is applied once."""
         if self.config.separate_heads:
             return part.head(pooled), part.patch_head(patches)
         logits = part.head(torch.cat([pooled, patches]))
-        return logits[: len(pooled)], logits[len(pooled) :]
+        return logits[: pooled.shape[0]], logits[pooled.shape[0] :]
 
     def late_parameters(self) -> dict[str, float]:
         """The student's prototypes, by `frozen_prototypes`."""

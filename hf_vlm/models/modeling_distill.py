@@ -143,7 +143,7 @@ class RunningStandardizer(Float32State, SelfInitialised):
         return (features - self.mean) * torch.rsqrt(self.variance + 1e-6)
 
     def _update(self, features: Tensor) -> None:
-        count = len(features) * world_size()
+        count = features.shape[0] * world_size()
         mean = sum_over_ranks(features.sum(0)) / count  # (size,)
         variance = sum_over_ranks((features - mean).square().sum(0)) / count
         self.num_batches += 1
@@ -190,7 +190,7 @@ class DistillForPreTraining(FrozenEncoderMixin, SSLPreTrainedModel):
 
     @can_return_tuple
     @auto_docstring
-    def forward(self, pixel_values: Tensor, **kwargs: Any) -> DistillOutput:
+    def forward(self, pixel_values: Tensor) -> DistillOutput:
         r"""
         pixel_values (`torch.FloatTensor` of shape `(batch, views, channels, height, width)` or without views):
             Images, normalised by `image_mean` and `image_std`; each view counts as an image.

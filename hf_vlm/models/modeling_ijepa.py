@@ -152,7 +152,6 @@ class IJEPAForPreTraining(TeacherMixin, SSLPreTrainedModel):
         pixel_values: Tensor,
         context_indices: Tensor | None = None,
         target_indices: Tensor | None = None,
-        **kwargs: Any,
     ) -> IJEPAOutput:
         r"""
         pixel_values (`torch.FloatTensor` of shape `(batch, views, channels, height, width)` or without views):
@@ -167,13 +166,16 @@ class IJEPAForPreTraining(TeacherMixin, SSLPreTrainedModel):
         if (context_indices is None) != (target_indices is None):
             raise ValueError("context_indices and target_indices belong together: give both or none.")
         if context_indices is None or target_indices is None:
-            context_indices, target_indices = self._blocks(len(images), grid_hw, images.device)
+            context_indices, target_indices = self._blocks(images.shape[0], grid_hw, images.device)
         features = self._targets(images)  # (images, patches, dim)
         encoded = self.backbone(images, visible_indices=context_indices).last_hidden_state
         # One prediction per block, none of which sees another: all first blocks, then all second ones.
         blocks = target_indices.transpose(0, 1)  # (num_targets, images, patches of a block)
         predictions = self.predictor(
-            encoded.repeat(len(blocks), 1, 1), context_indices.repeat(len(blocks), 1), blocks.flatten(0, 1), grid_hw
+            encoded.repeat(blocks.shape[0], 1, 1),
+            context_indices.repeat(blocks.shape[0], 1),
+            blocks.flatten(0, 1),
+            grid_hw,
         )  # (num_targets * images, patches of a block, dim)
         targets = torch.cat([gather_tokens(features, block) for block in blocks])
         return IJEPAOutput(

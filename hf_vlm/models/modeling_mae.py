@@ -116,7 +116,7 @@ class MAEForPreTraining(SSLPreTrainedModel):
 
     @can_return_tuple
     @auto_docstring
-    def forward(self, pixel_values: Tensor, noise: Tensor | None = None, **kwargs: Any) -> MAEOutput:
+    def forward(self, pixel_values: Tensor, noise: Tensor | None = None) -> MAEOutput:
         r"""
         pixel_values (`torch.FloatTensor` of shape `(batch, views, channels, height, width)` or without views):
             Images; each view counts as an image.
@@ -135,7 +135,7 @@ class MAEForPreTraining(SSLPreTrainedModel):
         """Predictions (batch, predicted, patch_dim) and the indices (batch, predicted) of their patches."""
         grid_hw = patch_grid(images, self.config.backbone_config.patch_hw)
         if noise is None:
-            noise = torch.rand(len(images), math.prod(grid_hw), device=images.device)
+            noise = torch.rand(images.shape[0], math.prod(grid_hw), device=images.device)
         visible, masked = random_masking(noise, self.config.mask_ratio)
         if self.training:
             masked = masked[:, : max(1, round(masked.shape[1] * self.config.prediction_ratio))]

@@ -155,7 +155,7 @@ class MAEImageLossesForPreTraining(FrozenEncoderMixin, TeacherMixin, MAEForPreTr
 
     @can_return_tuple
     @auto_docstring
-    def forward(self, pixel_values: Tensor, noise: Tensor | None = None, **kwargs: Any) -> MAEImageLossesOutput:
+    def forward(self, pixel_values: Tensor, noise: Tensor | None = None) -> MAEImageLossesOutput:
         r"""
         pixel_values (`torch.FloatTensor` of shape `(batch, views, channels, height, width)` or without views):
             Images; each view counts as an image.

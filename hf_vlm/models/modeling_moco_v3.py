@@ -83,7 +83,7 @@ def contrastive_loss(queries: Tensor, keys: Tensor, temperature: float) -> tuple
     with torch.autocast(queries.device.type, enabled=False):
         queries, keys = F.normalize(queries.float(), dim=-1), F.normalize(keys.float(), dim=-1)
         logits = queries @ gather_with_gradient(keys).T / temperature  # (batch, world * batch)
-        own = torch.arange(len(queries), device=queries.device) + rank() * len(queries)
+        own = torch.arange(queries.shape[0], device=queries.device) + rank() * queries.shape[0]
         loss = 2 * temperature * F.cross_entropy(logits, own)
         return loss, (logits.argmax(dim=1) == own).float().mean()
 
@@ -134,7 +134,7 @@ class MoCoV3ForPreTraining(TeacherMixin, SSLPreTrainedModel):
 
     @can_return_tuple
     @auto_docstring
-    def forward(self, pixel_values: Tensor, **kwargs: Any) -> MoCoV3Output:
+    def forward(self, pixel_values: Tensor) -> MoCoV3Output:
         r"""
         pixel_values (`torch.FloatTensor` of shape `(batch, 2, channels, height, width)`):
             Two views of each image.

@@ -76,7 +76,7 @@ class VLMViTEmbeddings(nn.Module):
         masked: Tensor | None = None,
         mask_token: Tensor | None = None,
     ) -> Tensor:
-        batch, patch_hw = len(pixel_values), self.config.patch_hw
+        batch, patch_hw = pixel_values.shape[0], self.config.patch_hw
         positions = self.positions(patch_grid(pixel_values, patch_hw), pixel_values.device)
         if visible_indices is None:
             patches = patchify(pixel_values, patch_hw)  # (batch, patches, channels * patch height * patch width)
@@ -113,6 +113,16 @@ class VLMViTPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": VLMViTLayer, "attentions": VLMViTAttention}
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """The stock method; the configuration names, for remote code, all Auto classes that load the folder."""
+        if self.is_remote_code():
+            self.config.auto_map = self.auto_map()
+        return super().save_pretrained(*args, **kwargs)
+
+    def auto_map(self) -> dict[str, str]:
+        """Auto classes and what they load, beside the class that was registered for this one."""
+        return {"AutoModel": f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"}
 
     def after_step(self, progress: float) -> None:
         """Called once per optimiser step, for state that gradients do not change: teachers, schedules.
@@ -186,6 +196,15 @@ def drop_path_rates(config: VLMViTConfig) -> list[float]:
     return [config.drop_path_rate * r for r in relative]
 
 
+def wanted_outputs(config: Any, **options: bool | None) -> dict[str, bool]:
+    """Options `output_...` of a head's encoder: what is given, else what the head's configuration asks for.
+
+    What neither decides is left out, so that the encoder's own configuration does.
+    """
+    wanted = {name: getattr(config, name) or None if value is None else value for name, value in options.items()}
+    return {name: value for name, value in wanted.items() if value is not None}
+
+
 class _Encoder(VLMViTPreTrainedModel):
     """Parts and steps that the model and the backbone share, so that their weights have the same names."""
 
@@ -214,6 +233,9 @@ class _Encoder(VLMViTPreTrainedModel):
     def compute_dtype(self) -> torch.dtype:
         """Type of tokens: that of the final norm, which, unlike linear layers, no quantisation packs into integers."""
         return self.norm.weight.dtype
+
+    def auto_map(self) -> dict[str, str]:
+        return {"AutoModel": "modeling_vlm_vit.VLMViTModel", "AutoBackbone": "modeling_vlm_vit.VLMViTBackbone"}
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.patch_projection
@@ -257,7 +279,9 @@ class VLMViTModel(_Encoder):
         masked: Tensor | None = None,
         mask_token: Tensor | None = None,
         class_token_only: bool = False,
-        **kwargs: Any,
+        *,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
     ) -> BaseModelOutputWithPooling:
         r"""
         visible_indices (`torch.LongTensor` of shape `(batch, visible)`, *optional*):
@@ -271,8 +295,8 @@ class VLMViTModel(_Encoder):
         """
         hidden_states, positions = self._embed(pixel_values, visible_indices, masked, mask_token)
         for layer in self.layers[:-1]:
-            hidden_states = layer(hidden_states, positions, **kwargs)
-        return self._finish(hidden_states, positions, class_token_only, **kwargs)
+            hidden_states = layer(hidden_states, positions, output_attentions=output_attentions)
+        return self._finish(hidden_states, positions, class_token_only, output_attentions=output_attentions)
 
     def _finish(
         self, hidden_states: Tensor, positions: Positions, class_token_only: bool, **kwargs: Any
@@ -294,7 +318,6 @@ class VLMViTModel(_Encoder):
         masked: Tensor | None = None,
         mask_token: Tensor | None = None,
         class_tokens_only: bool = False,
-        **kwargs: Any,
     ) -> list[BaseModelOutputWithPooling]:
         """Encodes crops of several sizes in one pass, packed without padding.
 
@@ -312,9 +335,9 @@ class VLMViTModel(_Encoder):
         packing = Packing.of(groups)
         hidden_states = packing.pack(groups)  # (1, all tokens, hidden_size)
         for layer in self.layers[:-1]:
-            hidden_states = layer(hidden_states, positions, packing=packing, **kwargs)
+            hidden_states = layer(hidden_states, positions, packing=packing)
         return [
-            self._finish(tokens, where, class_token_only=class_tokens_only or index > 0, **kwargs)
+            self._finish(tokens, where, class_token_only=class_tokens_only or index > 0)
             for index, (tokens, where) in enumerate(zip(packing.unpack(hidden_states), positions))
         ]
 
@@ -334,18 +357,30 @@ class VLMViTBackbone(BackboneMixin, _Encoder):
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     @auto_docstring
-    def forward(self, pixel_values: Tensor, **kwargs: Any) -> BackboneOutput:
+    def forward(
+        self,
+        pixel_values: Tensor,
+        *,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+    ) -> BackboneOutput:
         hidden_states, positions = self._embed(pixel_values)
         grid_hw = patch_grid(pixel_values, self.config.patch_hw)
         maps = []
         stages: Sequence[nn.Module] = [nn.Identity(), *self.layers]
         for name, stage in zip(self.stage_names, stages):
-            hidden_states = stage(hidden_states) if name == "stem" else stage(hidden_states, positions, **kwargs)
+            if name != "stem":
+                hidden_states = stage(hidden_states, positions, output_attentions=output_attentions)
             if name in self.out_features:
                 tokens = self.norm(hidden_states) if self.config.apply_layernorm else hidden_states
-                patches = tokens[:, self.config.num_prefix_tokens :]  # (batch, patches, hidden_size)
-                maps.append(patches.transpose(1, 2).reshape(len(patches), -1, *grid_hw))  # (batch, dim, rows, columns)
+                maps.append(self._feature_map(tokens, grid_hw))
         return BackboneOutput(feature_maps=tuple(maps))
 
+    def _feature_map(self, tokens: Tensor, grid_hw: tuple[int, int]) -> Tensor:
+        """Patch tokens as a map (batch, dim, rows, columns), or all tokens (batch, tokens, dim) as they are."""
+        if not self.config.reshape_hidden_states:
+            return tokens
+        return tokens[:, self.config.num_prefix_tokens :].transpose(1, 2).unflatten(2, grid_hw)
 
-__all__ = ["VLMViTBackbone", "VLMViTModel", "VLMViTPreTrainedModel"]
+
+__all__ = ["VLMViTBackbone", "VLMViTModel", "VLMViTPreTrainedModel", "wanted_outputs"]

@@ -78,7 +78,7 @@ class Centering(Float32State, SelfInitialised):
         logits = logits.float()
         targets = ((logits - self.center) / temperature).softmax(dim=-1)
         if self.training:
-            count = sum_over_ranks(torch.full((), float(len(logits)), device=logits.device))
+            count = sum_over_ranks(torch.full((), float(logits.shape[0]), device=logits.device))
             self.center.lerp_(sum_over_ranks(logits.sum(0, keepdim=True)) / count, 1 - self.momentum)
         return targets
 
@@ -108,7 +108,7 @@ def koleo_loss(features: Tensor, all_features: Tensor, offset: int) -> Tensor:
     """
     with torch.no_grad():
         similarities = features @ all_features.T
-        own = torch.arange(len(features), device=features.device)
+        own = torch.arange(features.shape[0], device=features.device)
         similarities[own, own + offset] = -2.0
         nearest = similarities.argmax(dim=1)
     squared = (features - all_features[nearest]).square().sum(1)
