@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from hf_vlm.data.io.durable import replace_text
 from hf_vlm.data.source import Source
 from hf_vlm.training.arguments import VisionTrainingArguments
 from hf_vlm.training.provenance import RUN_FILE, origins_of, publishable
@@ -71,8 +72,8 @@ class RunRecord:
 
     def write(self, folder: Path) -> None:
         """Writes recipe, record and card into a folder that holds a saved model."""
-        (folder / RECIPE_FILE).write_text(yaml.safe_dump(self.recipe, sort_keys=False))
-        (folder / RUN_FILE).write_text(as_json(self.summary) + "\n")
+        replace_text(folder / RECIPE_FILE, yaml.safe_dump(self.recipe, sort_keys=False))
+        replace_text(folder / RUN_FILE, as_json(self.summary) + "\n")
         if self.write_card is not None:
             self.write_card(folder)
 
