@@ -11,6 +11,7 @@ import datasets
 import transformers
 from transformers import set_seed
 
+from hf_vlm.data.io.durable import disk_errors
 from hf_vlm.data.source import Source
 from hf_vlm.data.sources import open_source
 from hf_vlm.data.stream import ExampleStream
@@ -104,7 +105,10 @@ def _save_pretrained(
     """Saves the whole model in a subfolder, and the trained encoder in `output_dir`."""
     model, output_dir = trainer.model, Path(trainer.args.output_dir)
     if plot is not None and trainer.args.should_save:
-        plot(output_dir)
+        try:
+            plot(output_dir)
+        except OSError as error:  # no reason to lose the model
+            logger.warning("The curves could not be written to %s: %s", output_dir, error)
     with trainer.saving_model(output_dir) as folder:
         trainer.save_model(str(folder / PRETRAINING_MODEL_FOLDER), _internal_call=True)
         weights = trainer.accelerator.get_state_dict(model.trained_encoder)  # all ranks gather what is sharded
@@ -167,7 +171,9 @@ def finetune(recipe: dict[str, Any], *, write_card: Callable[[Path], Any] | None
     metrics = _last_metrics(trainer)
     record.summary["metrics"] = {n.removeprefix("eval_"): v for n, v in metrics.items() if n.startswith("eval_")}
     if args.should_save:
-        record.write(Path(args.output_dir))
+        folder = Path(args.output_dir)
+        with disk_errors("The record", folder, lambda: "Free space there; the model itself is whole."):
+            record.write(folder)
     if args.push_to_hub:
         trainer.push_to_hub()
     return record.summary
