@@ -25,7 +25,12 @@ from hf_vlm.training.callbacks import AfterStep, LogFile, WeightDecaySchedule
 from hf_vlm.training.data_state import check_run_folder, last_checkpoint, load_data_state, save_data_state
 from hf_vlm.training.finite import REMEDY, not_finite_metric, not_finite_weights
 from hf_vlm.training.meters import ThroughputMeter
-from hf_vlm.training.optim import late_encoder_schedule, parameter_groups
+from hf_vlm.training.optim import (
+    group_settings,
+    late_encoder_schedule,
+    parameter_groups,
+    restore_group_settings,
+)
 
 TRAINING_STATE = [
     "checkpoint-*",
@@ -152,6 +157,19 @@ class VisionTrainer(Trainer):
             save_data_state(Path(output_dir), self._stream_loader, self.args)
         self.accelerator.wait_for_everyone()
 
+    def _init_training_state(self, max_steps: int, *args: Any) -> Any:
+        """The stock method, whose state keeps a checkpoint's intervals of logs, evaluations and saves."""
+        result = super()._init_training_state(max_steps, *args)
+        self.state.compute_steps(self.args, max_steps)
+        return result
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        """The stock method, which trains a step before it looks whether there is one left."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(**kwargs)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The stock method, which every save of weights comes through.
 
@@ -264,6 +282,14 @@ class VisionTrainer(Trainer):
                 num_warmup_steps=self.args.get_warmup_steps(num_training_steps),
             )
         return self.lr_scheduler
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The stock method; with `restart_schedule` the settings of the groups stay those of the arguments."""
+        restores = checkpoint is not None and self.args.restart_schedule
+        settings = group_settings(self.optimizer) if restores else None
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if settings is not None:
+            restore_group_settings(self.optimizer, self.lr_scheduler, settings)
 
     def _get_learning_rate(self) -> float:
         """The logged learning rate: that of the head; the encoder's layers may have lower ones."""
