@@ -16,6 +16,7 @@ import yaml
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from hf_vlm.data.io.decode import BadImageError, read_image_bytes
+from hf_vlm.data.io.durable import replace_text
 from hf_vlm.data.source import Source
 from hf_vlm.training.arguments import VisionTrainingArguments
 from hf_vlm.training.provenance import RUN_FILE, origins_of, publishable
@@ -107,8 +108,8 @@ class RunRecord:
 
     def write(self, folder: Path) -> None:
         """Writes recipe, record and card into a folder that holds a saved model."""
-        (folder / RECIPE_FILE).write_text(yaml.safe_dump(self.recipe, sort_keys=False))
-        (folder / RUN_FILE).write_text(as_json(self.summary) + "\n")
+        replace_text(folder / RECIPE_FILE, yaml.safe_dump(self.recipe, sort_keys=False))
+        replace_text(folder / RUN_FILE, as_json(self.summary) + "\n")
         if self.write_card is not None:
             self.write_card(folder)
 
@@ -132,9 +133,7 @@ def mark_unfinished(folder: Path) -> None:
     """Notes in the record of a model from an earlier start of a run that the run trains again."""
     path = folder / RUN_FILE
     if path.is_file() and (run := json.loads(path.read_text())).get("finished"):
-        rewritten = path.with_suffix(".tmp")
-        rewritten.write_text(as_json(run | {"finished": False}) + "\n")
-        rewritten.replace(path)
+        replace_text(path, as_json(run | {"finished": False}) + "\n")
 
 
 def as_json(values: Any) -> str:

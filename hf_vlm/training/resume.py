@@ -13,7 +13,7 @@ import yaml
 from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_vlm.training.arguments import VisionTrainingArguments
-from hf_vlm.training.data_state import last_checkpoint
+from hf_vlm.training.checkpoints import checkpoint_folder, checkpoints, last_checkpoint, verify_checkpoint
 from hf_vlm.training.provenance import RUN_FILE, publishable
 from hf_vlm.training.record import RECIPE_FILE, RunRecord
 
@@ -108,23 +108,20 @@ def resume_checkpoint(args: VisionTrainingArguments) -> Path | None:
     None for a run that begins, which `auto` allows where there is no checkpoint.
 
     Raises:
-        ValueError: There is no such checkpoint.
+        ValueError: There is no such checkpoint, or files of it are missing.
     """
-    wanted, folder = args.resume_from_checkpoint, Path(args.output_dir)
-    if args.rewind_to is not None:
-        checkpoint = folder / f"checkpoint-{args.rewind_to}"
-        if not checkpoint.is_dir():
-            found = ", ".join(sorted(path.name for path in folder.glob("checkpoint-*"))) or "none"
-            raise ValueError(f"rewind_to: there is no {checkpoint}. There are: {found}.")
-        return checkpoint
-    if wanted == "auto":
-        try:
-            return Path(last_checkpoint(folder))
-        except ValueError:
-            return None
-    if wanted == "last":
+    checkpoint = _named_checkpoint(args.resume_from_checkpoint, args.rewind_to, Path(args.output_dir))
+    if checkpoint is not None:
+        verify_checkpoint(checkpoint, checksums=False)
+    return checkpoint
+
+
+def _named_checkpoint(wanted: str | None, rewind_to: int | None, folder: Path) -> Path | None:
+    if rewind_to is not None:
+        return checkpoint_folder(folder, rewind_to)
+    if wanted == "last" or (wanted == "auto" and checkpoints(folder)):
         return Path(last_checkpoint(folder))
-    return Path(wanted) if wanted else None
+    return Path(wanted) if wanted and wanted != "auto" else None
 
 
 def finished_run(args: VisionTrainingArguments) -> dict[str, Any] | None:
@@ -137,7 +134,7 @@ def finished_run(args: VisionTrainingArguments) -> dict[str, Any] | None:
     if not run.get("finished") or (run["method"], run["num_steps"]) != (args.method, args.max_steps):
         return None
     wanted = args.resume_from_checkpoint
-    last = folder / f"checkpoint-{args.max_steps}"
+    last = checkpoint_folder(folder, args.max_steps)
     if not wanted or args.rewind_to is not None or (wanted not in ("last", "auto") and not _is_same(wanted, last)):
         return None
     logger.info("The run in %s is finished, with all its %d steps: nothing is changed.", folder, args.max_steps)

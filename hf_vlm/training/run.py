@@ -24,6 +24,7 @@ from hf_vlm.tasks.evaluation import check_class_names, eval_stream
 from hf_vlm.training.alarms import CollapseAlarm
 from hf_vlm.training.arguments import VisionTrainingArguments
 from hf_vlm.training.build import build_model, build_processor
+from hf_vlm.training.checkpoints import prepare_run_folder
 from hf_vlm.training.probes import build_probe, last_probe
 from hf_vlm.training.recipe import parse_arguments
 from hf_vlm.training.record import RecordProgress, RunRecord
@@ -71,6 +72,7 @@ def pretrain(
     args.set_steps_for(source.num_examples)
     if finished := finished_run(args):
         return finished
+    prepare_run_folder(Path(args.output_dir))
     model = build_model(args, entry)
     processor = build_processor(args, entry.processor_class, model.config.backbone_config.num_channels)
     transform = view_transform(args, model.default_views, processor)
@@ -103,19 +105,19 @@ def _save_pretrained(
 ) -> None:
     """Saves the whole model in a subfolder, and the trained encoder in `output_dir`."""
     model, output_dir = trainer.model, Path(trainer.args.output_dir)
-    trainer.save_model(str(output_dir / PRETRAINING_MODEL_FOLDER), _internal_call=True)
-    weights = trainer.accelerator.get_state_dict(model.trained_encoder)  # all ranks gather what is sharded
-    if not trainer.args.should_save:
-        return
-    encoder = VLMViTModel(model.config.backbone_config)
-    encoder.load_state_dict(weights)
-    encoder.save_pretrained(output_dir)
-    processor.save_pretrained(output_dir)
-    record.summary["finished"] = True
-    record.write(output_dir)
-    if plot is not None:
+    if plot is not None and trainer.args.should_save:
         plot(output_dir)
-    if trainer.args.push_to_hub:
+    with trainer.saving_model(output_dir) as folder:
+        trainer.save_model(str(folder / PRETRAINING_MODEL_FOLDER), _internal_call=True)
+        weights = trainer.accelerator.get_state_dict(model.trained_encoder)  # all ranks gather what is sharded
+        if trainer.args.should_save:
+            encoder = VLMViTModel(model.config.backbone_config)
+            encoder.load_state_dict(weights)
+            encoder.save_pretrained(folder)
+            processor.save_pretrained(folder)
+            record.summary["finished"] = True
+            record.write(folder)
+    if trainer.args.push_to_hub and trainer.args.should_save:
         trainer.upload(output_dir, "End of training")
 
 
@@ -137,6 +139,7 @@ def finetune(recipe: dict[str, Any], *, write_card: Callable[[Path], Any] | None
     args.set_steps_for(source.num_examples)
     if finished := finished_run(args):
         return finished
+    prepare_run_folder(Path(args.output_dir))
     names = task.class_names(source)
     model = build_model(args, entry, class_names=names, head_fields=task.head_fields(source))
     processor = build_processor(args, entry.processor_class, model.config.backbone_config.num_channels)

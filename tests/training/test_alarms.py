@@ -5,7 +5,7 @@ import pytest
 from hf_vlm.models.modeling_simclr import SimCLRForPreTraining
 from hf_vlm.training.alarms import SIGNS, CollapseAlarm
 from hf_vlm.training.callbacks import read_log
-from hf_vlm.training.data_state import last_checkpoint
+from hf_vlm.training.checkpoints import last_checkpoint
 from hf_vlm.training.run import pretrain
 
 ENCODER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8}

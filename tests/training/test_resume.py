@@ -14,9 +14,11 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import TrainerCallback
 
+from hf_vlm.data.io.durable import write_manifest
 from hf_vlm.training import run
 from hf_vlm.training.arguments import VisionTrainingArguments
 from hf_vlm.training.callbacks import read_log
+from hf_vlm.training.checkpoints import last_checkpoint
 from hf_vlm.training.optim import group_settings, restore_group_settings
 from hf_vlm.training.recipe import parse_arguments
 from hf_vlm.training.record import RunRecord
@@ -253,6 +255,7 @@ def test_a_record_counts_all_starts_of_a_run(make_recipe, tmp_path):
     assert (saved["num_steps"], saved["num_images_seen"]) == (4, 16)
     assert 0 < saved["seconds"] <= whole["seconds"]
     path.write_text(json.dumps(saved | {"seconds": 1000.0, "num_images_seen": 100}))  # at another batch size
+    write_manifest(path.parent)
     found = pretrain(recipe | {"output_dir": str(tmp_path / "again"), "resume_from_checkpoint": "last"})
     assert found["num_images_seen"] == 100 + 16
     assert 1000 <= found["seconds"] < 1000 + 60
@@ -264,6 +267,44 @@ def test_auto_begins_where_there_is_nothing_to_resume(make_recipe, tmp_path):
     assert pretrain(recipe | {"max_steps": 2})["num_steps"] == 2
     with pytest.raises(ValueError, match=r"holds no complete checkpoint"):
         pretrain(recipe | {"resume_from_checkpoint": "last", "output_dir": str(tmp_path / "none")})
+
+
+class KilledError(Exception):
+    pass
+
+
+class KillAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KilledError
+
+
+def test_a_rewound_run_leaves_its_later_checkpoints_aside(make_recipe, tmp_path, monkeypatch):
+    recipe, folder = make_recipe("mae", **SAVING), tmp_path / "mae"
+    pretrain(recipe)
+    with pytest.raises(ValueError, match=r"There is no checkpoint .*/checkpoint-5\. There are: checkpoint-8, "):
+        pretrain(recipe | {"rewind_to": 5})
+    changed = recipe | {"learning_rate": 4e-3}
+    with monkeypatch.context() as patch:
+        add_callback(patch, KillAt(7))
+        with pytest.raises(KilledError):
+            pretrain(changed | {"rewind_to": 4, "restart_schedule": True})
+    assert last_checkpoint(folder).endswith("checkpoint-6")
+    assert losses(folder).keys() == set(range(1, 7))
+    assert {path.name for path in folder.glob("abandoned-*")} == {"abandoned-checkpoint-6", "abandoned-checkpoint-8"}
+    assert not json.loads((folder / "run.json").read_text())["finished"]  # the model there is the earlier branch's
+    with pytest.raises(ValueError, match=r"learning_rate: 0\.004 -> 0\.001"):
+        pretrain(recipe | {"resume_from_checkpoint": "last"})
+    summary = pretrain(changed | {"resume_from_checkpoint": "auto"})
+    assert [change["step"] for change in summary["changes"]] == [4]
+
+    copy_checkpoint(folder, 4, tmp_path / "again")
+    again = {"output_dir": str(tmp_path / "again"), "resume_from_checkpoint": "last", "restart_schedule": True}
+    pretrain(changed | again)
+    assert_same_weights(folder, tmp_path / "again")
 
 
 def test_options_that_contradict_each_other_are_refused():
