@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from huggingface_hub import HfApi
@@ -18,6 +18,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
 from hf_vlm.data.io.durable import MANIFEST_FILE, PARTIAL_FOLDER
+from hf_vlm.data.io.messages import summarise
 from hf_vlm.data.stream import ExampleStream
 from hf_vlm.features.device import use_fast_cpu_matmul
 from hf_vlm.tasks.task import Evaluation
@@ -32,8 +33,14 @@ from hf_vlm.training.callbacks import (
 )
 from hf_vlm.training.checkpoints import check_run_folder, last_checkpoint, verify_checkpoint
 from hf_vlm.training.data_state import load_data_state, save_data_state
+from hf_vlm.training.finite import REMEDY, not_finite_metric, not_finite_weights
 from hf_vlm.training.meters import ThroughputMeter
-from hf_vlm.training.optim import late_encoder_schedule, parameter_groups
+from hf_vlm.training.optim import (
+    group_settings,
+    late_encoder_schedule,
+    parameter_groups,
+    restore_group_settings,
+)
 from hf_vlm.training.saving import CommittingTrainer
 
 TRAINING_STATE = [
@@ -170,6 +177,44 @@ class VisionTrainer(CommittingTrainer):
             save_data_state(Path(output_dir), self._stream_loader, self.args)
         self.accelerator.wait_for_everyone()
 
+    def _init_training_state(self, max_steps: int, *args: Any) -> Any:
+        """The stock method, whose state keeps a checkpoint's intervals of logs, evaluations and saves."""
+        result = super()._init_training_state(max_steps, *args)
+        self.state.compute_steps(self.args, max_steps)
+        return result
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        """The stock method, which trains a step before it looks whether there is one left."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(**kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The method that every save of weights comes through.
+
+        Raises:
+            ValueError: on all ranks, if a weight or a loss since the last log entry is not finite.
+        """
+        self._check_finite()
+        super().save_model(output_dir, _internal_call)
+
+    def _check_finite(self) -> None:
+        """Waits for the device, which a save does anyway; between saves the loss adds up there."""
+        names = not_finite_weights(self.model)
+        losses = self._tr_loss if self.is_in_train else torch.zeros(())
+        num_faults = torch.tensor(len(names) + (not losses.isfinite().item()), device=self.args.device)
+        if self.accelerator.reduce(num_faults, "sum").item():  # of any rank: its shard may be at fault, or its batch
+            what = f"weights are not finite ({summarise(names)})" if names else "the loss is not finite"
+            self._stop_not_finite(what)
+
+    def _stop_not_finite(self, what: str) -> NoReturn:
+        try:
+            kept = f"the last good checkpoint is {last_checkpoint(self.args.output_dir)}"
+        except ValueError:
+            kept = "there is no checkpoint"
+        raise ValueError(f"Step {self.state.global_step}: {what}. Nothing of it is saved; {kept}. {REMEDY}")
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         folder = Path(output_dir or self.args.output_dir)
@@ -259,6 +304,14 @@ class VisionTrainer(CommittingTrainer):
             )
         return self.lr_scheduler
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The stock method; with `restart_schedule` the settings of the groups stay those of the arguments."""
+        restores = checkpoint is not None and self.args.restart_schedule
+        settings = group_settings(self.optimizer) if restores else None
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if settings is not None:
+            restore_group_settings(self.optimizer, self.lr_scheduler, settings)
+
     def _get_learning_rate(self) -> float:
         """The logged learning rate: that of the head; the encoder's layers may have lower ones."""
         return float(self.optimizer.param_groups[-1]["lr"])
@@ -290,6 +343,8 @@ class VisionTrainer(CommittingTrainer):
             logs.update(self._throughput.metrics(self.state.global_step))
             self._tr_loss.zero_()  # the stock Trainer subtracts the sum from itself, and so would keep a NaN
         super().log(logs, start_time)
+        if what := not_finite_metric(logs):  # the same on all ranks
+            self._stop_not_finite(what)
 
     def _mean_parts(self) -> dict[str, float]:
         """Means of the loss parts since the last log entry, over steps and ranks."""

@@ -309,7 +309,7 @@ def test_another_number_of_processes_or_workers_is_refused_or_approximated_when_
     recipe = make_recipe("mae", save_strategy="steps", save_steps=6, max_steps=6)  # 24 images: an epoch
     pretrain(recipe)
     checkpoint = tmp_path / "mae" / "checkpoint-6"
-    resumed = recipe | {"resume_from_checkpoint": str(checkpoint), "max_steps": 8}
+    resumed = recipe | {"resume_from_checkpoint": str(checkpoint), "max_steps": 8, "restart_schedule": True}
     saved = torch.load(checkpoint / "data_state_0.pt", weights_only=True)
     for name, message in (("processes", "2 processes .now 1"), ("data workers", "2 data workers .now 0")):
         torch.save(saved | {name: 2}, checkpoint / "data_state_0.pt")
