@@ -11,6 +11,7 @@ import jinja2
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
+from hf_vlm.data.io.durable import replace_text
 from hf_vlm.training.provenance import is_hub_id, recorded_origins
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def write_model_card(run_dir: str | Path, *, repo_id: str | None = None, license
     )
     text = environment.get_template(task.card).render(values)
     path = run_dir / "README.md"
-    path.write_text(re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n", encoding="utf-8")
+    replace_text(path, re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n")
     return path
 
 
