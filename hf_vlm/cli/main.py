@@ -58,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"hf-vlm {command}: {redact(str(error))}", file=sys.stderr)
         return 2
+    except SystemExit:  # of a run that was stopped and has saved, on all ranks; or of argparse
+        leave_process_group()
+        raise
     except KeyboardInterrupt:
         print(f"\nhf-vlm {command}: stopped.{RESUME if command in RESUMABLE else ''}", file=sys.stderr)
         return 130
