@@ -71,6 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f"{error.filename}: " if error.filename else ""
         print(f"hf-vlm {command}: {where}{error.strerror}; {DISK_ERRORS[error.errno]}.", file=sys.stderr)
         return 2
+    except SystemExit:  # of a run that was stopped and has saved, on all ranks; or of argparse
+        leave_process_group()
+        raise
     except KeyboardInterrupt:
         print(f"\nhf-vlm {command}: stopped.{RESUME if command in RESUMABLE else ''}", file=sys.stderr)
         return 130

@@ -30,6 +30,7 @@ from hf_vlm.training.probes import build_probe, last_probe
 from hf_vlm.training.recipe import parse_arguments
 from hf_vlm.training.record import RecordProgress, RunRecord
 from hf_vlm.training.resume import continue_record, finished_run, mean_loss, resume_checkpoint
+from hf_vlm.training.signals import StopSignals
 from hf_vlm.training.trainer import VisionTrainer
 
 __all__ = [
@@ -230,7 +231,10 @@ def _train(trainer: VisionTrainer, record: RunRecord) -> None:
     if checkpoint is not None:
         continue_record(record, checkpoint, trainer.args)
     trainer.add_callback(RecordProgress(record))
-    result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    with StopSignals() as signals:
+        trainer.add_callback(signals)
+        result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    signals.raise_if_stopped(trainer.args, trainer.state)
     record.summary["train_loss"] = mean_loss(trainer.state.log_history) if checkpoint else result.training_loss
 
 

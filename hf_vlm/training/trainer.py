@@ -30,6 +30,7 @@ from hf_vlm.training.finite import REMEDY, not_finite_metric, not_finite_weights
 from hf_vlm.training.meters import ThroughputMeter
 from hf_vlm.training.optim import group_settings, late_schedule, parameter_groups, restore_group_settings
 from hf_vlm.training.saving import CommittingTrainer
+from hf_vlm.training.signals import outlive_signals
 
 TRAINING_STATE = [
     "*checkpoint-*",  # abandoned ones too
@@ -105,6 +106,7 @@ class VisionTrainer(CommittingTrainer):
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
             prefetch_factor=self.args.dataloader_prefetch_factor if num_workers else None,
             drop_last=True,
+            worker_init_fn=outlive_signals,
             generator=torch.Generator().manual_seed(self.args.seed),  # else it would use the model's random state
         )
         if self._data_state is not None:
