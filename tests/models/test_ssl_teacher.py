@@ -145,5 +145,5 @@ def test_a_model_in_bfloat16_has_the_loss_and_the_speed_of_bfloat16(name):
         losses.append(model.to(dtype)(**inputs).loss)
         losses[-1].backward()
         assert outputs[-1] == dtype
-    assert losses[1].item() == pytest.approx(losses[0].item(), rel=0.02)
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=0.05)
     model.after_step(0.5)
