@@ -159,15 +159,13 @@ def check_pixel_values(pixel_values: Tensor, config: VLMViTConfig) -> None:
             )
 
 
-def saved_encoder(source: Any, **options: Any) -> str:
-    """Name of the encoder for use in a saved model, which is found by the options of `from_pretrained`."""
+def read_saved_config(source: Any, **options: Any) -> dict[str, Any]:
+    """The saved configuration that `from_pretrained` would find by these options; empty where there is none."""
     known = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download", "proxies")
     try:
-        found, _ = PreTrainedConfig.get_config_dict(source, **{key: options[key] for key in known if key in options})
+        return PreTrainedConfig.get_config_dict(source, **{key: options[key] for key in known if key in options})[0]
     except OSError:  # weights without a configuration, which is then given
-        found = {}
-    former = "teacher.backbone" if found.get("model_type") in ("vlm_dinov2", "vlm_ijepa") else "backbone"
-    return found.get("trained_encoder", former)  # version 0.1 did not save it
+        return {}
 
 
 class _Encoder(VLMViTPreTrainedModel):
@@ -188,7 +186,9 @@ class _Encoder(VLMViTPreTrainedModel):
 
         That is the teacher's for some methods, as their configuration says in `trained_encoder`.
         """
-        trained = "backbone" if source is None else saved_encoder(source, **kwargs)
+        found = {} if source is None else read_saved_config(source, **kwargs)
+        former = "teacher.backbone" if found.get("model_type") in ("vlm_dinov2", "vlm_ijepa") else "backbone"
+        trained = found.get("trained_encoder", former)  # version 0.1 did not save it
         if trained == "backbone":
             return super().from_pretrained(source, *args, **kwargs)
         names = {r"^backbone\.": "student.", rf"^{re.escape(trained)}\.": "backbone."}
@@ -335,4 +335,4 @@ class VLMViTBackbone(BackboneMixin, _Encoder):
         return BackboneOutput(feature_maps=tuple(maps))
 
 
-__all__ = ["VLMViTBackbone", "VLMViTModel", "VLMViTPreTrainedModel"]
+__all__ = ["VLMViTBackbone", "VLMViTModel", "VLMViTPreTrainedModel", "read_saved_config"]
