@@ -192,15 +192,17 @@ class _Encoder(VLMViTPreTrainedModel):
         if trained == "backbone":
             return super().from_pretrained(source, *args, **kwargs)
         names = {r"^backbone\.": "student.", rf"^{re.escape(trained)}\.": "backbone."}
-        loaded = super().from_pretrained(source, *args, key_mapping=names, **kwargs)
+        kwargs["key_mapping"] = names | (kwargs.get("key_mapping") or {})
+        loaded = super().from_pretrained(source, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        vars(model).pop("_weight_conversions", None)  # else it would be saved under the names that it was found by
+        model.__dict__.pop("_weight_conversions", None)  # else it would be saved under the names that it was found by
         return loaded
 
     @property
     def compute_dtype(self) -> torch.dtype:
         """Type of tokens: that of the final norm, which, unlike linear layers, no quantisation packs into integers."""
-        return self.norm.weight.dtype
+        weight: Any = self.norm.weight
+        return weight.dtype  # type: ignore[no-any-return]
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.patch_projection
