@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
 
 from .configuration_vlm_vit import VLMViTConfig
-from .modeling_vlm_vit import VLMViTPreTrainedModel
+from .model_on_encoder import ModelOnEncoder
 
 
 def as_vit_config(config: VLMViTConfig | dict[str, Any] | None, **defaults: Any) -> VLMViTConfig:
@@ -65,7 +65,7 @@ class SSLConfig(PreTrainedConfig):
                 raise ValueError(f"{type(self).__name__}: {name} must be {allowed}, but is {value}.")
 
 
-class SSLPreTrainedModel(VLMViTPreTrainedModel):
+class SSLPreTrainedModel(ModelOnEncoder):
     """Base of the pretraining methods. Each keeps its encoder in `self.backbone` and returns an output with `loss`.
 
     Beside what is here, a method may define what every model of the package has: `after_step`, `after_encoder_loaded`
