@@ -29,7 +29,7 @@ from .vit_layers import patch_grid
 
 @strict
 class DINOv2Config(SSLConfig):
-    r"""Configuration of [`DINOv2ForPreTraining`]; the defaults are those of the paper's ViT-L/16 on ImageNet-1k.
+    r"""Configuration of [`DINOv2ForPreTraining`]; the defaults are the official ones of ViT-L/16 on ImageNet-1k.
 
     Args:
         backbone_config (`VLMViTConfig` or `dict`, *optional*): The encoder.
@@ -42,10 +42,11 @@ class DINOv2Config(SSLConfig):
         warmup_teacher_temperature (`float`, defaults to 0.04): Temperature of the teacher at the start.
         teacher_temperature_warmup (`float`, defaults to 0.3): Fraction of training until the temperature is reached.
         momentum (`float`, defaults to 0.992): Momentum of the teacher at the start; 1 at the end.
-        centering (`str`, defaults to `"sinkhorn"`): `"sinkhorn"`, or `"centering"` by a running mean as in DINO.
+        centering (`str`, defaults to `"sinkhorn"`): `"sinkhorn"` as in the paper, or `"centering"` by a running mean,
+            as in DINO and in the official short runs.
         center_momentum (`float`, defaults to 0.9): Momentum of that mean.
-        frozen_prototypes (`float`, defaults to 0.01): Fraction of training, at the start, in which
-            prototypes do not learn.
+        frozen_prototypes (`float`, defaults to 0.01): Fraction of training, at the start, in which the learning rate
+            of prototypes is 0 (see `late_parameters`, which the package's trainer reads).
         mask_probability (`float`, defaults to 0.5): Fraction of the global views that are masked.
         mask_ratio_range (`list`, defaults to [0.1, 0.5]): Range of the fraction of their patches that is
             masked, spread evenly over the views.
@@ -55,6 +56,7 @@ class DINOv2Config(SSLConfig):
 
     model_type = "vlm_dinov2"
     batch_scaled_momentum: ClassVar[tuple[str, ...]] = ("momentum",)
+    trained_encoder: ClassVar[str] = "teacher.backbone"  # the better of the two, as in the paper
 
     num_prototypes: int = 65536
     head_hidden_size: int = 2048
@@ -141,7 +143,8 @@ class DINOv2ForPreTraining(TeacherMixin, SSLPreTrainedModel):
     """A student that sees crops and masked images learns what its moving average predicts for whole ones."""
 
     config_class = DINOv2Config
-    # The paper's: two large views with unequal blur and solarisation, eight small ones.
+    # DINO's: two large views with unequal blur and solarisation, eight small ones. DINOv2's code applies the blur with
+    # one minus the probability that it is given: never and mostly.
     default_views = {
         "crop_scale": [0.32, 1.0],
         "flip_probability": 0.5,
@@ -164,12 +167,8 @@ class DINOv2ForPreTraining(TeacherMixin, SSLPreTrainedModel):
         if config.centering == "centering":
             self.view_targets = Centering(config.num_prototypes, config.center_momentum)
             self.patch_targets = Centering(config.num_prototypes, config.center_momentum)
-        self.post_init()
         self.build_teacher("backbone", "head", *(["patch_head"] if config.separate_heads else []))
-
-    @property
-    def trained_encoder(self) -> nn.Module:
-        return self.teacher["backbone"]  # the better of the two, as in the paper
+        self.post_init()
 
     @can_return_tuple
     @auto_docstring
@@ -197,8 +196,7 @@ class DINOv2ForPreTraining(TeacherMixin, SSLPreTrainedModel):
 
         encoded = self.backbone.encode_crops(crops, masked=masked, mask_token=self.mask_token)
         pooled = torch.cat([output.pooler_output for output in encoded])  # ((2 + local views) * batch, dim)
-        learns = self.progress >= config.frozen_prototypes
-        view_logits, patch_logits = self._apply_heads(self, pooled, self._patches(encoded[0])[chosen], learns)
+        view_logits, patch_logits = self._apply_heads(self, pooled, self._patches(encoded[0])[chosen])
 
         dino = view_loss(
             view_logits.unflatten(0, (-1, batch)), view_targets.unflatten(0, (2, batch)), config.student_temperature
@@ -236,8 +234,10 @@ class DINOv2ForPreTraining(TeacherMixin, SSLPreTrainedModel):
     @torch.no_grad()
     def _targets(self, views: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """The teacher's assignments of views (2 * batch, prototypes) and of chosen patches (masked, prototypes)."""
-        config, encoded = self.config, self.teacher["backbone"](views)
-        logits = self._apply_heads(self.teacher, encoded.pooler_output, self._patches(encoded)[chosen])
+        config = self.config
+        with self.teaching():
+            encoded = self.teacher["backbone"](views)
+            logits = self._apply_heads(self.teacher, encoded.pooler_output, self._patches(encoded)[chosen])
         temperature = warm_up(
             config.warmup_teacher_temperature,
             config.teacher_temperature,
@@ -257,12 +257,17 @@ class DINOv2ForPreTraining(TeacherMixin, SSLPreTrainedModel):
         with torch.autocast(features.device.type, enabled=False):
             return koleo_loss(features, gather_with_gradient(features), rank() * features.shape[0])
 
-    def _apply_heads(self, part: Any, pooled: Tensor, patches: Tensor, *learns: Tensor) -> tuple[Tensor, Tensor]:
+    def _apply_heads(self, part: Any, pooled: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of views and of patches by the heads of student or teacher; one that serves both is applied once."""
         if self.config.separate_heads:
-            return part.head(pooled, *learns), part.patch_head(patches, *learns)
-        logits = part.head(torch.cat([pooled, patches]), *learns)
+            return part.head(pooled), part.patch_head(patches)
+        logits = part.head(torch.cat([pooled, patches]))
         return logits[: pooled.shape[0]], logits[pooled.shape[0] :]
+
+    def late_parameters(self) -> dict[str, float]:
+        """The student's prototypes, by `frozen_prototypes`."""
+        heads = ("head", "patch_head") if self.config.separate_heads else ("head",)
+        return dict.fromkeys((f"{head}.prototypes.weight" for head in heads), self.config.frozen_prototypes)
 
 
 __all__ = ["DINOv2Config", "DINOv2ForPreTraining", "DINOv2Output"]

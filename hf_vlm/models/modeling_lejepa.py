@@ -159,7 +159,7 @@ class LeJEPAForPreTraining(SSLPreTrainedModel):
     """An encoder with equal features for views of one image, kept from a collapse by their distribution alone."""
 
     config_class = LeJEPAConfig
-    # The paper's two large and six small views, with SimCLR's colours.
+    # Two large and six small views with BYOL's colours, as in the official README.
     default_views = {
         "num_views": 2,
         "crop_scale": [0.3, 1.0],

@@ -38,9 +38,10 @@ class MAEConfig(SSLConfig):
         norm_pix_loss (`bool`, defaults to `True`):
             Whether each patch is normalised as a target (unbiased variance, eps 1e-6), the paper's better variant.
         use_cross_attention (`bool`, defaults to `False`):
-            Whether the decoder's masked tokens attend to the visible ones alone and not to each other (CrossMAE,
-            arXiv 2401.14391). The cost of a layer is then that of what is predicted, and predictions do not depend on
-            each other.
+            Whether the decoder's masked tokens attend to the visible ones alone and not to each other, as in CrossMAE
+            (arXiv 2401.14391). The cost of a layer is then that of what is predicted, and predictions do not depend on
+            each other. It is MAE's decoder in all else, and not CrossMAE's, whose layers read learned mixtures of all
+            encoder layers.
         prediction_ratio (`float`, defaults to 1.0):
             Fraction of the masked patches that are predicted in training, sampled in each step: less work per step.
 
@@ -103,11 +104,15 @@ class MAEForPreTraining(SSLPreTrainedModel):
 
     def __init__(self, config: MAEConfig):
         super().__init__(config)
+        self.build(config)
+        self.post_init()
+
+    def build(self, config: Any) -> None:
+        """Makes the parts of the model."""
         decoder, use_cross_attention = config.decoder_config, config.use_cross_attention
         width = config.backbone_config.hidden_size
         self.backbone = VLMViTModel(config.backbone_config)
         self.decoder = MaskedPredictor(decoder, width, decoder.patch_dim, use_cross_attention=use_cross_attention)
-        self.post_init()
 
     @can_return_tuple
     @auto_docstring

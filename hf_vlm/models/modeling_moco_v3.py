@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
+from transformers import initialization as init
 from transformers.utils import ModelOutput, auto_docstring
 from transformers.utils.generic import can_return_tuple
 
@@ -110,18 +111,21 @@ class MoCoV3ForPreTraining(TeacherMixin, SSLPreTrainedModel):
             config.backbone_config.hidden_size, hidden_size, size, num_layers=3, last_norm=True
         )
         self.predictor = ProjectionHead(size, hidden_size, size, num_layers=2, last_norm=config.predictor_norm)
-        self.post_init()
-        if config.freeze_patch_projection:
-            self.init_encoder()
         self.build_teacher("backbone", "projector")
+        self.post_init()
+
+    def finish_init(self) -> None:
+        if self.config.freeze_patch_projection:
+            self.init_encoder()
+        super().finish_init()
 
     def init_encoder(self) -> None:
         """The official initialisation of the encoder, by Xavier: the patch projection, if frozen, keeps its scale."""
         for module in self.backbone.modules():
             if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
+                init.xavier_uniform_(module.weight)
         if self.config.backbone_config.use_class_token:
-            nn.init.normal_(self.backbone.embeddings.class_token, std=1e-6)
+            init.normal_(self.backbone.embeddings.class_token, std=1e-6)
 
     def freeze(self) -> None:
         super().freeze()
@@ -137,7 +141,7 @@ class MoCoV3ForPreTraining(TeacherMixin, SSLPreTrainedModel):
         """
         views = flatten_views_view_major(check_views(pixel_values, num_views=2))  # (2 * batch, channels, h, w)
         pooled = self.backbone(views, class_token_only=True).pooler_output  # (2 * batch, hidden_size)
-        with torch.no_grad():
+        with torch.no_grad(), self.teaching():
             pooled_by_teacher = self.teacher["backbone"](views, class_token_only=True).pooler_output
             # Batch norm sees one view at a time, as unequal views have unequal statistics.
             keys = [self.teacher["projector"](view) for view in pooled_by_teacher.chunk(2)]  # (batch, dim) each

@@ -32,7 +32,7 @@ class SimCLRConfig(SSLConfig):
         projection_hidden_size (`int`, defaults to 2048): Width of the projection head's hidden layers.
         projection_size (`int`, defaults to 128): Width of the projections that are compared.
         num_projection_layers (`int`, defaults to 3): Layers of the projection head (3 as in SimCLR v2); batch norm
-            follows each, the last one too, as in the official code.
+            follows each, the last one too. In the official code that has a gain, which MoCo v3 and this leave out.
         temperature (`float`, defaults to 0.2): Temperature of the similarities. Between lightly-train's 0.1 and
             lightly's 0.5; solo-learn uses 0.2 on small images.
     """
@@ -95,7 +95,7 @@ class SimCLRForPreTraining(SSLPreTrainedModel):
     """An encoder with a projection head; partners are pulled together, all other images of the batch pushed apart."""
 
     config_class = SimCLRConfig
-    # Views as in SimCLR, appendix A, at its strength 0.5 for CIFAR; crops from 0.2 on as in MoCo v3, not 0.08.
+    # Views as in SimCLR, appendix A, at its strength 0.5 for CIFAR; crops from 0.2 of the area on, not 0.08.
     default_views = {
         "num_views": 2,
         "crop_scale": [0.2, 1.0],

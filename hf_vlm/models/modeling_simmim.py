@@ -22,7 +22,7 @@ class SimMIMConfig(SSLConfig):
 
     Args:
         backbone_config (`VLMViTConfig` or `dict`, *optional*): The encoder.
-        mask_ratio (`float`, defaults to 0.6): Fraction of the mask blocks that are masked.
+        mask_ratio (`float`, defaults to 0.6): Fraction of the mask blocks that are masked, their number rounded up.
         mask_patch_size (`int`, defaults to 32):
             Side of a mask block in pixels, a multiple of the patch. The paper's 32 is meant for images of 192 to 224.
 

@@ -1,5 +1,6 @@
 """The encoder: a plain Vision Transformer (arXiv 2010.11929) as a model and as a backbone."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import auto_docstring
@@ -24,6 +26,7 @@ from .vit_layers import (
     VLMViTLayer,
     build_norm,
     gather_patches,
+    interpolate_positions,
     patch_grid,
     patchify,
     rope_positions,
@@ -49,19 +52,21 @@ class VLMViTEmbeddings(nn.Module):
             rows, columns = config.grid_hw
             self.position_embedding = nn.Parameter(torch.empty(1, rows * columns, config.hidden_size))
 
-    def positions(self, grid_hw: tuple[int, int]) -> Tensor | None:
-        """Positions to add to the patch tokens of a grid: (1, patches, hidden_size), or None for rotary ones."""
-        config, device = self.config, self.patch_projection.weight.device
+    def positions(self, grid_hw: tuple[int, int], device: torch.device | None = None) -> Tensor | None:
+        """Positions to add to the patch tokens of a grid: (1, patches, hidden_size), or None for rotary ones.
+
+        Fixed ones are float32, on `device`; learned ones are as they are stored.
+        """
+        config = self.config
         if config.position_embedding_type == "rope":
             return None
         if config.position_embedding_type == "sincos":
-            positions = sincos_positions(config.hidden_size, grid_hw, device, spread_hw=config.grid_hw)
-            return positions[None].to(self.patch_projection.weight.dtype)
+            return sincos_positions(config.hidden_size, grid_hw, device, spread_hw=config.grid_hw)[None]
         if grid_hw == config.grid_hw:
             return self.position_embedding
         rows, columns = config.grid_hw
         stored = self.position_embedding.reshape(1, rows, columns, -1).permute(0, 3, 1, 2)  # (1, dim, rows, columns)
-        resized = F.interpolate(stored.float(), size=grid_hw, mode="bicubic", align_corners=False)
+        resized = interpolate_positions(stored.float(), grid_hw, config.position_interpolation)
         return resized.to(stored.dtype).flatten(2).transpose(1, 2)  # (1, patches, dim)
 
     def forward(
@@ -72,7 +77,7 @@ class VLMViTEmbeddings(nn.Module):
         mask_token: Tensor | None = None,
     ) -> Tensor:
         batch, patch_hw = pixel_values.shape[0], self.config.patch_hw
-        positions = self.positions(patch_grid(pixel_values, patch_hw))
+        positions = self.positions(patch_grid(pixel_values, patch_hw), pixel_values.device)
         if visible_indices is None:
             patches = patchify(pixel_values, patch_hw)  # (batch, patches, channels * patch height * patch width)
         else:  # only what is seen is cut out and embedded: masked patches cost nothing
@@ -82,7 +87,7 @@ class VLMViTEmbeddings(nn.Module):
         if masked is not None and mask_token is not None:
             tokens = torch.where(masked[:, :, None], mask_token.to(tokens.dtype), tokens)
         if positions is not None:
-            tokens = tokens + positions
+            tokens = tokens + positions.to(pixel_values.dtype)
         prefix = []
         if self.config.use_class_token:
             prefix.append(self.class_token.expand(batch, -1, -1))
@@ -136,6 +141,14 @@ class VLMViTPreTrainedModel(PreTrainedModel):
         """
         return {name for name, _ in self.named_parameters() if name.endswith(TOKENS)}
 
+    def late_parameters(self) -> dict[str, float]:
+        """Parameters that begin to learn later than the others: name -> fraction of training that is done by then.
+
+        Their learning rate is 0 until then. They have gradients from the start, so that the moving averages of AdamW
+        are ready.
+        """
+        return {}
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -165,6 +178,24 @@ def check_pixel_values(pixel_values: Tensor, config: VLMViTConfig) -> None:
             )
 
 
+def saved_encoder(source: Any, **options: Any) -> str:
+    """Name of the encoder for use in a saved model, which is found by the options of `from_pretrained`."""
+    known = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download", "proxies")
+    try:
+        found, _ = PreTrainedConfig.get_config_dict(source, **{key: options[key] for key in known if key in options})
+    except OSError:  # weights without a configuration, which is then given
+        found = {}
+    former = "teacher.backbone" if found.get("model_type") in ("vlm_dinov2", "vlm_ijepa") else "backbone"
+    return found.get("trained_encoder", former)  # version 0.1 did not save it
+
+
+def drop_path_rates(config: VLMViTConfig) -> list[float]:
+    """Rate of stochastic depth of each layer."""
+    last = config.num_hidden_layers - 1
+    relative = [1.0 if config.drop_path_uniform else i / max(1, last) for i in range(last + 1)]
+    return [config.drop_path_rate * r for r in relative]
+
+
 def wanted_outputs(config: Any, **options: bool | None) -> dict[str, bool]:
     """Options `output_...` of a head's encoder: what is given, else what the head's configuration asks for.
 
@@ -179,12 +210,29 @@ class _Encoder(VLMViTPreTrainedModel):
 
     def __init__(self, config: VLMViTConfig):
         super().__init__(config)
-        rates = [
-            config.drop_path_rate * i / max(1, config.num_hidden_layers - 1) for i in range(config.num_hidden_layers)
-        ]
         self.embeddings = VLMViTEmbeddings(config)
-        self.layers = nn.ModuleList([VLMViTLayer(config, rate) for rate in rates])
+        self.layers = nn.ModuleList([VLMViTLayer(config, rate) for rate in drop_path_rates(config)])
         self.norm = build_norm(config, config.hidden_size)
+
+    @classmethod
+    def from_pretrained(cls, source: Any, *args: Any, **kwargs: Any) -> Any:
+        """`from_pretrained` of every model. Of a saved pretraining model it takes the encoder that is for use.
+
+        That is the teacher's for some methods, as their configuration says in `trained_encoder`.
+        """
+        trained = "backbone" if source is None else saved_encoder(source, **kwargs)
+        if trained == "backbone":
+            return super().from_pretrained(source, *args, **kwargs)
+        names = {r"^backbone\.": "student.", rf"^{re.escape(trained)}\.": "backbone."}
+        loaded = super().from_pretrained(source, *args, key_mapping=names, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        vars(model).pop("_weight_conversions", None)  # else it would be saved under the names that it was found by
+        return loaded
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Type of tokens: that of the final norm, which, unlike linear layers, no quantisation packs into integers."""
+        return self.norm.weight.dtype
 
     def auto_map(self) -> dict[str, str]:
         return {"AutoModel": "modeling_vlm_vit.VLMViTModel", "AutoBackbone": "modeling_vlm_vit.VLMViTBackbone"}
@@ -201,7 +249,7 @@ class _Encoder(VLMViTPreTrainedModel):
     ) -> tuple[Tensor, Positions]:
         """Tokens (batch, prefix + patches, dim), and cos and sin (batch or 1, 1, patches, head_dim) where rotary."""
         check_pixel_values(pixel_values, self.config)
-        pixel_values = pixel_values.to(self.embeddings.patch_projection.weight.dtype)
+        pixel_values = pixel_values.to(self.compute_dtype)
         tokens = self.embeddings(pixel_values, visible_indices, masked, mask_token)
         if self.config.position_embedding_type != "rope":
             return tokens, None

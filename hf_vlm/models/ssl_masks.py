@@ -13,9 +13,12 @@ from .vit_layers import patch_grid, unpatchify
 
 
 def random_masking(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor]:
-    """Splits patches by the order of noise (batch, patches) into visible and masked indices (batch, k) each."""
+    """Splits patches by the order of noise (batch, patches) into visible and masked indices (batch, k) each.
+
+    The number of masked ones is rounded up, as in the official code of SimMIM and of MAE; one at least stays visible.
+    """
     num_patches = noise.shape[1]
-    num_visible = max(1, min(num_patches - 1, round(num_patches * (1 - mask_ratio))))
+    num_visible = max(1, num_patches - math.ceil(num_patches * mask_ratio))
     order = noise.argsort(dim=1)
     return order[:, :num_visible], order[:, num_visible:]
 

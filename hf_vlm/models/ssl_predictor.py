@@ -16,7 +16,9 @@ class MaskedPredictor(VLMViTPreTrainedModel):
         config: Width, depth and heads.
         encoder_size: Width of the encoded tokens.
         output_size: Values predicted per patch.
-        use_cross_attention: Whether masked tokens attend to the visible ones alone (CrossMAE, arXiv 2401.14391).
+        use_cross_attention: Whether masked tokens attend to the visible ones alone, as in CrossMAE (arXiv 2401.14391).
+            The layers are otherwise those of MAE's decoder: CrossMAE's read a learned mixture of all encoder layers,
+            each its own, at the encoder's width and without positions, where these read the last layer, embedded once.
     """
 
     def __init__(
@@ -34,7 +36,8 @@ class MaskedPredictor(VLMViTPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, nn.Linear):  # as MAE's official code; 0.02 is too little for narrow ones
+        # As MAE's official code does, where query, key and value are one matrix; 0.02 is too little for narrow layers.
+        if isinstance(module, nn.Linear):
             init.xavier_uniform_(module.weight)
 
     def forward(self, encoded: Tensor, visible: Tensor, masked: Tensor, grid_hw: tuple[int, int]) -> Tensor:

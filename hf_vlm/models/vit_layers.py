@@ -92,6 +92,15 @@ def sincos_positions(
     return torch.cat([along_x, along_y], dim=-1).flatten(0, 1)  # (rows * columns, dim)
 
 
+def interpolate_positions(positions: Tensor, grid_hw: tuple[int, int], method: str) -> Tensor:
+    """Positions (1, dim, rows, columns) resized to a grid, by a `position_interpolation` of [`VLMViTConfig`]."""
+    options: dict[str, Any] = {"mode": "bicubic", "align_corners": False, "antialias": method == "bicubic_antialias"}
+    if method == "bicubic_offset":
+        scale = [(size + 0.1) / before for size, before in zip(grid_hw, positions.shape[2:])]
+        return F.interpolate(positions, scale_factor=scale, **options)
+    return F.interpolate(positions, size=grid_hw, **options)
+
+
 def rope_positions(head_dim: int, theta: float, grid_hw: tuple[int, int], device: torch.device) -> Tensor:
     """Angles (patches, head_dim) of DINOv3's axial rotary positions: patch centres in -1..1, not learned."""
     inv_freq = theta ** -torch.arange(0, 1, 4 / head_dim, dtype=torch.float32, device=device)  # (head_dim / 4,)
