@@ -215,11 +215,12 @@ class _Encoder(VLMViTPreTrainedModel):
         self.norm = build_norm(config, config.hidden_size)
 
     @classmethod
-    def from_pretrained(cls, source: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """`from_pretrained` of every model. Of a saved pretraining model it takes the encoder that is for use.
 
         That is the teacher's for some methods, as their configuration says in `trained_encoder`.
         """
+        source = pretrained_model_name_or_path
         trained = "backbone" if source is None else saved_encoder(source, **kwargs)
         if trained == "backbone":
             return super().from_pretrained(source, *args, **kwargs)
