@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers.utils import ModelOutput, auto_docstring
-from transformers.utils.generic import can_return_tuple
 
 from .modeling_vlm_vit import VLMViTModel
 from .ssl_layers import (
@@ -21,7 +20,7 @@ from .ssl_layers import (
     rank,
 )
 from .ssl_masks import block_masking
-from .ssl_model import SSLConfig, SSLPreTrainedModel
+from .ssl_model import SSLConfig, SSLPreTrainedModel, returns_loss
 from .ssl_prototypes import Centering, PrototypeHead, cross_entropy, entropy, koleo_loss, sinkhorn
 from .ssl_teacher import TeacherMixin, warm_up
 from .vit_layers import patch_grid
@@ -170,7 +169,7 @@ class DINOv2ForPreTraining(TeacherMixin, SSLPreTrainedModel):
         self.build_teacher("backbone", "head", *(["patch_head"] if config.separate_heads else []))
         self.post_init()
 
-    @can_return_tuple
+    @returns_loss
     @auto_docstring
     def forward(
         self,

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers import initialization as init
 from transformers.utils import ModelOutput, auto_docstring
-from transformers.utils.generic import can_return_tuple
 
 from .configuration_vlm_vit import VLMViTConfig
 from .modeling_vlm_vit import VLMViTModel
@@ -25,7 +24,7 @@ from .ssl_frozen import (
     resize_map,
 )
 from .ssl_layers import flatten_views, sum_over_ranks, world_size
-from .ssl_model import SSLConfig, SSLPreTrainedModel, as_vit_config
+from .ssl_model import SSLConfig, SSLPreTrainedModel, as_vit_config, returns_loss
 from .ssl_state import Float32State
 from .vit_layers import SelfInitialised, patch_grid
 
@@ -188,7 +187,7 @@ class DistillForPreTraining(FrozenEncoderMixin, SSLPreTrainedModel):
         self.post_init()
         self.load_frozen()
 
-    @can_return_tuple
+    @returns_loss
     @auto_docstring
     def forward(self, pixel_values: Tensor) -> DistillOutput:
         r"""

@@ -10,13 +10,12 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor
 from transformers import initialization as init
 from transformers.utils import ModelOutput, auto_docstring
-from transformers.utils.generic import can_return_tuple
 
 from .configuration_vlm_vit import VLMViTConfig
 from .modeling_vlm_vit import VLMViTModel
 from .ssl_layers import feature_std, flatten_views
 from .ssl_masks import context_and_targets, mask_from_indices
-from .ssl_model import SSLConfig, SSLPreTrainedModel, as_vit_config
+from .ssl_model import SSLConfig, SSLPreTrainedModel, as_vit_config, returns_loss
 from .ssl_predictor import MaskedPredictor
 from .ssl_teacher import TeacherMixin
 from .vit_layers import gather_tokens, patch_grid
@@ -145,7 +144,7 @@ class IJEPAForPreTraining(TeacherMixin, SSLPreTrainedModel):
                     weight = layer.get_parameter(name)
                     init.copy_(weight, weight / math.sqrt(2 * depth))
 
-    @can_return_tuple
+    @returns_loss
     @auto_docstring
     def forward(
         self,

@@ -11,7 +11,6 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers.utils import ModelOutput, auto_docstring
-from transformers.utils.generic import can_return_tuple
 
 from .modeling_vlm_vit import VLMViTModel
 from .ssl_layers import (
@@ -23,7 +22,7 @@ from .ssl_layers import (
     sum_over_ranks,
     world_size,
 )
-from .ssl_model import SSLConfig, SSLPreTrainedModel
+from .ssl_model import SSLConfig, SSLPreTrainedModel, returns_loss
 
 
 @strict
@@ -180,7 +179,7 @@ class LeJEPAForPreTraining(SSLPreTrainedModel):
         )
         self.post_init()
 
-    @can_return_tuple
+    @returns_loss
     @auto_docstring
     def forward(
         self,

@@ -9,13 +9,12 @@ import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import Tensor
 from transformers.utils import ModelOutput, auto_docstring
-from transformers.utils.generic import can_return_tuple
 
 from .configuration_vlm_vit import VLMViTConfig
 from .modeling_vlm_vit import VLMViTModel
 from .ssl_layers import flatten_views
 from .ssl_masks import mask_from_indices, pixel_mask, random_masking
-from .ssl_model import SSLConfig, SSLPreTrainedModel, as_vit_config
+from .ssl_model import SSLConfig, SSLPreTrainedModel, as_vit_config, returns_loss
 from .ssl_pixels import normalise_patches, reconstruct_images
 from .ssl_predictor import MaskedPredictor
 from .vit_layers import gather_patches, patch_grid
@@ -114,7 +113,7 @@ class MAEForPreTraining(SSLPreTrainedModel):
         self.backbone = VLMViTModel(config.backbone_config)
         self.decoder = MaskedPredictor(decoder, width, decoder.patch_dim, use_cross_attention=use_cross_attention)
 
-    @can_return_tuple
+    @returns_loss
     @auto_docstring
     def forward(self, pixel_values: Tensor, noise: Tensor | None = None) -> MAEOutput:
         r"""

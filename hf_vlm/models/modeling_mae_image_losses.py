@@ -8,7 +8,6 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor
 from transformers import AutoConfig
 from transformers.utils import auto_docstring
-from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from .configuration_vlm_vit import VLMViTConfig
@@ -16,7 +15,7 @@ from .modeling_mae import MAEConfig, MAEForPreTraining, MAEOutput
 from .ssl_adversarial import PatchDiscriminator, adversarial_losses
 from .ssl_frozen import FrozenEncoderMixin, nearest_hw, patch_size_of, read_frozen, renormalise, resize_map
 from .ssl_layers import flatten_views
-from .ssl_model import as_vit_config
+from .ssl_model import as_vit_config, returns_loss
 from .ssl_perceptual import choose_layers, count_layers, features_of_layers, perceptual_distance
 from .ssl_teacher import TeacherMixin
 
@@ -154,7 +153,7 @@ class MAEImageLossesForPreTraining(FrozenEncoderMixin, TeacherMixin, MAEForPreTr
             )
         self.build_teacher(*(["backbone"] if config.perceptual_weight and not config.perceptual_encoder else []))
 
-    @can_return_tuple
+    @returns_loss
     @auto_docstring
     def forward(self, pixel_values: Tensor, noise: Tensor | None = None) -> MAEImageLossesOutput:
         r"""

@@ -9,7 +9,6 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.utils import ModelOutput, auto_docstring
-from transformers.utils.generic import can_return_tuple
 
 from .modeling_vlm_vit import VLMViTModel
 from .ssl_layers import (
@@ -20,7 +19,7 @@ from .ssl_layers import (
     gather_with_gradient,
     rank,
 )
-from .ssl_model import SSLConfig, SSLPreTrainedModel, as_vit_config
+from .ssl_model import SSLConfig, SSLPreTrainedModel, as_vit_config, returns_loss
 from .ssl_teacher import TeacherMixin
 
 
@@ -132,7 +131,7 @@ class MoCoV3ForPreTraining(TeacherMixin, SSLPreTrainedModel):
         if self.config.freeze_patch_projection:
             self.backbone.embeddings.patch_projection.requires_grad_(False)
 
-    @can_return_tuple
+    @returns_loss
     @auto_docstring
     def forward(self, pixel_values: Tensor) -> MoCoV3Output:
         r"""

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import Tensor
 from transformers.utils import ModelOutput, auto_docstring
-from transformers.utils.generic import can_return_tuple
 
 from .modeling_vlm_vit import VLMViTModel
 from .ssl_contrastive import fast_contrastive_cross_entropy
@@ -20,7 +19,7 @@ from .ssl_layers import (
     gather_with_gradient,
     rank,
 )
-from .ssl_model import SSLConfig, SSLPreTrainedModel
+from .ssl_model import SSLConfig, SSLPreTrainedModel, returns_loss
 
 
 @strict
@@ -118,7 +117,7 @@ class SimCLRForPreTraining(SSLPreTrainedModel):
         )
         self.post_init()
 
-    @can_return_tuple
+    @returns_loss
     @auto_docstring
     def forward(self, pixel_values: Tensor) -> SimCLROutput:
         r"""

@@ -7,12 +7,11 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers.utils import ModelOutput, auto_docstring
-from transformers.utils.generic import can_return_tuple
 
 from .modeling_vlm_vit import VLMViTModel
 from .ssl_layers import flatten_views
 from .ssl_masks import block_grid, grid_block_masking, pixel_mask
-from .ssl_model import SSLConfig, SSLPreTrainedModel
+from .ssl_model import SSLConfig, SSLPreTrainedModel, returns_loss
 from .vit_layers import patch_grid, patchify, unpatchify
 
 
@@ -94,7 +93,7 @@ class SimMIMForPreTraining(SSLPreTrainedModel):
         self.head = nn.Linear(encoder.hidden_size, encoder.patch_dim)
         self.post_init()
 
-    @can_return_tuple
+    @returns_loss
     @auto_docstring
     def forward(self, pixel_values: Tensor, noise: Tensor | None = None) -> SimMIMOutput:
         r"""

@@ -213,11 +213,12 @@ class _Encoder(VLMViTPreTrainedModel):
         self.norm = build_norm(config, config.hidden_size)
 
     @classmethod
-    def from_pretrained(cls, source: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """`from_pretrained` of every model. Of a saved pretraining model it takes the encoder that is for use.
 
         That is the teacher's for some methods, as their configuration says in `trained_encoder`.
         """
+        source = pretrained_model_name_or_path
         found = {} if source is None else read_saved_config(source, **kwargs)
         former = "teacher.backbone" if found.get("model_type") in ("vlm_dinov2", "vlm_ijepa") else "backbone"
         trained = found.get("trained_encoder", former)  # version 0.1 did not save it

@@ -1,12 +1,16 @@
 """The contract of self-supervised methods: what a method may define, what training asks it for, and the defaults."""
 
+import inspect
 import math
+from collections.abc import Callable
+from functools import wraps
 from typing import Any, ClassVar
 
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils.generic import can_return_tuple
 
 from .configuration_vlm_vit import VLMViTConfig
 from .model_on_encoder import ModelOnEncoder
@@ -65,6 +69,26 @@ class SSLConfig(PreTrainedConfig):
                 raise ValueError(f"{type(self).__name__}: {name} must be {allowed}, but is {value}.")
 
 
+def returns_loss(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates the `forward` of a method: adds the arguments `return_loss` and `return_dict`.
+
+    Batches of a method have no labels. By `return_loss`, true by default, the stock Trainer knows that evaluation has
+    a loss all the same, by which it finds the best checkpoint.
+    """
+
+    @wraps(forward)
+    def wrapper(self: Any, *args: Any, return_loss: bool = True, **kwargs: Any) -> Any:
+        output = forward(self, *args, **kwargs)
+        return output if return_loss else type(output)(**{k: v for k, v in output.items() if k != "loss"})
+
+    signature = inspect.signature(forward)
+    argument = inspect.Parameter("return_loss", inspect.Parameter.KEYWORD_ONLY, default=True, annotation=bool)
+    wrapper.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*signature.parameters.values(), argument]
+    )
+    return can_return_tuple(wrapper)  # type: ignore[no-any-return]
+
+
 class SSLPreTrainedModel(ModelOnEncoder):
     """Base of the pretraining methods. Each keeps its encoder in `self.backbone` and returns an output with `loss`.
 
@@ -115,4 +139,4 @@ class SSLPreTrainedModel(ModelOnEncoder):
         return None
 
 
-__all__ = ["SSLConfig", "SSLPreTrainedModel", "as_vit_config"]
+__all__ = ["SSLConfig", "SSLPreTrainedModel", "as_vit_config", "returns_loss"]

@@ -68,7 +68,7 @@ def test_all_auto_classes_are_named_for_remote_code(entry, tmp_path):
     if entry.name != "backbone":
         assert type(AutoModel.from_pretrained(tmp_path / "saved")) is entry.model_class
 
-    again = type(model).from_pretrained(tmp_path / "saved")
+    again = type(model).from_pretrained(pretrained_model_name_or_path=tmp_path / "saved")
     again.save_pretrained(tmp_path / "again")
     assert AutoConfig.from_pretrained(tmp_path / "again").auto_map == auto_map
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from tiny import batch, build
+from tiny import TINY, batch, build
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -20,18 +20,20 @@ import hf_vlm  # registers the Auto classes
 BACKBONE = {"image_size": 16, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
+TRAINED = sorted({tiny.row for tiny in TINY.values()} - {"encoder", "backbone"})
+
+
 def arguments(folder, steps, **changes):
+    settings = {"per_device_train_batch_size": 8, "learning_rate": 3e-3, "save_strategy": "no"} | changes
     return TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=8,
-        learning_rate=3e-3,
-        logging_steps=1,
-        save_strategy="no",
-        use_cpu=True,
-        disable_tqdm=True,
-        **changes,
+        output_dir=str(folder), max_steps=steps, logging_steps=1, use_cpu=True, disable_tqdm=True, **settings
     )
+
+
+def collate(examples):
+    """Tensors in batches; what differs in size from image to image in lists."""
+    columns = {key: [example[key] for example in examples] for key in examples[0]}
+    return {key: values if isinstance(values[0], dict) else torch.stack(values) for key, values in columns.items()}
 
 
 def test_simclr_trains_for_20_steps(tmp_path):
@@ -71,14 +73,51 @@ def test_detector_trains_with_a_collator_of_the_user(tmp_path):
         model=AutoModelForObjectDetection.from_config(config),
         args=arguments(tmp_path, 20),
         train_dataset=examples,
-        data_collator=lambda batch: {
-            "pixel_values": torch.stack([example["pixel_values"] for example in batch]),
-            "labels": [example["labels"] for example in batch],
-        },
+        data_collator=collate,
     )
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < 0.8 * losses[0]
+
+
+def examples_of(name, num_images):
+    inputs = batch(name, num_images, with_choices=False)
+    return [{key: value[index] for key, value in inputs.items()} for index in range(num_images)]
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_the_stock_evaluation_has_a_loss(name, tmp_path):
+    model, inputs = build(name, tmp_path), batch(name, 4)
+    trainer = Trainer(
+        model, arguments(tmp_path, 1), eval_dataset=examples_of(name, 4), data_collator=lambda _: dict(inputs)
+    )
+    evaluated = trainer.evaluate()["eval_loss"]
+    with torch.no_grad():
+        assert evaluated == pytest.approx(model.eval()(**inputs).loss.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["simmim", "classification", "detection"])
+def test_the_stock_trainer_loads_the_best_model(name, tmp_path):
+    settings = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 1, "eval_steps": 1}
+    examples = examples_of(name, 4)
+    trainer = Trainer(
+        build(name),
+        arguments(tmp_path, 2, load_best_model_at_end=True, save_only_model=True, **settings),
+        train_dataset=examples,
+        eval_dataset=examples,
+        data_collator=collate,
+    )
+    trainer.train()
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert trainer.state.best_metric == min(losses)
+    assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{1 + losses.index(min(losses))}")
+
+
+def test_a_method_without_its_loss():
+    model, inputs = build("simmim"), batch("simmim")
+    with_loss, without = model(**inputs), model(**inputs, return_loss=False)
+    assert without.loss is None
+    torch.testing.assert_close(without.predictions, with_loss.predictions)
 
 
 class Students(TrainerCallback):
@@ -93,8 +132,7 @@ class Students(TrainerCallback):
 
 def stock_trainer(name, folder, callbacks):
     """Six steps of two batches each."""
-    inputs = batch(name, 16, with_choices=False)
-    examples = [{key: value[index] for key, value in inputs.items()} for index in range(16)]
+    examples = examples_of(name, 16)
     settings = arguments(folder, 6, gradient_accumulation_steps=2)
     return Trainer(model=build(name), args=settings, train_dataset=examples, callbacks=callbacks)
 
