@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import CONFIG_NAME
 
 from hf_vlm.training.arguments import VisionTrainingArguments
 from hf_vlm.training.checkpoints import checkpoint_folder, checkpoints, last_checkpoint, verify_checkpoint
@@ -127,6 +128,8 @@ def _named_checkpoint(wanted: str | None, rewind_to: int | None, folder: Path) -
 def finished_run(args: VisionTrainingArguments) -> dict[str, Any] | None:
     """The record of a run that the options would resume but that has trained all its steps; None for others."""
     folder = Path(args.output_dir)
+    if not (folder / CONFIG_NAME).is_file():  # the last file of a finished model to come
+        return None
     try:
         run = _read(folder / RUN_FILE)
     except ValueError:  # cut off while it was written: not finished
