@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from hf_vlm.data.io.durable import PARTIAL_FOLDER, disk_errors, replace_text
 from hf_vlm.training.checkpoints import abandon_later_checkpoints, clear_run_folder, resume_advice
@@ -122,10 +123,42 @@ class LogFile(TrainerCallback):
             self._has_warned = False
 
 
+class LenientPrinter(PrinterCallback):
+    """The stock printer of log entries, whose output may be redirected to a full disk."""
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        with contextlib.suppress(OSError):
+            super().on_log(*args, **kwargs)
+
+
+class LenientProgress(ProgressCallback):
+    """The stock progress bar, whose output may be redirected to a full disk."""
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        with contextlib.suppress(OSError):
+            super().on_log(*args, **kwargs)
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        with contextlib.suppress(OSError):
+            super().on_step_end(*args, **kwargs)
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        with contextlib.suppress(OSError):
+            super().on_train_end(*args, **kwargs)
+
+
 def read_log(path: Path) -> list[dict[str, float]]:
     """Entries of a `log.jsonl`, without a last line that is incomplete after a kill; empty without a file."""
     lines = path.read_text().split("\n")[:-1] if path.is_file() else []
     return [json.loads(line) for line in lines]
 
 
-__all__ = ["AfterStep", "LogFile", "RunFolder", "WeightDecaySchedule", "read_log"]
+__all__ = [
+    "AfterStep",
+    "LenientPrinter",
+    "LenientProgress",
+    "LogFile",
+    "RunFolder",
+    "WeightDecaySchedule",
+    "read_log",
+]

@@ -2,7 +2,8 @@
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import datasets
 import transformers
 from transformers import set_seed
 
+from hf_vlm.data.io.durable import disk_errors
 from hf_vlm.data.source import Source
 from hf_vlm.data.sources import open_source
 from hf_vlm.data.stream import ExampleStream
@@ -25,6 +27,7 @@ from hf_vlm.training.alarms import CollapseAlarm
 from hf_vlm.training.arguments import VisionTrainingArguments
 from hf_vlm.training.build import build_model, build_processor
 from hf_vlm.training.checkpoints import prepare_run_folder
+from hf_vlm.training.lock import run_lock
 from hf_vlm.training.probes import build_probe, last_probe
 from hf_vlm.training.recipe import parse_arguments
 from hf_vlm.training.record import RecordProgress, RunRecord
@@ -68,12 +71,23 @@ def pretrain(
     """
     args = parse_arguments(recipe)
     set_seed(args.seed)
-    entry = find_model(args.method, ["pretraining"])
+    find_model(args.method, ["pretraining"])
     source = open_recipe_source(args, args.train_split, args.num_train_examples)
     args.set_steps_for(source.num_examples)
     if finished := finished_run(args):
         return finished
-    prepare_run_folder(Path(args.output_dir))
+    with _run_folder(args):
+        return _pretrain(args, recipe, source, write_card, plot)
+
+
+def _pretrain(
+    args: VisionTrainingArguments,
+    recipe: dict[str, Any],
+    source: Source,
+    write_card: Callable[[Path], Any] | None,
+    plot: Callable[[Path], Any] | None,
+) -> dict[str, Any]:
+    entry = find_model(args.method)
     model = build_model(args, entry)
     processor = build_processor(args, entry.processor_class, model.config.backbone_config.num_channels)
     transform = view_transform(args, model.default_views, processor)
@@ -107,7 +121,10 @@ def _save_pretrained(
     """Saves the whole model in a subfolder, and the trained encoder in `output_dir`."""
     model, output_dir = trainer.model, Path(trainer.args.output_dir)
     if plot is not None and trainer.args.should_save:
-        plot(output_dir)
+        try:
+            plot(output_dir)
+        except OSError as error:  # no reason to lose the model
+            logger.warning("The curves could not be written to %s: %s", output_dir, error)
     with trainer.saving_model(output_dir) as folder:
         trainer.save_model(str(folder / PRETRAINING_MODEL_FOLDER), _internal_call=True)
         weights = trainer.accelerator.get_state_dict(model.trained_encoder)  # all ranks gather what is sharded
@@ -133,14 +150,24 @@ def finetune(recipe: dict[str, Any], *, write_card: Callable[[Path], Any] | None
     """
     args = parse_arguments(recipe)
     set_seed(args.seed)
-    entry = find_model(args.method, TRAINABLE_TASKS)
-    task = TASKS[entry.task]
+    task = TASKS[find_model(args.method, TRAINABLE_TASKS).task]
     _check_best_metric(args, task)
     source = open_recipe_source(args, args.train_split, args.num_train_examples)
     args.set_steps_for(source.num_examples)
     if finished := finished_run(args):
         return finished
-    prepare_run_folder(Path(args.output_dir))
+    with _run_folder(args):
+        return _finetune(args, recipe, source, task, write_card)
+
+
+def _finetune(
+    args: VisionTrainingArguments,
+    recipe: dict[str, Any],
+    source: Source,
+    task: Task,
+    write_card: Callable[[Path], Any] | None,
+) -> dict[str, Any]:
+    entry = find_model(args.method)
     names = task.class_names(source)
     model = build_model(args, entry, class_names=names, head_fields=task.head_fields(source))
     processor = build_processor(args, entry.processor_class, model.config.backbone_config.num_channels)
@@ -174,7 +201,9 @@ def finetune(recipe: dict[str, Any], *, write_card: Callable[[Path], Any] | None
     record.summary["metrics"] = {n.removeprefix("eval_"): v for n, v in metrics.items() if n.startswith("eval_")}
     record.summary["finished"] = True
     if args.should_save:
-        record.write(Path(args.output_dir))
+        folder = Path(args.output_dir)
+        with disk_errors("The record", folder, lambda: "Free space there; the model itself is whole."):
+            record.write(folder)
     if args.push_to_hub:
         trainer.push_to_hub()
     return record.summary
@@ -212,6 +241,14 @@ def train_stream(
         world_size=args.world_size,
         max_bad_fraction=args.max_bad_fraction,
     )
+
+
+@contextmanager
+def _run_folder(args: VisionTrainingArguments) -> Iterator[None]:
+    """A context in which the run's folder is there and is this run's alone."""
+    prepare_run_folder(Path(args.output_dir))
+    with run_lock(Path(args.output_dir)) if args.process_index == 0 else nullcontext():
+        yield
 
 
 def _train(trainer: VisionTrainer, record: RunRecord) -> None:

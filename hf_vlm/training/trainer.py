@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import set_seed
 from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
@@ -22,10 +23,18 @@ from hf_vlm.data.stream import ExampleStream
 from hf_vlm.features.device import use_fast_cpu_matmul
 from hf_vlm.tasks.task import Evaluation
 from hf_vlm.training.arguments import VisionTrainingArguments
-from hf_vlm.training.callbacks import AfterStep, LogFile, RunFolder, WeightDecaySchedule
+from hf_vlm.training.callbacks import (
+    AfterStep,
+    LenientPrinter,
+    LenientProgress,
+    LogFile,
+    RunFolder,
+    WeightDecaySchedule,
+)
 from hf_vlm.training.checkpoints import check_run_folder, last_checkpoint, verify_checkpoint
 from hf_vlm.training.data_state import load_data_state, save_data_state
 from hf_vlm.training.finite import REMEDY, not_finite_metric, not_finite_weights
+from hf_vlm.training.lock import LOCK_FILE
 from hf_vlm.training.meters import ThroughputMeter
 from hf_vlm.training.optim import (
     group_settings,
@@ -40,6 +49,7 @@ TRAINING_STATE = [
     "*checkpoint-*",  # abandoned ones too
     f"{PARTIAL_FOLDER}/*",
     "*.tmp",
+    LOCK_FILE,
     MANIFEST_FILE,
     "data_state*",
     "optimizer*",
@@ -82,6 +92,9 @@ class VisionTrainer(CommittingTrainer):
         self.render = render
         if self.args.device.type == "cpu" and self.args.attn_implementation is None:
             use_fast_cpu_matmul(self.model)
+        for stock, lenient in ((PrinterCallback, LenientPrinter), (ProgressCallback, LenientProgress)):
+            if self.pop_callback(stock) is not None:
+                self.add_callback(lenient())
         self.add_callback(AfterStep())
         if self.args.weight_decay_end is not None:
             self.add_callback(WeightDecaySchedule(self.args.weight_decay, self.args.weight_decay_end))

@@ -1,22 +1,32 @@
 """Checkpoints and models are whole or absent; damage is named; nothing is deleted that is still needed."""
 
+import contextlib
+import errno
+import io
 import json
 import os
 import shutil
+import sys
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from full_disk import no_file_above
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_vlm.data.io.durable import PARTIAL_FOLDER
 from hf_vlm.features.loading import load_model
 from hf_vlm.training import checkpoints as module
+from hf_vlm.training import run as run_module
+from hf_vlm.training.callbacks import LogFile, read_log
 from hf_vlm.training.checkpoints import (
     checkpoints,
+    commit_model,
     complete_checkpoints,
     last_checkpoint,
+    prepare_run_folder,
     rotate_checkpoints,
     verify_checkpoint,
 )
@@ -49,20 +59,18 @@ class AtStep(TrainerCallback):
             self.function()
 
 
-@pytest.fixture
-def at_step(monkeypatch):
-    """`at_step(step, function)`: what the runs of this test call when they have done `step` steps."""
+@contextmanager
+def at_step(step, function):
+    """Calls a function when the run within this context has done `step` steps."""
+    original = VisionTrainer.__init__
 
-    def set_up(step, function):
-        original = VisionTrainer.__init__
+    def init(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        self.add_callback(AtStep(step, function))
 
-        def init(self, *args, **kwargs):
-            original(self, *args, **kwargs)
-            self.add_callback(AtStep(step, function))
-
-        monkeypatch.setattr(VisionTrainer, "__init__", init)
-
-    return set_up
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(VisionTrainer, "__init__", init)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +234,7 @@ def test_the_best_checkpoint_is_recorded_under_its_name_and_stays(make_recipe, t
     assert_same_weights(folder, folder / "checkpoint-2")
 
 
-def test_the_last_checkpoint_is_of_the_branch_that_was_trained_last(run, saved, at_step, monkeypatch, caplog):
+def test_the_last_checkpoint_is_of_the_branch_that_was_trained_last(run, saved, monkeypatch, caplog):
     folder, recipe = run
     with monkeypatch.context() as patch:
         patch.setattr("hf_vlm.training.trainer.verify_checkpoint", stop)
@@ -259,12 +267,11 @@ def test_a_run_that_begins_at_another_runs_checkpoint_takes_no_folder_of_a_third
     assert_same_weights(folder, saved[0])
 
 
-def test_overwriting_leaves_no_weights_that_a_command_could_take(run, at_step):
+def test_overwriting_leaves_no_weights_that_a_command_could_take(run):
     folder, recipe = run
     (folder / "notes.txt").write_text("mine")
     (folder / "objective").mkdir()  # the pretraining model of version 0.1
-    at_step(1, stop)
-    with pytest.raises(StoppedError):
+    with pytest.raises(StoppedError), at_step(1, stop):
         pretrain(recipe | {"overwrite_output_dir": True})
     assert not list(folder.rglob("*.safetensors"))
     assert not {"config.json", "run.json", "pretraining_model", "objective"} & set(os.listdir(folder))
@@ -287,3 +294,152 @@ def test_what_a_killed_run_left_aside_is_no_checkpoint_and_is_cleared(run, saved
     pretrain(recipe)
     assert not (folder / PARTIAL_FOLDER).exists()
     assert_same_weights(folder, saved[0])
+
+
+# ---- models
+
+
+class Disk:
+    """Stops at the n-th change of a name on the disk."""
+
+    def __init__(self, monkeypatch, num_changes):
+        self.num_left = num_changes
+        for name in ("replace", "unlink", "rmdir", "mkdir"):
+            monkeypatch.setattr(Path, name, self.counted(getattr(Path, name)))
+        monkeypatch.setattr("shutil.rmtree", self.counted(shutil.rmtree))
+
+    def counted(self, function):
+        def change(*args, **kwargs):
+            if self.num_left == 0:
+                raise StoppedError
+            self.num_left -= 1
+            return function(*args, **kwargs)
+
+        return change
+
+
+def model_of(folder, version):
+    """A model in two files of weights, with what belongs to it, all of one version."""
+    (folder / "pretraining_model").mkdir(parents=True)
+    shards = [f"model-{version}-of-2.safetensors", "model.safetensors.index.json"]
+    for name in (*shards, "config.json", "run.json", "preprocessor_config.json", "pretraining_model/config.json"):
+        (folder / name).write_text(version)
+
+
+def test_a_kill_leaves_the_old_model_or_none_or_the_new_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+    found = set()
+    for num_changes in range(30):
+        folder = tmp_path / str(num_changes)
+        model_of(folder, "old")
+        model_of(folder / PARTIAL_FOLDER / "run", "new")
+        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(StoppedError):
+            Disk(patch, num_changes)
+            commit_model(folder / PARTIAL_FOLDER / "run", folder)
+        if not (folder / "config.json").exists():
+            found.add("none")
+            continue
+        paths = [path for path in folder.rglob("*") if path.is_file() and PARTIAL_FOLDER not in path.parts]
+        (version,) = {path.read_text() for path in paths}
+        assert [path.name for path in folder.glob("model-*")] == [f"model-{version}-of-2.safetensors"]
+        found.add(version)
+    assert found == {"old", "none", "new"}
+    assert not (folder / PARTIAL_FOLDER).exists()
+
+
+def test_damaged_weights_of_a_model_are_named(run):
+    folder, _ = run
+    load_model(folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+        load_model(folder)
+    weights.unlink()
+    with pytest.raises(ValueError, match="holds no weights"):
+        load_model(folder)
+
+
+# ---- disks that cannot be written to
+
+
+@pytest.mark.parametrize("what", ["everything", "model.safetensors", "optimizer.pt"])
+def test_a_full_disk_at_a_checkpoint_ends_the_run_which_can_be_resumed(saved, tmp_path, what):
+    recipe = saved[1] | {"output_dir": str(tmp_path / "run")}
+    limit = 1 if what == "everything" else (saved[0] / "checkpoint-4" / what).stat().st_size - 1
+    message = r"checkpoint of step 4 could not .*/run: .* Free space there .*checkpoint-2, is kept: continue with"
+    with (
+        pytest.raises(ValueError, match=message),
+        ExitStack() as stack,
+        at_step(2, lambda: stack.enter_context(no_file_above(limit))),
+    ):
+        pretrain(recipe)
+    assert names(tmp_path / "run") == ["checkpoint-2"]
+    assert not list((tmp_path / "run" / PARTIAL_FOLDER).iterdir())
+    pretrain(recipe | {"resume_from_checkpoint": "last"})
+    assert_same_weights(tmp_path / "run", saved[0])
+    for folder in (saved[0], tmp_path / "run"):
+        assert [e["step"] for e in read_log(folder / "log.jsonl") if "loss" in e] == [1, 2, 3, 4]
+
+
+def test_a_full_disk_at_the_end_keeps_the_last_checkpoint(saved, tmp_path, monkeypatch):
+    recipe = saved[1] | {"output_dir": str(tmp_path / "run")}
+    train = run_module._train
+    stack = ExitStack()
+    monkeypatch.setattr(run_module, "_train", lambda *args: (train(*args), stack.enter_context(no_file_above(1000))))
+    with stack, pytest.raises(ValueError, match=r"The model could not be written .*checkpoint-4, is kept"):
+        pretrain(recipe)
+    verify_checkpoint(tmp_path / "run" / "checkpoint-4")
+    assert not (tmp_path / "run" / "config.json").exists()
+    assert not list((tmp_path / "run" / PARTIAL_FOLDER).iterdir())
+
+
+def test_a_full_disk_does_not_end_the_log_nor_the_run(tmp_path, caplog):
+    log, state = LogFile(), TrainerState(is_world_process_zero=True)
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    log.on_train_begin(args, state, TrainerControl())
+    path = tmp_path / "log.jsonl"
+
+    def write(step):
+        state.global_step = step
+        log.on_log(args, state, TrainerControl(), logs={"loss": 0.5})
+
+    write(1)
+    with no_file_above(path.stat().st_size + 10):
+        write(2)
+        write(3)
+        assert [entry["step"] for entry in read_log(path)] == [1]
+        assert path.read_text().endswith("}\n")
+    assert caplog.text.count("cannot be written: File too large. Training goes on") == 1
+    write(4)
+    assert read_log(path) == [{"step": step, "loss": 0.5} for step in (1, 2, 3, 4)]
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_training(make_recipe, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(VisionTrainer, "training_step", stop)
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(ValueError, match=rf"run could not be written to {folder}: .*--output_dir a folder that"):
+            pretrain(make_recipe("mae", output_dir=str(folder)))
+    with pytest.raises(ValueError, match="run could not be written"), no_file_above(10):
+        prepare_run_folder(tmp_path / "full")
+
+
+class FillingDisk(io.StringIO):
+    is_full = False
+
+    def write(self, text):
+        if self.is_full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(text)
+
+
+@pytest.mark.parametrize("disable_tqdm", [True, False])
+def test_a_full_disk_below_the_output_does_not_end_the_run(make_recipe, monkeypatch, disable_tqdm):
+    run_module.quiet_libraries()
+    output = FillingDisk()
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, output)
+    with at_step(1, lambda: setattr(output, "is_full", True)):
+        summary = pretrain(make_recipe("mae", max_steps=2, probe_steps=0, disable_tqdm=disable_tqdm))
+    assert summary["num_steps"] == 2
+    assert "loss" in output.getvalue()
