@@ -65,6 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"hf-vlm {command}: {redact(str(error))}", file=sys.stderr)
         return 2
+    except SystemExit:  # of a run that was stopped and has saved, on all ranks; or of argparse
+        leave_process_group()
+        raise
     except OSError as error:
         if error.errno not in DISK_ERRORS or os.environ.get("HF_VLM_TRACEBACK"):
             raise

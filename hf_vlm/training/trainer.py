@@ -34,6 +34,8 @@ from hf_vlm.training.callbacks import (
 from hf_vlm.training.checkpoints import check_run_folder, last_checkpoint, verify_checkpoint
 from hf_vlm.training.data_state import load_data_state, save_data_state
 from hf_vlm.training.finite import REMEDY, not_finite_metric, not_finite_weights
+from hf_vlm.training.lock import LOCK_FILE
+from hf_vlm.training.lock import LOCK_FILE
 from hf_vlm.training.meters import ThroughputMeter
 from hf_vlm.training.optim import (
     group_settings,
@@ -42,11 +44,13 @@ from hf_vlm.training.optim import (
     restore_group_settings,
 )
 from hf_vlm.training.saving import CommittingTrainer
+from hf_vlm.training.signals import outlive_signals
 
 TRAINING_STATE = [
     "*checkpoint-*",  # abandoned ones too
     f"{PARTIAL_FOLDER}/*",
     "*.tmp",
+    LOCK_FILE,
     MANIFEST_FILE,
     "data_state*",
     "optimizer*",
@@ -117,6 +121,7 @@ class VisionTrainer(CommittingTrainer):
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
             prefetch_factor=self.args.dataloader_prefetch_factor if num_workers else None,
             drop_last=True,
+            worker_init_fn=outlive_signals,
             generator=torch.Generator().manual_seed(self.args.seed),  # else it would use the model's random state
         )
         if self._data_state is not None:
