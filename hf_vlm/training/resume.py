@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import CONFIG_NAME
 
 from hf_vlm.training.arguments import VisionTrainingArguments
 from hf_vlm.training.checkpoints import checkpoint_folder, checkpoints, last_checkpoint, verify_checkpoint
@@ -126,16 +127,16 @@ def _named_checkpoint(wanted: str | None, rewind_to: int | None, folder: Path) -
 
 def finished_run(args: VisionTrainingArguments) -> dict[str, Any] | None:
     """The record of a run that the options would resume but that has trained all its steps; None for others."""
-    folder = Path(args.output_dir)
+    folder, wanted = Path(args.output_dir), args.resume_from_checkpoint
+    if not wanted or args.rewind_to is not None or not (folder / CONFIG_NAME).is_file():  # the model's last file
+        return None
+    if wanted not in ("last", "auto") and not _is_same(wanted, checkpoint_folder(folder, args.max_steps)):
+        return None
     try:
         run = _read(folder / RUN_FILE)
     except ValueError:  # cut off while it was written: not finished
         return None
     if not run.get("finished") or (run["method"], run["num_steps"]) != (args.method, args.max_steps):
-        return None
-    wanted = args.resume_from_checkpoint
-    last = checkpoint_folder(folder, args.max_steps)
-    if not wanted or args.rewind_to is not None or (wanted not in ("last", "auto") and not _is_same(wanted, last)):
         return None
     logger.info("The run in %s is finished, with all its %d steps: nothing is changed.", folder, args.max_steps)
     return run
@@ -262,7 +263,7 @@ def _value(run: dict[str, Any], name: str) -> Any:
 def _read(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_bytes()))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error

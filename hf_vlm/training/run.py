@@ -2,7 +2,8 @@
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from hf_vlm.training.alarms import CollapseAlarm
 from hf_vlm.training.arguments import VisionTrainingArguments
 from hf_vlm.training.build import build_model, build_processor
 from hf_vlm.training.checkpoints import prepare_run_folder
+from hf_vlm.training.lock import run_lock
 from hf_vlm.training.probes import build_probe, last_probe
 from hf_vlm.training.recipe import parse_arguments
 from hf_vlm.training.record import RecordProgress, RunRecord
@@ -69,12 +71,23 @@ def pretrain(
     """
     args = parse_arguments(recipe)
     set_seed(args.seed)
-    entry = find_model(args.method, ["pretraining"])
+    find_model(args.method, ["pretraining"])
     source = open_recipe_source(args, args.train_split, args.num_train_examples)
     args.set_steps_for(source.num_examples)
     if finished := finished_run(args):
         return finished
-    prepare_run_folder(Path(args.output_dir))
+    with _run_folder(args):
+        return _pretrain(args, recipe, source, write_card, plot)
+
+
+def _pretrain(
+    args: VisionTrainingArguments,
+    recipe: dict[str, Any],
+    source: Source,
+    write_card: Callable[[Path], Any] | None,
+    plot: Callable[[Path], Any] | None,
+) -> dict[str, Any]:
+    entry = find_model(args.method)
     model = build_model(args, entry)
     processor = build_processor(args, entry.processor_class, model.config.backbone_config.num_channels)
     transform = view_transform(args, model.default_views, processor)
@@ -137,14 +150,24 @@ def finetune(recipe: dict[str, Any], *, write_card: Callable[[Path], Any] | None
     """
     args = parse_arguments(recipe)
     set_seed(args.seed)
-    entry = find_model(args.method, TRAINABLE_TASKS)
-    task = TASKS[entry.task]
+    task = TASKS[find_model(args.method, TRAINABLE_TASKS).task]
     _check_best_metric(args, task)
     source = open_recipe_source(args, args.train_split, args.num_train_examples)
     args.set_steps_for(source.num_examples)
     if finished := finished_run(args):
         return finished
-    prepare_run_folder(Path(args.output_dir))
+    with _run_folder(args):
+        return _finetune(args, recipe, source, task, write_card)
+
+
+def _finetune(
+    args: VisionTrainingArguments,
+    recipe: dict[str, Any],
+    source: Source,
+    task: Task,
+    write_card: Callable[[Path], Any] | None,
+) -> dict[str, Any]:
+    entry = find_model(args.method)
     names = task.class_names(source)
     model = build_model(
         args,
@@ -224,6 +247,14 @@ def train_stream(
         world_size=args.world_size,
         max_bad_fraction=args.max_bad_fraction,
     )
+
+
+@contextmanager
+def _run_folder(args: VisionTrainingArguments) -> Iterator[None]:
+    """A context in which the run's folder is there and is this run's alone."""
+    prepare_run_folder(Path(args.output_dir))
+    with run_lock(Path(args.output_dir)) if args.process_index == 0 else nullcontext():
+        yield
 
 
 def _train(trainer: VisionTrainer, record: RunRecord) -> None:

@@ -27,6 +27,7 @@ from hf_vlm.training.checkpoints import check_run_folder, last_checkpoint, verif
 from hf_vlm.training.console import ConsoleLog
 from hf_vlm.training.data_state import load_data_state, save_data_state
 from hf_vlm.training.finite import REMEDY, not_finite_metric, not_finite_weights
+from hf_vlm.training.lock import LOCK_FILE
 from hf_vlm.training.meters import ThroughputMeter
 from hf_vlm.training.optim import group_settings, late_schedule, parameter_groups, restore_group_settings
 from hf_vlm.training.saving import CommittingTrainer
@@ -36,6 +37,7 @@ TRAINING_STATE = [
     "*checkpoint-*",  # abandoned ones too
     f"{PARTIAL_FOLDER}/*",
     "*.tmp",
+    LOCK_FILE,
     MANIFEST_FILE,
     "data_state*",
     "optimizer*",
