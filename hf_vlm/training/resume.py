@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import CONFIG_NAME
 
 from hf_vlm.training.arguments import VisionTrainingArguments
 from hf_vlm.training.checkpoints import checkpoint_folder, checkpoints, last_checkpoint, verify_checkpoint
@@ -127,7 +128,7 @@ def _named_checkpoint(wanted: str | None, rewind_to: int | None, folder: Path) -
 def finished_run(args: VisionTrainingArguments) -> dict[str, Any] | None:
     """The record of a run that the options would resume but that has trained all its steps; None for others."""
     folder, wanted = Path(args.output_dir), args.resume_from_checkpoint
-    if not wanted or args.rewind_to is not None:
+    if not wanted or args.rewind_to is not None or not (folder / CONFIG_NAME).is_file():  # the model's last file
         return None
     if wanted not in ("last", "auto") and not _is_same(wanted, checkpoint_folder(folder, args.max_steps)):
         return None
