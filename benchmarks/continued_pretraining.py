@@ -33,7 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "continued": {
         "frozen_encoder_steps": 0.1,
         "layer_decay": 0.75,
-        "encoder_lr_multiplier": 0.1,
+        "encoder_lr_multiplier": 0.13,
         "weight_decay": 0.04,
         "weight_decay_end": 0.4,
     },

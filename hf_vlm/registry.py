@@ -112,7 +112,7 @@ def _register() -> None:
             entry.config_class, image_processor_classes={"pil": entry.processor_class}, exist_ok=True
         )
         entry.auto_class.register(entry.config_class, entry.model_class, exist_ok=True)
-        if entry.task == "pretraining":  # user code may call AutoModel as well
+        if entry.config_class is not VLMViTConfig:  # user code may call AutoModel as well
             AutoModel.register(entry.config_class, entry.model_class, exist_ok=True)
         entry.config_class.register_for_auto_class()
         entry.model_class.register_for_auto_class(entry.auto_class.__name__)

@@ -40,6 +40,6 @@ def run(argv: Sequence[str]) -> None:
     print(f"\nThe encoder is in {folder}. The licence of {source} goes with its weights.")
     if arguments.to is None:
         # Continued pretraining that keeps the features as good as they are: heads first, then small steps.
-        options = ["--frozen_encoder_steps", "0.1", "--layer_decay", "0.75", "--encoder_lr_multiplier", "0.1"]
+        options = ["--frozen_encoder_steps", "0.1", "--layer_decay", "0.75", "--encoder_lr_multiplier", "0.13"]
         options = ["--data", "YOUR_IMAGES", "--encoder", str(folder), *options]
         print(f"Next: {next_command(conversion.model.config, 'simclr/vit_small.yaml', options)}")

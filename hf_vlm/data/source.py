@@ -19,6 +19,8 @@ class Source:
         name: Path, URL or id of the source, without secrets, for messages.
         format: One of `hf_vlm.data.sources.FORMATS`, or "mixture".
         split: Name of the split.
+        max_objects: Largest number of objects of an image; None where there are none, or they are not known without
+            reading all images.
         mask_class_names: Names of the values 0, 1, 2, ... of `mask`; None where they are not known.
     """
 
@@ -27,6 +29,7 @@ class Source:
     name: str = ""
     format: str = ""
     split: str = ""
+    max_objects: int | None = None
     mask_class_names: tuple[str, ...] | None = None
 
     @property

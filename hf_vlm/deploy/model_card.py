@@ -171,8 +171,7 @@ def _metadata(values: Mapping[str, Any], run: dict[str, Any], task: "Task") -> M
 
 
 def _auto_class(auto_map: Mapping[str, Any]) -> str:
-    classes = [name for name in auto_map if name.startswith("AutoModel")]
-    return "AutoModel" if not classes or "AutoModel" in classes else classes[0]
+    return next((name for name in auto_map if name.startswith("AutoModelFor")), "AutoModel")
 
 
 def _method_name(method: str | None) -> str | None:

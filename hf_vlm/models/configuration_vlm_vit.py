@@ -47,6 +47,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 POSITION_EMBEDDING_TYPES = ("learned", "sincos", "rope")
+POSITION_INTERPOLATIONS = ("bicubic", "bicubic_antialias", "bicubic_offset")
 NORM_TYPES = ("layernorm", "rmsnorm")
 
 
@@ -77,6 +78,10 @@ class VLMViTConfig(BackboneConfigMixin, PreTrainedConfig):
         norm_type (`str`, defaults to `"layernorm"`): `"layernorm"` or `"rmsnorm"`.
         position_embedding_type (`str`, defaults to `"learned"`):
             `"learned"`, `"sincos"` (fixed, as in MAE) or `"rope"` (as in DINOv3).
+        position_interpolation (`str`, defaults to `"bicubic"`):
+            How learned positions are resized to images of other sizes: `"bicubic"` as in transformers,
+            `"bicubic_antialias"` as in DINOv2 with registers, or `"bicubic_offset"` as in the official DINOv2 without
+            registers, which scales by (patches + 0.1) / (trained patches).
         rope_theta (`float`, defaults to 100.0): Base period of the rotary positions.
         use_class_token (`bool`, defaults to `True`): Whether a class token leads the sequence. Without it the pooled
             output is the mean of the patch tokens.
@@ -86,6 +91,8 @@ class VLMViTConfig(BackboneConfigMixin, PreTrainedConfig):
         drop_path_uniform (`bool`, defaults to `False`): Whether all layers have the rate of the last, as in DINOv2.
         use_qk_norm (`bool`, defaults to `False`): Normalise queries and keys per head (arXiv 2302.05442).
         apply_layernorm (`bool`, defaults to `True`): Whether backbone feature maps pass the final norm.
+        reshape_hidden_states (`bool`, defaults to `True`): Whether the backbone gives maps of the patches (batch,
+            hidden_size, rows, columns), and not all tokens (batch, prefix + patches, hidden_size).
         out_features, out_indices: Stages that [`VLMViTBackbone`] returns: `"stage1"` to `"stageN"`, or the last.
 
     Raises:
@@ -107,6 +114,7 @@ class VLMViTConfig(BackboneConfigMixin, PreTrainedConfig):
     norm_type: str = "layernorm"
     layer_norm_eps: float = 1e-6
     position_embedding_type: str = "learned"
+    position_interpolation: str = "bicubic"
     rope_theta: float | int = 100.0
     use_class_token: bool = True
     num_register_tokens: int = 0
@@ -118,6 +126,7 @@ class VLMViTConfig(BackboneConfigMixin, PreTrainedConfig):
     use_qk_norm: bool = False
     initializer_range: float = 0.02
     apply_layernorm: bool = True
+    reshape_hidden_states: bool = True
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
@@ -132,6 +141,7 @@ class VLMViTConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def _check(self) -> None:
         _choose("position_embedding_type", self.position_embedding_type, POSITION_EMBEDDING_TYPES)
+        _choose("position_interpolation", self.position_interpolation, POSITION_INTERPOLATIONS)
         _choose("norm_type", self.norm_type, NORM_TYPES)
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(

@@ -64,6 +64,7 @@ class Family:
     scales: dict[str, str] = field(default_factory=dict)
     square_grid: bool = True  # whether the table of positions must be of a square
     square_patches: bool = False
+    position_interpolation: str = "bicubic"
     options: dict[str, Any] = field(default_factory=dict)  # of the model's constructor
     fields: Callable[[VLMViTModel], dict[str, Any]] = lambda encoder: {}  # of its configuration, besides the shared
 
@@ -165,6 +166,7 @@ FAMILIES: dict[str, Family] = {
             "tokens": _DINOV2["tokens"] | {REGISTERS: "embeddings.register_tokens"},
             "num_registers": None,
             "fields": _registers_fields,
+            "position_interpolation": "bicubic_antialias",
         },
     ),
     "dinov3_vit": Family(

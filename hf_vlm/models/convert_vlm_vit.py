@@ -3,9 +3,9 @@
 Outputs equal the original's in evaluation mode: `last_hidden_state`, in the order class, register, patch tokens. What
 belongs to training is not carried over: dropout, stochastic depth, and DINOv3's random scaling of positions.
 
-Positions of another image size are interpolated by the same function (bicubic, without antialiasing) as in ViT, DeiT,
-ViT-MAE, DINOv2 and SigLIP. DINOv2 with registers antialiases, which in torch is another cubic as well: its outputs are
-equal at `image_size` and differ somewhat at any other size. DINOv3's rotary positions are computed for any size.
+Positions of another image size are interpolated as in transformers, with antialiasing for DINOv2 with registers. The
+official DINOv2 without registers differs from transformers there: set `position_interpolation` of the configuration to
+`"bicubic_offset"` for its outputs. DINOv3's rotary positions are computed for any size.
 
 Images must consist of whole patches. The originals leave out what is over at the lower and right edge, so that
 SigLIP's 384 pixels with patches of 14 are 378 here.
@@ -185,6 +185,7 @@ def _encoder_config(
         use_class_token=CLASS_TOKEN in family.tokens,
         num_register_tokens=0 if registers is None else registers.shape[1],
         layerscale_value=config.layerscale_value if family.scales else None,
+        position_interpolation=family.position_interpolation,
         qkv_bias=any(names[f"layers.0.attention.{part}.bias"] in theirs for part in ("query", "key", "value")),
     )
 
@@ -241,11 +242,14 @@ def to_transformers(encoder: VLMViTModel, model_type: str) -> Conversion:
     model.load_state_dict(state)
     lost = [name for name in ours if names[name] not in state]
     assert not any(ours[name].any() for name in lost)  # biases of zero
+    dropped = _without_layers(f"{name} = 0" for name in lost)
+    if config.position_embedding_type == "learned" and config.position_interpolation != family.position_interpolation:
+        dropped.append(f"position_interpolation {config.position_interpolation}")
     return Conversion(
         model,
         loaded=f"{len(ours) - len(lost)} of {len(ours)} weights",
         filled=_without_layers(filled),
-        dropped=_without_layers(f"{name} = 0" for name in lost),
+        dropped=dropped,
     )
 
 

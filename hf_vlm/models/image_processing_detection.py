@@ -17,7 +17,7 @@ class VLMViTDetectionImageProcessor(VLMViTImageProcessor):
         outputs: Any,
         threshold: float = 0.5,
         target_sizes: Tensor | Sequence[tuple[int, int]] | None = None,
-        max_detections: int = 300,
+        max_detections: int | None = None,
     ) -> list[dict[str, Tensor]]:
         """Detections of each image from the `logits` and `pred_boxes` of a [`VLMViTForObjectDetection`].
 
@@ -26,7 +26,8 @@ class VLMViTDetectionImageProcessor(VLMViTImageProcessor):
         Args:
             threshold: lowest score kept, 0 to 1.
             target_sizes: (height, width) of each original image in pixels. Without it boxes are fractions.
-            max_detections: Largest number of detections per image.
+            max_detections: Largest number of detections per image; as many as queries, and at least 300, when not
+                given. COCO's evaluation counts up to 100 per image and class.
 
         Returns:
             One dict per image: `scores` (n,) falling, `labels` (n,), `boxes` (n, 4) (x0, y0, x1, y1) within the image.
@@ -35,8 +36,9 @@ class VLMViTDetectionImageProcessor(VLMViTImageProcessor):
             ValueError: if there are not as many target sizes as images.
         """
         logits, boxes = outputs.logits.float(), outputs.pred_boxes.float()
-        num_labels = logits.shape[-1]
-        scores, index = logits.sigmoid().flatten(1).topk(min(max_detections, logits[0].numel()))  # (batch, kept)
+        num_queries, num_labels = logits.shape[1:]
+        limit = max(300, num_queries) if max_detections is None else max_detections
+        scores, index = logits.sigmoid().flatten(1).topk(min(limit, num_queries * num_labels))  # (batch, kept)
         centre, size = boxes[..., :2], boxes[..., 2:]
         corners = torch.cat([centre - size / 2, centre + size / 2], dim=-1).clamp(0, 1)
         corners = corners.gather(1, (index // num_labels)[..., None].expand(-1, -1, 4))  # (batch, kept, 4)

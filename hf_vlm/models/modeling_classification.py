@@ -13,7 +13,7 @@ from transformers.utils import auto_docstring
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_vlm_vit import VLMViTConfig
-from .modeling_vlm_vit import VLMViTModel, VLMViTPreTrainedModel
+from .modeling_vlm_vit import VLMViTModel, VLMViTPreTrainedModel, wanted_outputs
 
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification")
 POOLINGS = ("mean", "class", "both")
@@ -150,13 +150,23 @@ class VLMViTForImageClassification(VLMViTPreTrainedModel):
 
     @can_return_tuple
     @auto_docstring
-    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any) -> ImageClassifierOutput:
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        *,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+    ) -> ImageClassifierOutput:
         r"""
         labels (`torch.Tensor` of shape `(batch,)` or `(batch, num_labels)`, *optional*):
             Class of each image, or the probability of each class as mixed images have it; for several labels per
             image 1 for each class that is present. ValueError when the shape or the type fits neither.
         """
-        outputs = self.backbone(pixel_values, **kwargs)
+        wanted = wanted_outputs(
+            self.config, output_hidden_states=output_hidden_states, output_attentions=output_attentions
+        )
+        outputs = self.backbone(pixel_values, **wanted)
         logits = self.classifier(self._pool(outputs.last_hidden_state))
         loss = None
         if labels is not None:

@@ -45,8 +45,8 @@ class DINOv2Config(SSLConfig):
         centering (`str`, defaults to `"sinkhorn"`): `"sinkhorn"` as in the paper, or `"centering"` by a running mean,
             as in DINO and in the official short runs.
         center_momentum (`float`, defaults to 0.9): Momentum of that mean.
-        frozen_prototypes (`float`, defaults to 0.01): Fraction of training, at the start, in which
-            prototypes do not learn.
+        frozen_prototypes (`float`, defaults to 0.01): Fraction of training, at the start, in which the learning rate
+            of prototypes is 0 (see `late_parameters`, which the package's trainer reads).
         mask_probability (`float`, defaults to 0.5): Fraction of the global views that are masked.
         mask_ratio_range (`list`, defaults to [0.1, 0.5]): Range of the fraction of their patches that is
             masked, spread evenly over the views.
@@ -56,6 +56,7 @@ class DINOv2Config(SSLConfig):
 
     model_type = "vlm_dinov2"
     batch_scaled_momentum: ClassVar[tuple[str, ...]] = ("momentum",)
+    trained_encoder: ClassVar[str] = "teacher.backbone"  # the better of the two, as in the paper
 
     num_prototypes: int = 65536
     head_hidden_size: int = 2048
@@ -130,7 +131,7 @@ def view_loss(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
         targets: (2, batch, prototypes) of the teacher, which sees the large views.
         temperature: The student's.
     """
-    num_small, batch = len(logits) - 2, logits.shape[1]
+    num_small, batch = logits.shape[0] - 2, logits.shape[1]
     of_large = cross_entropy(logits[:2], targets.flip(0), temperature).sum()
     # The cross entropy is linear in the targets: a small view against both is twice that against their mean.
     of_small = 2 * cross_entropy(logits[2:], targets.mean(0), temperature).sum()
@@ -166,12 +167,8 @@ class DINOv2ForPreTraining(TeacherMixin, SSLPreTrainedModel):
         if config.centering == "centering":
             self.view_targets = Centering(config.num_prototypes, config.center_momentum)
             self.patch_targets = Centering(config.num_prototypes, config.center_momentum)
-        self.post_init()
         self.build_teacher("backbone", "head", *(["patch_head"] if config.separate_heads else []))
-
-    @property
-    def trained_encoder(self) -> nn.Module:
-        return self.teacher["backbone"]  # the better of the two, as in the paper
+        self.post_init()
 
     @can_return_tuple
     @auto_docstring
@@ -180,7 +177,6 @@ class DINOv2ForPreTraining(TeacherMixin, SSLPreTrainedModel):
         pixel_values: Tensor,
         local_pixel_values: Tensor | None = None,
         masked: Tensor | None = None,
-        **kwargs: Any,
     ) -> DINOv2Output:
         r"""
         pixel_values (`torch.FloatTensor` of shape `(batch, 2, channels, height, width)`):
@@ -190,7 +186,7 @@ class DINOv2ForPreTraining(TeacherMixin, SSLPreTrainedModel):
         masked (`torch.BoolTensor` of shape `(2 * batch, patches)`, *optional*):
             Patches that the student does not see, first views first; sampled when not given.
         """
-        config, batch = self.config, len(pixel_values)
+        config, batch = self.config, pixel_values.shape[0]
         views = flatten_views_view_major(check_views(pixel_values, num_views=2))  # (2 * batch, channels, h, w)
         crops = [views, *map(flatten_views_view_major, check_local_views(local_pixel_values, batch))]
         masked, num_masked = self._masks(views, masked)
@@ -200,15 +196,14 @@ class DINOv2ForPreTraining(TeacherMixin, SSLPreTrainedModel):
 
         encoded = self.backbone.encode_crops(crops, masked=masked, mask_token=self.mask_token)
         pooled = torch.cat([output.pooler_output for output in encoded])  # ((2 + local views) * batch, dim)
-        learns = self.progress >= config.frozen_prototypes
-        view_logits, patch_logits = self._apply_heads(self, pooled, self._patches(encoded[0])[chosen], learns)
+        view_logits, patch_logits = self._apply_heads(self, pooled, self._patches(encoded[0])[chosen])
 
         dino = view_loss(
             view_logits.unflatten(0, (-1, batch)), view_targets.unflatten(0, (2, batch)), config.student_temperature
         )
         of_patches = cross_entropy(patch_logits, patch_targets, config.student_temperature)  # (masked,)
         of_images = masked.sum(1)[chosen // masked.shape[1]]  # (masked,): masked patches in the image of each
-        ibot = (of_patches / of_images).sum() / len(masked)
+        ibot = (of_patches / of_images).sum() / masked.shape[0]
         features = F.normalize(encoded[0].pooler_output.float(), dim=-1)  # (2 * batch, dim)
         spread = torch.stack([self._koleo(view) for view in features.chunk(2)]).sum()
         return DINOv2Output(
@@ -226,8 +221,8 @@ class DINOv2ForPreTraining(TeacherMixin, SSLPreTrainedModel):
         if masked is not None:
             return masked, int(masked.sum())
         grid_hw = patch_grid(views, self.config.backbone_config.patch_hw)
-        masked = self.sample_mask(self.config, grid_hw, len(views), views.device)
-        return masked, sum(masked_counts(self.config, grid_hw, len(views)))
+        masked = self.sample_mask(self.config, grid_hw, views.shape[0], views.device)
+        return masked, sum(masked_counts(self.config, grid_hw, views.shape[0]))
 
     @staticmethod
     def sample_mask(
@@ -239,8 +234,10 @@ class DINOv2ForPreTraining(TeacherMixin, SSLPreTrainedModel):
     @torch.no_grad()
     def _targets(self, views: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """The teacher's assignments of views (2 * batch, prototypes) and of chosen patches (masked, prototypes)."""
-        config, encoded = self.config, self.teacher["backbone"](views)
-        logits = self._apply_heads(self.teacher, encoded.pooler_output, self._patches(encoded)[chosen])
+        config = self.config
+        with self.teaching():
+            encoded = self.teacher["backbone"](views)
+            logits = self._apply_heads(self.teacher, encoded.pooler_output, self._patches(encoded)[chosen])
         temperature = warm_up(
             config.warmup_teacher_temperature,
             config.teacher_temperature,
@@ -258,14 +255,19 @@ class DINOv2ForPreTraining(TeacherMixin, SSLPreTrainedModel):
     @staticmethod
     def _koleo(features: Tensor) -> Tensor:
         with torch.autocast(features.device.type, enabled=False):
-            return koleo_loss(features, gather_with_gradient(features), rank() * len(features))
+            return koleo_loss(features, gather_with_gradient(features), rank() * features.shape[0])
 
-    def _apply_heads(self, part: Any, pooled: Tensor, patches: Tensor, *learns: Tensor) -> tuple[Tensor, Tensor]:
+    def _apply_heads(self, part: Any, pooled: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of views and of patches by the heads of student or teacher; one that serves both is applied once."""
         if self.config.separate_heads:
-            return part.head(pooled, *learns), part.patch_head(patches, *learns)
-        logits = part.head(torch.cat([pooled, patches]), *learns)
-        return logits[: len(pooled)], logits[len(pooled) :]
+            return part.head(pooled), part.patch_head(patches)
+        logits = part.head(torch.cat([pooled, patches]))
+        return logits[: pooled.shape[0]], logits[pooled.shape[0] :]
+
+    def late_parameters(self) -> dict[str, float]:
+        """The student's prototypes, by `frozen_prototypes`."""
+        heads = ("head", "patch_head") if self.config.separate_heads else ("head",)
+        return dict.fromkeys((f"{head}.prototypes.weight" for head in heads), self.config.frozen_prototypes)
 
 
 __all__ = ["DINOv2Config", "DINOv2ForPreTraining", "DINOv2Output"]

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import initialization as init
 from transformers.utils import ModelOutput, auto_docstring
 from transformers.utils.generic import can_return_tuple
 
@@ -46,6 +47,7 @@ class IJEPAConfig(SSLConfig):
     model_type = "vlm_ijepa"
     sub_configs = {"backbone_config": VLMViTConfig, "predictor_config": VLMViTConfig}
     batch_scaled_momentum: ClassVar[tuple[str, ...]] = ("momentum",)
+    trained_encoder: ClassVar[str] = "teacher.backbone"  # the one that is evaluated in the paper
 
     predictor_config: Any = None
     num_targets: int = 4
@@ -123,11 +125,13 @@ class IJEPAForPreTraining(TeacherMixin, SSLPreTrainedModel):
         size = config.backbone_config.hidden_size
         self.backbone = VLMViTModel(config.backbone_config)
         self.predictor = MaskedPredictor(config.predictor_config, size, size)
-        self.post_init()
-        self.shrink_layers()
         self.build_teacher("backbone")
+        self.post_init()
 
-    @torch.no_grad()
+    def finish_init(self) -> None:
+        self.shrink_layers()
+        super().finish_init()
+
     def shrink_layers(self) -> None:
         """The deeper a layer, the less it adds at first, as in BEiT (arXiv 2106.08254).
 
@@ -138,11 +142,8 @@ class IJEPAForPreTraining(TeacherMixin, SSLPreTrainedModel):
         for layers in (self.backbone.layers, self.predictor.layers):
             for depth, layer in enumerate(layers, start=1):
                 for name in ("attention.projection.weight", "mlp.down_projection.weight"):
-                    layer.get_parameter(name).div_(math.sqrt(2 * depth))
-
-    @property
-    def trained_encoder(self) -> nn.Module:
-        return self.teacher["backbone"]  # the one that is evaluated in the paper
+                    weight = layer.get_parameter(name)
+                    init.copy_(weight, weight / math.sqrt(2 * depth))
 
     @can_return_tuple
     @auto_docstring
@@ -151,7 +152,6 @@ class IJEPAForPreTraining(TeacherMixin, SSLPreTrainedModel):
         pixel_values: Tensor,
         context_indices: Tensor | None = None,
         target_indices: Tensor | None = None,
-        **kwargs: Any,
     ) -> IJEPAOutput:
         r"""
         pixel_values (`torch.FloatTensor` of shape `(batch, views, channels, height, width)` or without views):
@@ -166,13 +166,16 @@ class IJEPAForPreTraining(TeacherMixin, SSLPreTrainedModel):
         if (context_indices is None) != (target_indices is None):
             raise ValueError("context_indices and target_indices belong together: give both or none.")
         if context_indices is None or target_indices is None:
-            context_indices, target_indices = self._blocks(len(images), grid_hw, images.device)
+            context_indices, target_indices = self._blocks(images.shape[0], grid_hw, images.device)
         features = self._targets(images)  # (images, patches, dim)
         encoded = self.backbone(images, visible_indices=context_indices).last_hidden_state
         # One prediction per block, none of which sees another: all first blocks, then all second ones.
         blocks = target_indices.transpose(0, 1)  # (num_targets, images, patches of a block)
         predictions = self.predictor(
-            encoded.repeat(len(blocks), 1, 1), context_indices.repeat(len(blocks), 1), blocks.flatten(0, 1), grid_hw
+            encoded.repeat(blocks.shape[0], 1, 1),
+            context_indices.repeat(blocks.shape[0], 1),
+            blocks.flatten(0, 1),
+            grid_hw,
         )  # (num_targets * images, patches of a block, dim)
         targets = torch.cat([gather_tokens(features, block) for block in blocks])
         return IJEPAOutput(
@@ -184,7 +187,8 @@ class IJEPAForPreTraining(TeacherMixin, SSLPreTrainedModel):
     @torch.no_grad()
     def _targets(self, images: Tensor) -> Tensor:
         """The teacher's features of all patches, normalised each: (images, patches, dim) float32."""
-        tokens = self.teacher["backbone"](images).last_hidden_state
+        with self.teaching():
+            tokens = self.teacher["backbone"](images).last_hidden_state
         patches = tokens[:, self.config.backbone_config.num_prefix_tokens :].float()
         return F.layer_norm(patches, patches.shape[-1:])
 

@@ -187,7 +187,6 @@ class LeJEPAForPreTraining(SSLPreTrainedModel):
         pixel_values: Tensor,
         local_pixel_values: Tensor | None = None,
         slices: Tensor | None = None,
-        **kwargs: Any,
     ) -> LeJEPAOutput:
         r"""
         pixel_values (`torch.FloatTensor` of shape `(batch, views, channels, height, width)`):

@@ -104,15 +104,19 @@ class MAEForPreTraining(SSLPreTrainedModel):
 
     def __init__(self, config: MAEConfig):
         super().__init__(config)
+        self.build(config)
+        self.post_init()
+
+    def build(self, config: Any) -> None:
+        """Makes the parts of the model."""
         decoder, use_cross_attention = config.decoder_config, config.use_cross_attention
         width = config.backbone_config.hidden_size
         self.backbone = VLMViTModel(config.backbone_config)
         self.decoder = MaskedPredictor(decoder, width, decoder.patch_dim, use_cross_attention=use_cross_attention)
-        self.post_init()
 
     @can_return_tuple
     @auto_docstring
-    def forward(self, pixel_values: Tensor, noise: Tensor | None = None, **kwargs: Any) -> MAEOutput:
+    def forward(self, pixel_values: Tensor, noise: Tensor | None = None) -> MAEOutput:
         r"""
         pixel_values (`torch.FloatTensor` of shape `(batch, views, channels, height, width)` or without views):
             Images; each view counts as an image.
@@ -131,7 +135,7 @@ class MAEForPreTraining(SSLPreTrainedModel):
         """Predictions (batch, predicted, patch_dim) and the indices (batch, predicted) of their patches."""
         grid_hw = patch_grid(images, self.config.backbone_config.patch_hw)
         if noise is None:
-            noise = torch.rand(len(images), math.prod(grid_hw), device=images.device)
+            noise = torch.rand(images.shape[0], math.prod(grid_hw), device=images.device)
         visible, masked = random_masking(noise, self.config.mask_ratio)
         if self.training:
             masked = masked[:, : max(1, round(masked.shape[1] * self.config.prediction_ratio))]

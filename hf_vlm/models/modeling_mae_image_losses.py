@@ -45,7 +45,8 @@ class MAEImageLossesConfig(MAEConfig):
             Weight of the loss by which the decoder learns to make the discriminator take its images for real (see
             `adversarial_losses`).
         adversarial_start (`float`, defaults to 0.25): Fraction of training before decoder and discriminator learn from
-            the adversarial losses.
+            the adversarial losses. Until then the discriminator's learning rate is 0 (see `late_parameters`, which the
+            package's trainer reads).
         discriminator_weight (`float`, defaults to 1.0): Weight of the discriminator's own loss. Adam takes no notice
             of it; the clipping of gradients does.
         discriminator_size (`int`, defaults to 64): Channels of its first layer.
@@ -138,21 +139,23 @@ class MAEImageLossesForPreTraining(FrozenEncoderMixin, TeacherMixin, MAEForPreTr
                 "MAEImageLossesConfig: set perceptual_weight or adversarial_weight; without both it is the method mae."
             )
         super().__init__(config)
-        encoder = config.backbone_config
-        if config.adversarial_weight:
-            self.discriminator = PatchDiscriminator(
-                encoder.num_channels, config.discriminator_size, config.discriminator_layers
-            )
-        self.post_init()
-        self.build_teacher(*(["backbone"] if config.perceptual_weight and not config.perceptual_encoder else []))
         if config.perceptual_weight:
+            encoder = config.backbone_config
             compared, size = config.perceptual_encoder_config or encoder, self._perceptual_size(encoder.image_hw)
             self.perceptual_layers = choose_layers(config.perceptual_layers, count_layers(compared, size))
             self.load_frozen()
 
+    def build(self, config: MAEImageLossesConfig) -> None:
+        super().build(config)
+        if config.adversarial_weight:
+            self.discriminator = PatchDiscriminator(
+                config.backbone_config.num_channels, config.discriminator_size, config.discriminator_layers
+            )
+        self.build_teacher(*(["backbone"] if config.perceptual_weight and not config.perceptual_encoder else []))
+
     @can_return_tuple
     @auto_docstring
-    def forward(self, pixel_values: Tensor, noise: Tensor | None = None, **kwargs: Any) -> MAEImageLossesOutput:
+    def forward(self, pixel_values: Tensor, noise: Tensor | None = None) -> MAEImageLossesOutput:
         r"""
         pixel_values (`torch.FloatTensor` of shape `(batch, views, channels, height, width)` or without views):
             Images; each view counts as an image.
@@ -172,8 +175,8 @@ class MAEImageLossesForPreTraining(FrozenEncoderMixin, TeacherMixin, MAEForPreTr
             of_decoder, of_discriminator = adversarial_losses(self.discriminator, images, reconstructed)
             output.loss_adversarial, output.loss_discriminator = of_decoder, of_discriminator
             has_started = self.progress >= config.adversarial_start  # decided on the device, which is not waited for
-            both = config.adversarial_weight * of_decoder + config.discriminator_weight * of_discriminator
-            output.loss = output.loss + has_started * both
+            output.loss = output.loss + has_started * config.adversarial_weight * of_decoder
+            output.loss = output.loss + config.discriminator_weight * of_discriminator
         return output
 
     def _features(self, images: Tensor) -> list[Tensor]:
@@ -184,7 +187,8 @@ class MAEImageLossesForPreTraining(FrozenEncoderMixin, TeacherMixin, MAEForPreTr
                 renormalise(images.float(), self.config, self.frozen_name),
                 self._perceptual_size((images.shape[2], images.shape[3])),
             ).to(encoder.dtype)
-        return features_of_layers(encoder, images, self.perceptual_layers)
+        with self.teaching():
+            return features_of_layers(encoder, images, self.perceptual_layers)
 
     @property
     def _perceptual_encoder(self) -> Any:
@@ -203,9 +207,15 @@ class MAEImageLossesForPreTraining(FrozenEncoderMixin, TeacherMixin, MAEForPreTr
                 maybe_install_capturing_hooks(self._perceptual_encoder)  # else the first step that is compiled would
 
     def no_weight_decay(self) -> set[str]:
-        """Also the discriminator's: its weights are scaled for a deviation of 1, and would shrink while it waits."""
-        names = {name for name, _ in self.named_parameters() if name.startswith("discriminator.")}
-        return super().no_weight_decay() | names
+        """Also the discriminator's: its weights are scaled for a deviation of 1."""
+        return super().no_weight_decay() | self._discriminator_names()
+
+    def late_parameters(self) -> dict[str, float]:
+        """The discriminator's, by `adversarial_start`."""
+        return dict.fromkeys(self._discriminator_names(), self.config.adversarial_start)
+
+    def _discriminator_names(self) -> set[str]:
+        return {name for name, _ in self.named_parameters() if name.startswith("discriminator.")}
 
 
 __all__ = ["MAEImageLossesConfig", "MAEImageLossesForPreTraining", "MAEImageLossesOutput"]

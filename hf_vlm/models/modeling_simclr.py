@@ -81,7 +81,7 @@ def nt_xent(projections: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         The loss (), and the fraction () of views whose nearest other view is their partner.
     """
     projections = projections.float()
-    num_local = len(projections)
+    num_local = projections.shape[0]
     rows = torch.arange(num_local, device=projections.device)
     offset = rank() * num_local
     partners = (rows + num_local // 2) % num_local + offset
@@ -120,7 +120,7 @@ class SimCLRForPreTraining(SSLPreTrainedModel):
 
     @can_return_tuple
     @auto_docstring
-    def forward(self, pixel_values: Tensor, **kwargs: Any) -> SimCLROutput:
+    def forward(self, pixel_values: Tensor) -> SimCLROutput:
         r"""
         pixel_values (`torch.FloatTensor` of shape `(batch, 2, channels, height, width)`):
             Two views of each image.

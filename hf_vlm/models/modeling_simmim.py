@@ -96,7 +96,7 @@ class SimMIMForPreTraining(SSLPreTrainedModel):
 
     @can_return_tuple
     @auto_docstring
-    def forward(self, pixel_values: Tensor, noise: Tensor | None = None, **kwargs: Any) -> SimMIMOutput:
+    def forward(self, pixel_values: Tensor, noise: Tensor | None = None) -> SimMIMOutput:
         r"""
         pixel_values (`torch.FloatTensor` of shape `(batch, views, channels, height, width)` or without views):
             Images; each view counts as an image.
@@ -106,7 +106,7 @@ class SimMIMForPreTraining(SSLPreTrainedModel):
         images, encoder = flatten_views(pixel_values), self.config.backbone_config
         grid_hw = patch_grid(images, encoder.patch_hw)
         if noise is None:
-            noise = _noise(self.config, grid_hw, len(images), images.device)
+            noise = _noise(self.config, grid_hw, images.shape[0], images.device)
         masked = grid_block_masking(
             noise, grid_hw, self.config.mask_block_hw, self.config.mask_ratio
         )  # (batch, patches)

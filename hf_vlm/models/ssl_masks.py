@@ -25,7 +25,7 @@ def random_masking(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor]:
 
 def mask_from_indices(indices: Tensor, num_patches: int) -> Tensor:
     """(batch, num_patches) bool, true at indices (batch, k)."""
-    mask = torch.zeros(len(indices), num_patches, dtype=torch.bool, device=indices.device)
+    mask = torch.zeros(indices.shape[0], num_patches, dtype=torch.bool, device=indices.device)
     return mask.scatter_(1, indices, True)
 
 
@@ -80,7 +80,7 @@ def block_masking(
         (batch, patches) bool, row-major, with exactly `counts` true.
     """
     rows, columns = grid_hw
-    size, device = (len(counts), num_blocks, 1, 1), counts.device
+    size, device = (counts.shape[0], num_blocks, 1, 1), counts.device
     most = counts.clamp(min=min_patches)[:, None, None, None]
     area = min_patches + torch.rand(size, device=device) * (most - min_patches)
     aspect = torch.exp((2 * torch.rand(size, device=device) - 1) * -math.log(min_aspect))

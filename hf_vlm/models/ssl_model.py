@@ -28,12 +28,15 @@ class SSLConfig(PreTrainedConfig):
             `reference_batch_size` they are scaled to the batch, so that a teacher moves as far per image.
         needs_image_statistics: Whether `image_mean` and `image_std` are fields, which training fills with those of the
             image processor.
+        trained_encoder: Name, in the model, of the encoder that is probed and saved for use; a method with a teacher
+            may choose the teacher's. It is saved too, so that this encoder is what is loaded out of the whole model.
     """
 
     sub_configs = {"backbone_config": VLMViTConfig}
     renamed_fields: ClassVar[dict[str, str]] = {}
     batch_scaled_momentum: ClassVar[tuple[str, ...]] = ()
     needs_image_statistics: ClassVar[bool] = False
+    trained_encoder: ClassVar[str] = "backbone"
 
     backbone_config: Any = None
     initializer_range: float = 0.02
@@ -42,9 +45,13 @@ class SSLConfig(PreTrainedConfig):
         for former, present in self.renamed_fields.items():
             if former in kwargs:
                 setattr(self, present, kwargs.pop(former))
+        kwargs.pop("trained_encoder", None)  # the method's, not one model's
         self.backbone_config = as_vit_config(self.backbone_config)
         self.check_range(0, 1, *self.batch_scaled_momentum)
         super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "trained_encoder": self.trained_encoder}
 
     def external_weights(self) -> list[str]:
         """Folders and Hub ids of other models that the weights learn from, such as a teacher: for licence and card."""
@@ -71,10 +78,24 @@ class SSLPreTrainedModel(VLMViTPreTrainedModel):
     config_class = SSLConfig
     default_views: ClassVar[dict[str, Any]] = {"num_views": 1}
 
+    def initialize_weights(self) -> None:
+        """Initialises all weights, or those that a checkpoint lacks; then, once, what follows from them."""
+        is_new = not getattr(self, "_is_hf_initialized", False)  # as transformers marks modules
+        super().initialize_weights()
+        if is_new:
+            self.finish_init()
+
+    @torch.no_grad()
+    def finish_init(self) -> None:
+        """Sets what follows from other weights, such as a teacher, by the functions of `transformers.initialization`.
+
+        They leave alone what a checkpoint gave.
+        """
+
     @property
     def trained_encoder(self) -> nn.Module:
-        """The encoder that is probed and saved for use; a method with a teacher may choose the teacher's."""
-        return self.backbone
+        """The encoder that is probed and saved for use: see [`SSLConfig`]."""
+        return self.get_submodule(self.config.trained_encoder)
 
     @staticmethod
     def sample_mask(

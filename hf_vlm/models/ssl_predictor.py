@@ -1,7 +1,5 @@
 """The light transformer that predicts masked patches: MAE's decoder, I-JEPA's predictor."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
@@ -42,9 +40,7 @@ class MaskedPredictor(VLMViTPreTrainedModel):
         if isinstance(module, nn.Linear):
             init.xavier_uniform_(module.weight)
 
-    def forward(
-        self, encoded: Tensor, visible: Tensor, masked: Tensor, grid_hw: tuple[int, int], **kwargs: Any
-    ) -> Tensor:
+    def forward(self, encoded: Tensor, visible: Tensor, masked: Tensor, grid_hw: tuple[int, int]) -> Tensor:
         """Predicts (batch, masked, output_size) at masked indices (batch, masked).
 
         Args:
@@ -60,14 +56,14 @@ class MaskedPredictor(VLMViTPreTrainedModel):
         hidden = self.mask_token + positions[masked]  # (batch, masked, decoder_size)
         if self.use_cross_attention:
             for layer in self.layers:
-                hidden = layer(hidden, None, seen, **kwargs)
+                hidden = layer(hidden, None, seen)
         else:
             # Attention does not depend on the order of tokens, so they need not be in the order of the image.
             everything = torch.cat([seen, hidden], dim=1)
             for layer in self.layers[:-1]:
-                everything = layer(everything, **kwargs)
+                everything = layer(everything)
             # Of the last layer only the masked patches are read.
-            hidden = self.layers[-1](everything[:, -num_masked:], None, everything, **kwargs)
+            hidden = self.layers[-1](everything[:, -num_masked:], None, everything)
         return self.predict(self.norm(hidden))  # (batch, masked, output_size)
 
 

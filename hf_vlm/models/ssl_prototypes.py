@@ -6,8 +6,11 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from .ssl_layers import HeadLinear, sum_over_ranks
+from .ssl_state import Float32State
+from .vit_layers import SelfInitialised
 
 
 class PrototypeHead(nn.Module):
@@ -32,16 +35,12 @@ class PrototypeHead(nn.Module):
         self.mlp = nn.Sequential(*layers[:-1])
         self.prototypes = HeadLinear(bottleneck_size, num_prototypes, bias=False)
 
-    def forward(self, features: Tensor, learns: Tensor | None = None) -> Tensor:
-        """Logits of features; where `learns` () is 0 the prototypes get no gradient, where it is 1 they do."""
-        weight = self.prototypes.weight
-        if learns is not None:  # a gate without a decision that the host would have to make
-            weight = torch.lerp(weight.detach(), weight, learns.to(weight.dtype))
+    def forward(self, features: Tensor) -> Tensor:
         embedded = self.mlp(features)
         # bfloat16 would resolve cosines near 1 to 0.004, a tenth of the teacher's temperature.
         with torch.autocast(embedded.device.type, enabled=False):
             embedded = F.normalize(embedded.float(), dim=-1, eps=1e-6)
-            return F.linear(embedded, F.normalize(weight.float(), dim=-1))
+            return F.linear(embedded, F.normalize(self.prototypes.weight.float(), dim=-1))
 
 
 @torch.no_grad()
@@ -60,7 +59,7 @@ def sinkhorn(logits: Tensor, temperature: Tensor, num_iterations: int = 3) -> Te
     return assignments
 
 
-class Centering(nn.Module):
+class Centering(Float32State, SelfInitialised):
     """DINO's targets: softmax of logits (rows, prototypes) less a running mean of them.
 
     The mean is over the rows of all ranks, and moves by 1 - momentum per call in training. It is saved.
@@ -69,14 +68,17 @@ class Centering(nn.Module):
     def __init__(self, num_prototypes: int, momentum: float):
         super().__init__()
         self.momentum = momentum
-        self.register_buffer("center", torch.zeros(1, num_prototypes))
+        self.register_buffer("center", torch.zeros(1, num_prototypes, dtype=torch.float32))
+
+    def init_parameters(self) -> None:
+        init.zeros_(self.center)
 
     @torch.no_grad()
     def forward(self, logits: Tensor, temperature: Tensor) -> Tensor:
         logits = logits.float()
         targets = ((logits - self.center) / temperature).softmax(dim=-1)
         if self.training:
-            count = sum_over_ranks(torch.full((), float(len(logits)), device=logits.device))
+            count = sum_over_ranks(torch.full((), float(logits.shape[0]), device=logits.device))
             self.center.lerp_(sum_over_ranks(logits.sum(0, keepdim=True)) / count, 1 - self.momentum)
         return targets
 
@@ -106,7 +108,7 @@ def koleo_loss(features: Tensor, all_features: Tensor, offset: int) -> Tensor:
     """
     with torch.no_grad():
         similarities = features @ all_features.T
-        own = torch.arange(len(features), device=features.device)
+        own = torch.arange(features.shape[0], device=features.device)
         similarities[own, own + offset] = -2.0
         nearest = similarities.argmax(dim=1)
     squared = (features - all_features[nearest]).square().sum(1)

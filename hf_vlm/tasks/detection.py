@@ -1,5 +1,7 @@
 """Object detection: boxes with classes, evaluated by COCO metrics."""
 
+import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +21,7 @@ from hf_vlm.tasks.task import Collate, Evaluation, Task
 
 __all__ = ["DETECTION", "evaluate_detection", "predict_detection"]
 
-MAX_DETECTIONS = 100  # as in COCO; more would only take memory
+logger = logging.getLogger(__name__)
 
 
 def class_names(source: Source) -> list[str]:
@@ -27,6 +29,11 @@ def class_names(source: Source) -> list[str]:
     if source.object_names is None:
         raise ValueError(f"{source.name} has no boxes in split {source.split!r}: detection needs images with boxes.")
     return source.object_names
+
+
+def minimum_fields(source: Source) -> dict[str, int]:
+    """Half as many queries again as objects in the fullest image: each query finds one object at most."""
+    return {} if source.max_objects is None else {"num_queries": math.ceil(1.5 * source.max_objects)}
 
 
 def detection_transform(
@@ -60,18 +67,32 @@ def predict_detection(
     """Predictions and references of all images of a stream, in pixels, for `coco_detection_metrics`."""
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
-    predictions, references = [], []
+    predictions, references, num_queries = [], [], 0
     loader = DataLoader(stream, batch_size=batch_size, collate_fn=collate_detection)
-    for batch in tqdm(loader, desc="Evaluating", leave=False, disable=stream.rank != 0):
+    for batch in tqdm(loader, desc="Evaluating", leave=False, disable=stream.rank != 0 or None):
         outputs = model(pixel_values=batch["pixel_values"].to(device))
         sizes = [(int(height), int(width)) for height, width in (labels["orig_size"] for labels in batch["labels"])]
-        found = processor.post_process_object_detection(
-            outputs, threshold=0.0, target_sizes=sizes, max_detections=MAX_DETECTIONS
-        )
+        found = processor.post_process_object_detection(outputs, threshold=0.0, target_sizes=sizes)
         predictions += [{name: value.cpu() for name, value in image.items()} for image in found]
         references += [_reference(labels, size) for labels, size in zip(batch["labels"], sizes)]
+        num_queries = outputs.logits.shape[1]
     model.train(was_training)
+    _warn_of_few_queries(num_queries, references)
     return predictions, references
+
+
+def _warn_of_few_queries(num_queries: int, references: Sequence[dict[str, Any]]) -> None:
+    crowded = [len(reference["boxes"]) for reference in references if len(reference["boxes"]) > num_queries]
+    if crowded:
+        logger.warning(
+            "%d of %d images hold more objects (up to %d) than the model has queries (%d), each of which finds one at "
+            "most. Fine-tune with a larger model_config.num_queries; where that is larger already, there are no more "
+            "locations: take a larger image_size, or num_neck_levels: 2.",
+            len(crowded),
+            len(references),
+            max(crowded),
+            num_queries,
+        )
 
 
 def _reference(labels: dict[str, Tensor], size: tuple[int, int]) -> dict[str, Any]:
@@ -122,6 +143,7 @@ DETECTION = Task(
     name="object-detection",
     class_names=class_names,
     transform=detection_transform,
+    minimum_fields=minimum_fields,
     collate=collate,
     evaluate=evaluate_detection,
     post_process=post_process,

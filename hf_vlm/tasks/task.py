@@ -41,6 +41,10 @@ def _no_fields(source: Source) -> dict[str, Any]:
     return {}
 
 
+def _no_minimum(source: Source) -> dict[str, int]:
+    return {}
+
+
 def _never(model: PreTrainedModel) -> bool:
     return False
 
@@ -53,6 +57,8 @@ class Task:
         name: Name of transformers' pipeline for it, as in the rows of the registry.
         class_names: Function from a source to the names of its classes; ValueError where the data do not fit.
         head_fields: Function from a source to configuration fields of the model that depend on the data.
+        minimum_fields: Function from a source to the lowest values of configuration fields that suffice for its
+            examples. A model with lower ones is built with these, and a warning.
         transform: Function `(processor, *, train, class_names, augmentation)` that returns the transform of examples.
         collate: Function `(*, train, class_names, augmentation)` that returns the collate function.
         evaluate: Function `(model, stream, processor, *, class_names, batch_size, per_class, fit_stream)` that returns
@@ -76,6 +82,7 @@ class Task:
     card: str
     head_fields: Callable[[Source], dict[str, Any]] = _no_fields
     has_confusion: Callable[[PreTrainedModel], bool] = _never
+    minimum_fields: Callable[[Source], dict[str, int]] = _no_minimum
     post_process: Callable[..., list[dict[str, Tensor]]] | None = None
     headline: Mapping[str, str] = field(default_factory=dict)
     metric_names: Mapping[str, str] = field(default_factory=dict)

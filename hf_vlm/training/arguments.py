@@ -69,10 +69,13 @@ class VisionTrainingArguments(TrainingArguments):
         default=0.01, metadata={"help": "Fraction of unreadable images above which the run stops."}
     )
     layer_decay: float = field(
-        default=1.0, metadata={"help": "Learning rate of a layer relative to that of the next layer."}
+        default=1.0,
+        metadata={
+            "help": "Learning rate of a layer relative to that of the next, of the last encoder layer to the head's."
+        },
     )
     encoder_lr_multiplier: float = field(
-        default=1.0, metadata={"help": "Learning rate of the encoder's last layer relative to learning_rate."}
+        default=1.0, metadata={"help": "Factor of the encoder's learning rates, beside layer_decay."}
     )
     patch_projection_lr_multiplier: float = field(
         default=1.0,

@@ -57,18 +57,26 @@ def build_model(
     *,
     class_names: Sequence[str] | None = None,
     head_fields: Mapping[str, Any] | None = None,
+    minimum_fields: Mapping[str, int] | None = None,
 ) -> PreTrainedModel:
     """The model of a recipe's row, its encoder loaded from `args.encoder` where one is given.
 
     Args:
         class_names: Names of the classes of a model with a head for classes.
         head_fields: Configuration fields that depend on the data.
+        minimum_fields: Lowest values of configuration fields that suffice for the data; lower ones are raised.
 
     Raises:
         ValueError: if its configuration is refused or contradicts the data, or the encoder does not fit.
     """
     encoder = load_encoder(args) if args.encoder else None
     config = build_config(args, entry, None if encoder is None else encoder.config, class_names, head_fields)
+    for name, value in (minimum_fields or {}).items():
+        if getattr(config, name) < value:
+            logger.warning(
+                "model_config: %s is %d; the data need %d, which is used.", name, getattr(config, name), value
+            )
+            setattr(config, name, value)
     options = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
     model = _build(
         "attn_implementation", lambda: entry.auto_class.from_config(config, **options), entry.config_class, {}

@@ -11,7 +11,7 @@ from hf_vlm.training.optim import weight_decay_at
 
 
 class AfterStep(TrainerCallback):
-    """Calls the model's `after_step(progress)` once per optimiser step (teachers, schedules)."""
+    """Calls the model's `after_step(progress)` once per optimiser step (teachers, schedules), in any Trainer."""
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any

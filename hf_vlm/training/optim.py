@@ -3,7 +3,7 @@
 import functools
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,16 +12,15 @@ from torch.optim.lr_scheduler import LambdaLR
 from hf_vlm.models.ssl_teacher import cosine
 
 PATCH_PROJECTION = "backbone.embeddings.patch_projection."
+ENCODER_INPUT = ("backbone.embeddings.", "mask_token")  # a mask token takes the place of patch embeddings
 
 
 def layer_index(name: str, num_layers: int) -> int:
-    """Depth of a parameter: 0 embeddings, 1..N encoder layers and the final norm, N + 1 everything on top of it."""
-    if not name.startswith("backbone."):
-        return num_layers + 1
-    if name.startswith("backbone.embeddings."):
+    """Depth of a parameter: 0 embeddings, 1..N encoder layers, N + 1 the final norm and everything on top of it."""
+    if name.startswith(ENCODER_INPUT):
         return 0
     layer = re.match(r"backbone\.layers\.(\d+)\.", name)
-    return int(layer.group(1)) + 1 if layer else num_layers
+    return int(layer.group(1)) + 1 if layer else num_layers + 1
 
 
 def parameter_groups(
@@ -31,66 +30,72 @@ def parameter_groups(
     learning_rate: float,
     weight_decay: float,
     no_decay: Collection[str] = (),
+    late_parameters: Mapping[str, float] | None = None,
     layer_decay: float = 1.0,
     encoder_lr_multiplier: float = 1.0,
     patch_projection_lr_multiplier: float = 1.0,
 ) -> list[dict[str, Any]]:
-    """Groups for the optimiser: one per depth and per weight decay.
+    """Groups for the optimiser, of the parameters with the same settings.
 
-    The last encoder layer has the rate `learning_rate x encoder_lr_multiplier`, each earlier layer `layer_decay` times
-    that of the next one (BEiT, arXiv 2106.08254), all else `learning_rate`. The rate of the patch projection is
-    that of its depth x `patch_projection_lr_multiplier` (DINOv2, arXiv 2304.07193). Vectors, gains and
-    the parameters named in `no_decay` (the model's `no_weight_decay()`) do not decay. Parameters without gradients,
-    such as a teacher's, are in no group. The schedules read a group's `in_encoder` and `decays`.
+    The rate falls from layer to layer, as in BEiT (arXiv 2106.08254), MAE and DINOv2: `learning_rate x layer_decay` in
+    the last encoder layer, `layer_decay` times that of the next one in each earlier layer and in the embeddings, and
+    the whole rate on top of the layers. In the encoder, its final norm included, it is multiplied by
+    `encoder_lr_multiplier`, in the patch projection by `patch_projection_lr_multiplier` (DINOv2, arXiv 2304.07193).
+    Vectors, gains and the parameters named in `no_decay` (the model's `no_weight_decay()`) do not decay. Parameters
+    without gradients, such as a teacher's, are in no group. The schedules read a group's `in_encoder`, `decays` and
+    `starts_at`, which is the value of its parameters in `late_parameters` (the model's `late_parameters()`).
     """
-    groups: dict[tuple[int, float, bool], list[Tensor]] = defaultdict(list)
+    late_parameters = late_parameters or {}
+    groups: dict[tuple[float, int, bool, float, bool], list[Tensor]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
+            in_encoder = name.startswith("backbone.")
             decays = parameter.ndim > 1 and name not in no_decay
             multiplier = patch_projection_lr_multiplier if name.startswith(PATCH_PROJECTION) else 1.0
-            groups[layer_index(name, num_layers), multiplier, decays].append(parameter)
-
-    def rate(depth: int) -> float:
-        if depth > num_layers:
-            return learning_rate
-        return learning_rate * encoder_lr_multiplier * layer_decay ** (num_layers - depth)
-
+            multiplier *= encoder_lr_multiplier if in_encoder else 1.0
+            late = late_parameters.get(name, 0.0)
+            groups[-late, layer_index(name, num_layers), not in_encoder, multiplier, decays].append(parameter)
     return [
         {
             "params": parameters,
-            "lr": rate(depth) * multiplier,
+            "lr": learning_rate * multiplier * layer_decay ** (num_layers + 1 - depth),
             "weight_decay": weight_decay if decays else 0.0,
-            "in_encoder": depth <= num_layers,
+            "in_encoder": not on_top,
             "decays": decays,
+            "starts_at": -late,
         }
-        for (depth, multiplier, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
+        for (late, depth, on_top, multiplier, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
 
 
-def late_encoder_schedule(scheduler: Any, *, num_frozen_steps: int, num_warmup_steps: int) -> LambdaLR:
-    """The schedule of an optimiser's groups, with a later start for the encoder's.
+def late_schedule(scheduler: Any, num_steps: int, *, num_frozen_steps: int = 0, num_warmup_steps: int = 0) -> LambdaLR:
+    """The schedule of an optimiser's groups, with a later start for some of them.
 
-    Their rate is multiplied by 0 for `num_frozen_steps`, then by a linear warm-up from 0 to 1 over
-    `num_warmup_steps`, as in transformers. Gradients of the encoder are computed all the same: DDP needs every
-    parameter in every step, and AdamW's moving averages are ready when the encoder starts.
+    The rate of a group is 0 for the fraction `starts_at` of the `num_steps`, that of the encoder's groups for
+    `num_frozen_steps`, then multiplied by a linear warm-up from 0 to 1 over `num_warmup_steps`, as in transformers.
+    Gradients are computed all the same: DDP needs every parameter in every step, and AdamW's moving averages are
+    ready at the start. After gradients of zero they would not be: the first steps would be several times too large.
 
     Raises:
         ValueError: if the schedule is not a function of the step.
     """
     if not isinstance(scheduler, LambdaLR):
         raise ValueError(
-            "frozen_encoder_steps needs an lr_scheduler_type that is a function of the step, such as cosine."
+            "frozen_encoder_steps, and parameters that learn later than others, need an lr_scheduler_type that is a "
+            "function of the step, such as cosine."
         )
 
-    def late(schedule: Callable[[int], float], step: int) -> float:
-        since = step - num_frozen_steps
-        return 0.0 if since < 0 else schedule(step) * min(1.0, since / num_warmup_steps if num_warmup_steps else 1.0)
+    def late(schedule: Callable[[int], float], start: float, num_warmup: int, step: int) -> float:
+        since = step - start
+        return 0.0 if since < 0 else schedule(step) * min(1.0, since / num_warmup if num_warmup else 1.0)
 
     optimizer = scheduler.optimizer
-    schedules = [
-        functools.partial(late, schedule) if group["in_encoder"] else schedule
-        for schedule, group in zip(scheduler.lr_lambdas, optimizer.param_groups)
-    ]
+    schedules: list[Callable[[int], float]] = []
+    for schedule, group in zip(scheduler.lr_lambdas, optimizer.param_groups):
+        schedule = functools.partial(late, schedule, group["starts_at"] * num_steps, 0)
+        if group["in_encoder"]:
+            schedule = functools.partial(late, schedule, num_frozen_steps, num_warmup_steps if num_frozen_steps else 0)
+        schedules.append(schedule)
     return LambdaLR(optimizer, schedules)
 
 
@@ -99,4 +104,4 @@ def weight_decay_at(step: int, num_steps: int, *, start: float, end: float) -> f
     return cosine(start, end, step / num_steps)
 
 
-__all__ = ["late_encoder_schedule", "layer_index", "parameter_groups", "weight_decay_at"]
+__all__ = ["late_schedule", "layer_index", "parameter_groups", "weight_decay_at"]

@@ -133,7 +133,13 @@ def finetune(recipe: dict[str, Any], *, write_card: Callable[[Path], Any] | None
     source = open_recipe_source(args, args.train_split, args.num_train_examples)
     args.set_steps_for(source.num_examples)
     names = task.class_names(source)
-    model = build_model(args, entry, class_names=names, head_fields=task.head_fields(source))
+    model = build_model(
+        args,
+        entry,
+        class_names=names,
+        head_fields=task.head_fields(source),
+        minimum_fields=task.minimum_fields(source),
+    )
     processor = build_processor(args, entry.processor_class, model.config.backbone_config.num_channels)
     options = {"class_names": names, "augmentation": args.augmentation}
     held_out = open_recipe_source(args, args.eval_split, args.num_eval_examples)

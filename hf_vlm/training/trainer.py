@@ -11,7 +11,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor, nn
 from torchdata.stateful_dataloader import StatefulDataLoader
-from transformers import Trainer, set_seed
+from transformers import PrinterCallback, ProgressCallback, Trainer, set_seed
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
@@ -21,9 +21,10 @@ from hf_vlm.features.device import use_fast_cpu_matmul
 from hf_vlm.tasks.task import Evaluation
 from hf_vlm.training.arguments import VisionTrainingArguments
 from hf_vlm.training.callbacks import AfterStep, LogFile, WeightDecaySchedule
+from hf_vlm.training.console import ConsoleLog
 from hf_vlm.training.data_state import check_run_folder, last_checkpoint, load_data_state, save_data_state
 from hf_vlm.training.meters import ThroughputMeter
-from hf_vlm.training.optim import late_encoder_schedule, parameter_groups
+from hf_vlm.training.optim import late_schedule, parameter_groups
 
 TRAINING_STATE = [
     "checkpoint-*",
@@ -70,6 +71,9 @@ class VisionTrainer(Trainer):
         self.render = render
         if self.args.device.type == "cpu" and self.args.attn_implementation is None:
             use_fast_cpu_matmul(self.model)
+        for stock in (ProgressCallback, PrinterCallback):
+            self.remove_callback(stock)
+        self.add_callback(ConsoleLog())
         self.add_callback(AfterStep())
         if self.args.weight_decay_end is not None:
             self.add_callback(WeightDecaySchedule(self.args.weight_decay, self.args.weight_decay_end))
@@ -218,6 +222,7 @@ class VisionTrainer(Trainer):
                 learning_rate=self.args.scaled_learning_rate,
                 weight_decay=self.args.weight_decay,
                 no_decay=self.model.no_weight_decay(),
+                late_parameters=self.model.late_parameters(),
                 layer_decay=self.args.layer_decay,
                 encoder_lr_multiplier=self.args.encoder_lr_multiplier,
                 patch_projection_lr_multiplier=self.args.patch_projection_lr_multiplier,
@@ -227,12 +232,13 @@ class VisionTrainer(Trainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """The stock schedule, with a later start of the encoder for `frozen_encoder_steps`."""
+        """The stock schedule, with a later start of the encoder (`frozen_encoder_steps`) and of `late_parameters`."""
         is_new = self.lr_scheduler is None
         super().create_scheduler(num_training_steps, optimizer)
-        if is_new and self.args.num_frozen_encoder_steps:
-            self.lr_scheduler = late_encoder_schedule(
+        if is_new and (self.args.num_frozen_encoder_steps or any(self.model.late_parameters().values())):
+            self.lr_scheduler = late_schedule(
                 self.lr_scheduler,
+                num_training_steps,
                 num_frozen_steps=self.args.num_frozen_encoder_steps,
                 num_warmup_steps=self.args.get_warmup_steps(num_training_steps),
             )

@@ -52,6 +52,14 @@ def test_streams_resume_exactly_and_twice(format, folders):
         assert seen == [example["image_id"] for example in everything]
 
 
+@pytest.mark.parametrize(("format", "expected"), [*zip(FORMATS, (None, 3, 3, 2, None), strict=True)])
+def test_the_largest_number_of_objects_is_known_without_reading_images(format, expected, folders):
+    source = open_format(format, folders)
+    assert source.max_objects == expected
+    if expected:
+        assert max(len(example["objects"]["bbox"]) for example in source) == expected
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_mapped_and_filtered_streams_resume_exactly(format, folders):
     def build():

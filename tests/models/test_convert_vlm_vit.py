@@ -30,7 +30,7 @@ CASES = {
     "vit_mae": ("vit_mae", MLP | {"mask_ratio": 0.0}, (LARGER, WIDE, SMALLER)),
     "dinov2": ("dinov2", {"mlp_ratio": 3}, (LARGER, WIDE, SMALLER)),
     "dinov2 gated": ("dinov2", {"use_swiglu_ffn": True, "hidden_act": "gelu"}, (WIDE,)),
-    "dinov2_with_registers": ("dinov2_with_registers", {"num_register_tokens": 3}, ()),
+    "dinov2_with_registers": ("dinov2_with_registers", {"num_register_tokens": 3}, (LARGER, WIDE, SMALLER)),
     "dinov2_with_registers gated": ("dinov2_with_registers", {"use_swiglu_ffn": True, "qkv_bias": False}, ()),
     "dinov3_vit": ("dinov3_vit", MLP | {"num_register_tokens": 2, "rope_theta": 50.0}, (LARGER, WIDE, SMALLER)),
     "dinov3_vit gated": ("dinov3_vit", MLP | {"use_gated_mlp": True, "hidden_act": "silu", "key_bias": True}, (WIDE,)),
@@ -108,16 +108,6 @@ def test_there_and_back_is_the_same(case):
     expected, found = ours.state_dict(), again.state_dict()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-
-
-@pytest.mark.parametrize("size", [LARGER, SMALLER])
-def test_other_sizes_of_dinov2_with_registers_differ_as_documented(size):
-    theirs, _ = original("dinov2_with_registers")
-    images = torch.randn(1, 3, *size)
-    ours = from_transformers(theirs).model.eval()
-    with torch.no_grad():
-        difference = (ours(images).last_hidden_state - features_of(theirs, images)).abs()
-    assert 1e-3 < difference.max() < 0.3
 
 
 def test_pixels_beyond_the_last_whole_patch_are_left_out():

@@ -106,18 +106,13 @@ def test_koleo_of_the_same_image_twice_is_finite():
     assert features.grad.isfinite().all()
 
 
-def test_head_gives_cosines_and_holds_prototypes_still():
+def test_head_gives_cosines():
     torch.manual_seed(0)
     head = PrototypeHead(8, 16, 4, 6)
     features = torch.randn(5, 8)
     embedded = head.mlp(features)
     expected = F.cosine_similarity(embedded[:, None], head.prototypes.weight[None], dim=-1)
     torch.testing.assert_close(head(features), expected, atol=1e-5, rtol=1e-5)
-    for learns, moves in (torch.tensor(False), False), (torch.tensor(True), True):
-        head.zero_grad()
-        head(features, learns).square().sum().backward()
-        assert bool(head.prototypes.weight.grad.abs().sum() > 0) == moves
-        assert head.mlp[0].weight.grad.abs().sum() > 0
 
 
 def test_prototypes_are_initialised_as_in_the_official_code():

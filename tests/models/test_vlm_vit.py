@@ -7,6 +7,8 @@ from transformers import ViTConfig, ViTModel
 
 from hf_vlm.models.configuration_vlm_vit import PRESETS, VLMViTConfig
 from hf_vlm.models.modeling_vlm_vit import VLMViTBackbone, VLMViTModel
+from hf_vlm.models.packing import Packing
+from hf_vlm.models.stochastic_depth import StochasticDepth
 from hf_vlm.models.vit_layers import (
     gather_patches,
     gather_tokens,
@@ -158,6 +160,30 @@ def test_positions_of_another_size_are_interpolated():
     assert model(torch.randn(1, 3, 32, 64)).last_hidden_state.shape[1] == 1 + 32
 
 
+def cubic_weights(num_stored, num_wanted, scale):
+    """(wanted, stored): Keys' cubic convolution with a = -0.75, repeating the border, as torch's bicubic."""
+    weights = torch.zeros(num_wanted, num_stored, dtype=torch.float64)
+    for row in range(num_wanted):
+        position = (row + 0.5) / scale - 0.5
+        for index in range(math.floor(position) - 1, math.floor(position) + 3):
+            x, a = abs(position - index), -0.75
+            near = (a + 2) * x**3 - (a + 3) * x**2 + 1
+            far = a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a
+            weights[row, min(max(index, 0), num_stored - 1)] += near if x <= 1 else far if x < 2 else 0
+    return weights
+
+
+@pytest.mark.parametrize(("method", "offset"), [("bicubic", 0.0), ("bicubic_offset", 0.1)])
+def test_positions_are_interpolated_as_in_transformers_or_in_the_official_dinov2(method, offset):
+    """`interpolate_pos_encoding` of facebookresearch/dinov2 scales by (patches + 0.1) / trained patches."""
+    embeddings = build(position_interpolation=method).embeddings
+    torch.nn.init.normal_(embeddings.position_embedding)
+    stored = embeddings.position_embedding.detach().double().reshape(4, 4, 32)
+    rows, columns = (cubic_weights(4, size, (size + offset) / 4) for size in (6, 9))
+    expected = torch.einsum("ir,jc,rcd->ijd", rows, columns, stored).reshape(1, 54, 32)
+    torch.testing.assert_close(embeddings.positions((6, 9)).double(), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_sincos_positions_of_another_size_are_those_between_the_trained_ones():
     embeddings = build(position_embedding_type="sincos").embeddings
     trained = embeddings.positions((4, 4)).reshape(1, 4, 4, 32).permute(0, 3, 1, 2)
@@ -237,6 +263,22 @@ def test_attention_interfaces_agree(attention):
 def test_channels_and_patches_of_any_shape():
     model = build(num_channels=5, patch_size=[8, 4], image_size=[32, 16], use_gated_mlp=True, norm_type="rmsnorm")
     assert model(torch.randn(1, 5, 32, 16)).last_hidden_state.shape == (1, 17, 32)
+
+
+@pytest.mark.parametrize(("num_samples", "rate"), [(4, 0.1), (8, 0.05), (1, 0.5), (1, 0.9)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_drop_path_of_few_samples_drops_each_by_itself(num_samples, rate, packed):
+    """The nearest number of samples to keep is all of them there, which would be no stochastic depth."""
+    torch.manual_seed(0)
+    residual = StochasticDepth(rate).train()
+    states, packing = torch.zeros(num_samples, 2, 3), Packing(((num_samples, 2),)) if packed else None
+    states = packing.pack([states]) if packed else states
+    added = torch.stack([residual(states, lambda s, packing: s + 1, packing=packing) for _ in range(4000)])
+    of_samples = added.reshape(4000, num_samples, 6)
+    assert torch.equal(of_samples[:, :, 0], of_samples[:, :, -1])
+    assert of_samples.unique().tolist() == pytest.approx([0, 1 / (1 - rate)])
+    assert (of_samples == 0).float().mean().item() == pytest.approx(rate, abs=0.03)
+    assert of_samples.mean().item() == pytest.approx(1, abs=0.15)
 
 
 def test_drop_path_keeps_the_expectation():

@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 
 from hf_vlm.data.scenes.render import render_scene, scene_settings
 from hf_vlm.data.sources import open_source
 from hf_vlm.metrics import coco_detection_metrics
+from hf_vlm.models.modeling_detection import VLMViTObjectDetectionOutput
 from hf_vlm.tasks.detection import DETECTION, evaluate_detection, predict_detection
 from hf_vlm.tasks.evaluation import eval_stream
 
@@ -26,6 +28,52 @@ def test_references_are_the_boxes_of_the_scenes_in_pixels(detector, processor):
         np.testing.assert_allclose(reference["boxes"].numpy(), corners, atol=1e-3)
         assert reference["labels"].tolist() == scene.categories.tolist()
     assert detector.training
+
+
+class Perfect(torch.nn.Module):
+    """Detects what a list of references holds, one query per object, with falling scores."""
+
+    def __init__(self, references, num_queries, num_labels):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.references, self.num_queries, self.num_labels = references, num_queries, num_labels
+
+    def forward(self, pixel_values):
+        logits = torch.full((len(pixel_values), self.num_queries, self.num_labels), -9.0)
+        boxes = torch.full((len(pixel_values), self.num_queries, 4), 0.5)
+        for image, labels in enumerate(self.references):
+            for query, category in enumerate(labels["class_labels"][: self.num_queries]):
+                logits[image, query, category] = 5 - query / 100
+                boxes[image, query] = labels["boxes"][query]
+        return VLMViTObjectDetectionOutput(logits=logits, pred_boxes=boxes)
+
+
+class OneImage(torch.utils.data.IterableDataset):
+    rank, world_size = 0, 1
+
+    def __init__(self, labels):
+        self.labels = labels
+
+    def __iter__(self):
+        yield {"pixel_values": torch.zeros(3, 8, 8), "labels": self.labels}
+
+
+@pytest.mark.parametrize(("num_objects", "num_queries", "low", "high"), [(180, 300, 1, 1), (225, 60, 0.2, 0.3)])
+def test_a_perfect_detector_of_crowded_images(num_objects, num_queries, low, high, processor, caplog):
+    """COCO counts 100 detections per image and class, and no fewer: it scores 1 while it has queries enough."""
+    torch.manual_seed(0)
+    centre = torch.rand(num_objects, 2) * 0.8 + 0.1
+    labels = {
+        "class_labels": torch.arange(num_objects) % 3,
+        "boxes": torch.cat([centre, torch.full((num_objects, 2), 0.05)], dim=1),
+        "area": torch.full((num_objects,), 90.0),
+        "iscrowd": torch.zeros(num_objects),
+        "orig_size": torch.tensor([200, 300]),
+    }
+    model = Perfect([labels], num_queries, 3)
+    evaluation = evaluate_detection(model, OneImage(labels), processor, class_names=NAMES[:3])
+    assert low <= evaluation.metrics["ap"] <= high
+    assert ("hold more objects (up to 225) than the model has queries (60)" in caplog.text) == (num_objects == 225)
 
 
 def test_metrics_are_those_of_the_predictions(detector, processor):

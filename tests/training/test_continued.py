@@ -119,7 +119,8 @@ def test_rates_and_weight_decay_of_every_step(make_recipe, tmp_path, monkeypatch
     monkeypatch.setattr(VisionTrainer, "training_step", watched)
     pretrain(make_recipe("simclr", **CONTINUED, gradient_accumulation_steps=2))
     assert len(seen) == 16  # two batches a step
-    rates = [0.2 * 0.5**3, 0.2 * 0.5**2, 0.2 * 0.5, 0.2, 1.0]  # patch projection, tokens, two layers, heads
+    # patch projection, tokens, two layers, the final norm, heads
+    rates = [0.2 * 0.5**4, 0.2 * 0.5**3, 0.2 * 0.5**2, 0.2 * 0.5, 0.2, 1.0]
     for index, groups in enumerate(seen):
         step = index // 2
         whole = step / 2 if step < 2 else 0.5 * (1 + math.cos(math.pi * (step - 2) / 6))
@@ -130,7 +131,7 @@ def test_rates_and_weight_decay_of_every_step(make_recipe, tmp_path, monkeypatch
             (round(1e-3 * rate * whole * (1 if rate == 1 else late), 12), round(weight_decay, 12))
             for rate in rates
             for weight_decay in (0.0, decay)
-            if not (rate == rates[1] and weight_decay)  # tokens do not decay
+            if not (rate in (rates[1], rates[4]) and weight_decay)  # tokens and gains do not decay
         }
         assert found == expected, step
     logged = [entry["learning_rate"] for entry in read_log(tmp_path / "simclr" / "log.jsonl") if "loss" in entry]

@@ -11,6 +11,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from hf_vlm.data.source import Source
 from hf_vlm.data.sources import open_source
 from hf_vlm.data.transforms.views import ViewTransform
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
@@ -22,7 +23,7 @@ from hf_vlm.registry import find_model
 from hf_vlm.tasks import TASKS, Evaluation
 from hf_vlm.tasks.detection import DETECTION
 from hf_vlm.tasks.evaluation import evaluate_run
-from hf_vlm.training.build import build_config
+from hf_vlm.training.build import build_config, build_model
 from hf_vlm.training.callbacks import read_log
 from hf_vlm.training.data_state import last_checkpoint
 from hf_vlm.training.provenance import publishable, write_origins
@@ -119,9 +120,9 @@ def test_parts_of_a_loss_are_logged(make_recipe, tmp_path):
     entries = [entry for entry in read_log(tmp_path / "mae_image_losses" / "log.jsonl") if "loss" in entry]
     assert len(entries) == 8
     for entry in entries:
-        expected = entry["loss_pixel"] + entry["loss_perceptual"]
+        expected = entry["loss_pixel"] + entry["loss_perceptual"] + entry["loss_discriminator"]
         if entry["step"] > 4:  # a half of training is done when the fifth step begins
-            expected += 0.1 * entry["loss_adversarial"] + entry["loss_discriminator"]
+            expected += 0.1 * entry["loss_adversarial"]
         assert entry["loss"] == pytest.approx(expected, rel=1e-3)
 
 
@@ -420,6 +421,18 @@ def test_what_the_data_decide_is_not_overridden(make_recipe):
     options["head_fields"] = {"problem_type": "single_label_classification"}
     with pytest.raises(ValueError, match=r"id2label is .* but the data make it"):
         build_config(args, find_model("classification"), **options)
+
+
+def test_there_are_more_queries_than_objects(make_recipe, caplog):
+    args = parse_arguments(make_recipe("detection") | {"model_config": {"num_queries": 60, "hidden_size": 32}})
+    entry = find_model("detection")
+    fields = DETECTION.minimum_fields(Source(dataset=None, max_objects=225))
+    assert build_model(args, entry, class_names=["x"], minimum_fields=fields).config.num_queries == 338
+    assert "num_queries is 60; the data need 338, which is used" in caplog.text
+    caplog.clear()
+    fields = DETECTION.minimum_fields(Source(dataset=None, max_objects=40))
+    assert build_model(args, entry, class_names=["x"], minimum_fields=fields).config.num_queries == 60
+    assert not caplog.text
 
 
 def test_an_encoder_of_another_patch_size_is_refused_unless_asked_for(make_recipe, tmp_path, caplog):

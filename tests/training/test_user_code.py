@@ -1,15 +1,26 @@
 """A user's own script: the stock Trainer and Auto classes, nothing of ours but the import that registers them."""
 
+import math
+
+import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoConfig, AutoModel, AutoModelForObjectDetection, Trainer, TrainingArguments
+from tiny import batch, build
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForObjectDetection,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
-import hf_vlm  # noqa: F401  registers the Auto classes
+import hf_vlm  # registers the Auto classes
 
 BACKBONE = {"image_size": 16, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
-def arguments(folder, steps):
+def arguments(folder, steps, **changes):
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -19,6 +30,7 @@ def arguments(folder, steps):
         save_strategy="no",
         use_cpu=True,
         disable_tqdm=True,
+        **changes,
     )
 
 
@@ -67,3 +79,43 @@ def test_detector_trains_with_a_collator_of_the_user(tmp_path):
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < 0.8 * losses[0]
+
+
+class Students(TrainerCallback):
+    """Copies of the student's weights at the start and after each step."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.after = [{name: value.clone() for name, value in model.backbone.named_parameters()}]
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.after.append({name: value.clone() for name, value in model.backbone.named_parameters()})
+
+
+def stock_trainer(name, folder, callbacks):
+    """Six steps of two batches each."""
+    inputs = batch(name, 16, with_choices=False)
+    examples = [{key: value[index] for key, value in inputs.items()} for index in range(16)]
+    settings = arguments(folder, 6, gradient_accumulation_steps=2)
+    return Trainer(model=build(name), args=settings, train_dataset=examples, callbacks=callbacks)
+
+
+@pytest.mark.parametrize("name", ["moco_v3", "dinov2", "ijepa", "mae_image_losses"])
+def test_teachers_move_in_the_stock_trainer(name, tmp_path):
+    students = Students()
+    trainer = stock_trainer(name, tmp_path, [hf_vlm.AfterStep(), students])
+    trainer.train()
+    expected, last = dict(students.after[0]), students.after[-1]
+    for step, student in enumerate(students.after[1:], start=1):
+        momentum = 1 - (1 - trainer.model.config.momentum) * (1 + math.cos(math.pi * step / 6)) / 2
+        expected = {key: momentum * value + (1 - momentum) * student[key] for key, value in expected.items()}
+    moved = dict(trainer.model.teacher["backbone"].named_parameters())
+    torch.testing.assert_close(moved, expected)
+    assert trainer.model.progress == 1
+    assert not torch.equal(last["layers.0.mlp.up_projection.weight"], moved["layers.0.mlp.up_projection.weight"])
+
+
+def test_the_stock_trainer_is_refused_where_teachers_would_not_move(tmp_path):
+    trainer = stock_trainer("ijepa", tmp_path, [])
+    with pytest.raises(ValueError, match=r"IJEPAForPreTraining is trained without after_step.*hf_vlm.AfterStep\(\)"):
+        trainer.train()
+    assert trainer.state.global_step == 2

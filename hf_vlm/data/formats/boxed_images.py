@@ -74,4 +74,8 @@ def boxed_images_source(
         columns["objects"] = boxes.by_image(len(paths), source)
         features["objects"] = objects_feature(boxes.class_names)
     table = pa.Table.from_pydict(columns, schema=features.arrow_schema)
-    return Source(dataset=indexed_stream(TableReader(table), len(table), features), num_examples=len(table))
+    return Source(
+        dataset=indexed_stream(TableReader(table), len(table), features),
+        num_examples=len(table),
+        max_objects=None if boxes is None else max(len(objects["bbox"]) for objects in columns["objects"]),
+    )

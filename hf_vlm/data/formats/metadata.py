@@ -87,7 +87,11 @@ def metadata_source(
     empty = dict.fromkeys(columns.source_names)
     examples = [reader({POSITION: position, **empty, **row}) for position, row in enumerate(named)]
     table = pa.Table.from_pylist(examples, schema=reader.features.arrow_schema)
-    return Source(dataset=indexed_stream(TableReader(table), len(table), reader.features), num_examples=len(table))
+    return Source(
+        dataset=indexed_stream(TableReader(table), len(table), reader.features),
+        num_examples=len(table),
+        max_objects=max((len(example["objects"]["bbox"]) for example in examples), default=None) if category else None,
+    )
 
 
 # ---- rows

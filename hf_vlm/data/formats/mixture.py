@@ -51,8 +51,11 @@ def mix_sources(sources: Mapping[str, Source], weights: Mapping[str, float]) -> 
         stopping_strategy="all_exhausted",
     )
     mask_class_names = {source.mask_class_names for source in sources.values()}
+    max_objects = [source.max_objects for source in sources.values() if source.max_objects is not None]
     return Source(
-        dataset=dataset, mask_class_names=next(iter(mask_class_names)) if len(mask_class_names) == 1 else None
+        dataset=dataset,
+        max_objects=max(max_objects) if len(max_objects) == len(sources) else None,
+        mask_class_names=next(iter(mask_class_names)) if len(mask_class_names) == 1 else None,
     )
 
 

@@ -59,7 +59,7 @@ def open_parquet(source: Path | Sequence[Path], split: str, *, num_samples: int 
     parts = files.parts(num_samples)
     columns = _without_repeated_ids(files, find_columns(files.features, name), name)
     label = _check_labels(files, splits, columns, name)
-    category, is_clean = _check_objects(files, splits, columns, name)
+    category, is_clean, max_objects = _check_objects(files, splits, columns, name)
     reader = RowReader(
         map=columns,
         label=label,
@@ -70,7 +70,7 @@ def open_parquet(source: Path | Sequence[Path], split: str, *, num_samples: int 
     )
     rows = generated_stream(_read_rows, parts=parts, leaves=files.leaves(columns))
     examples = rows.map(reader, remove_columns=[POSITION, *columns.source_names], features=reader.features)
-    return Source(dataset=examples, num_examples=sum(count for *_, count in parts))
+    return Source(dataset=examples, num_examples=sum(count for *_, count in parts), max_objects=max_objects)
 
 
 def _find_paths(source: Path | Sequence[Path]) -> tuple[list[Path], Path]:
@@ -236,16 +236,16 @@ def _check_labels(
 
 def _check_objects(
     files: _Files, splits: Mapping[str, Sequence[Path]], columns: ColumnMap, source: object
-) -> tuple[Categories | None, bool]:
-    """The categories, None where there are no objects; and whether nothing remains to be dropped."""
+) -> tuple[Categories | None, bool, int | None]:
+    """Categories and most objects of a row, None without objects; between them, whether nothing is to be dropped."""
     if "objects" not in columns.columns:
-        return None, True
+        return None, True, None
     name = columns.columns["objects"]
     boxes, counts = files.object_field(columns, "bbox")
     values, category_counts = files.object_field(columns, "category")
     if not len(boxes):
         logger.warning("%s: no row has an object; the column %r is left out", source, name)
-        return None, True
+        return None, True, None
     _check_counts(counts, category_counts, columns.objects["category"], source)
     for field in {"area", "iscrowd"} & columns.objects.keys():
         _, field_counts = files.object_field(columns, field)
@@ -266,7 +266,7 @@ def _check_objects(
         name_of=lambda index: f"row {rows[index]}",
         source=source,
     )
-    return categories, bool(keep.all())
+    return categories, bool(keep.all()), int(counts.max())
 
 
 def _sides(files: _Files, name: str | None, num_rows: int) -> Array:

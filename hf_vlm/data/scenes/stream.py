@@ -66,6 +66,7 @@ def scenes_source(
     return Source(
         dataset=indexed_stream(render, num_samples, features),
         num_examples=num_samples,
+        max_objects=settings.max_digits,
         mask_class_names=SEMANTIC_CLASSES[: len(names) + 1] if masks else None,
     )
 
