@@ -1,7 +1,6 @@
 """Shipped recipes that fit data, encoder and machine, and suggested next commands with all options they need."""
 
 import contextlib
-import json
 import math
 import shlex
 from collections.abc import Mapping, Sequence
@@ -11,13 +10,10 @@ import torch
 
 from hf_vlm.data.source import Source
 from hf_vlm.data.sources import open_source
-from hf_vlm.data.transforms.options import as_size
 from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
 from hf_vlm.models.convert_vlm_vit import read_config
-from hf_vlm.models.ssl_frozen import nearest_hw
 from hf_vlm.registry import find_model
 from hf_vlm.tasks import TASKS, TRAINABLE_TASKS, Task
-from hf_vlm.training.build import architecture, fitting_encoder_config
 from hf_vlm.training.recipe import load_recipe
 
 __all__ = [
@@ -32,24 +28,16 @@ __all__ = [
 PRETRAINING_RECIPES = {"nano": "mae/vit_nano_cpu.yaml", "small": "mae/vit_small.yaml"}  # by encoder preset
 
 
-def next_command(config: VLMViTConfig, recipe: str, options: Sequence[str]) -> str:
-    """The command that starts a shipped recipe from an encoder, with its architecture where the recipe's differs."""
-    values = load_recipe(recipe)
-    preset, given = values["encoder_preset"], values.get("encoder_config", {})
-    if architecture(config, unlike=preset) != architecture(VLMViTConfig.from_preset(preset, **given), unlike=preset):
-        fitting = fitting_encoder_config(config, preset=preset, given=given)
-        options = [*options, "--encoder_config", json.dumps(fitting)]
-    size = as_size("image_size", values["image_size"])
-    if (whole := nearest_hw(size, config.patch_hw)) != size:
-        options = [*options, "--image_size", json.dumps(whole[0] if whole[0] == whole[1] else list(whole))]
-    command = "pretrain" if find_model(values["method"]).task == "pretraining" else "finetune"
+def next_command(recipe: str, options: Sequence[str]) -> str:
+    """The command that trains by a shipped recipe."""
+    command = "pretrain" if find_model(load_recipe(recipe)["method"]).task == "pretraining" else "finetune"
     return shlex.join(["hf-vlm", command, recipe, *options])
 
 
 def finetune_command(task: Task, config: VLMViTConfig, encoder: str, data: str) -> str:
     """The command that fine-tunes an encoder for a task, with the recipe for encoders of the nearest width."""
     preset, _ = fitting_preset(task.recipes, config.hidden_size)
-    return next_command(config, task.recipes[preset], ["--data", data, "--encoder", encoder])
+    return next_command(task.recipes[preset], ["--data", data, "--encoder", encoder])
 
 
 def fitting_preset(recipes: Mapping[str, str], encoder_width: int | None = None) -> tuple[str, str]:

@@ -44,10 +44,15 @@ class VisionTrainingArguments(TrainingArguments):
     method: str = field(
         default="", metadata={"help": "Name of the method in the registry: simclr, mae, detection, ..."}
     )
-    encoder_preset: str = field(default="small", metadata={"help": "Named size of the encoder."})
+    encoder_preset: str | None = field(
+        default=None, metadata={"help": "Named size of a new encoder: nano, tiny, small (by default), base, ..."}
+    )
     encoder_config: dict[str, Any] = field(default_factory=dict, metadata={"help": "VLMViTConfig fields to override."})
     model_config: dict[str, Any] = field(default_factory=dict, metadata={"help": "Fields of the method's config."})
-    encoder: str | None = field(default=None, metadata={"help": "Folder or Hub id of encoder weights to start from."})
+    encoder: str | None = field(
+        default=None,
+        metadata={"help": "Run, checkpoint or Hub id of an encoder to start from, of transformers too."},
+    )
     resize_encoder: bool = field(
         default=False, metadata={"help": "Load the encoder weights that fit and initialise the others."}
     )

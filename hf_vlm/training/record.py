@@ -50,7 +50,7 @@ class RunRecord:
         ours = {name: getattr(args, name) for name in VisionTrainingArguments.__annotations__}
         self.recipe = {
             name: publishable(value)
-            for name, value in (ours | recipe).items()
+            for name, value in (recipe | ours).items()
             if name not in NOT_REPRODUCED_KEYS and not name.endswith("_token")
         }
         self.write_card = write_card

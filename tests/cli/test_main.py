@@ -48,9 +48,6 @@ def test_the_whole_way(tmp_path, capsys):
     words = shlex.split(line.removeprefix("Next: hf-vlm ").replace("YOUR_LABELLED_IMAGES", "scenes:easy"))
     assert words[:2] == ["finetune", "detection/vit_nano_cpu.yaml"]
     words += [*SHORT[len(ENCODER) :], *HEAD, "--output_dir", detector]
-    option = words.index("--encoder_config")
-    assert main([*words[:option], *words[option + 2 :]]) == 2  # what the command was told in it, the refusal says
-    assert shlex.join(words[option : option + 2]) in capsys.readouterr().err
     assert main([*words, "--num_train_examples", "8", "--num_eval_examples", "4"]) == 0
     assert "AP50" in capsys.readouterr().out
 

@@ -426,7 +426,7 @@ def test_an_encoder_of_another_patch_size_is_refused_unless_asked_for(make_recip
     pretrain(make_recipe("mae", max_steps=1))
     encoder = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 16}
     recipe = make_recipe("detection", encoder=str(tmp_path / "mae"), encoder_config=encoder, max_steps=1)
-    with pytest.raises(ValueError, match=r"(?s)patch_size: weights have 8, the recipe has 16.*resize_encoder"):
+    with pytest.raises(ValueError, match=r"(?s)patch_size: its weights have 8, the recipe asks for 16.*resize_enc"):
         finetune(recipe)
     with caplog.at_level("INFO", logger="hf_vlm"):
         finetune(recipe | {"resize_encoder": True, "learning_rate": 0.0})
