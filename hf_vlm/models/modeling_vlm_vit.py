@@ -168,6 +168,12 @@ def read_saved_config(source: Any, **options: Any) -> dict[str, Any]:
         return {}
 
 
+def trained_encoder_of(saved: dict[str, Any]) -> str:
+    """Name of the encoder for use in a saved model of this configuration."""
+    former = "teacher.backbone" if saved.get("model_type") in ("vlm_dinov2", "vlm_ijepa") else "backbone"
+    return str(saved.get("trained_encoder", former))  # version 0.1 did not save it
+
+
 class _Encoder(VLMViTPreTrainedModel):
     """Parts and steps that the model and the backbone share, so that their weights have the same names."""
 
@@ -186,9 +192,7 @@ class _Encoder(VLMViTPreTrainedModel):
 
         That is the teacher's for some methods, as their configuration says in `trained_encoder`.
         """
-        found = {} if source is None else read_saved_config(source, **kwargs)
-        former = "teacher.backbone" if found.get("model_type") in ("vlm_dinov2", "vlm_ijepa") else "backbone"
-        trained = found.get("trained_encoder", former)  # version 0.1 did not save it
+        trained = trained_encoder_of({} if source is None else read_saved_config(source, **kwargs))
         if trained == "backbone":
             return super().from_pretrained(source, *args, **kwargs)
         names = {r"^backbone\.": "student.", rf"^{re.escape(trained)}\.": "backbone."}
@@ -337,4 +341,4 @@ class VLMViTBackbone(BackboneMixin, _Encoder):
         return BackboneOutput(feature_maps=tuple(maps))
 
 
-__all__ = ["VLMViTBackbone", "VLMViTModel", "VLMViTPreTrainedModel", "read_saved_config"]
+__all__ = ["VLMViTBackbone", "VLMViTModel", "VLMViTPreTrainedModel", "read_saved_config", "trained_encoder_of"]
