@@ -139,6 +139,13 @@ class VLMViTConfig(BackboneConfigMixin, PreTrainedConfig):
         )
         super().__post_init__(**kwargs)
 
+    @property
+    def drop_path_rates(self) -> list[float]:
+        """Rate of stochastic depth of each layer."""
+        last = self.num_hidden_layers - 1
+        relative = [1.0 if self.drop_path_uniform else i / max(1, last) for i in range(last + 1)]
+        return [self.drop_path_rate * r for r in relative]
+
     def _check(self) -> None:
         _choose("position_embedding_type", self.position_embedding_type, POSITION_EMBEDDING_TYPES)
         _choose("position_interpolation", self.position_interpolation, POSITION_INTERPOLATIONS)

@@ -6,7 +6,8 @@ from typing import Any, ClassVar, Self
 from transformers.configuration_utils import PreTrainedConfig
 
 from .configuration_vlm_vit import VLMViTConfig
-from .modeling_vlm_vit import VLMViTModel, VLMViTPreTrainedModel, read_saved_config
+from .modeling_vlm_vit import VLMViTModel, VLMViTPreTrainedModel
+from .saved_config import read_saved_config, trained_encoder_of
 
 OF_CLASSES = ("num_labels", "id2label", "label2id")  # fields that transformers' configurations compute
 
@@ -69,12 +70,13 @@ class ModelOnEncoder(VLMViTPreTrainedModel):
 
         Raises:
             ValueError: if what is saved is of another type, such as an encoder, whose configuration has fields of the
-                same names for other things. With a `config` of this model's, its encoder is loaded.
+                same names for other things. With a `config` of this model's, its encoder is loaded, unless that for
+                use is a teacher's.
         """
-        config = kwargs.get("config")
-        if source is not None and config is None:
-            config = read_saved_config(source, **kwargs)
-        found = config.model_type if isinstance(config, PreTrainedConfig) else (config or {}).get("model_type")
+        saved = {} if source is None else read_saved_config(source, **kwargs)
+        config, found = kwargs.get("config"), saved.get("model_type")
+        if isinstance(config, PreTrainedConfig) and trained_encoder_of(saved) == "backbone":
+            found = config.model_type
         if found is not None:
             cls._check_type(found, f"{source}", repr(str(source)))
         return super().from_pretrained(source, *args, **kwargs)
@@ -89,4 +91,13 @@ class ModelOnEncoder(VLMViTPreTrainedModel):
             )
 
 
-__all__ = ["ModelOnEncoder"]
+def wanted_outputs(config: Any, **options: bool | None) -> dict[str, bool]:
+    """Options `output_...` of a head's encoder: what is given, else what the head's configuration asks for.
+
+    What neither decides is left out, so that the encoder's own configuration does.
+    """
+    wanted = {name: getattr(config, name) or None if value is None else value for name, value in options.items()}
+    return {name: value for name, value in wanted.items() if value is not None}
+
+
+__all__ = ["ModelOnEncoder", "wanted_outputs"]

@@ -13,8 +13,8 @@ from transformers.utils import auto_docstring
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_vlm_vit import VLMViTConfig
-from .model_on_encoder import ModelOnEncoder
-from .modeling_vlm_vit import VLMViTModel, wanted_outputs
+from .model_on_encoder import ModelOnEncoder, wanted_outputs
+from .modeling_vlm_vit import VLMViTModel
 
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification")
 POOLINGS = ("mean", "class", "both")

@@ -27,8 +27,8 @@ from .detection_layers import (
     refine_boxes,
 )
 from .loss_detection import DetectionTargets, detection_loss
-from .model_on_encoder import ModelOnEncoder
-from .modeling_vlm_vit import VLMViTBackbone, wanted_outputs
+from .model_on_encoder import ModelOnEncoder, wanted_outputs
+from .modeling_vlm_vit import VLMViTBackbone
 from .vit_layers import gather_tokens
 
 

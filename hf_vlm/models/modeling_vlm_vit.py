@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin
-from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import auto_docstring
@@ -18,6 +17,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_vlm_vit import VLMViTConfig
 from .packing import Packing
+from .saved_config import read_saved_config, trained_encoder_of
 from .vit_layers import (
     LayerScale,
     Positions,
@@ -178,38 +178,13 @@ def check_pixel_values(pixel_values: Tensor, config: VLMViTConfig) -> None:
             )
 
 
-def read_saved_config(source: Any, **options: Any) -> dict[str, Any]:
-    """The saved configuration that `from_pretrained` would find by these options; empty where there is none."""
-    known = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download", "proxies")
-    try:
-        return PreTrainedConfig.get_config_dict(source, **{key: options[key] for key in known if key in options})[0]
-    except OSError:  # weights without a configuration, which is then given
-        return {}
-
-
-def drop_path_rates(config: VLMViTConfig) -> list[float]:
-    """Rate of stochastic depth of each layer."""
-    last = config.num_hidden_layers - 1
-    relative = [1.0 if config.drop_path_uniform else i / max(1, last) for i in range(last + 1)]
-    return [config.drop_path_rate * r for r in relative]
-
-
-def wanted_outputs(config: Any, **options: bool | None) -> dict[str, bool]:
-    """Options `output_...` of a head's encoder: what is given, else what the head's configuration asks for.
-
-    What neither decides is left out, so that the encoder's own configuration does.
-    """
-    wanted = {name: getattr(config, name) or None if value is None else value for name, value in options.items()}
-    return {name: value for name, value in wanted.items() if value is not None}
-
-
 class _Encoder(VLMViTPreTrainedModel):
     """Parts and steps that the model and the backbone share, so that their weights have the same names."""
 
     def __init__(self, config: VLMViTConfig):
         super().__init__(config)
         self.embeddings = VLMViTEmbeddings(config)
-        self.layers = nn.ModuleList([VLMViTLayer(config, rate) for rate in drop_path_rates(config)])
+        self.layers = nn.ModuleList([VLMViTLayer(config, rate) for rate in config.drop_path_rates])
         self.norm = build_norm(config, config.hidden_size)
 
     @classmethod
@@ -219,9 +194,7 @@ class _Encoder(VLMViTPreTrainedModel):
         That is the teacher's for some methods, as their configuration says in `trained_encoder`.
         """
         source = pretrained_model_name_or_path
-        found = {} if source is None else read_saved_config(source, **kwargs)
-        former = "teacher.backbone" if found.get("model_type") in ("vlm_dinov2", "vlm_ijepa") else "backbone"
-        trained = found.get("trained_encoder", former)  # version 0.1 did not save it
+        trained = trained_encoder_of({} if source is None else read_saved_config(source, **kwargs))
         if trained == "backbone":
             return super().from_pretrained(source, *args, **kwargs)
         names = {r"^backbone\.": "student.", rf"^{re.escape(trained)}\.": "backbone."}
@@ -386,4 +359,4 @@ class VLMViTBackbone(BackboneMixin, _Encoder):
         return tokens[:, self.config.num_prefix_tokens :].transpose(1, 2).unflatten(2, grid_hw)
 
 
-__all__ = ["VLMViTBackbone", "VLMViTModel", "VLMViTPreTrainedModel", "read_saved_config", "wanted_outputs"]
+__all__ = ["VLMViTBackbone", "VLMViTModel", "VLMViTPreTrainedModel"]

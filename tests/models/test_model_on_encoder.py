@@ -62,6 +62,18 @@ def test_wrong_calls_say_what_to_call(head, name, tmp_path):
             call(model.config)
 
 
+def test_a_configuration_does_not_make_a_students_encoder_one_for_use(tmp_path):
+    config = VLMViTForImageClassification.from_encoder(_save(build("mae"), tmp_path / "mae")).config
+    VLMViTForImageClassification.from_pretrained(tmp_path / "mae", config=config)  # its only encoder
+    with pytest.raises(ValueError, match=r"is of type 'vlm_ijepa', not of a .*from_encoder\('"):
+        VLMViTForImageClassification.from_pretrained(_save(build("ijepa"), tmp_path / "ijepa"), config=config)
+
+
+def _save(model, folder):
+    model.save_pretrained(folder)
+    return folder
+
+
 def test_heads_and_methods_are_not_taken_for_each_other(tmp_path):
     build("classification").save_pretrained(tmp_path)
     for call in (VLMViTForObjectDetection.from_pretrained, AutoModelForObjectDetection.from_pretrained):
