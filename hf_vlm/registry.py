@@ -119,6 +119,16 @@ def _register() -> None:
         entry.processor_class.register_for_auto_class()
         # Pipelines look a class up here before they accept it as supported.
         entry.auto_class._model_mapping._model_mapping[model_type] = entry.model_class.__name__
+    _register_wrong_calls()
+
+
+def _register_wrong_calls() -> None:
+    """Lets a head's Auto class hand other models of ours to the head's class, which says what to call instead."""
+    for entry in MODELS:
+        if entry.auto_class in (AutoModelForObjectDetection, AutoModelForImageClassification):
+            for other in MODELS:
+                if other.config_class not in entry.auto_class._model_mapping:
+                    entry.auto_class._model_mapping.register(other.config_class, entry.model_class)
 
 
 _register()

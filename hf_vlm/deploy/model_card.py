@@ -11,6 +11,7 @@ import jinja2
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
+from hf_vlm.data.io.durable import replace_text
 from hf_vlm.training.provenance import is_hub_id, recorded_origins
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def write_model_card(run_dir: str | Path, *, repo_id: str | None = None, license
     )
     text = environment.get_template(task.card).render(values)
     path = run_dir / "README.md"
-    path.write_text(re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n", encoding="utf-8")
+    replace_text(path, re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n")
     return path
 
 
@@ -210,11 +211,18 @@ def _describe_models(names: list[str]) -> str:
 
 
 def _describe_training(run: dict[str, Any]) -> str | None:
+    from hf_vlm.training.resume import SCHEDULE
+
     parts = []
     if run.get("num_steps"):
         parts.append(f"{run['num_steps']:,} optimiser steps")
     if run.get("num_images_seen"):
         parts.append(f"{run['num_images_seen']:,} images seen")
+    parts += [
+        f"from step {change['step']:,} with {name} {change[name][1]} in place of {change[name][0]}"
+        for change in run.get("changes") or []
+        for name in sorted(change.keys() & SCHEDULE)
+    ]
     if run.get("seconds"):
         parts.append(_duration(run["seconds"]))
     if run.get("machine"):

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
+from hf_vlm.data.io.durable import PARTIAL_FOLDER
 from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
 from hf_vlm.models.convert_families import ALIASES, FAMILIES
 from hf_vlm.models.convert_vlm_vit import is_ours, read_config
@@ -28,6 +31,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+TRACES_OF_A_RUN = ("checkpoint-*", "log.jsonl", PARTIAL_FOLDER)
 
 
 @dataclass(frozen=True)
@@ -94,9 +99,11 @@ def read_own_config(source: str | Path) -> dict[str, Any]:
     """A checkpoint's configuration.
 
     Raises:
-        ValueError: There is none, it has to be converted first, or it is of another package.
+        ValueError: There is none, it has to be converted first, it is of another package, or a folder's weights are
+            missing or damaged.
     """
     name = str(source)
+    _refuse_unfinished(Path(name))
     config = read_config(name)
     model_type = config.get("model_type")
     if model_type in {**FAMILIES, **ALIASES}:
@@ -107,7 +114,30 @@ def read_own_config(source: str | Path) -> dict[str, Any]:
         )
     if not is_ours(config):
         raise ValueError(f"{name} holds no model of hf_vlm, but one of type {model_type!r}.")
+    if Path(name).is_dir():
+        _check_weights(Path(name))
     return config
+
+
+def _refuse_unfinished(folder: Path) -> None:
+    """ValueError for the folder of a run that has not ended: its model comes last, and `config.json` last of that."""
+    if (folder / CONFIG_NAME).exists() or not any(any(folder.glob(name)) for name in TRACES_OF_A_RUN):
+        return
+    advice = "finish it with --resume_from_checkpoint last" if any(folder.glob("checkpoint-*")) else "start it again"
+    raise ValueError(f"{folder} holds no finished model: its run was stopped before. Name a checkpoint, or {advice}.")
+
+
+def _check_weights(folder: Path) -> None:
+    """ValueError where a folder's weights are not there, or not whole; only their headers are read."""
+    paths = sorted(folder.glob("model*.safetensors"))
+    if not paths:
+        raise ValueError(f"{folder} holds no weights (model.safetensors), only their configuration.")
+    for path in paths:
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path} is damaged: {error}. Copy it again, or train again.") from error
 
 
 @contextlib.contextmanager

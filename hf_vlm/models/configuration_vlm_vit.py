@@ -88,7 +88,7 @@ class VLMViTConfig(BackboneConfigMixin, PreTrainedConfig):
         num_register_tokens (`int`, defaults to 0): Register tokens (arXiv 2309.16588).
         layerscale_value (`float`, *optional*): Initial LayerScale; `None` builds none.
         drop_path_rate (`float`, defaults to 0.0): Stochastic depth of the last layer, growing linearly from 0.
-        drop_path_uniform (`bool`, defaults to `False`): Stochastic depth of all layers that of the last, as in DINOv2.
+        drop_path_uniform (`bool`, defaults to `False`): Whether all layers have the rate of the last, as in DINOv2.
         use_qk_norm (`bool`, defaults to `False`): Normalise queries and keys per head (arXiv 2302.05442).
         apply_layernorm (`bool`, defaults to `True`): Whether backbone feature maps pass the final norm.
         reshape_hidden_states (`bool`, defaults to `True`): Whether the backbone gives maps of the patches (batch,

@@ -13,7 +13,8 @@ from transformers.utils import auto_docstring
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_vlm_vit import VLMViTConfig
-from .modeling_vlm_vit import VLMViTModel, VLMViTPreTrainedModel, wanted_outputs
+from .model_on_encoder import ModelOnEncoder
+from .modeling_vlm_vit import VLMViTModel, wanted_outputs
 
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification")
 POOLINGS = ("mean", "class", "both")
@@ -124,7 +125,7 @@ def classification_loss(logits: Tensor, labels: Tensor, *, problem_type: str, la
 
 
 @auto_docstring
-class VLMViTForImageClassification(VLMViTPreTrainedModel):
+class VLMViTForImageClassification(ModelOnEncoder):
     """The encoder with a classifier on its pooled tokens.
 
     As in BEiT and MAE (arXiv 2106.08254, 2111.06377), whose classifiers read the mean of the patches, the pooled
@@ -138,10 +139,8 @@ class VLMViTForImageClassification(VLMViTPreTrainedModel):
     loss_function = staticmethod(classification_loss)
 
     def __init__(self, config: VLMViTClassificationConfig):
-        config.check(
-            config.num_labels
-        )  # again: from_pretrained(..., num_labels=1) sets fields that were checked before
         super().__init__(config)
+        config.check(config.num_labels)  # again: from_pretrained(..., num_labels=1) sets fields that were checked
         width = config.encoder.hidden_size
         self.backbone = VLMViTModel(config.encoder)
         self.pooled_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)

@@ -27,7 +27,8 @@ from .detection_layers import (
     refine_boxes,
 )
 from .loss_detection import DetectionTargets, detection_loss
-from .modeling_vlm_vit import VLMViTBackbone, VLMViTPreTrainedModel, wanted_outputs
+from .model_on_encoder import ModelOnEncoder
+from .modeling_vlm_vit import VLMViTBackbone, wanted_outputs
 from .vit_layers import gather_tokens
 
 
@@ -113,7 +114,7 @@ class DetectionDecoder(nn.Module):
 
 
 @auto_docstring
-class VLMViTForObjectDetection(VLMViTPreTrainedModel):
+class VLMViTForObjectDetection(ModelOnEncoder):
     """Set-prediction detector in the manner of LW-DETR and RF-DETR (arXiv 2406.03459, 2511.09554) on the plain ViT.
 
     Encoder layers are tapped and merged by the neck, each location proposes a box, and a deformable decoder refines

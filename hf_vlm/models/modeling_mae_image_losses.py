@@ -131,6 +131,7 @@ class MAEImageLossesForPreTraining(FrozenEncoderMixin, TeacherMixin, MAEForPreTr
 
     config_class = MAEImageLossesConfig
     frozen_name = "perceptual_encoder"
+    other_model_types = ("vlm_mae",)  # as version 0.1 saved them
 
     def __init__(self, config: MAEImageLossesConfig):
         if not (config.perceptual_weight or config.adversarial_weight):

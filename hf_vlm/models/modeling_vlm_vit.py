@@ -178,15 +178,13 @@ def check_pixel_values(pixel_values: Tensor, config: VLMViTConfig) -> None:
             )
 
 
-def saved_encoder(source: Any, **options: Any) -> str:
-    """Name of the encoder for use in a saved model, which is found by the options of `from_pretrained`."""
+def read_saved_config(source: Any, **options: Any) -> dict[str, Any]:
+    """The saved configuration that `from_pretrained` would find by these options; empty where there is none."""
     known = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download", "proxies")
     try:
-        found, _ = PreTrainedConfig.get_config_dict(source, **{key: options[key] for key in known if key in options})
+        return PreTrainedConfig.get_config_dict(source, **{key: options[key] for key in known if key in options})[0]
     except OSError:  # weights without a configuration, which is then given
-        found = {}
-    former = "teacher.backbone" if found.get("model_type") in ("vlm_dinov2", "vlm_ijepa") else "backbone"
-    return found.get("trained_encoder", former)  # version 0.1 did not save it
+        return {}
 
 
 def drop_path_rates(config: VLMViTConfig) -> list[float]:
@@ -221,19 +219,23 @@ class _Encoder(VLMViTPreTrainedModel):
         That is the teacher's for some methods, as their configuration says in `trained_encoder`.
         """
         source = pretrained_model_name_or_path
-        trained = "backbone" if source is None else saved_encoder(source, **kwargs)
+        found = {} if source is None else read_saved_config(source, **kwargs)
+        former = "teacher.backbone" if found.get("model_type") in ("vlm_dinov2", "vlm_ijepa") else "backbone"
+        trained = found.get("trained_encoder", former)  # version 0.1 did not save it
         if trained == "backbone":
             return super().from_pretrained(source, *args, **kwargs)
         names = {r"^backbone\.": "student.", rf"^{re.escape(trained)}\.": "backbone."}
-        loaded = super().from_pretrained(source, *args, key_mapping=names, **kwargs)
+        kwargs["key_mapping"] = names | (kwargs.get("key_mapping") or {})
+        loaded = super().from_pretrained(source, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        vars(model).pop("_weight_conversions", None)  # else it would be saved under the names that it was found by
+        model.__dict__.pop("_weight_conversions", None)  # else it would be saved under the names that it was found by
         return loaded
 
     @property
     def compute_dtype(self) -> torch.dtype:
         """Type of tokens: that of the final norm, which, unlike linear layers, no quantisation packs into integers."""
-        return self.norm.weight.dtype
+        weight: Any = self.norm.weight
+        return weight.dtype  # type: ignore[no-any-return]
 
     def auto_map(self) -> dict[str, str]:
         return {"AutoModel": "modeling_vlm_vit.VLMViTModel", "AutoBackbone": "modeling_vlm_vit.VLMViTBackbone"}
@@ -384,4 +386,4 @@ class VLMViTBackbone(BackboneMixin, _Encoder):
         return tokens[:, self.config.num_prefix_tokens :].transpose(1, 2).unflatten(2, grid_hw)
 
 
-__all__ = ["VLMViTBackbone", "VLMViTModel", "VLMViTPreTrainedModel", "wanted_outputs"]
+__all__ = ["VLMViTBackbone", "VLMViTModel", "VLMViTPreTrainedModel", "read_saved_config", "wanted_outputs"]

@@ -13,7 +13,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_vlm_vit import VLMViTConfig
-from .modeling_vlm_vit import VLMViTPreTrainedModel
+from .model_on_encoder import ModelOnEncoder
 
 
 def as_vit_config(config: VLMViTConfig | dict[str, Any] | None, **defaults: Any) -> VLMViTConfig:
@@ -89,7 +89,7 @@ def returns_loss(forward: Callable[..., Any]) -> Callable[..., Any]:
     return can_return_tuple(wrapper)  # type: ignore[no-any-return]
 
 
-class SSLPreTrainedModel(VLMViTPreTrainedModel):
+class SSLPreTrainedModel(ModelOnEncoder):
     """Base of the pretraining methods. Each keeps its encoder in `self.backbone` and returns an output with `loss`.
 
     Beside what is here, a method may define what every model of the package has: `after_step`, `after_encoder_loaded`

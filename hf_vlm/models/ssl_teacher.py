@@ -155,7 +155,7 @@ class TeacherMixin:
 
 def adapted_parameters(module: nn.Module) -> dict[str, Tensor]:
     """Parameters by name, as a module computes with them: LoRA adapters (of peft) added to the weights they adapt."""
-    parameters = dict(module.named_parameters())
+    parameters: dict[str, Tensor] = dict(module.named_parameters())
     for name, layer in module.named_modules():
         if not hasattr(layer, "lora_A") or any(layer.lora_variant) or any(layer.lora_bias.values()):
             continue

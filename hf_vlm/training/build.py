@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from transformers.modeling_utils import PreTrainedModel
 
+from hf_vlm.data.io.messages import summarise
 from hf_vlm.features.loading import quiet_transformers, read_own_config
 from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
@@ -17,6 +18,7 @@ from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 from hf_vlm.models.ssl_model import SSLConfig
 from hf_vlm.registry import MODELS, ModelEntry
 from hf_vlm.training.arguments import VisionTrainingArguments
+from hf_vlm.training.finite import not_finite_weights
 from hf_vlm.training.scaling import scaled_momentum
 
 logger = logging.getLogger(__name__)
@@ -189,6 +191,8 @@ def load_encoder(args: VisionTrainingArguments) -> VLMViTModel:
             output_loading_info=True,
         )
     _report(args, encoder, report)
+    if names := not_finite_weights(encoder):
+        raise ValueError(f"encoder: {args.encoder} has weights that are not finite: {summarise(names)}.")
     return encoder
 
 

@@ -1,5 +1,6 @@
 """What a run shows while it trains: one aligned line per log entry, and on a terminal a progress bar below them."""
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -74,7 +75,8 @@ class ConsoleLog(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self._bar is not None:
-            self._bar.update(state.global_step - self._bar.n)
+            with contextlib.suppress(OSError):  # the output may be redirected to a full disk, which ends no run
+                self._bar.update(state.global_step - self._bar.n)
 
     def on_log(
         self,
@@ -87,7 +89,8 @@ class ConsoleLog(TrainerCallback):
         if state.is_world_process_zero and logs:
             width = len(f"{state.max_steps:,}")
             line = f"step {state.global_step:>{width},}/{state.max_steps:,}  {format_entry(logs)}"
-            tqdm.write(line + self._remaining(state) if "loss" in logs else line)
+            with contextlib.suppress(OSError):
+                tqdm.write(line + self._remaining(state) if "loss" in logs else line)
 
     def _remaining(self, state: TrainerState) -> str:
         done = state.global_step - self._first_step
@@ -97,5 +100,6 @@ class ConsoleLog(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._stack.close()
+        with contextlib.suppress(OSError):
+            self._stack.close()
         self._bar = None

@@ -33,7 +33,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("probe_data", "num_probe_examples", "on_collapse", "logging_steps", "report_to"),
     ),
     "Run and checkpoints": (
-        *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "approximate_resume", "save_strategy"),
+        *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "rewind_to", "restart_schedule"),
+        *("approximate_resume", "save_strategy"),
         *("save_steps", "save_total_limit", "seed", "data_seed"),
     ),
     "Machine": ("use_cpu", "bf16", "fp16", "tf32", "torch_compile", "activation_checkpointing"),

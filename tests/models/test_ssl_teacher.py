@@ -145,5 +145,53 @@ def test_a_model_in_bfloat16_has_the_loss_and_the_speed_of_bfloat16(name):
         losses.append(model.to(dtype)(**inputs).loss)
         losses[-1].backward()
         assert outputs[-1] == dtype
-    assert losses[1].item() == pytest.approx(losses[0].item(), rel=0.02)
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=0.05)
     model.after_step(0.5)
+
+
+class LoRALinear(nn.Module):
+    """A layer as peft wraps it: the weights that it adapts in `base_layer`, and adapters by name."""
+
+    def __init__(self, base_layer, *names):
+        super().__init__()
+        self.base_layer = base_layer.requires_grad_(False)
+        down = (nn.Linear(base_layer.in_features, 2, bias=False) for _ in names)
+        self.lora_A = nn.ModuleDict(zip(names, down))
+        self.lora_B = nn.ModuleDict({name: nn.Linear(2, base_layer.out_features, bias=False) for name in names})
+        self.lora_variant, self.lora_bias = {}, dict.fromkeys(names, False)
+        self.active_adapters, self.merged_adapters, self.disable_adapters = ["one"], [], False
+
+    def get_delta_weight(self, name):
+        return 0.5 * self.lora_B[name].weight @ self.lora_A[name].weight
+
+
+def test_a_teacher_follows_a_student_with_adapters_as_it_computes():
+    """By names: of the active adapters those that are not merged are added, whatever order the parameters have."""
+    model = Student()
+    before = {name: value.clone() for name, value in model.teacher["head"].named_parameters()}
+    layer = model.head[0] = LoRALinear(model.head[0], "one", "two")
+    effective = layer.base_layer.weight + 0.5 * layer.lora_B["one"].weight @ layer.lora_A["one"].weight
+    with torch.no_grad():
+        layer.base_layer.bias.add_(1.0)
+        model.head[1].bias.fill_(4.0)
+    model.update_teacher(0.9)
+    moved = dict(model.teacher["head"].named_parameters())
+    torch.testing.assert_close(moved["0.weight"], 0.9 * before["0.weight"] + 0.1 * effective)
+    torch.testing.assert_close(moved["0.bias"], before["0.bias"] + 0.1)
+    torch.testing.assert_close(moved["1.bias"], torch.full((3,), 0.4))
+    for changes in ({"merged_adapters": ["one"]}, {"disable_adapters": True}, {"active_adapters": ["elsewhere"]}):
+        vars(layer).update({"merged_adapters": [], "disable_adapters": False, "active_adapters": ["one"], **changes})
+        model.update_teacher(0.0)
+        torch.testing.assert_close(model.teacher["head"][0].weight, layer.base_layer.weight)
+
+
+@pytest.mark.parametrize("field", ["lora_variant", "lora_bias", None])
+def test_adapters_that_a_teacher_cannot_follow_are_refused(field):
+    model = Student()
+    model.head[0] = LoRALinear(model.head[0], "one")
+    if field is None:  # both have adapters
+        model.teacher["head"][0] = LoRALinear(model.teacher["head"][0], "one")
+    else:  # DoRA, a bias of its own
+        setattr(model.head[0], field, {"one": True})
+    with pytest.raises(ValueError, match=r"cannot follow the student.*head\.0\..*exclude_modules=r'teacher\\..*'"):
+        model.after_step(0.5)
