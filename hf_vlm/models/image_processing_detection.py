@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers.image_processing_utils import BatchFeature
@@ -100,7 +99,7 @@ class VLMViTDetectionImageProcessor(VLMViTImageProcessor):
 
 def coco_labels(
     annotation: Any, name: str, original_hw: tuple[int, int], resized_hw: tuple[int, int]
-) -> dict[str, np.ndarray[Any, Any]]:
+) -> dict[str, Tensor]:
     """The labels of an image, as transformers' DETR makes them, from its annotation; see `preprocess`."""
     objects = annotation.get("annotations") if isinstance(annotation, Mapping) else None
     if not isinstance(objects, list | tuple) or "image_id" not in annotation:
@@ -112,20 +111,20 @@ def coco_labels(
                 f"{', '.join(f'{key}: {value}' for key, value in item.items())}."
             )
     objects = [item for item in objects if not item.get("iscrowd", 0)]
-    (height, width), size = original_hw, np.asarray(original_hw[::-1], dtype=np.float32)
-    boxes = np.asarray([item["bbox"] for item in objects], dtype=np.float32).reshape(-1, 4)
-    low = boxes[:, :2].clip(0, size)
-    high = (boxes[:, :2] + boxes[:, 2:]).clip(0, size)
-    keep = (high > low).all(axis=1)  # (n,)
-    area = np.asarray([item.get("area", item["bbox"][2] * item["bbox"][3]) for item in objects], dtype=np.float32)
+    (height, width), size = original_hw, torch.tensor(original_hw[::-1])
+    boxes = torch.tensor([item["bbox"] for item in objects], dtype=torch.float32).reshape(-1, 4)
+    low = torch.minimum(boxes[:, :2].clamp(min=0), size)
+    high = torch.minimum((boxes[:, :2] + boxes[:, 2:]).clamp(min=0), size)
+    keep = (high > low).all(dim=1)  # (n,)
+    area = [item.get("area", item["bbox"][2] * item["bbox"][3]) for item in objects]
     return {
-        "image_id": np.asarray([annotation["image_id"]], dtype=np.int64),
-        "class_labels": np.asarray([item["category_id"] for item in objects], dtype=np.int64)[keep],
-        "boxes": np.concatenate([(low + high) / 2 / size, (high - low) / size], axis=1)[keep],
-        "area": area[keep] * (resized_hw[0] / height * (resized_hw[1] / width)),
-        "iscrowd": np.zeros(int(keep.sum()), dtype=np.int64),
-        "orig_size": np.asarray(original_hw, dtype=np.int64),
-        "size": np.asarray(resized_hw, dtype=np.int64),
+        "image_id": torch.tensor([annotation["image_id"]]),
+        "class_labels": torch.tensor([item["category_id"] for item in objects], dtype=torch.int64)[keep],
+        "boxes": torch.cat([(low + high) / 2 / size, (high - low) / size], dim=1)[keep],
+        "area": torch.tensor(area, dtype=torch.float32)[keep] * (resized_hw[0] / height * (resized_hw[1] / width)),
+        "iscrowd": torch.zeros(int(keep.sum()), dtype=torch.int64),
+        "orig_size": torch.tensor(original_hw),
+        "size": torch.tensor(resized_hw),
     }
 
 
