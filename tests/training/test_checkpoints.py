@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -233,6 +234,26 @@ def test_the_best_checkpoint_is_recorded_under_its_name_and_stays(make_recipe, t
         assert state["best_model_checkpoint"] == str(folder / "checkpoint-2")
         verify_checkpoint(folder / f"checkpoint-{step}")
     assert_same_weights(folder, folder / "checkpoint-2")
+
+
+def test_a_checkpoint_stays_until_it_is_published(make_recipe, tmp_path, monkeypatch):
+    uploads = []
+
+    def upload(self, folder, message, *, blocking=True):
+        uploads.append((Path(folder).name, Future()))
+        return uploads[-1][1]
+
+    def finish():
+        assert names(tmp_path / "mae") == ["checkpoint-1", "checkpoint-3"]
+        uploads[0][1].set_result(None)
+
+    monkeypatch.setattr(VisionTrainer, "upload", upload)
+    monkeypatch.setattr(VisionTrainer, "init_hf_repo", lambda self: setattr(self, "push_in_progress", None))
+    monkeypatch.setattr(VisionTrainer, "_finish_current_push", lambda self: None)
+    with at_step(3, finish):
+        pretrain(make_recipe("mae", **SAVING | {"save_steps": 1}, save_total_limit=1, push_to_hub=True))
+    assert names(tmp_path / "mae") == ["checkpoint-4"]
+    assert [name for name, _ in uploads] == ["checkpoint-1", "checkpoint-4", "mae"]
 
 
 def test_the_last_checkpoint_is_of_the_branch_that_was_trained_last(run, saved, monkeypatch, caplog):
