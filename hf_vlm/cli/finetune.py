@@ -9,7 +9,8 @@ def run(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="hf-vlm finetune",
         description="Fine-tunes a model on labelled images by a recipe, from a pretrained encoder or from scratch.",
-        epilog="Every key of the recipe can be overridden: --data ./coco --encoder runs/pretrain --max_steps 2000.",
+        epilog="Every key of the recipe can be overridden: --data ./coco --encoder runs/pretrain --max_steps 2000. "
+        "--resume_from_checkpoint last resumes a run that was stopped, and auto begins or resumes it.",
     )
     parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe such as detection/vit_small.yaml")
     arguments, overrides = parser.parse_known_args(argv)

@@ -11,7 +11,8 @@ def run(argv: Sequence[str]) -> None:
         description="Pretrains an encoder on unlabelled images by a recipe.",
         epilog="Every key of the recipe can be overridden: --data ./images --max_steps 1000 "
         "--views.blur_probability 0. "
-        "--encoder starts from weights, --resume_from_checkpoint last resumes a run that was stopped.",
+        "--encoder starts from weights, --resume_from_checkpoint last resumes a run that was stopped, and auto begins "
+        "or resumes it.",
     )
     parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe such as mae/vit_small.yaml")
     arguments, overrides = parser.parse_known_args(argv)

@@ -212,11 +212,18 @@ def _describe_models(names: list[str]) -> str:
 
 
 def _describe_training(run: dict[str, Any]) -> str | None:
+    from hf_vlm.training.resume import SCHEDULE
+
     parts = []
     if run.get("num_steps"):
         parts.append(f"{run['num_steps']:,} optimiser steps")
     if run.get("num_images_seen"):
         parts.append(f"{run['num_images_seen']:,} images seen")
+    parts += [
+        f"from step {change['step']:,} with {name} {change[name][1]} in place of {change[name][0]}"
+        for change in run.get("changes") or []
+        for name in sorted(change.keys() & SCHEDULE)
+    ]
     if run.get("seconds"):
         parts.append(_duration(run["seconds"]))
     if run.get("machine"):

@@ -2,12 +2,17 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from typing import NoReturn
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-__all__ = ["REMEDY", "not_finite_metric", "not_finite_weights"]
+from hf_vlm.data.io.messages import summarise
+from hf_vlm.training.checkpoints import last_checkpoint
+
+__all__ = ["check_before_saving", "check_metrics", "not_finite_weights"]
 
 REMEDY = (
     "Lower the learning rate or lengthen the warm-up, set max_grad_norm to 1, and prefer bf16 to fp16 "
@@ -17,12 +22,30 @@ REMEDY = (
 MUST_BE_FINITE = {"loss": "the loss is", "probe_feature_std": "the features are"}
 
 
-def not_finite_metric(logs: Mapping[str, float]) -> str | None:
-    """The metric of a log entry that must be finite and is not, in words; None where all are."""
+def check_metrics(logs: Mapping[str, float], *, step: int, folder: str) -> None:
+    """ValueError for a log entry, the same on all ranks, of which a metric that must be finite is not."""
     for name, words in MUST_BE_FINITE.items():
         if not math.isfinite(logs.get(name, 0.0)):
-            return f"{words} not finite ({name} {logs[name]})"
-    return None
+            _stop(f"{words} not finite ({name} {logs[name]})", step, folder)
+
+
+def check_before_saving(model: nn.Module, loss: Tensor, accelerator: Accelerator, *, step: int, folder: str) -> None:
+    """ValueError, on all ranks, where a weight or the loss that has added up on the device is not finite.
+
+    It waits for the device, as the save does anyway.
+    """
+    names = not_finite_weights(model)
+    num_faults = torch.tensor(len(names) + int(not loss.isfinite()), device=accelerator.device)
+    if accelerator.reduce(num_faults, "sum").item():  # of any rank: its shard may be at fault, or its batch
+        _stop(f"weights are not finite ({summarise(names)})" if names else "the loss is not finite", step, folder)
+
+
+def _stop(what: str, step: int, folder: str) -> NoReturn:
+    try:
+        kept = f"the last good checkpoint is {last_checkpoint(folder)}"
+    except ValueError:
+        kept = "there is no checkpoint"
+    raise ValueError(f"Step {step}: {what}. Nothing of it is saved; {kept}. {REMEDY}")
 
 
 def not_finite_weights(model: nn.Module) -> list[str]:

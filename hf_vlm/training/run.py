@@ -258,7 +258,7 @@ def _train(trainer: VisionTrainer, record: RunRecord) -> None:
     trainer.add_callback(RecordProgress(record))
     with StopSignals() as signals:
         trainer.add_callback(signals)
-        result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     signals.raise_if_stopped(trainer.args, trainer.state)
     record.summary["train_loss"] = mean_loss(trainer.state.log_history) if checkpoint else result.training_loss
 

@@ -54,7 +54,7 @@ class StopSignals(TrainerCallback):
     def __exit__(self, *exception: Any) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler or signal.SIG_DFL)  # None: it was not set in Python
-        if self._received and not self.stopped_by:
+        if self._received and not self.stopped_by and exception[0] is None:
             os.kill(os.getpid(), self._received)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:

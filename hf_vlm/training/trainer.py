@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi
@@ -18,7 +18,6 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
 from hf_vlm.data.io.durable import MANIFEST_FILE, PARTIAL_FOLDER
-from hf_vlm.data.io.messages import summarise
 from hf_vlm.data.stream import ExampleStream
 from hf_vlm.features.device import use_fast_cpu_matmul
 from hf_vlm.tasks.task import Evaluation
@@ -33,7 +32,7 @@ from hf_vlm.training.callbacks import (
 )
 from hf_vlm.training.checkpoints import check_run_folder, last_checkpoint, verify_checkpoint
 from hf_vlm.training.data_state import load_data_state, save_data_state
-from hf_vlm.training.finite import REMEDY, not_finite_metric, not_finite_weights
+from hf_vlm.training.finite import check_before_saving, check_metrics
 from hf_vlm.training.lock import LOCK_FILE
 from hf_vlm.training.meters import ThroughputMeter
 from hf_vlm.training.optim import (
@@ -200,24 +199,13 @@ class VisionTrainer(CommittingTrainer):
         Raises:
             ValueError: on all ranks, if a weight or a loss since the last log entry is not finite.
         """
-        self._check_finite()
+        loss = self._tr_loss if self.is_in_train else torch.zeros(())
+        check_before_saving(self.model, loss, self.accelerator, **self._position)
         super().save_model(output_dir, _internal_call)
 
-    def _check_finite(self) -> None:
-        """Waits for the device, which a save does anyway; between saves the loss adds up there."""
-        names = not_finite_weights(self.model)
-        losses = self._tr_loss if self.is_in_train else torch.zeros(())
-        num_faults = torch.tensor(len(names) + (not losses.isfinite().item()), device=self.args.device)
-        if self.accelerator.reduce(num_faults, "sum").item():  # of any rank: its shard may be at fault, or its batch
-            what = f"weights are not finite ({summarise(names)})" if names else "the loss is not finite"
-            self._stop_not_finite(what)
-
-    def _stop_not_finite(self, what: str) -> NoReturn:
-        try:
-            kept = f"the last good checkpoint is {last_checkpoint(self.args.output_dir)}"
-        except ValueError:
-            kept = "there is no checkpoint"
-        raise ValueError(f"Step {self.state.global_step}: {what}. Nothing of it is saved; {kept}. {REMEDY}")
+    @property
+    def _position(self) -> dict[str, Any]:
+        return {"step": self.state.global_step, "folder": self.args.output_dir}
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -348,8 +336,7 @@ class VisionTrainer(CommittingTrainer):
             logs.update(self._throughput.metrics(self.state.global_step))
             self._tr_loss.zero_()  # the stock Trainer subtracts the sum from itself, and so would keep a NaN
         super().log(logs, start_time)
-        if what := not_finite_metric(logs):  # the same on all ranks
-            self._stop_not_finite(what)
+        check_metrics(logs, **self._position)
 
     def _mean_parts(self) -> dict[str, float]:
         """Means of the loss parts since the last log entry, over steps and ranks."""
