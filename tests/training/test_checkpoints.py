@@ -292,7 +292,8 @@ def test_a_run_that_begins_at_another_runs_checkpoint_takes_no_folder_of_a_third
 def test_overwriting_leaves_no_weights_that_a_command_could_take(run):
     folder, recipe = run
     (folder / "notes.txt").write_text("mine")
-    (folder / "objective").mkdir()  # the pretraining model of version 0.1
+    shutil.copytree(folder / "pretraining_model", folder / "objective")  # its name in version 0.1
+    shutil.copytree(folder / "checkpoint-4", folder / "abandoned-checkpoint-4")
     with pytest.raises(StoppedError), at_step(1, stop):
         pretrain(recipe | {"overwrite_output_dir": True})
     assert not list(folder.rglob("*.safetensors"))
@@ -384,7 +385,9 @@ def test_damaged_weights_of_a_model_are_named(run):
 # ---- disks that cannot be written to
 
 
-@pytest.mark.parametrize("what", ["everything", "model.safetensors", "optimizer.pt"])
+@pytest.mark.parametrize(
+    "what", ["everything", "optimizer.pt", pytest.param("model.safetensors", marks=pytest.mark.slow)]
+)
 def test_a_full_disk_at_a_checkpoint_ends_the_run_which_can_be_resumed(saved, tmp_path, what):
     recipe = saved[1] | {"output_dir": str(tmp_path / "run")}
     limit = 1 if what == "everything" else (saved[0] / "checkpoint-4" / what).stat().st_size - 1
