@@ -81,7 +81,6 @@ FREE = _names(
 )
 # Values of `run.json` that are compared too, and their groups. The number of processes changes batch and scaled rate.
 RECORDED = {
-    "method": FIXED,
     "data.fingerprint": FIXED,
     "data.num_examples": FIXED,
     "data.class_names": FIXED,
@@ -185,7 +184,7 @@ def compare_settings(checkpoint: Path, record: RunRecord, args: VisionTrainingAr
         problem += "\nSet them back, or apply the new values from there on with --restart_schedule true."
     if problem:
         raise ValueError(f"{checkpoint} was trained with other settings (before -> now).{problem}")
-    if changes:
+    if changes and args.process_index == 0:
         logger.warning("%s resumes with other settings (before -> now):%s", checkpoint, _lines(changes))
     return changes
 
@@ -198,7 +197,7 @@ def _changes(checkpoint: Path, record: RunRecord, args: VisionTrainingArguments)
     if not (checkpoint / RECIPE_FILE).is_file():
         logger.warning("%s holds no %s: its settings cannot be compared with today's.", checkpoint, RECIPE_FILE)
         return []
-    before = yaml.safe_load((checkpoint / RECIPE_FILE).read_text())
+    before = _read(checkpoint / RECIPE_FILE)
     before["max_steps"] = _read(checkpoint / TRAINER_STATE_NAME).get("max_steps")  # which images_to_see decides, too
     now = record.recipe | {"max_steps": args.max_steps}
     defaults = _defaults()
@@ -261,9 +260,11 @@ def _value(run: dict[str, Any], name: str) -> Any:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    """Content of a JSON or YAML file; empty where there is none, ValueError where it is damaged."""
     try:
-        return dict(json.loads(path.read_bytes()))
+        text = path.read_text(encoding="utf-8")
+        return dict(json.loads(text) if path.suffix == ".json" else yaml.safe_load(text))
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except ValueError as error:
+    except (ValueError, TypeError, yaml.YAMLError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error

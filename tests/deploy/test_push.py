@@ -50,6 +50,7 @@ def test_only_the_run_is_pushed(detector_run):
         "loss_detection.py",
         "model_on_encoder.py",
         "packing.py",
+        "saved_config.py",
         "stochastic_depth.py",
         "vit_layers.py",
     }

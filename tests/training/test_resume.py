@@ -111,6 +111,10 @@ def test_each_change_is_refused_applied_by_request_or_listed(make_recipe, tmp_pa
         saved.changes(recipe | {"max_steps": 9})
     with pytest.raises(ValueError, match=r"\n  model_config: {.*} -> {.*'mask_ratio': 0.5}\n"):
         saved.changes(recipe | {"model_config": recipe["model_config"] | {"mask_ratio": 0.5}})
+    (saved.folder / "recipe.yaml").write_text(written.replace(":", "[", 1))
+    with pytest.raises(ValueError, match=r"recipe\.yaml is damaged"):
+        saved.changes(recipe)
+    (saved.folder / "recipe.yaml").write_text(written)
     same = {key: value for key, value in recipe.items() if key != "max_steps"} | {"images_to_see": 32}
     assert saved.changes(same) == []  # as many steps, given in another way
 
