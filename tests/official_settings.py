@@ -185,6 +185,7 @@ OFFICIAL = {
                 "encoder_config.drop_path_uniform": True,
                 "encoder_config.layerscale_value": 1e-5,
                 "encoder_config.num_register_tokens": 0,
+                "encoder_config.position_interpolation": "bicubic_offset",
                 "image_size": 224,
                 "model_config.num_prototypes": 65536,
                 "model_config.head_hidden_size": 2048,
@@ -244,7 +245,6 @@ OFFICIAL = {
         {
             "dinov2/configs/ssl_default_config.yaml": {
                 "last learning rate": ("1e-6", "0"),
-                "positions of small views": ("resized with an offset of 0.1", "resized without"),
             },
             "dinov2/layers/dino_head.py": {"lengths of prototypes": ("learned from 1 on", "1")},
             "dinov2/models/vision_transformer.py": {
@@ -461,6 +461,7 @@ OFFICIAL = {
                 "reference_batch_size": 256,
                 "batch_scaling": "linear",
                 "layer_decay": 0.65,
+                "encoder_lr_multiplier": 1.0,
                 "weight_decay": 0.05,
                 "length": "100 epochs",
             },
