@@ -162,6 +162,11 @@ OFFICIAL = {
             "configs/in1k_vith14_ep300.yaml": {
                 "first and last learning rate": ("2e-4 and 1e-6", "0 and 0"),
             },
+            "src/masks/multiblock.py": {
+                "size and shape of blocks": ("of one random number", "of two"),
+                "places of blocks": ("not in the last row or column", "anywhere"),
+                "context cut to one length": ("its last patches", "random patches"),
+            },
             "src/train.py": {
                 "schedule of the momentum": ("linear", "cosine"),
             },
