@@ -162,6 +162,11 @@ OFFICIAL = {
             "configs/in1k_vith14_ep300.yaml": {
                 "first and last learning rate": ("2e-4 and 1e-6", "0 and 0"),
             },
+            "src/masks/multiblock.py": {
+                "size and shape of blocks": ("of one random number", "of two"),
+                "places of blocks": ("not in the last row or column", "anywhere"),
+                "context cut to one length": ("its last patches", "random patches"),
+            },
             "src/train.py": {
                 "schedule of the momentum": ("linear", "cosine"),
             },
@@ -185,6 +190,7 @@ OFFICIAL = {
                 "encoder_config.drop_path_uniform": True,
                 "encoder_config.layerscale_value": 1e-5,
                 "encoder_config.num_register_tokens": 0,
+                "encoder_config.position_interpolation": "bicubic_offset",
                 "image_size": 224,
                 "model_config.num_prototypes": 65536,
                 "model_config.head_hidden_size": 2048,
@@ -244,7 +250,6 @@ OFFICIAL = {
         {
             "dinov2/configs/ssl_default_config.yaml": {
                 "last learning rate": ("1e-6", "0"),
-                "positions of small views": ("resized with an offset of 0.1", "resized without"),
             },
             "dinov2/layers/dino_head.py": {"lengths of prototypes": ("learned from 1 on", "1")},
             "dinov2/models/vision_transformer.py": {
@@ -461,6 +466,7 @@ OFFICIAL = {
                 "reference_batch_size": 256,
                 "batch_scaling": "linear",
                 "layer_decay": 0.65,
+                "encoder_lr_multiplier": 1.0,
                 "weight_decay": 0.05,
                 "length": "100 epochs",
             },
