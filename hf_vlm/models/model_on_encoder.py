@@ -65,7 +65,7 @@ class ModelOnEncoder(VLMViTPreTrainedModel):
         return model.eval()
 
     @classmethod
-    def from_pretrained(cls, source: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """`from_pretrained` of every model.
 
         Raises:
@@ -73,6 +73,7 @@ class ModelOnEncoder(VLMViTPreTrainedModel):
                 same names for other things. With a `config` of this model's, its encoder is loaded, unless that for
                 use is a teacher's.
         """
+        source = pretrained_model_name_or_path
         saved = {} if source is None else read_saved_config(source, **kwargs)
         config, found = kwargs.get("config"), saved.get("model_type")
         if isinstance(config, PreTrainedConfig) and trained_encoder_of(saved) == "backbone":
