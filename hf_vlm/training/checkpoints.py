@@ -146,10 +146,8 @@ def _faults_without_manifest(checkpoint: Path) -> Iterator[str]:
     for index in checkpoint.glob("*.index.json"):
         if not _unreadable(index):
             names |= set(json.loads(index.read_bytes())["weight_map"].values())
-    if not any(name == "rng_state.pth" for name in names):  # one of each rank
-        names |= {
-            name.replace("data_state", "rng_state").replace(".pt", ".pth") for name in names if "data_st" in name
-        }
+    if "rng_state_0.pth" in names:  # one per rank, as there are positions in the data
+        names |= {f"rng_state_{path.stem.rpartition('_')[2]}.pth" for path in checkpoint.glob("data_state_*.pt")}
     for name in sorted(names):
         if not (checkpoint / name).exists():
             yield f"{name} is missing"
