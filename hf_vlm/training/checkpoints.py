@@ -273,7 +273,8 @@ def clear_run_folder(folder: Path) -> None:
     for pattern in MODEL_FILES:  # config.json first: without it there is no model
         for path in folder.glob(pattern):
             path.unlink()
-    for path in (*checkpoints(folder), *(folder / name for name in MODEL_FOLDERS)):
+    abandoned = folder.glob("abandoned-checkpoint-*")
+    for path in (*checkpoints(folder), *abandoned, *(folder / name for name in MODEL_FOLDERS)):
         if path.is_dir():
             remove_folder(path)
     shutil.rmtree(folder / PARTIAL_FOLDER, ignore_errors=True)

@@ -31,6 +31,7 @@ class CommittingTrainer(Trainer):
 
     control: Any
     push_in_progress: Any
+    published: Path | None = None  # the checkpoint whose upload, in the background, was begun last
 
     def _get_output_dir(self, trial: Any) -> str:
         """The folder aside, in which the stock Trainer writes checkpoints and finds none to delete."""
@@ -48,6 +49,8 @@ class CommittingTrainer(Trainer):
                 if best in keep or best.is_dir():
                     self.state.best_model_checkpoint = str(best)
                     keep.add(best)
+            if self.published is not None and not self.push_in_progress.is_done():
+                keep.add(self.published)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 self.state.save_to_json(str(partial / TRAINER_STATE_NAME))  # with the best one's final name

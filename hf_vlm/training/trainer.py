@@ -260,6 +260,7 @@ class VisionTrainer(CommittingTrainer):
                 return  # the next checkpoint will be sent
             self._finish_current_push()
         message = f"Training in progress, step {self.state.global_step}"
+        self.published = checkpoint
         self.push_in_progress = PushInProgress([self.upload(checkpoint, message, blocking=False)])
 
     # ---- optimiser

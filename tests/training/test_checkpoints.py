@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -235,6 +236,26 @@ def test_the_best_checkpoint_is_recorded_under_its_name_and_stays(make_recipe, t
     assert_same_weights(folder, folder / "checkpoint-2")
 
 
+def test_a_checkpoint_stays_until_it_is_published(make_recipe, tmp_path, monkeypatch):
+    uploads = []
+
+    def upload(self, folder, message, *, blocking=True):
+        uploads.append((Path(folder).name, Future()))
+        return uploads[-1][1]
+
+    def finish():
+        assert names(tmp_path / "mae") == ["checkpoint-1", "checkpoint-3"]
+        uploads[0][1].set_result(None)
+
+    monkeypatch.setattr(VisionTrainer, "upload", upload)
+    monkeypatch.setattr(VisionTrainer, "init_hf_repo", lambda self: setattr(self, "push_in_progress", None))
+    monkeypatch.setattr(VisionTrainer, "_finish_current_push", lambda self: None)
+    with at_step(3, finish):
+        pretrain(make_recipe("mae", **SAVING | {"save_steps": 1}, save_total_limit=1, push_to_hub=True))
+    assert names(tmp_path / "mae") == ["checkpoint-4"]
+    assert [name for name, _ in uploads] == ["checkpoint-1", "checkpoint-4", "mae"]
+
+
 def test_the_last_checkpoint_is_of_the_branch_that_was_trained_last(run, saved, monkeypatch, caplog):
     folder, recipe = run
     with monkeypatch.context() as patch:
@@ -271,7 +292,8 @@ def test_a_run_that_begins_at_another_runs_checkpoint_takes_no_folder_of_a_third
 def test_overwriting_leaves_no_weights_that_a_command_could_take(run):
     folder, recipe = run
     (folder / "notes.txt").write_text("mine")
-    (folder / "objective").mkdir()  # the pretraining model of version 0.1
+    shutil.copytree(folder / "pretraining_model", folder / "objective")  # its name in version 0.1
+    shutil.copytree(folder / "checkpoint-4", folder / "abandoned-checkpoint-4")
     with pytest.raises(StoppedError), at_step(1, stop):
         pretrain(recipe | {"overwrite_output_dir": True})
     assert not list(folder.rglob("*.safetensors"))
@@ -363,7 +385,9 @@ def test_damaged_weights_of_a_model_are_named(run):
 # ---- disks that cannot be written to
 
 
-@pytest.mark.parametrize("what", ["everything", "model.safetensors", "optimizer.pt"])
+@pytest.mark.parametrize(
+    "what", ["everything", "optimizer.pt", pytest.param("model.safetensors", marks=pytest.mark.slow)]
+)
 def test_a_full_disk_at_a_checkpoint_ends_the_run_which_can_be_resumed(saved, tmp_path, what):
     recipe = saved[1] | {"output_dir": str(tmp_path / "run")}
     limit = 1 if what == "everything" else (saved[0] / "checkpoint-4" / what).stat().st_size - 1
