@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import aiohttp
-from upath import UPath
 
 from hf_vlm.data.formats.coco import find_coco_files, open_coco
 from hf_vlm.data.formats.hub import open_hub
@@ -20,7 +19,7 @@ from hf_vlm.data.formats.splits import canonical_split, describe_folder
 from hf_vlm.data.formats.voc import looks_like_voc, open_voc
 from hf_vlm.data.formats.webdataset import open_webdataset
 from hf_vlm.data.formats.yolo import looks_like_yolo, open_yolo
-from hf_vlm.data.io.files import can_list, find_paths, is_remote, siblings
+from hf_vlm.data.io.files import as_path, can_list, find_paths, is_remote, siblings
 from hf_vlm.data.io.messages import did_you_mean, error_text, redact, redact_url
 from hf_vlm.data.scenes.stream import scenes_source
 from hf_vlm.data.source import Source
@@ -159,7 +158,7 @@ def guess_format(source: str | Path) -> str:
         if is_pattern or not can_list(text):
             raise ValueError(f"the format of {redact_url(text)} cannot be guessed from its name; give the format")
         with _as_value_error(text):
-            return _format_of_folder(cast(Path, UPath(text)))
+            return _format_of_folder(as_path(text))
     if text == "scenes" or text.startswith("scenes:"):
         return "scenes"
     if path.is_dir():

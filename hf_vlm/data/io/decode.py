@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from hf_vlm.data.io.files import read_bytes
 from hf_vlm.data.io.image_header import ImageHeader, read_header, read_tiff_size
-from hf_vlm.data.io.messages import error_text, redact_url
+from hf_vlm.data.io.messages import error_text, shown_path
 
 __all__ = ["BadImageError", "decode_image", "read_image_bytes"]
 
@@ -24,6 +24,7 @@ EncodedImage = dict[str, Any] | bytes | str | os.PathLike[str]
 
 MAX_ENCODED_BYTES = 2**29  # of one image; a larger file is none, and would fill the memory of every worker
 NUM_WAITS = 3  # for an image's own server: lists of URLs name many that are gone for good
+IMAGE_SECONDS = 60.0  # after which nothing more is asked of it
 
 # Modes that opencv decodes as Pillow does; it drops alpha and reads the colours of CMYK differently.
 OPENCV_MODES = frozenset({"1", "L", "P", "RGB", "I;16", "I;16B"})
@@ -80,7 +81,7 @@ def read_image_bytes(image: EncodedImage) -> bytes:
     data = (image.get("bytes") or image.get("path")) if isinstance(image, dict) else image
     if isinstance(data, str | os.PathLike):
         try:
-            data = read_bytes(data, limit=MAX_ENCODED_BYTES, num_waits=NUM_WAITS)
+            data = read_bytes(data, limit=MAX_ENCODED_BYTES, num_waits=NUM_WAITS, seconds=IMAGE_SECONDS)
         except Exception as error:  # file systems raise their own types
             raise BadImageError(f"{_name(image)}: {error_text(error)}") from error
     if not data:
@@ -174,7 +175,7 @@ def _decode_with_pillow(data: bytes, num_channels: int) -> Array:
 def _name(image: object) -> str:
     """Path of an image for messages, or its first bytes where it has no path."""
     if isinstance(image, dict):
-        return redact_url(image["path"]) if image.get("path") else _name(image.get("bytes"))
+        return shown_path(image["path"]) if image.get("path") else _name(image.get("bytes"))
     if isinstance(image, bytes):
         return f"image of {len(image)} bytes beginning with {image[:8]!r}"
-    return "image without bytes and path" if image is None else redact_url(image)
+    return "image without bytes and path" if image is None else shown_path(image)
