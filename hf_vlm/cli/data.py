@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hf_vlm.cli.options import add_allow_outside
 from hf_vlm.cli.outputs import prepare_file, prepare_picture
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("data", help="folder, file, Hub id or scenes")
     parser.add_argument("--split", default="train")
     parser.add_argument("--format", help="format of the source, guessed when not given")
+    add_allow_outside(parser)
     parser.add_argument("--num_examples", type=int, help="read the first N images only")
     parser.add_argument("--save", type=Path, default="contact_sheet.png", help="picture of 24 examples to write")
     parser.add_argument("--json", type=Path, help="JSON file for all statistics and the names of images with issues")
@@ -40,7 +42,9 @@ def run(argv: Sequence[str]) -> None:
     prepare_picture(arguments.save, like="contact_sheet.png")
     if arguments.json is not None:
         prepare_file(arguments.json)
-    source = open_source(arguments.data, arguments.split, format=arguments.format)
+    source = open_source(
+        arguments.data, arguments.split, format=arguments.format, allow_outside=arguments.allow_outside
+    )
     num_examples = images_to_read(source.format, arguments.num_examples)
     reservoir = Reservoir(24)
     with tqdm(desc="Inspecting", total=num_examples, unit=" images", disable=None) as bar:
@@ -72,6 +76,8 @@ def _training_commands(arguments: argparse.Namespace, source: "Source") -> list[
     options = ["--data", source.name]
     if arguments.format is not None:
         options += ["--format", arguments.format]
+    if arguments.allow_outside:
+        options += ["--allow_outside", "true"]
     if arguments.split != "train":
         options += ["--train_split", arguments.split]
     data = shlex.join(options)

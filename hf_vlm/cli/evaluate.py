@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from hf_vlm.cli.options import add_allow_outside
 from hf_vlm.cli.outputs import prepare_file, prepare_picture
 
 
@@ -17,6 +18,7 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("run", help="folder of a model, or its name on the Hub")
     parser.add_argument("--data", required=True, help="labelled images: folder, file, Hub id or scenes")
     parser.add_argument("--format", help="format of the source, guessed when not given")
+    add_allow_outside(parser)
     parser.add_argument("--split", default="test")
     parser.add_argument("--num_examples", type=int, help="use the first N images, or N spread over class folders")
     parser.add_argument("--max_bad_fraction", type=float, default=0.01, help="fraction of unreadable images to accept")
@@ -40,6 +42,7 @@ def run(argv: Sequence[str]) -> None:
         arguments.split,
         format=arguments.format,
         num_examples=arguments.num_examples,
+        allow_outside=arguments.allow_outside,
         max_bad_fraction=arguments.max_bad_fraction,
         needs_confusion=arguments.plot is not None,
     )

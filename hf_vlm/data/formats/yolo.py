@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import yaml
 
@@ -15,9 +14,10 @@ from hf_vlm.data.formats.annotations import OBJECT_FIELDS, normalise_objects
 from hf_vlm.data.formats.boxed_images import BoxedImages, boxed_images_source
 from hf_vlm.data.formats.imagefolder import find_images
 from hf_vlm.data.formats.splits import CANONICAL, canonical_split, choose_split, describe_folder
-from hf_vlm.data.io.files import can_list, existing_paths, exists, is_folder, is_remote, map_files, read_bytes, retried
+from hf_vlm.data.io.files import can_list, existing_paths, exists, is_folder, map_files, read_beginning, read_bytes
 from hf_vlm.data.io.image_header import read_header
 from hf_vlm.data.io.messages import UnreachableError, summarise
+from hf_vlm.data.io.trust import check_inside
 from hf_vlm.data.source import Source
 
 __all__ = ["looks_like_yolo", "open_yolo"]
@@ -157,12 +157,14 @@ def _images_at(path: str, roots: Sequence[Path], file: Path) -> list[Path]:
     found = next((candidate for candidate in candidates if exists(candidate)), None)
     if found is None:
         raise ValueError(f"{file} names {path}, which is not there: looked for {summarise(candidates)}")
+    check_inside([found], roots[-1], file)
     if is_folder(found):
         return find_images(found)
     names = [name for name in _read_lines(found) if name]
     beside = [found.parent / name for name in names]
     there = existing_paths(beside)
     images = [image if image in there else roots[0] / name for image, name in zip(beside, names)]
+    check_inside(images, roots[-1], found)
     missing = sorted(set(images) - there - existing_paths(set(images) - there))
     if missing:
         raise ValueError(f"{found} lists {len(missing)} images that are not there: {summarise(missing)}")
@@ -259,7 +261,7 @@ def _sizes(images: Sequence[Path], rows: Array) -> Array:
 def _read_size(image: Path) -> tuple[float, float]:
     """Width and height as the image is shown."""
     try:
-        header = _header(_read_beginning(image)) or _header(read_bytes(image))
+        header = _header(read_beginning(image, HEADER_BYTES)) or _header(read_bytes(image))
     except UnreachableError:
         raise  # without its size, the image would lose its boxes
     except OSError:
@@ -268,14 +270,6 @@ def _read_size(image: Path) -> tuple[float, float]:
         return np.inf, np.inf  # the stream will name the image and skip it
     is_turned = header.orientation >= 5
     return (header.height, header.width) if is_turned else (header.width, header.height)
-
-
-def _read_beginning(image: Path) -> bytes:
-    if is_remote(image):  # opened, it would fetch megabytes ahead
-        system, inner = fsspec.url_to_fs(str(image))
-        return bytes(retried(image, lambda: system.cat_file(inner, start=0, end=HEADER_BYTES)))
-    with image.open("rb") as file:
-        return file.read(HEADER_BYTES)
 
 
 def _header(data: bytes) -> Any:

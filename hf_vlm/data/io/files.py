@@ -202,6 +202,7 @@ def open_binary(path: object, *, read_ahead: bool = True) -> IO[bytes]:
     Raises:
         OSError: It is not there or cannot be reached.
     """
+    path = _on_disk(path)
     return cast(IO[bytes], _RemoteFile(str(path), read_ahead)) if is_remote(path) else _open_regular(str(path))
 
 
@@ -219,6 +220,7 @@ def read_bytes(
         OSError: It is not there, cannot be reached, or is no regular file.
         ValueError: It has more bytes than the limit.
     """
+    path = _on_disk(path)
     if is_remote(path):
         deadline = time.monotonic() + seconds
         read = functools.partial(_read_remote, str(path), MAX_REMOTE_BYTES if limit is None else limit, deadline)
@@ -234,11 +236,17 @@ def read_beginning(path: object, num_bytes: int) -> bytes:
     Raises:
         OSError: It is not there, cannot be reached, or is no regular file.
     """
+    path = _on_disk(path)
     if is_remote(path):  # opened, it would fetch megabytes ahead
         system, inner = file_system(path)
         return bytes(retried(path, lambda: system.cat_file(inner, start=0, end=num_bytes)))
     with _open_regular(str(path)) as file:
         return file.read(num_bytes)
+
+
+def _on_disk(path: object) -> object:
+    """A URL of the protocol `file` as the path that it is, so that the same checks hold."""
+    return str(path).removeprefix("file://") if str(path).startswith("file:///") else path
 
 
 def _open_regular(path: str) -> IO[bytes]:

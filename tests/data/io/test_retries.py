@@ -118,7 +118,7 @@ def test_images_whose_server_is_gone_are_counted_and_skipped(tmp_path, serve, ca
         rows = [{"image_path": f"{url}/a.png"}, {"image_path": f"{gone}/a.png?key=secret"}]
         Dataset.from_list(rows).to_parquet(tmp_path / "0.parquet")
         stream = ExampleStream(
-            open_source(tmp_path / "0.parquet").dataset,
+            open_source(tmp_path / "0.parquet", allow_outside=True).dataset,
             lambda example, generator: {"pixels": decode_image(example["image"])[0]},
             repeat=False,
             max_bad_fraction=1.0,
