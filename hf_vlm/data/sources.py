@@ -153,6 +153,8 @@ def _as_value_error(source: str) -> Iterator[None]:
         yield
     except (OSError, ImportError, aiohttp.ClientError) as error:  # no server, a status, a protocol without its package
         raise ValueError(f"{redact_url(source)} cannot be read: {error_text(error)}") from error
+    except (RecursionError, OverflowError) as error:
+        raise ValueError(f"{redact_url(source)} holds what nests too deep, or a number too large: {error}") from error
     except ValueError as error:
         if redact(str(error)) == str(error):
             raise

@@ -1,6 +1,5 @@
 """COCO json files with their images."""
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,7 @@ from hf_vlm.data.formats.boxed_images import BoxedImages, boxed_images_source
 from hf_vlm.data.formats.splits import canonical_split, choose_split, describe_folder, group_by_split
 from hf_vlm.data.io.files import can_list, existing_paths, exists, is_folder, read_beginning, read_bytes
 from hf_vlm.data.io.messages import summarise
+from hf_vlm.data.io.parsing import parse_json
 from hf_vlm.data.io.trust import check_inside
 from hf_vlm.data.source import Source
 
@@ -80,7 +80,7 @@ def _looks_like_coco(path: Path) -> bool:
 
 def _load(path: Path) -> Record:
     try:
-        content = json.loads(read_bytes(path))
+        content = parse_json(read_bytes(path))
     except ValueError as error:
         raise ValueError(f"{path} is not json: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):

@@ -4,7 +4,6 @@ Whatever the file holds, the result is 8-bit RGB or grey, upright: the EXIF orie
 scaled, palettes and CMYK are converted, and transparent images are laid on white, as a browser shows them.
 """
 
-import io
 import os
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from hf_vlm.data.io.files import read_bytes
-from hf_vlm.data.io.image_header import ImageHeader, read_header, read_tiff_size
+from hf_vlm.data.io.image_header import ImageHeader, open_image, read_header, read_tiff_size
 from hf_vlm.data.io.messages import error_text, shown_path
 
 __all__ = ["BadImageError", "decode_image", "read_image_bytes"]
@@ -91,12 +90,15 @@ def read_image_bytes(image: EncodedImage) -> bytes:
 
 def _decode(data: bytes, num_channels: int, at_least: tuple[int, int] | None) -> tuple[Array, tuple[int, int]]:
     header = read_header(data)
-    if header is None:  # opencv alone knows some, as TIFF with colours of 32 bits
-        _check_size(read_tiff_size(data) or (0, 0))
-        array = _read_with_opencv(data, READ_FLAGS[num_channels])
+    if header is None:  # opencv alone knows some TIFFs, as with colours of 32 bits
+        size = read_tiff_size(data)
+        if size is not None:
+            _check_size(size)
+        # Of other formats, as HDR and PFM, a header of a few bytes would make opencv take gigabytes.
+        array = None if size is None else _read_with_opencv(data, READ_FLAGS[num_channels])
         if array is None:
             raise BadImageError("not an image of a known format")
-        _check_size(array.shape[:2])  # opencv, which refuses 2**30 pixels itself, alone knows that of other formats
+        _check_size(array.shape[:2])
         return array, array.shape[:2]
     _check_size((header.height, header.width))
     # libtiff turns some TIFFs by itself, depending on how they are stored.
@@ -159,7 +161,7 @@ def _oriented(array: Array, orientation: int) -> Array:
 
 
 def _decode_with_pillow(data: bytes, num_channels: int) -> Array:
-    with Image.open(io.BytesIO(data)) as file:
+    with open_image(data) as file:
         file.load()  # before the transposition: it turns a TIFF itself
         image: Image.Image = ImageOps.exif_transpose(file)
     if image.mode in ("I", "F"):

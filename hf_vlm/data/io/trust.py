@@ -63,6 +63,8 @@ def check_inside(paths: Iterable[object], root: object, named_by: object, *, all
 
 def is_inside(path: str, root: str) -> bool:
     """Whether a path or URL is below a folder, or on the host or in the bucket of a URL."""
+    if path.startswith(root.rstrip("/") + "/") and ".." not in path and "::" not in path:
+        return True  # at once, for there may be millions
     *outer, base = path.split("::")
     if any(part.partition("://")[0] not in ARCHIVES for part in outer):
         return False
