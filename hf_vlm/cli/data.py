@@ -36,7 +36,7 @@ def run(argv: Sequence[str]) -> None:
     from tqdm.auto import tqdm
 
     from hf_vlm.data.inspection.inspect import format_report, inspect_source
-    from hf_vlm.data.io.messages import printable
+    from hf_vlm.data.io.messages import one_line
     from hf_vlm.data.sources import open_source
     from hf_vlm.viz.contact_sheet import Reservoir, example_sheet
 
@@ -56,8 +56,8 @@ def run(argv: Sequence[str]) -> None:
 
         report = inspect_source(source, num_examples, on_example)
 
-    print(f"{printable(source.name)}: {source.format}, split {arguments.split}\n")
-    print(printable(format_report(report)))
+    print(f"{one_line(source.name)}: {source.format}, split {arguments.split}\n")
+    print(format_report(report))
     if arguments.json is not None:
         content = {"data": source.name, "format": source.format, "split": arguments.split, **report.as_json()}
         arguments.json.write_text(json.dumps(content, indent=2) + "\n")
@@ -67,7 +67,7 @@ def run(argv: Sequence[str]) -> None:
         print(f"Examples to look at:   {arguments.save}")
         print("\nTo train on it:")
         for command in _training_commands(arguments, source):
-            print(f"  {printable(command)}")
+            print(f"  {one_line(command)}")
 
 
 def _training_commands(arguments: argparse.Namespace, source: "Source") -> list[str]:

@@ -26,7 +26,7 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("--plot", type=Path, help="picture of the confusion matrix, for tasks that have one")
     arguments = parser.parse_args(argv)
 
-    from hf_vlm.data.io.messages import printable
+    from hf_vlm.data.io.messages import one_line
     from hf_vlm.tasks.evaluation import evaluate_run
     from hf_vlm.training.record import as_json
     from hf_vlm.training.run import quiet_libraries
@@ -48,7 +48,7 @@ def run(argv: Sequence[str]) -> None:
         needs_confusion=arguments.plot is not None,
     )
     width = max(map(len, evaluation.metrics))
-    print(printable("\n".join(f"{name:<{width}}  {value:.4f}" for name, value in evaluation.metrics.items())))
+    print("\n".join(f"{one_line(name):<{width}}  {value:.4f}" for name, value in evaluation.metrics.items()))
     if arguments.save:
         arguments.save.write_text(as_json(evaluation.metrics) + "\n")
     if arguments.plot and evaluation.confusion is not None:

@@ -153,6 +153,9 @@ def _as_value_error(source: str) -> Iterator[None]:
         yield
     except (OSError, ImportError, aiohttp.ClientError) as error:  # no server, a status, a protocol without its package
         raise ValueError(f"{redact_url(source)} cannot be read: {error_text(error)}") from error
+    except UnicodeEncodeError as error:
+        name = error.object[max(error.start - 40, 0) : error.end + 40]
+        raise ValueError(f"{redact_url(source)} holds a name that is no Unicode text, {name!r}: rename it") from error
     except (RecursionError, OverflowError) as error:
         raise ValueError(f"{redact_url(source)} holds what nests too deep, or a number too large: {error}") from error
     except ValueError as error:

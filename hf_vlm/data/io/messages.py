@@ -15,6 +15,7 @@ __all__ = [
     "did_you_mean",
     "error_causes",
     "error_text",
+    "one_line",
     "printable",
     "redact",
     "redact_url",
@@ -51,9 +52,14 @@ def printable(text: str) -> str:
     return CONTROL.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode("ascii"), text)
 
 
+def one_line(name: object) -> str:
+    """A name in one line and without what would act on a terminal."""
+    return printable(str(name)).replace("\n", "\\n").replace("\t", "\\t")
+
+
 def summarise(names: Iterable[object], *, num_shown: int = 5) -> str:
     """The first few names, and how many more there are."""
-    texts = [str(name) for name in names]
+    texts = list(map(one_line, names))
     more = f" and {len(texts) - num_shown} more" if len(texts) > num_shown else ""
     return ", ".join(texts[:num_shown]) + more
 
@@ -73,7 +79,7 @@ def redact_url(path: object) -> str:
 
 def shown_path(path: object) -> str:
     """A path or URL that data name, as messages show it: redacted, and cut where no path is as long."""
-    text = redact_url(path)
+    text = one_line(redact_url(path))
     return text if len(text) <= MAX_NAME else f"{text[: MAX_NAME // 4]}... ({len(text):,} characters)"
 
 
@@ -91,7 +97,8 @@ def redact(text: str) -> str:
     """A text whose URLs are shown as `redact_url` shows them, and whose longest words are cut."""
     if "://" not in text and len(text) <= MAX_NAME:
         return text
-    return re.sub(r"\S+", lambda word: shown_path(word[0]), text)
+    words = re.split(r"(\s+)", text)
+    return "".join(shown_path(word) if "://" in word or len(word) > MAX_NAME else word for word in words)
 
 
 def error_text(error: Exception) -> str:
