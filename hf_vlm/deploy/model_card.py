@@ -85,7 +85,7 @@ def _read_config(run_dir: Path) -> "PreTrainedConfig":
 
     import hf_vlm.registry  # noqa: F401  AutoConfig has to know the package's classes
 
-    return AutoConfig.from_pretrained(run_dir)
+    return AutoConfig.from_pretrained(run_dir, trust_remote_code=False)  # else it asks on the terminal
 
 
 def _read(path: Path) -> dict[str, Any]:
