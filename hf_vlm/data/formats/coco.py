@@ -116,7 +116,7 @@ def _image_paths(images: Sequence[Record], file: Path, root: Path, split: str) -
     if folder is None:
         raise ValueError(f"{file}: the image {names[0]} is in none of the folders {', '.join(map(str, folders))}")
     paths = [folder / name for name in names]
-    check_inside(paths, root if folder.is_relative_to(root) else root.parent, file)
+    check_inside(paths, root.parent if file.parent == root and root.name == "annotations" else root, file)
     there = existing_paths(paths)
     missing = [name for name, path in zip(names, paths) if path not in there]
     if missing:

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 __all__ = ["check_names", "rows_of_group"]
 
-BATCH_BYTES = 2**28  # that a batch may have where every cell is as large as can be
+BATCH_BYTES = 2**30  # that a batch may have where every cell is as large as can be
 LARGE_CELL = 2**20  # bytes; writers leave off dictionaries at about this size, so that larger cells hardly repeat
 MAX_REPEATED = 2**31  # bytes in large cells beyond what the file stores
 MAX_NAME_BYTES = 2**12  # of the text of a label
