@@ -17,6 +17,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
 from hf_vlm.data.io.durable import MANIFEST_FILE, PARTIAL_FOLDER
+from hf_vlm.data.loader import StreamLoader
 from hf_vlm.data.stream import ExampleStream
 from hf_vlm.features.device import use_fast_cpu_matmul
 from hf_vlm.tasks.task import Evaluation
@@ -99,7 +100,7 @@ class VisionTrainer(CommittingTrainer):
         if not isinstance(self.train_dataset, ExampleStream):
             return super().get_train_dataloader()
         num_workers = self.args.dataloader_num_workers
-        self._stream_loader = StatefulDataLoader(
+        self._stream_loader = StreamLoader(
             self.train_dataset,
             batch_size=self._train_batch_size,
             collate_fn=self.data_collator,

@@ -1,6 +1,5 @@
 """COCO json files with their images."""
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -12,8 +11,10 @@ import numpy as np
 from hf_vlm.data.formats.annotations import normalise_objects
 from hf_vlm.data.formats.boxed_images import BoxedImages, boxed_images_source
 from hf_vlm.data.formats.splits import canonical_split, choose_split, describe_folder, group_by_split
-from hf_vlm.data.io.files import can_list, existing_paths, exists, is_folder, read_bytes
+from hf_vlm.data.io.files import can_list, existing_paths, exists, is_folder, read_beginning, read_bytes
 from hf_vlm.data.io.messages import summarise
+from hf_vlm.data.io.parsing import parse_json
+from hf_vlm.data.io.trust import check_inside
 from hf_vlm.data.source import Source
 
 __all__ = ["find_coco_files", "open_coco"]
@@ -71,8 +72,7 @@ def find_coco_files(folder: Path) -> list[Path]:
 
 def _looks_like_coco(path: Path) -> bool:
     """Whether the beginning of a json names a list of COCO; large files are not read whole for this."""
-    with path.open("rb") as file:
-        beginning = file.read(2**20).decode(errors="replace").lstrip()
+    beginning = read_beginning(path, 2**20).decode(errors="replace").lstrip()
     return beginning.startswith("{") and any(
         f'"{key}"' in beginning for key in ("images", "annotations", "categories")
     )
@@ -80,7 +80,7 @@ def _looks_like_coco(path: Path) -> bool:
 
 def _load(path: Path) -> Record:
     try:
-        content = json.loads(read_bytes(path))
+        content = parse_json(read_bytes(path))
     except ValueError as error:
         raise ValueError(f"{path} is not json: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):
@@ -116,6 +116,7 @@ def _image_paths(images: Sequence[Record], file: Path, root: Path, split: str) -
     if folder is None:
         raise ValueError(f"{file}: the image {names[0]} is in none of the folders {', '.join(map(str, folders))}")
     paths = [folder / name for name in names]
+    check_inside(paths, root.parent if file.parent == root and root.name == "annotations" else root, file)
     there = existing_paths(paths)
     missing = [name for name, path in zip(names, paths) if path not in there]
     if missing:

@@ -13,6 +13,7 @@ from hf_vlm.data.boxes import clean_boxes
 from hf_vlm.data.formats.annotations import ObjectLists, normalise_objects, select_objects
 from hf_vlm.data.io.files import join
 from hf_vlm.data.io.messages import summarise
+from hf_vlm.data.io.trust import check_inside, outside_is_allowed
 from hf_vlm.data.schema import image_feature, objects_feature
 
 __all__ = [
@@ -158,6 +159,7 @@ class RowReader:
     source: str = "the source"  # for messages
     folder: str | None = None  # base of relative paths of images
     cleans_boxes: bool = False
+    allow_outside: bool = field(default_factory=outside_is_allowed)
 
     @property
     def features(self) -> datasets.Features:
@@ -191,6 +193,7 @@ class RowReader:
             data, path = (None, value) if isinstance(value, str) else (value, None)
         if data is None and path is not None and self.folder is not None:
             path = join(self.folder, path)
+            check_inside([path], self.folder, self.source, allowed=self.allow_outside)
         return {"bytes": data, "path": path}
 
     def _position(self, row: Row, example: Row) -> int:

@@ -52,6 +52,7 @@ def open_hub(
         label=_declared(features, columns, "label", source),
         category=_declared(features, columns, "objects", source),
         source=source,
+        folder=_place(source, revision),
     )
     declared = (stream.info.splits or {}).get(str(stream.split))
     if num_samples is not None:
@@ -62,6 +63,13 @@ def open_hub(
     if num_examples is not None and num_samples is not None:
         num_examples = min(num_examples, num_samples)
     return Source(dataset=examples, num_examples=num_examples)
+
+
+def _place(source: str, revision: str | None) -> str:
+    """The folder or URL that paths in rows are relative to; `datasets` opens folders on disk too."""
+    if Path(source).exists():
+        return source
+    return f"hf://datasets/{source}" if revision is None else f"hf://datasets/{source}@{revision}"
 
 
 def _declared(features: datasets.Features, columns: ColumnMap, column: str, source: str) -> Categories | None:

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import logging
 import posixpath
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -27,6 +26,7 @@ from hf_vlm.data.formats.columns import (
 from hf_vlm.data.io.files import read_bytes
 from hf_vlm.data.io.indexed import TableReader, indexed_stream
 from hf_vlm.data.io.messages import summarise
+from hf_vlm.data.io.parsing import parse_json
 from hf_vlm.data.schema import image_feature
 from hf_vlm.data.source import Source
 
@@ -140,7 +140,7 @@ def _read_json_lines(file: Path) -> Iterator[tuple[int, Row]]:
         if not text.strip():
             continue
         try:
-            row = json.loads(text)
+            row = parse_json(text)
         except ValueError as error:
             raise ValueError(f"{file}, line {line}: it is not json: {error}") from error
         if not isinstance(row, dict):

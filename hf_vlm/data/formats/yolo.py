@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
-import yaml
 
 from hf_vlm.data.formats.annotations import OBJECT_FIELDS, normalise_objects
 from hf_vlm.data.formats.boxed_images import BoxedImages, boxed_images_source
 from hf_vlm.data.formats.imagefolder import find_images
 from hf_vlm.data.formats.splits import CANONICAL, canonical_split, choose_split, describe_folder
-from hf_vlm.data.io.files import can_list, existing_paths, exists, is_folder, is_remote, map_files, read_bytes, retried
+from hf_vlm.data.io.files import can_list, existing_paths, exists, is_folder, map_files, read_beginning, read_bytes
 from hf_vlm.data.io.image_header import read_header
 from hf_vlm.data.io.messages import UnreachableError, summarise
+from hf_vlm.data.io.parsing import MAX_TEXT_BYTES, parse_yaml
+from hf_vlm.data.io.trust import check_inside
 from hf_vlm.data.source import Source
 
 __all__ = ["looks_like_yolo", "open_yolo"]
@@ -29,6 +29,7 @@ Line = tuple[int, tuple[float, ...]]  # number in its file; class, x, y, width, 
 
 DATA_FILES = ("data.yaml", "data.yml", "dataset.yaml")
 CLASSES_FILE = "classes.txt"
+MAX_CLASSES = 100_000
 HEADER_BYTES = 2**16  # hold the size of nearly every image
 TOLERANCE = 0.01  # by which coordinates may leave 0 to 1: tools round
 
@@ -57,6 +58,8 @@ def open_yolo(source: Path, split: str, *, num_samples: int | None = None) -> So
     if not names:  # numbers, those of all splits, which must agree
         others = [_label_path(image) for name in splits.folders for image in splits.images(name, source)]
         classes = [line[0] for found in _read_all(others, source) for _, line in found]
+        if max(classes) >= MAX_CLASSES:
+            raise ValueError(f"{source}: the class {max(classes):g} is more than the {MAX_CLASSES} that there may be")
         names = [str(index) for index in range(int(max(classes)) + 1)]
     rows = np.array([row for row, _, _ in lines], dtype=np.int64)
     sizes = _sizes(images, np.unique(rows))[rows]
@@ -106,12 +109,13 @@ def _data_file(source: Path) -> tuple[Path | None, Path]:
 def _read_data_file(file: Path) -> tuple[_Splits, list[str]]:
     """Where the images of each split are, and names of the classes."""
     try:
-        content = yaml.safe_load(read_bytes(file))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file} is not yaml: {error}") from error
+        content = parse_yaml(read_bytes(file, limit=MAX_TEXT_BYTES))
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
     if not isinstance(content, dict) or not {"names", "nc"} & set(content):
         raise ValueError(f"{file} is no data file of YOLO: it needs 'names' and 'train', 'val' or 'test'")
     names, number = content.get("names"), content.get("nc")
+    _check_number(number, file)
     if names is None and isinstance(number, int):
         names = list(range(number))
     if isinstance(names, dict) and sorted(names, key=str) == sorted(range(len(names)), key=str):
@@ -130,6 +134,11 @@ def _read_data_file(file: Path) -> tuple[_Splits, list[str]]:
     if not folders:
         raise ValueError(f"{file} names no images: it needs 'train', 'val' or 'test'")
     return _Splits(folders, roots, file), _unique([str(name) for name in names], file)
+
+
+def _check_number(number: Any, file: Path) -> None:
+    if isinstance(number, int) and number > MAX_CLASSES:
+        raise ValueError(f"{file}: 'nc' must be a number of classes, at most {MAX_CLASSES}, not {number}")
 
 
 def _unique(names: list[str], file: Path) -> list[str]:
@@ -157,12 +166,14 @@ def _images_at(path: str, roots: Sequence[Path], file: Path) -> list[Path]:
     found = next((candidate for candidate in candidates if exists(candidate)), None)
     if found is None:
         raise ValueError(f"{file} names {path}, which is not there: looked for {summarise(candidates)}")
+    check_inside([found], roots[-1], file)
     if is_folder(found):
         return find_images(found)
     names = [name for name in _read_lines(found) if name]
     beside = [found.parent / name for name in names]
     there = existing_paths(beside)
     images = [image if image in there else roots[0] / name for image, name in zip(beside, names)]
+    check_inside(images, roots[-1], found)
     missing = sorted(set(images) - there - existing_paths(set(images) - there))
     if missing:
         raise ValueError(f"{found} lists {len(missing)} images that are not there: {summarise(missing)}")
@@ -259,7 +270,7 @@ def _sizes(images: Sequence[Path], rows: Array) -> Array:
 def _read_size(image: Path) -> tuple[float, float]:
     """Width and height as the image is shown."""
     try:
-        header = _header(_read_beginning(image)) or _header(read_bytes(image))
+        header = _header(read_beginning(image, HEADER_BYTES)) or _header(read_bytes(image))
     except UnreachableError:
         raise  # without its size, the image would lose its boxes
     except OSError:
@@ -268,14 +279,6 @@ def _read_size(image: Path) -> tuple[float, float]:
         return np.inf, np.inf  # the stream will name the image and skip it
     is_turned = header.orientation >= 5
     return (header.height, header.width) if is_turned else (header.width, header.height)
-
-
-def _read_beginning(image: Path) -> bytes:
-    if is_remote(image):  # opened, it would fetch megabytes ahead
-        system, inner = fsspec.url_to_fs(str(image))
-        return bytes(retried(image, lambda: system.cat_file(inner, start=0, end=HEADER_BYTES)))
-    with image.open("rb") as file:
-        return file.read(HEADER_BYTES)
 
 
 def _header(data: bytes) -> Any:

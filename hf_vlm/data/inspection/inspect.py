@@ -17,7 +17,7 @@ from hf_vlm.data.inspection.duplicates import exact_duplicates, near_duplicates,
 from hf_vlm.data.inspection.report import BoxReport, Issue, MinMedianMax, Report, Unreadable, format_report
 from hf_vlm.data.io.decode import BadImageError, decode_image, read_image_bytes
 from hf_vlm.data.io.image_header import read_header
-from hf_vlm.data.io.messages import redact_url
+from hf_vlm.data.io.messages import shown_path
 from hf_vlm.data.source import Source
 
 __all__ = ["Report", "format_report", "image_name", "inspect_source"]
@@ -111,7 +111,7 @@ def inspect_source(
 def image_name(example: Example) -> str:
     """The path of an example's image, or its id where it has none."""
     path = example["image"].get("path")
-    return redact_url(path) if path else f"image_id {example['image_id']}"
+    return shown_path(path) if path else f"image_id {example['image_id']}"
 
 
 def _batches(examples: Iterable[Example]) -> Iterator[list[Example]]:

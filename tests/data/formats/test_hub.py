@@ -6,6 +6,7 @@ import datasets
 import pytest
 from sample_data import DETECTION, make_objects, png, write_detection_parquet, write_parquet
 
+from hf_vlm.data.io.messages import OutsideError
 from hf_vlm.data.schema import image_feature
 from hf_vlm.data.sources import open_source
 
@@ -42,6 +43,23 @@ def test_hub_rows_without_id_get_one_from_their_content(tmp_path, caplog):
     assert ids == [example["image_id"] for example in source]
     assert all(0 <= image_id < 2**63 for image_id in ids)
     assert "the column 'label' is left out: without ClassLabel its classes are not known" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "https://host/a.png", "hf://datasets/my-org/private/a.png"])
+def test_rows_name_files_of_their_own_data_set(tmp_path, monkeypatch, name):
+    own = "zip://a.png::hf://datasets/my-org/cells@5f1/images.zip"
+    rows = {"image": [{"bytes": None, "path": own}, {"bytes": png(0), "path": name}, {"bytes": None, "path": name}]}
+    write_parquet(tmp_path / "train.parquet", rows, {"image": image_feature()})
+    load = datasets.load_dataset
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda source, name=None, **options: load(str(tmp_path), streaming=True)
+    )
+    examples = iter(open_source("my-org/cells"))
+    assert next(examples)["image"]["path"] == own
+    assert next(examples)["image"]["bytes"] == png(0)  # a name alone
+    with pytest.raises(OutsideError, match=r"my-org/cells names .*, outside of hf://datasets/my-org/cells, its place"):
+        next(examples)
+    assert [example["image"]["path"] for example in open_source("my-org/cells", allow_outside=True)][2] == name
 
 
 def test_hub_failures_are_named(monkeypatch):
