@@ -63,6 +63,7 @@ HEADS = {  # by recipe
         "num_cross_attention_heads": 4,
     },
     "classification/vit_small.yaml": {},
+    "simclr/vit_small.yaml": {"projection_hidden_size": 32},
 }
 NAMES = {"my-org/my-detector": "me/my-detector"}  # who pushes in the test
 
@@ -80,7 +81,8 @@ def small(command):
     arguments = arguments[1:]
     if arguments[0] in ("pretrain", "finetune"):
         arguments += ["--max_steps", "1", "--per_device_train_batch_size", "2", "--num_probe_examples", "4"]
-        arguments += ["--encoder_config", json.dumps(ENCODER | {"position_embedding_type": "sincos"})]
+        if "--encoder" not in arguments:
+            arguments += ["--encoder_config", json.dumps(ENCODER | {"position_embedding_type": "sincos"})]
         arguments += ["--model_config", json.dumps(HEADS[arguments[1]]), "--image_size", "32"]
         arguments += ["--dataloader_num_workers", "0", "--use_cpu", "true", "--bf16", "false"]
     if arguments[0] == "embed":

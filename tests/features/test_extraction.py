@@ -271,7 +271,7 @@ def test_what_is_no_encoder_is_refused(processor, tmp_path):
     with pytest.raises(ValueError, match=r"holds no model: there is no config\.json"):
         load_frozen_encoder(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
-    with pytest.raises(ValueError, match="hf-vlm convert"):
+    with pytest.raises(ValueError, match="cannot be loaded: Error no file named model"):
         load_frozen_encoder(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "resnet"}')
     with pytest.raises(ValueError, match="but one of type 'resnet'"):
