@@ -24,7 +24,6 @@ from hf_vlm import VLMViTConfig, VLMViTImageProcessor, VLMViTModel
 from hf_vlm.features.loading import quiet_transformers
 from hf_vlm.metrics import knn_accuracy
 from hf_vlm.models.convert_vlm_vit import convert_checkpoint
-from hf_vlm.training.build import architecture
 from hf_vlm.training.run import pretrain, quiet_libraries
 
 Labelled = tuple[Tensor, Tensor]
@@ -130,11 +129,10 @@ def main() -> None:
         before = knn(encoder, labelled, test)
         print(f"start      kNN {before:.2f}", flush=True)
         results: dict[str, Any] = {"start": before, "steps": list(range(every, num_steps + 1, every))}
-        config = VLMViTConfig.from_pretrained(encoder)
         for variant in arguments.variants:
             folder = Path(temporary) / variant
             recipe = RECIPE | changes | VARIANTS[variant]
-            recipe |= {"encoder": str(encoder), "encoder_config": architecture(config, unlike="nano")}
+            recipe |= {"encoder": str(encoder), "encoder_preset": None}
             recipe |= {"data": arguments.data, "output_dir": str(folder), "max_steps": num_steps, "save_steps": every}
             pretrain(recipe)
             results[variant] = []

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from machine import describe
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher
@@ -259,6 +260,7 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     torch.set_num_threads(1)
+    print(describe(device))
     num_steps, rounds = (3, 5) if arguments.quick else (12, 20)
     fractions = {name: time_fractions(name, device, num_steps) for name in ROWS}
     results = {

@@ -33,13 +33,13 @@ import cv2
 import datasets
 import numpy as np
 import torch
+from machine import describe, set_products
 from PIL import Image
 from stream import write_images
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments, ViTMAEConfig, ViTMAEForPreTraining
 from transformers.utils import logging as transformers_logging
 
-from hf_vlm.features.device import enable_fast_matmul
 from hf_vlm.models.configuration_vlm_vit import PRESETS
 from hf_vlm.training import run
 from hf_vlm.training.callbacks import read_log
@@ -207,8 +207,7 @@ def compare(name: str, setting: Setting, rounds: int) -> dict[str, float]:
     for index in tqdm(range(rounds), desc=name):
         contestants = (("ours", ours), ("theirs", theirs))
         for contestant, train in contestants if index % 2 else reversed(contestants):
-            is_fast = contestant == "ours" and setting.device == "cpu" and enable_fast_matmul()
-            torch.backends.mkldnn.matmul.fp32_precision = "bf16" if is_fast else "ieee"
+            set_products(as_trained=contestant == "ours" and setting.device == "cpu")
             with contextlib.redirect_stdout(io.StringIO()):  # the trainers' logs
                 found[contestant].append(train(row, setting))
     ratios = {}
@@ -241,6 +240,7 @@ def main() -> None:
     arguments = parser.parse_args()
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
+    print(describe(torch.device(arguments.device)))
     datasets.disable_progress_bars()
     datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
     transformers_logging.disable_progress_bar()

@@ -7,9 +7,9 @@ process's CPU time on one thread; on an accelerator, wall time around synchronis
 that of a separate process on the CPU. timm and lightly (`pip install timm lightly`) are skipped where they cannot be
 imported.
 
-Two ratios are printed where they differ: with the same matrix products in both, and as each trains by default (our
-trainer lets the CPU multiply with oneDNN where that is exact, see `hf_vlm/features/device.py`). The last line of
-stdout is JSON.
+Two ratios are printed where they differ: with the same matrix products in both, and as each trains by default: our
+trainer lets the CPU multiply with oneDNN where a trial finds that exact and faster (`hf_vlm/features/device.py`). What
+the trial chooses depends on the processor, which the output names. The last line of stdout is JSON.
 """
 
 import argparse
@@ -30,6 +30,7 @@ import psutil
 import torch
 import torch.nn.functional as F
 from accelerate.utils import compile_regions
+from machine import describe, has_fast_products, processor, set_products
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
@@ -128,13 +129,13 @@ MODELS: dict[str, Callable[[str], nn.Module]] = {
 
 
 class Contestant:
-    """A model with its optimiser; `fast` lets it multiply matrices as our trainer does."""
+    """A model with its optimiser; `as_trained` lets it multiply matrices as our trainer does on this processor."""
 
-    def __init__(self, name: str, preset: str, device: torch.device, *, fast: bool, is_compiled: bool = False):
+    def __init__(self, name: str, preset: str, device: torch.device, *, as_trained: bool, is_compiled: bool = False):
         torch.manual_seed(0)
         self.model = MODELS[name](preset).to(device).train()
-        self.fast = fast
-        if fast:
+        self.as_trained = as_trained
+        if as_trained:
             use_fast_cpu_matmul(self.model)  # type: ignore[arg-type]
         self.device = device
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-4, fused=True)
@@ -146,7 +147,7 @@ class Contestant:
 
     def step(self, images: Tensor) -> float:
         """Trains one step; returns its seconds."""
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16" if self.fast else "ieee"
+        set_products(as_trained=self.as_trained)
         started = clock(self.device)
         self.loss(images).backward()
         self.optimizer.step()
@@ -171,7 +172,7 @@ def peak(contestant: Contestant) -> float:
     """Peak FLOP/s: of an accelerator by its data sheet; of the CPU as measured with a large matrix product."""
     if contestant.device.type != "cpu":
         return peak_flops(contestant.device, "bf16")
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16" if contestant.fast else "ieee"
+    set_products(as_trained=contestant.as_trained)
     matrix, seconds = torch.randn(1024, 1024), []
     for _ in range(6):
         started = clock(contestant.device)
@@ -206,11 +207,11 @@ def mae(preset: str, arguments: argparse.Namespace) -> dict[str, float]:
     device = torch.device(arguments.device)
     images = torch.randn(arguments.batch, 3, SIZE, SIZE, device=device)
     options = {"preset": preset, "device": device, "is_compiled": arguments.compile}
-    contestants = {"transformers": Contestant("transformers", fast=False, **{**options, "is_compiled": False})}
+    contestants = {"transformers": Contestant("transformers", as_trained=False, **{**options, "is_compiled": False})}
     for name in ("exact", "partial"):
-        contestants[name] = Contestant(name, fast=False, **options)
-        if device.type == "cpu":
-            contestants[f"{name}, as trained"] = Contestant(name, fast=True, **options)
+        contestants[name] = Contestant(name, as_trained=False, **options)
+        if has_fast_products(device):
+            contestants[f"{name}, as trained"] = Contestant(name, as_trained=True, **options)
     return compare(contestants, images, arguments.steps, f"MAE {preset}")
 
 
@@ -218,10 +219,10 @@ def simclr(preset: str, arguments: argparse.Namespace) -> dict[str, float]:
     device = torch.device(arguments.device)
     images = torch.randn(arguments.batch, 2, 3, SIZE, SIZE, device=device)
     options = {"preset": preset, "device": device, "is_compiled": arguments.compile}
-    contestants = {"timm": Contestant("timm", fast=False, **{**options, "is_compiled": False})}
-    contestants["simclr"] = Contestant("simclr", fast=False, **options)
-    if device.type == "cpu":
-        contestants["simclr, as trained"] = Contestant("simclr", fast=True, **options)
+    contestants = {"timm": Contestant("timm", as_trained=False, **{**options, "is_compiled": False})}
+    contestants["simclr"] = Contestant("simclr", as_trained=False, **options)
+    if has_fast_products(device):
+        contestants["simclr, as trained"] = Contestant("simclr", as_trained=True, **options)
     return compare(contestants, images, arguments.steps, f"SimCLR {preset}")
 
 
@@ -231,23 +232,25 @@ def losses(device: torch.device, num_rounds: int, *, batch: int = 512) -> dict[s
 
     projections = F.normalize(torch.randn(2 * batch, 128, device=device), dim=1)
     theirs = NTXentLoss(temperature=0.2)
-    ratios: dict[str, list[float]] = {"ntxent": [], "ntxent_as_trained": []}
+    variants = {"ntxent": False} | ({"ntxent_as_trained": True} if has_fast_products(device) else {})
+    ratios: dict[str, list[float]] = {name: [] for name in variants}
 
-    def seconds(loss_of: Callable[[Tensor], Tensor], products: str) -> float:
-        torch.backends.mkldnn.matmul.fp32_precision = products
+    def seconds(loss_of: Callable[[Tensor], Tensor], *, as_trained: bool) -> float:
+        set_products(as_trained=as_trained)
         leaf = projections.clone().requires_grad_()
         started = clock(device)
         loss_of(leaf).backward()
         return clock(device) - started
 
     for _ in range(num_rounds):
-        of_lightly = seconds(lambda leaf: theirs(*leaf.chunk(2)), "ieee")
-        ratios["ntxent"].append(of_lightly / seconds(lambda leaf: nt_xent(leaf, 0.2)[0], "ieee"))
-        ratios["ntxent_as_trained"].append(of_lightly / seconds(lambda leaf: nt_xent(leaf, 0.2)[0], "bf16"))
+        of_lightly = seconds(lambda leaf: theirs(*leaf.chunk(2)), as_trained=False)
+        for name, as_trained in variants.items():
+            ratios[name].append(of_lightly / seconds(lambda leaf: nt_xent(leaf, 0.2)[0], as_trained=as_trained))
     for name, found in ratios.items():
         middle, spread = statistics.median(found), f"{min(found):.2f} to {max(found):.2f}"
         print(f"{name} of {2 * batch} views: {middle:.2f} times lightly's ({spread})")
-    return {name: round(statistics.median(found), 3) for name, found in ratios.items()}
+    medians = {name: round(statistics.median(found), 3) for name, found in ratios.items()}
+    return {"ntxent_as_trained": medians["ntxent"]} | medians
 
 
 def peak_memory(name: str, preset: str, batch: int) -> float:
@@ -259,7 +262,7 @@ def peak_memory(name: str, preset: str, batch: int) -> float:
 def print_memory(name: str, preset: str, batch: int) -> None:
     images = torch.randn(batch, 3, SIZE, SIZE)
     before = psutil.Process().memory_info().rss / 1024  # KiB
-    contestant = Contestant(name.split(",")[0], preset, torch.device("cpu"), fast="as trained" in name)
+    contestant = Contestant(name.split(",")[0], preset, torch.device("cpu"), as_trained="as trained" in name)
     for _ in range(2):
         contestant.step(images)
     status = Path("/proc/self/status").read_text()  # getrusage would give the parent's peak where that was higher
@@ -283,23 +286,24 @@ def main() -> None:
     if arguments.memory:
         print_memory(arguments.memory, arguments.presets[0], arguments.batch)
         return
+    device = torch.device(arguments.device)
+    print(describe(device))
     has_peers = import_peers()
-    results: dict[str, float] = {}
+    results: dict[str, Any] = {"processor": processor(device), "trains_with_onednn": has_fast_products(device)}
     for preset in arguments.presets:
         suffix = "" if preset == arguments.presets[0] else f"_{preset}"
         ratios = mae(preset, arguments)
         for name, key in (("exact", "mae_vs_transformers"), ("partial", "mae_partial_vs_transformers")):
             results[key + suffix] = round(ratios[name], 3)
-            if f"{name}, as trained" in ratios:
-                results[f"{key}_as_trained{suffix}"] = round(ratios[f"{name}, as trained"], 3)
+            results[f"{key}_as_trained{suffix}"] = round(ratios.get(f"{name}, as trained", ratios[name]), 3)
         gc.collect()
         if has_peers:
             ratios = simclr(preset, arguments)
+            as_trained = ratios.get("simclr, as trained", ratios["simclr"])
             results[f"simclr_vs_timm_lightly{suffix}"] = round(ratios["simclr"], 3)
-            if "simclr, as trained" in ratios:
-                results[f"simclr_vs_timm_lightly_as_trained{suffix}"] = round(ratios["simclr, as trained"], 3)
+            results[f"simclr_vs_timm_lightly_as_trained{suffix}"] = round(as_trained, 3)
             gc.collect()
-        if arguments.device == "cpu":
+        if device.type == "cpu":
             memory = {
                 name: peak_memory(name, preset, arguments.batch)
                 for name in ("transformers", "exact", "exact, as trained", "partial, as trained")
@@ -312,7 +316,7 @@ def main() -> None:
                 memory["exact, as trained"] / memory["transformers"], 3
             )
     if has_peers:
-        results |= losses(torch.device(arguments.device), 3 if arguments.quick else 25)
+        results |= losses(device, 3 if arguments.quick else 25)
     print(json.dumps(results | ({"quick": True} if arguments.quick else {})))
 
 

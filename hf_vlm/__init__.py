@@ -1,5 +1,7 @@
 """Self-supervised Vision Transformers for your own images. Importing the package registers its Auto classes."""
 
+from typing import TYPE_CHECKING, Any
+
 from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
 from hf_vlm.models.image_processing_classification import VLMViTClassificationImageProcessor
 from hf_vlm.models.image_processing_detection import VLMViTDetectionImageProcessor
@@ -18,10 +20,24 @@ from hf_vlm.models.modeling_simmim import SimMIMConfig, SimMIMForPreTraining
 from hf_vlm.models.modeling_vlm_vit import VLMViTBackbone, VLMViTModel
 from hf_vlm.registry import MODELS
 
+if TYPE_CHECKING:
+    from hf_vlm.training.callbacks import AfterStep
+
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """`AfterStep` when it is asked for: the Trainer takes seconds to import, and not everyone trains."""
+    if name != "AfterStep":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from hf_vlm.training.callbacks import AfterStep
+
+    return AfterStep
+
 
 __all__ = [
     "MODELS",
+    "AfterStep",
     "DINOv2Config",
     "DINOv2ForPreTraining",
     "DistillConfig",

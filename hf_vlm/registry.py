@@ -112,13 +112,23 @@ def _register() -> None:
             entry.config_class, image_processor_classes={"pil": entry.processor_class}, exist_ok=True
         )
         entry.auto_class.register(entry.config_class, entry.model_class, exist_ok=True)
-        if entry.task == "pretraining":  # user code may call AutoModel as well
+        if entry.config_class is not VLMViTConfig:  # user code may call AutoModel as well
             AutoModel.register(entry.config_class, entry.model_class, exist_ok=True)
         entry.config_class.register_for_auto_class()
         entry.model_class.register_for_auto_class(entry.auto_class.__name__)
         entry.processor_class.register_for_auto_class()
         # Pipelines look a class up here before they accept it as supported.
         entry.auto_class._model_mapping._model_mapping[model_type] = entry.model_class.__name__
+    _register_wrong_calls()
+
+
+def _register_wrong_calls() -> None:
+    """Lets a head's Auto class hand other models of ours to the head's class, which says what to call instead."""
+    for entry in MODELS:
+        if entry.auto_class in (AutoModelForObjectDetection, AutoModelForImageClassification):
+            for other in MODELS:
+                if other.config_class not in entry.auto_class._model_mapping:
+                    entry.auto_class._model_mapping.register(other.config_class, entry.model_class)
 
 
 _register()

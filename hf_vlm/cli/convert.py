@@ -42,4 +42,4 @@ def run(argv: Sequence[str]) -> None:
         # Continued pretraining that keeps the features as good as they are: heads first, then small steps.
         options = ["--frozen_encoder_steps", "0.1", "--layer_decay", "0.75", "--encoder_lr_multiplier", "0.13"]
         options = ["--data", "YOUR_IMAGES", "--encoder", str(folder), *options]
-        print(f"Next: {next_command(conversion.model.config, 'simclr/vit_small.yaml', options)}")
+        print(f"Next: {next_command('simclr/vit_small.yaml', options)}")

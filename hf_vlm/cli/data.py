@@ -1,7 +1,6 @@
 """`hf-vlm data SOURCE [--save sheet.png]`"""
 
 import argparse
-import contextlib
 import json
 import shlex
 from collections.abc import Sequence
@@ -71,8 +70,8 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _training_commands(arguments: argparse.Namespace, source: "Source") -> list[str]:
-    """Commands that pretrain on the source, and fine-tune on it for each task that its labels serve."""
-    from hf_vlm.tasks import TASKS, TRAINABLE_TASKS
+    """Commands for this machine that pretrain on the source, and fine-tune on it for each task of its labels."""
+    from hf_vlm.deploy.next_steps import fitting_preset, fitting_tasks, pretraining_recipe
 
     options = ["--data", source.name]
     if arguments.format is not None:
@@ -82,11 +81,10 @@ def _training_commands(arguments: argparse.Namespace, source: "Source") -> list[
     if arguments.split != "train":
         options += ["--train_split", arguments.split]
     data = shlex.join(options)
-    commands = [f"hf-vlm pretrain mae/vit_small.yaml {data}"]
-    for task in (TASKS[name] for name in TRAINABLE_TASKS):
-        with contextlib.suppress(ValueError):  # not labels for this task
-            task.class_names(source)
-            commands.append(f"hf-vlm finetune {task.recipes['small']} {data} --encoder runs/pretrain")
+    commands = [f"hf-vlm pretrain {pretraining_recipe()[0]} {data}"]
+    for task in fitting_tasks(source):
+        recipe = task.recipes[fitting_preset(task.recipes)[0]]
+        commands.append(f"hf-vlm finetune {recipe} {data} --encoder runs/pretrain")
     return commands
 
 

@@ -99,7 +99,7 @@ def synthesise_unlabelled(path: Path, *, num_images: int) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     source = scenes_source("easy", "train", num_samples=num_images, masks=False).unlabelled()
-    scenes = list(tqdm(source, desc="Synthesising scenes", total=num_images))
+    scenes = list(tqdm(source, desc="Synthesising scenes", total=num_images, disable=None))
     Dataset.from_list(scenes, features=source.features).to_parquet(path, batch_size=1000)
 
 

@@ -3,27 +3,35 @@
 import argparse
 from collections.abc import Sequence
 
+from hf_vlm.cli.recipes import print_recipe_help, read_recipe
+
 
 def run(argv: Sequence[str]) -> None:
     """Fine-tunes a model for the recipe's task."""
     parser = argparse.ArgumentParser(
         prog="hf-vlm finetune",
         description="Fine-tunes a model on labelled images by a recipe, from a pretrained encoder or from scratch.",
-        epilog="Every key of the recipe can be overridden: --data ./coco --encoder runs/pretrain --max_steps 2000.",
+        epilog="Every key of the recipe can be overridden: --data ./coco --encoder runs/pretrain --max_steps 2000. "
+        "--resume_from_checkpoint last resumes a run that was stopped, and auto begins or resumes it.",
     )
-    parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe such as detection/vit_small.yaml")
-    arguments, overrides = parser.parse_known_args(argv)
+    parser.add_argument(
+        "recipe",
+        nargs="?",
+        help="a YAML file, or the name of a shipped recipe such as detection/vit_small.yaml; by default one that fits "
+        "labels, encoder and machine",
+    )
+    if not argv or {"-h", "--help"} & set(argv):
+        print_recipe_help(parser)
 
     from accelerate import PartialState
 
     from hf_vlm.deploy.model_card import write_model_card
     from hf_vlm.registry import find_model
     from hf_vlm.tasks import TASKS
-    from hf_vlm.training.recipe import load_recipe
     from hf_vlm.training.run import finetune, quiet_libraries
 
     quiet_libraries()
-    recipe = load_recipe(arguments.recipe, overrides)
+    recipe = read_recipe(argv, command="finetune")
     metrics, folder = finetune(recipe, write_card=write_model_card)["metrics"], recipe["output_dir"]
     task = TASKS[find_model(recipe["method"]).task]
     headline = ", ".join(f"{label} {metrics[name]:.3f}" for name, label in task.headline.items() if name in metrics)

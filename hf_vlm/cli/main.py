@@ -1,5 +1,6 @@
 """The command `hf-vlm`: one visible list of commands, each a file of this folder with `run(argv)`."""
 
+import errno
 import importlib
 import io
 import logging
@@ -19,6 +20,12 @@ COMMANDS = {
     "predict": "objects or classes of images:              hf-vlm predict RUN photo.jpg --save out.png",
     "push": "publish a run on the Hub:                  hf-vlm push RUN my-org/my-detector",
     "demo": "all of it on built-in images, offline:     hf-vlm demo",
+}
+# What a disk says to whoever writes, for outputs that are written without a message of their own.
+DISK_ERRORS = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free space there, or write elsewhere"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "name a place that you may read and write"),
+    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR, errno.EISDIR), "name another place, or move what is there"),
 }
 RESUMABLE = ("pretrain", "finetune")
 RESUME = " What is saved is kept; --resume_from_checkpoint last resumes from the last checkpoint, if there is one."
@@ -59,6 +66,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"hf-vlm {command}: {printable(redact(str(error)))}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.errno not in DISK_ERRORS or os.environ.get("HF_VLM_TRACEBACK"):
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"hf-vlm {command}: {where}{error.strerror}; {DISK_ERRORS[error.errno]}.", file=sys.stderr)
+        return 2
+    except SystemExit:  # of a run that was stopped and has saved, on all ranks; or of argparse
+        leave_process_group()
+        raise
     except KeyboardInterrupt:
         print(f"\nhf-vlm {command}: stopped.{RESUME if command in RESUMABLE else ''}", file=sys.stderr)
         return 130

@@ -3,6 +3,8 @@
 import argparse
 from collections.abc import Sequence
 
+from hf_vlm.cli.recipes import print_recipe_help, read_recipe
+
 
 def run(argv: Sequence[str]) -> None:
     """Pretrains an encoder."""
@@ -11,10 +13,17 @@ def run(argv: Sequence[str]) -> None:
         description="Pretrains an encoder on unlabelled images by a recipe.",
         epilog="Every key of the recipe can be overridden: --data ./images --max_steps 1000 "
         "--views.blur_probability 0. "
-        "--encoder starts from weights, --resume_from_checkpoint last resumes a run that was stopped.",
+        "--encoder starts from weights, --resume_from_checkpoint last resumes a run that was stopped, and auto begins "
+        "or resumes it.",
     )
-    parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe such as mae/vit_small.yaml")
-    arguments, overrides = parser.parse_known_args(argv)
+    parser.add_argument(
+        "recipe",
+        nargs="?",
+        help="a YAML file, or the name of a shipped recipe such as mae/vit_small.yaml; by default one that fits data, "
+        "encoder and machine",
+    )
+    if not argv or {"-h", "--help"} & set(argv):
+        print_recipe_help(parser)
 
     from accelerate import PartialState
 
@@ -22,12 +31,11 @@ def run(argv: Sequence[str]) -> None:
     from hf_vlm.deploy.next_steps import finetune_command
     from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
     from hf_vlm.tasks.detection import DETECTION
-    from hf_vlm.training.recipe import load_recipe
     from hf_vlm.training.run import pretrain, quiet_libraries
     from hf_vlm.viz.curves import plot_probes
 
     quiet_libraries()
-    recipe = load_recipe(arguments.recipe, overrides)
+    recipe = read_recipe(argv, command="pretrain")
     summary = pretrain(recipe, write_card=write_model_card, plot=plot_probes)
     folder = recipe["output_dir"]
     if not PartialState().is_main_process:  # the others are done while it still writes

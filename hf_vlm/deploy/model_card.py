@@ -11,7 +11,9 @@ import jinja2
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
+from hf_vlm.data.io.durable import replace_text
 from hf_vlm.data.io.messages import printable
+from hf_vlm.data.io.parsing import parse_json, parse_yaml
 from hf_vlm.deploy.markdown import code_span, fence_of, markdown
 from hf_vlm.training.provenance import is_hub_id, recorded_origins
 
@@ -73,7 +75,7 @@ def write_model_card(run_dir: str | Path, *, repo_id: str | None = None, license
     environment.filters["code"] = code_span
     text = environment.get_template(task.card).render(values)
     path = run_dir / "README.md"
-    path.write_text(re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n", encoding="utf-8", errors="backslashreplace")
+    replace_text(path, re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n")
     return path
 
 
@@ -93,8 +95,8 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
     try:  # JSON is YAML, but json reads it faster and knows NaN
         text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
+        content = parse_json(text) if path.suffix == ".json" else parse_yaml(text)
+    except ValueError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a mapping, but holds a {type(content).__name__}.")
@@ -159,7 +161,7 @@ def _metadata(values: Mapping[str, Any], run: dict[str, Any], task: "Task") -> M
         EvalResult(
             task_type=task.name,
             dataset_type=source if source and is_hub_id(source) else "unknown",
-            dataset_name=Path(source).name if source else "unknown",
+            dataset_name=printable(Path(source).name) if source else "unknown",
             dataset_split=values["eval_split"],
             metric_type=key,
             metric_name=_metric_name(key, task),
@@ -181,8 +183,7 @@ def _metadata(values: Mapping[str, Any], run: dict[str, Any], task: "Task") -> M
 
 
 def _auto_class(auto_map: Mapping[str, Any]) -> str:
-    classes = [name for name in auto_map if name.startswith("AutoModel")]
-    return "AutoModel" if not classes or "AutoModel" in classes else classes[0]
+    return next((name for name in auto_map if name.startswith("AutoModelFor")), "AutoModel")
 
 
 def _method_name(method: str | None) -> str | None:
@@ -221,11 +222,18 @@ def _describe_models(names: list[str]) -> str:
 
 
 def _describe_training(run: dict[str, Any]) -> str | None:
+    from hf_vlm.training.resume import SCHEDULE
+
     parts = []
     if run.get("num_steps"):
         parts.append(f"{run['num_steps']:,} optimiser steps")
     if run.get("num_images_seen"):
         parts.append(f"{run['num_images_seen']:,} images seen")
+    parts += [
+        f"from step {change['step']:,} with {name} {change[name][1]} in place of {change[name][0]}"
+        for change in run.get("changes") or []
+        for name in sorted(change.keys() & SCHEDULE)
+    ]
     if run.get("seconds"):
         parts.append(_duration(run["seconds"]))
     if run.get("machine"):

@@ -1,37 +1,88 @@
-"""Suggested next commands, with all options that a shipped recipe needs for an encoder."""
+"""Shipped recipes that fit data, encoder and machine, and suggested next commands with all options they need."""
 
-import json
+import contextlib
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from hf_vlm.data.transforms.options import as_size
+import torch
+
+from hf_vlm.data.source import Source
+from hf_vlm.data.sources import open_source
 from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
-from hf_vlm.models.ssl_frozen import nearest_hw
+from hf_vlm.models.convert_vlm_vit import read_config
 from hf_vlm.registry import find_model
-from hf_vlm.tasks import Task
-from hf_vlm.training.build import architecture, fitting_encoder_config
+from hf_vlm.tasks import TASKS, TRAINABLE_TASKS, Task
 from hf_vlm.training.recipe import load_recipe
 
-__all__ = ["finetune_command", "next_command"]
+__all__ = [
+    "finetune_command",
+    "finetuning_recipe",
+    "fitting_preset",
+    "fitting_tasks",
+    "next_command",
+    "pretraining_recipe",
+]
+
+PRETRAINING_RECIPES = {"nano": "mae/vit_nano_cpu.yaml", "small": "mae/vit_small.yaml"}  # by encoder preset
 
 
-def next_command(config: VLMViTConfig, recipe: str, options: Sequence[str]) -> str:
-    """The command that starts a shipped recipe from an encoder, with its architecture where the recipe's differs."""
-    values = load_recipe(recipe)
-    preset, given = values["encoder_preset"], values.get("encoder_config", {})
-    if architecture(config, unlike=preset) != architecture(VLMViTConfig.from_preset(preset, **given), unlike=preset):
-        fitting = fitting_encoder_config(config, preset=preset, given=given)
-        options = [*options, "--encoder_config", json.dumps(fitting)]
-    size = as_size("image_size", values["image_size"])
-    if (whole := nearest_hw(size, config.patch_hw)) != size:
-        options = [*options, "--image_size", json.dumps(whole[0] if whole[0] == whole[1] else list(whole))]
-    command = "pretrain" if find_model(values["method"]).task == "pretraining" else "finetune"
+def next_command(recipe: str, options: Sequence[str]) -> str:
+    """The command that trains by a shipped recipe."""
+    command = "pretrain" if find_model(load_recipe(recipe)["method"]).task == "pretraining" else "finetune"
     return shlex.join(["hf-vlm", command, recipe, *options])
 
 
 def finetune_command(task: Task, config: VLMViTConfig, encoder: str, data: str) -> str:
     """The command that fine-tunes an encoder for a task, with the recipe for encoders of the nearest width."""
-    width = {preset: VLMViTConfig.from_preset(preset).hidden_size for preset in task.recipes}
-    nearest = min(width, key=lambda preset: abs(math.log(config.hidden_size / width[preset])))
-    return next_command(config, task.recipes[nearest], ["--data", data, "--encoder", encoder])
+    preset, _ = fitting_preset(task.recipes, config.hidden_size)
+    return next_command(task.recipes[preset], ["--data", data, "--encoder", encoder])
+
+
+def fitting_preset(recipes: Mapping[str, str], encoder_width: int | None = None) -> tuple[str, str]:
+    """The encoder preset among those that recipes are for which fits an encoder, or else this machine; and why."""
+    if encoder_width is not None:
+        width = {preset: VLMViTConfig.from_preset(preset).hidden_size for preset in recipes}
+        nearest = min(width, key=lambda preset: abs(math.log(encoder_width / width[preset])))
+        return nearest, f"the encoder is {encoder_width} wide"
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return ("nano", "there is no accelerator") if accelerator is None else ("small", f"there is {accelerator.type}")
+
+
+def pretraining_recipe(encoder: str | None = None) -> tuple[str, str]:
+    """The recipe to pretrain with where none is named, from an encoder if one is given; and why."""
+    preset, reason = fitting_preset(PRETRAINING_RECIPES, _width(encoder))
+    return PRETRAINING_RECIPES[preset], reason
+
+
+def finetuning_recipe(
+    data: Any, split: str = "train", format: str | None = None, encoder: str | None = None
+) -> tuple[str, str]:
+    """The recipe to fine-tune with where none is named, for the first task that the labels serve; and why.
+
+    Raises:
+        ValueError: if the data cannot be opened, or have labels for no task.
+    """
+    task = next(iter(fitting_tasks(source := open_source(data, split, format=format))), None)
+    if task is None:
+        raise ValueError(f"{source.name} has neither boxes nor labels in split {split!r}: there is nothing to learn.")
+    preset, reason = fitting_preset(task.recipes, _width(encoder))
+    return task.recipes[preset], f"the labels serve {task.name} and {reason}"
+
+
+def fitting_tasks(source: Source) -> list[Task]:
+    """The tasks that a source has labels for, the most detailed first."""
+    tasks = []
+    for task in (TASKS[name] for name in TRAINABLE_TASKS):
+        with contextlib.suppress(ValueError):  # not labels for this task
+            task.class_names(source)
+            tasks.append(task)
+    return tasks
+
+
+def _width(encoder: str | None) -> int | None:
+    if encoder is None:
+        return None
+    config = read_config(encoder)
+    return (config.get("backbone_config") or config).get("hidden_size")

@@ -18,7 +18,7 @@ def extract_features(
 ) -> tuple[Tensor, Tensor]:
     """Pooled features (images, features), see `encode`, and labels (images,) of a labelled stream."""
     features, labels = [], []
-    for batch in tqdm(DataLoader(stream, batch_size=batch_size), desc="Features", leave=False):
+    for batch in tqdm(DataLoader(stream, batch_size=batch_size), desc="Features", leave=False, disable=None):
         features.append(encode(encoder, batch["pixel_values"], pooling=pooling))
         labels.append(batch["label"])
     return torch.cat(features), torch.cat(labels)

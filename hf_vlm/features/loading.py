@@ -2,24 +2,30 @@
 
 import contextlib
 import logging
-import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from safetensors import SafetensorError, safe_open
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
+from hf_vlm.data.io.durable import PARTIAL_FOLDER
 from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
 from hf_vlm.models.convert_families import ALIASES, FAMILIES
-from hf_vlm.models.convert_vlm_vit import is_ours, read_config
+from hf_vlm.models.convert_image_processor import load_processor
+from hf_vlm.models.convert_vlm_vit import is_ours, load_transformers, read_config
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 from hf_vlm.registry import ModelEntry, find_model_type
 
 __all__ = [
+    "EncoderSource",
     "LoadedModel",
+    "find_encoder",
+    "image_statistics",
     "load_frozen_encoder",
     "load_model",
     "quiet_transformers",
@@ -28,6 +34,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+TRACES_OF_A_RUN = ("checkpoint-*", "log.jsonl", PARTIAL_FOLDER)
 
 
 @dataclass(frozen=True)
@@ -54,11 +62,12 @@ def load_model(source: str | Path) -> LoadedModel:
     Raises:
         ValueError: There is none, it is not of this package, or weights are missing.
     """
-    config = read_own_config(source)
-    entry = find_model_type(config["model_type"])
+    if _is_of_transformers(source):
+        encoder, processor = load_frozen_encoder(source)
+        return LoadedModel(_encoder_entry(), encoder, processor)
+    entry = find_model_type(read_own_config(source)["model_type"])
     if entry is None or entry.task == "pretraining":
-        entry = find_model_type(VLMViTConfig.model_type)
-    assert entry is not None  # the encoder has a row
+        entry = _encoder_entry()
     model, processor = _load(source, entry.model_class, entry.processor_class, what="model")
     return LoadedModel(entry, model, processor)
 
@@ -66,11 +75,80 @@ def load_model(source: str | Path) -> LoadedModel:
 def load_frozen_encoder(source: str | Path) -> tuple[VLMViTModel, VLMViTImageProcessor]:
     """The encoder in a folder or on the Hub, also from a detector or a pretraining model, and its image processor.
 
+    Encoders of transformers, of a family in `FAMILIES`, are converted.
+
     Raises:
-        ValueError: There is none, it has to be converted first, or weights are missing.
+        ValueError: There is none, or weights are missing.
     """
+    if _is_of_transformers(source):
+        encoder = _convert(str(source))
+        return encoder.eval(), load_processor(str(source), encoder.config)[0]
     read_own_config(source)
     return _load(source, VLMViTModel, VLMViTImageProcessor, what="encoder")
+
+
+@dataclass(frozen=True)
+class EncoderSource:
+    """An encoder to start from, whose configuration is known and whose weights can be loaded."""
+
+    name: str
+    config: VLMViTConfig
+    converted: VLMViTModel | None = None  # where it is one of transformers
+
+    def load(self, config: VLMViTConfig, *, resize: bool) -> tuple[VLMViTModel, dict[str, Any]]:
+        """The encoder of a configuration with these weights, and transformers' report of them.
+
+        Args:
+            resize: Whether weights of other shapes are left out.
+        """
+        options: dict[str, Any] = {"config": config, "ignore_mismatched_sizes": resize, "output_loading_info": True}
+        if self.converted is not None:
+            options["state_dict"] = self.converted.state_dict()
+        with quiet_transformers():
+            return VLMViTModel.from_pretrained(self.name if self.converted is None else None, **options)
+
+
+def find_encoder(source: str) -> EncoderSource:
+    """An encoder to start from: in a folder or on the Hub, of ours or of a family of transformers.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if _is_of_transformers(source):
+        converted = _convert(source)
+        return EncoderSource(source, converted.config, converted)
+    read_own_config(source)
+    return EncoderSource(source, VLMViTConfig.from_pretrained(source))
+
+
+def image_statistics(source: str, num_channels: int) -> dict[str, Any] | None:
+    """`image_mean` and `image_std` of an encoder's image processor; None where it has none."""
+    try:
+        if _is_of_transformers(source):
+            processor, _ = load_processor(source, VLMViTConfig(num_channels=num_channels))
+        else:
+            processor = VLMViTImageProcessor.from_pretrained(source)
+    except OSError:  # weights without an image processor
+        return None
+    return {"image_mean": processor.image_mean, "image_std": processor.image_std}
+
+
+def _is_of_transformers(source: str | Path) -> bool:
+    _refuse_unfinished(Path(source))
+    config = read_config(str(source))
+    _refuse_kernels(source, config)
+    return config.get("model_type") in {**FAMILIES, **ALIASES}
+
+
+def _convert(source: str) -> VLMViTModel:
+    conversion = load_transformers(source)
+    rows = ", ".join(f"{name} {text}" for name, text in conversion.rows().items())
+    logger.info("%s is an encoder of transformers, converted on the way: %s", source, rows)
+    return cast(VLMViTModel, conversion.model)
+
+
+def _encoder_entry() -> ModelEntry:
+    return cast(ModelEntry, find_model_type(VLMViTConfig.model_type))
 
 
 def _load(source: str | Path, model_class: Any, processor_class: Any, *, what: str) -> tuple[Any, Any]:
@@ -94,24 +172,25 @@ def read_own_config(source: str | Path) -> dict[str, Any]:
     """A checkpoint's configuration.
 
     Raises:
-        ValueError: There is none, it has to be converted first, is of another package, or names code to run.
+        ValueError: There is none, it is of another package or names code to run, or a folder's weights are missing
+            or damaged.
     """
     name = str(source)
+    _refuse_unfinished(Path(name))
     config = read_config(name)
-    model_type = config.get("model_type")
-    if model_type in {**FAMILIES, **ALIASES}:
-        folder = f"runs/{Path(name).name}"
-        raise ValueError(
-            f"{name} is a checkpoint of transformers ({model_type}). Convert it, and give the result:\n"
-            f"  {shlex.join(['hf-vlm', 'convert', name, folder])}\n  --encoder {shlex.quote(folder)}"
-        )
     if not is_ours(config):
-        raise ValueError(f"{name} holds no model of hf_vlm, but one of type {model_type!r}.")
+        raise ValueError(f"{name} holds no model of hf_vlm, but one of type {config.get('model_type')!r}.")
+    _refuse_kernels(name, config)
+    if Path(name).is_dir():
+        _check_weights(Path(name))
+    return config
+
+
+def _refuse_kernels(source: str | Path, config: dict[str, Any]) -> None:
     if kernels := sorted(_named_kernels(config)):
         raise ValueError(
-            f"{name} names code on the Hub in its configuration, {', '.join(kernels)}, which would be run: remove it."
+            f"{source} names code on the Hub in its configuration, {', '.join(kernels)}, which would be run: remove it"
         )
-    return config
 
 
 def _named_kernels(config: dict[str, Any]) -> Iterator[str]:
@@ -121,6 +200,27 @@ def _named_kernels(config: dict[str, Any]) -> Iterator[str]:
             yield from _named_kernels(value)
         elif key.endswith("_implementation") and isinstance(value, str) and "/" in value:
             yield value
+
+
+def _refuse_unfinished(folder: Path) -> None:
+    """ValueError for the folder of a run that has not ended: its model comes last, and `config.json` last of that."""
+    if (folder / CONFIG_NAME).exists() or not any(any(folder.glob(name)) for name in TRACES_OF_A_RUN):
+        return
+    advice = "finish it with --resume_from_checkpoint last" if any(folder.glob("checkpoint-*")) else "start it again"
+    raise ValueError(f"{folder} holds no finished model: its run was stopped before. Name a checkpoint, or {advice}.")
+
+
+def _check_weights(folder: Path) -> None:
+    """ValueError where a folder's weights are not there, or not whole; only their headers are read."""
+    paths = sorted(folder.glob("model*.safetensors"))
+    if not paths:
+        raise ValueError(f"{folder} holds no weights (model.safetensors), only their configuration.")
+    for path in paths:
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path} is damaged: {error}. Copy it again, or train again.") from error
 
 
 @contextlib.contextmanager

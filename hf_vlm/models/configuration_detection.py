@@ -45,7 +45,7 @@ class VLMViTDetectionConfig(PreTrainedConfig):
 
     model_type = "vlm_vit_detection"
     sub_configs = {"backbone_config": VLMViTConfig}
-    keys_to_ignore_at_inference = ["loss_dict", "last_hidden_state", "reference_boxes"]
+    keys_to_ignore_at_inference = ["loss_dict", "last_hidden_state", "reference_boxes", "hidden_states", "attentions"]
 
     backbone_config: dict[str, Any] | PreTrainedConfig | None = None
     num_feature_taps: int = 4
@@ -80,6 +80,7 @@ class VLMViTDetectionConfig(PreTrainedConfig):
         self.backbone_config = VLMViTConfig() if self.backbone_config is None else deepcopy(self.backbone_config)
         num_layers = self.encoder.num_hidden_layers
         num_taps = min(self.num_feature_taps, num_layers)
+        self.encoder.reshape_hidden_states = True  # the neck reads maps
         self.encoder.out_indices = [math.ceil(num_layers * i / num_taps) for i in range(1, num_taps + 1)]
         super().__post_init__(**kwargs)
 

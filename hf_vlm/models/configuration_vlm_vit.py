@@ -88,8 +88,11 @@ class VLMViTConfig(BackboneConfigMixin, PreTrainedConfig):
         num_register_tokens (`int`, defaults to 0): Register tokens (arXiv 2309.16588).
         layerscale_value (`float`, *optional*): Initial LayerScale; `None` builds none.
         drop_path_rate (`float`, defaults to 0.0): Stochastic depth of the last layer, growing linearly from 0.
+        drop_path_uniform (`bool`, defaults to `False`): Whether all layers have the rate of the last, as in DINOv2.
         use_qk_norm (`bool`, defaults to `False`): Normalise queries and keys per head (arXiv 2302.05442).
         apply_layernorm (`bool`, defaults to `True`): Whether backbone feature maps pass the final norm.
+        reshape_hidden_states (`bool`, defaults to `True`): Whether the backbone gives maps of the patches (batch,
+            hidden_size, rows, columns), and not all tokens (batch, prefix + patches, hidden_size).
         out_features, out_indices: Stages that [`VLMViTBackbone`] returns: `"stage1"` to `"stageN"`, or the last.
 
     Raises:
@@ -117,11 +120,13 @@ class VLMViTConfig(BackboneConfigMixin, PreTrainedConfig):
     num_register_tokens: int = 0
     layerscale_value: float | None = None
     drop_path_rate: float | int = 0.0
+    drop_path_uniform: bool = False
     attention_dropout: float | int = 0.0
     qkv_bias: bool = True
     use_qk_norm: bool = False
     initializer_range: float = 0.02
     apply_layernorm: bool = True
+    reshape_hidden_states: bool = True
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
@@ -133,6 +138,13 @@ class VLMViTConfig(BackboneConfigMixin, PreTrainedConfig):
             out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
         )
         super().__post_init__(**kwargs)
+
+    @property
+    def drop_path_rates(self) -> list[float]:
+        """Rate of stochastic depth of each layer."""
+        last = self.num_hidden_layers - 1
+        relative = [1.0 if self.drop_path_uniform else i / max(1, last) for i in range(last + 1)]
+        return [self.drop_path_rate * r for r in relative]
 
     def _check(self) -> None:
         _choose("position_embedding_type", self.position_embedding_type, POSITION_EMBEDDING_TYPES)

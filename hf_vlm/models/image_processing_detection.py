@@ -1,16 +1,59 @@
-"""Image processor of the detector: that of the encoder, and boxes back to pixels."""
+"""Image processor of the detector: that of the encoder, COCO's annotations to labels, and boxes back to pixels."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.image_processing_utils import BatchFeature
 
 from .image_processing_vlm_vit import VLMViTImageProcessor
 
 
 class VLMViTDetectionImageProcessor(VLMViTImageProcessor):
-    """[`VLMViTImageProcessor`] with the post-processing of a [`VLMViTForObjectDetection`]."""
+    """[`VLMViTImageProcessor`] with labels and post-processing of a [`VLMViTForObjectDetection`]."""
+
+    def preprocess(
+        self,
+        images: Any,
+        annotations: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Images to `pixel_values`, and COCO's annotations, if given, to the `labels` that the detector learns from.
+
+        Args:
+            images: One image, or a list of them.
+            annotations: `{"image_id": int, "annotations": [{"bbox": [x, y, width, height] in pixels, "category_id":
+                int, ...}, ...]}` for an image, or a list of these, as transformers' detectors take them. A
+                `category_id` is a class of the model, from 0.
+            kwargs: Settings that this call changes.
+
+        Returns:
+            `pixel_values` (batch, channels, height, width), and `labels`: one dict per image with `class_labels` (n,),
+            `boxes` (n, 4) (centre x, centre y, width, height) in fractions of the image, `area` (n,) in pixels of
+            `pixel_values`, `iscrowd` (n,), `image_id` (1,), `orig_size` (2,) and `size` (2,), rows and columns. Boxes
+            are clipped to the image; those of which nothing is left, and those of crowds, are dropped.
+
+        Raises:
+            ValueError: if annotations are not of this format, not one per image, or images are cropped or padded.
+        """
+        return super().preprocess(images, annotations, **kwargs)
+
+    def _preprocess(self, images: list[Any], annotations: Any = None, **kwargs: Any) -> BatchFeature:
+        encoded = super()._preprocess(images, **kwargs)
+        if annotations is None:
+            return encoded
+        annotations = [annotations] if isinstance(annotations, Mapping) else list(annotations)
+        if len(annotations) != len(images):
+            raise ValueError(f"{len(annotations)} annotations are given for {len(images)} images: give one per image.")
+        if kwargs.get("do_center_crop") or kwargs.get("do_pad"):
+            raise ValueError("Boxes do not follow do_center_crop and do_pad: set both to False to give annotations.")
+        labels = [
+            coco_labels(annotation, f"annotations[{i}]", original.shape[-2:], resized.shape[-2:])
+            for i, (annotation, original, resized) in enumerate(zip(annotations, images, encoded["pixel_values"]))
+        ]
+        encoded["labels"] = [BatchFeature(label, tensor_type=kwargs.get("return_tensors")) for label in labels]
+        return encoded
 
     def post_process_object_detection(
         self,
@@ -54,4 +97,35 @@ class VLMViTDetectionImageProcessor(VLMViTImageProcessor):
         ]
 
 
-__all__ = ["VLMViTDetectionImageProcessor"]
+def coco_labels(
+    annotation: Any, name: str, original_hw: tuple[int, int], resized_hw: tuple[int, int]
+) -> dict[str, Tensor]:
+    """The labels of an image, as transformers' DETR makes them, from its annotation; see `preprocess`."""
+    objects = annotation.get("annotations") if isinstance(annotation, Mapping) else None
+    if not isinstance(objects, list | tuple) or "image_id" not in annotation:
+        raise ValueError(f"{name} must be {{'image_id': ..., 'annotations': [...]}}, with one dict per object.")
+    for i, item in enumerate(objects):
+        if not {"bbox", "category_id"} <= item.keys() or len(item["bbox"]) != 4:
+            raise ValueError(
+                f"{name}['annotations'][{i}] needs 'category_id' and 'bbox' [x, y, width, height], but has "
+                f"{', '.join(f'{key}: {value}' for key, value in item.items())}."
+            )
+    objects = [item for item in objects if not item.get("iscrowd", 0)]
+    (height, width), size = original_hw, torch.tensor(original_hw[::-1])
+    boxes = torch.tensor([item["bbox"] for item in objects], dtype=torch.float32).reshape(-1, 4)
+    low = torch.minimum(boxes[:, :2].clamp(min=0), size)
+    high = torch.minimum((boxes[:, :2] + boxes[:, 2:]).clamp(min=0), size)
+    keep = (high > low).all(dim=1)  # (n,)
+    area = [item.get("area", item["bbox"][2] * item["bbox"][3]) for item in objects]
+    return {
+        "image_id": torch.tensor([annotation["image_id"]]),
+        "class_labels": torch.tensor([item["category_id"] for item in objects], dtype=torch.int64)[keep],
+        "boxes": torch.cat([(low + high) / 2 / size, (high - low) / size], dim=1)[keep],
+        "area": torch.tensor(area, dtype=torch.float32)[keep] * (resized_hw[0] / height * (resized_hw[1] / width)),
+        "iscrowd": torch.zeros(int(keep.sum()), dtype=torch.int64),
+        "orig_size": torch.tensor(original_hw),
+        "size": torch.tensor(resized_hw),
+    }
+
+
+__all__ = ["VLMViTDetectionImageProcessor", "coco_labels"]

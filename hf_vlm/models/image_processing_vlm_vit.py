@@ -42,6 +42,18 @@ class VLMViTImageProcessor(PilBackend):
         """Channels of the images that models of this processor take."""
         return 3 if isinstance(self.image_mean, float | int) else len(self.image_mean)
 
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as they are saved; `auto_map` names the class in a list.
+
+        From a string transformers derives the name of a video processor, and each pipeline asks whether its code may
+        be run.
+        """
+        settings: dict[str, Any] = super().to_dict()
+        auto_map = settings.get("auto_map") or {}
+        for name, reference in auto_map.items():
+            auto_map[name] = [reference] if isinstance(reference, str) else reference
+        return settings
+
     def process_image(
         self,
         image: Any,

@@ -55,7 +55,7 @@ class DetectionTargets:
         classes = [label["class_labels"].to(device=device, dtype=torch.int64) for label in labels]
         boxes = [label["boxes"].to(device=device, dtype=torch.float32).reshape(-1, 4) for label in labels]
         _check_values(classes, boxes, num_labels)
-        counts = tuple(len(c) for c in classes)
+        counts = tuple(c.shape[0] for c in classes)
         sizes = torch.tensor(counts, device=device)
         return cls(
             class_labels=torch.nn.utils.rnn.pad_sequence(classes, batch_first=True),
@@ -85,7 +85,7 @@ def _check_values(classes: list[Tensor], boxes: list[Tensor], num_labels: int) -
     if not bool((bad_class | bad_box).any()):
         return
     row = int((bad_class | bad_box).nonzero()[0])
-    image = next(i for i in range(len(classes)) if row < sum(len(c) for c in classes[: i + 1]))
+    image = next(i for i in range(len(classes)) if row < sum(c.shape[0] for c in classes[: i + 1]))
     if bool(bad_class[row]):
         raise ValueError(
             f"labels[{image}] holds class {int(labels[row])}, but the model has the classes 0 to {num_labels - 1}: "
@@ -164,7 +164,7 @@ def match(cost: Tensor, counts: Sequence[int]) -> Matches:
         raise ImportError("Training a detector needs scipy to match boxes: `pip install scipy`.") from error
     blocks = cost.cpu().numpy()  # one transfer for all stages
     rows: list[tuple[int, int, int, int]] = []
-    for stage in range(len(blocks)):
+    for stage in range(blocks.shape[0]):
         for image, count in enumerate(counts):
             objects, queries = linear_sum_assignment(blocks[stage, image, :count])
             rows.extend((stage, image, int(q), int(t)) for q, t in zip(queries, objects))
@@ -195,7 +195,7 @@ def set_losses(
     negative_weight = (score**FOCAL_GAMMA).index_put(position, 1 - quality)
     cross_entropy = -positive_weight * F.logsigmoid(logits) - negative_weight * F.logsigmoid(-logits)
 
-    per_stage = logits.new_zeros(len(logits))
+    per_stage = logits.new_zeros(logits.shape[0])
     l1 = per_stage.index_add(0, matches.stage, (predicted - wanted).abs().sum(-1))
     giou_loss = per_stage.index_add(0, matches.stage, 1 - giou)
     return cross_entropy.sum(dim=(1, 2, 3)), l1, giou_loss

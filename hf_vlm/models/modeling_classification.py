@@ -13,7 +13,8 @@ from transformers.utils import auto_docstring
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_vlm_vit import VLMViTConfig
-from .modeling_vlm_vit import VLMViTModel, VLMViTPreTrainedModel
+from .model_on_encoder import ModelOnEncoder, wanted_outputs
+from .modeling_vlm_vit import VLMViTModel
 
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification")
 POOLINGS = ("mean", "class", "both")
@@ -124,7 +125,7 @@ def classification_loss(logits: Tensor, labels: Tensor, *, problem_type: str, la
 
 
 @auto_docstring
-class VLMViTForImageClassification(VLMViTPreTrainedModel):
+class VLMViTForImageClassification(ModelOnEncoder):
     """The encoder with a classifier on its pooled tokens.
 
     As in BEiT and MAE (arXiv 2106.08254, 2111.06377), whose classifiers read the mean of the patches, the pooled
@@ -138,10 +139,8 @@ class VLMViTForImageClassification(VLMViTPreTrainedModel):
     loss_function = staticmethod(classification_loss)
 
     def __init__(self, config: VLMViTClassificationConfig):
-        config.check(
-            config.num_labels
-        )  # again: from_pretrained(..., num_labels=1) sets fields that were checked before
         super().__init__(config)
+        config.check(config.num_labels)  # again: from_pretrained(..., num_labels=1) sets fields that were checked
         width = config.encoder.hidden_size
         self.backbone = VLMViTModel(config.encoder)
         self.pooled_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
@@ -150,13 +149,23 @@ class VLMViTForImageClassification(VLMViTPreTrainedModel):
 
     @can_return_tuple
     @auto_docstring
-    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any) -> ImageClassifierOutput:
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        *,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+    ) -> ImageClassifierOutput:
         r"""
         labels (`torch.Tensor` of shape `(batch,)` or `(batch, num_labels)`, *optional*):
             Class of each image, or the probability of each class as mixed images have it; for several labels per
             image 1 for each class that is present. ValueError when the shape or the type fits neither.
         """
-        outputs = self.backbone(pixel_values, **kwargs)
+        wanted = wanted_outputs(
+            self.config, output_hidden_states=output_hidden_states, output_attentions=output_attentions
+        )
+        outputs = self.backbone(pixel_values, **wanted)
         logits = self.classifier(self._pool(outputs.last_hidden_state))
         loss = None
         if labels is not None:

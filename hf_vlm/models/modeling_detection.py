@@ -27,7 +27,8 @@ from .detection_layers import (
     refine_boxes,
 )
 from .loss_detection import DetectionTargets, detection_loss
-from .modeling_vlm_vit import VLMViTBackbone, VLMViTPreTrainedModel
+from .model_on_encoder import ModelOnEncoder, wanted_outputs
+from .modeling_vlm_vit import VLMViTBackbone
 from .vit_layers import gather_tokens
 
 
@@ -48,6 +49,10 @@ class VLMViTObjectDetectionOutput(ModelOutput):
         The queries after the decoder's final norm.
     reference_boxes (`torch.FloatTensor` of shape `(batch, queries, 4)`):
         The proposals that the queries started from, best first.
+    hidden_states (`tuple[torch.FloatTensor]`, *optional*, returned when `output_hidden_states=True`):
+        What enters the encoder's first layer, and the output of each layer: (batch, prefix + patches, dim).
+    attentions (`tuple[torch.FloatTensor]`, *optional*, returned when `output_attentions=True`):
+        Attention weights (batch, heads, tokens, tokens) of each layer of the encoder.
     """
 
     loss: Tensor | None = None
@@ -56,6 +61,8 @@ class VLMViTObjectDetectionOutput(ModelOutput):
     pred_boxes: Tensor | None = None
     last_hidden_state: Tensor | None = None
     reference_boxes: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 class ProposalHead(nn.Module):
@@ -107,7 +114,7 @@ class DetectionDecoder(nn.Module):
 
 
 @auto_docstring
-class VLMViTForObjectDetection(VLMViTPreTrainedModel):
+class VLMViTForObjectDetection(ModelOnEncoder):
     """Set-prediction detector in the manner of LW-DETR and RF-DETR (arXiv 2406.03459, 2511.09554) on the plain ViT.
 
     Encoder layers are tapped and merged by the neck, each location proposes a box, and a deformable decoder refines
@@ -117,7 +124,7 @@ class VLMViTForObjectDetection(VLMViTPreTrainedModel):
 
     config_class = VLMViTDetectionConfig
     _no_split_modules = ["VLMViTLayer", "DetectionDecoderLayer"]
-    _can_record_outputs: dict[str, Any] = {}  # ask the backbone for its hidden states and attentions
+    _can_record_outputs: dict[str, Any] = {}  # the backbone records its own
     # transformers picks a loss by the class name, which would be DETR's for this one.
     loss_function = staticmethod(detection_loss)
 
@@ -149,14 +156,23 @@ class VLMViTForObjectDetection(VLMViTPreTrainedModel):
     @capture_outputs  # records nothing, but without it the hooks of the encoder's layers break the compiled graph
     @auto_docstring
     def forward(
-        self, pixel_values: Tensor, labels: list[dict[str, Tensor]] | None = None, **kwargs: Any
+        self,
+        pixel_values: Tensor,
+        labels: list[dict[str, Tensor]] | None = None,
+        *,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
     ) -> VLMViTObjectDetectionOutput:
         r"""
         labels (`list[dict[str, torch.Tensor]]`, *optional*):
             One dict per image: `class_labels` (n,), and `boxes` (n, 4) as (centre x, centre y, width, height) in
             fractions of the image. Other keys are ignored. ValueError when a class or a box is out of its range.
         """
-        feature_maps = self.neck(self.backbone(pixel_values, **kwargs).feature_maps)
+        wanted = wanted_outputs(
+            self.config, output_hidden_states=output_hidden_states, output_attentions=output_attentions
+        )
+        encoded = self.backbone(pixel_values, **wanted)
+        feature_maps = self.neck(encoded.feature_maps)
         level_sizes = [(m.shape[2], m.shape[3]) for m in feature_maps]
         source = torch.cat([m.flatten(2) for m in feature_maps], dim=-1).transpose(1, 2)  # (batch, locations, dim)
         anchors = grid_anchors(level_sizes, self.config.anchor_size, source.device)  # (locations, 4)
@@ -172,7 +188,7 @@ class VLMViTForObjectDetection(VLMViTPreTrainedModel):
         boxes = [refine_boxes(reference_boxes, self.box_head(states)) for states in hidden_states]
         if labels is not None:
             targets = DetectionTargets.from_labels(
-                labels, batch_size=len(pixel_values), num_labels=self.config.num_labels, device=source.device
+                labels, batch_size=pixel_values.shape[0], num_labels=self.config.num_labels, device=source.device
             )
             stages = torch.stack([proposal_logits, *logits]), torch.stack([proposal_boxes, *boxes])
             dense = None if self.dense_head is None else self.dense_head(feature_maps, anchors)
@@ -184,6 +200,8 @@ class VLMViTForObjectDetection(VLMViTPreTrainedModel):
             pred_boxes=boxes[-1],
             last_hidden_state=hidden_states[-1],
             reference_boxes=reference_boxes,
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
         )
 
 

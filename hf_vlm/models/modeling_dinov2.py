@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers.utils import ModelOutput, auto_docstring
-from transformers.utils.generic import can_return_tuple
 
 from .modeling_vlm_vit import VLMViTModel
 from .ssl_layers import (
@@ -21,7 +20,7 @@ from .ssl_layers import (
     rank,
 )
 from .ssl_masks import block_masking
-from .ssl_model import SSLConfig, SSLPreTrainedModel
+from .ssl_model import SSLConfig, SSLPreTrainedModel, returns_loss
 from .ssl_prototypes import Centering, PrototypeHead, cross_entropy, entropy, koleo_loss, sinkhorn
 from .ssl_teacher import TeacherMixin, warm_up
 from .vit_layers import patch_grid
@@ -29,7 +28,7 @@ from .vit_layers import patch_grid
 
 @strict
 class DINOv2Config(SSLConfig):
-    r"""Configuration of [`DINOv2ForPreTraining`]; the defaults are those of the paper's ViT-L/16 on ImageNet-1k.
+    r"""Configuration of [`DINOv2ForPreTraining`]; the defaults are the official ones of ViT-L/16 on ImageNet-1k.
 
     Args:
         backbone_config (`VLMViTConfig` or `dict`, *optional*): The encoder.
@@ -42,7 +41,8 @@ class DINOv2Config(SSLConfig):
         warmup_teacher_temperature (`float`, defaults to 0.04): Temperature of the teacher at the start.
         teacher_temperature_warmup (`float`, defaults to 0.3): Fraction of training until the temperature is reached.
         momentum (`float`, defaults to 0.992): Momentum of the teacher at the start; 1 at the end.
-        centering (`str`, defaults to `"sinkhorn"`): `"sinkhorn"`, or `"centering"` by a running mean as in DINO.
+        centering (`str`, defaults to `"sinkhorn"`): `"sinkhorn"` as in the paper, or `"centering"` by a running mean,
+            as in DINO and in the official short runs.
         center_momentum (`float`, defaults to 0.9): Momentum of that mean.
         frozen_prototypes (`float`, defaults to 0.01): Fraction of training, at the start, in which the learning rate
             of prototypes is 0 (see `late_parameters`, which the package's trainer reads).
@@ -55,6 +55,7 @@ class DINOv2Config(SSLConfig):
 
     model_type = "vlm_dinov2"
     batch_scaled_momentum: ClassVar[tuple[str, ...]] = ("momentum",)
+    trained_encoder: ClassVar[str] = "teacher.backbone"  # the better of the two, as in the paper
 
     num_prototypes: int = 65536
     head_hidden_size: int = 2048
@@ -129,7 +130,7 @@ def view_loss(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
         targets: (2, batch, prototypes) of the teacher, which sees the large views.
         temperature: The student's.
     """
-    num_small, batch = len(logits) - 2, logits.shape[1]
+    num_small, batch = logits.shape[0] - 2, logits.shape[1]
     of_large = cross_entropy(logits[:2], targets.flip(0), temperature).sum()
     # The cross entropy is linear in the targets: a small view against both is twice that against their mean.
     of_small = 2 * cross_entropy(logits[2:], targets.mean(0), temperature).sum()
@@ -141,7 +142,8 @@ class DINOv2ForPreTraining(TeacherMixin, SSLPreTrainedModel):
     """A student that sees crops and masked images learns what its moving average predicts for whole ones."""
 
     config_class = DINOv2Config
-    # The paper's: two large views with unequal blur and solarisation, eight small ones.
+    # DINO's: two large views with unequal blur and solarisation, eight small ones. DINOv2's code applies the blur with
+    # one minus the probability that it is given: never and mostly.
     default_views = {
         "crop_scale": [0.32, 1.0],
         "flip_probability": 0.5,
@@ -164,21 +166,16 @@ class DINOv2ForPreTraining(TeacherMixin, SSLPreTrainedModel):
         if config.centering == "centering":
             self.view_targets = Centering(config.num_prototypes, config.center_momentum)
             self.patch_targets = Centering(config.num_prototypes, config.center_momentum)
-        self.post_init()
         self.build_teacher("backbone", "head", *(["patch_head"] if config.separate_heads else []))
+        self.post_init()
 
-    @property
-    def trained_encoder(self) -> nn.Module:
-        return self.teacher["backbone"]  # the better of the two, as in the paper
-
-    @can_return_tuple
+    @returns_loss
     @auto_docstring
     def forward(
         self,
         pixel_values: Tensor,
         local_pixel_values: Tensor | None = None,
         masked: Tensor | None = None,
-        **kwargs: Any,
     ) -> DINOv2Output:
         r"""
         pixel_values (`torch.FloatTensor` of shape `(batch, 2, channels, height, width)`):
@@ -188,7 +185,7 @@ class DINOv2ForPreTraining(TeacherMixin, SSLPreTrainedModel):
         masked (`torch.BoolTensor` of shape `(2 * batch, patches)`, *optional*):
             Patches that the student does not see, first views first; sampled when not given.
         """
-        config, batch = self.config, len(pixel_values)
+        config, batch = self.config, pixel_values.shape[0]
         views = flatten_views_view_major(check_views(pixel_values, num_views=2))  # (2 * batch, channels, h, w)
         crops = [views, *map(flatten_views_view_major, check_local_views(local_pixel_values, batch))]
         masked, num_masked = self._masks(views, masked)
@@ -205,7 +202,7 @@ class DINOv2ForPreTraining(TeacherMixin, SSLPreTrainedModel):
         )
         of_patches = cross_entropy(patch_logits, patch_targets, config.student_temperature)  # (masked,)
         of_images = masked.sum(1)[chosen // masked.shape[1]]  # (masked,): masked patches in the image of each
-        ibot = (of_patches / of_images).sum() / len(masked)
+        ibot = (of_patches / of_images).sum() / masked.shape[0]
         features = F.normalize(encoded[0].pooler_output.float(), dim=-1)  # (2 * batch, dim)
         spread = torch.stack([self._koleo(view) for view in features.chunk(2)]).sum()
         return DINOv2Output(
@@ -223,8 +220,8 @@ class DINOv2ForPreTraining(TeacherMixin, SSLPreTrainedModel):
         if masked is not None:
             return masked, int(masked.sum())
         grid_hw = patch_grid(views, self.config.backbone_config.patch_hw)
-        masked = self.sample_mask(self.config, grid_hw, len(views), views.device)
-        return masked, sum(masked_counts(self.config, grid_hw, len(views)))
+        masked = self.sample_mask(self.config, grid_hw, views.shape[0], views.device)
+        return masked, sum(masked_counts(self.config, grid_hw, views.shape[0]))
 
     @staticmethod
     def sample_mask(
@@ -236,8 +233,10 @@ class DINOv2ForPreTraining(TeacherMixin, SSLPreTrainedModel):
     @torch.no_grad()
     def _targets(self, views: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """The teacher's assignments of views (2 * batch, prototypes) and of chosen patches (masked, prototypes)."""
-        config, encoded = self.config, self.teacher["backbone"](views)
-        logits = self._apply_heads(self.teacher, encoded.pooler_output, self._patches(encoded)[chosen])
+        config = self.config
+        with self.teaching():
+            encoded = self.teacher["backbone"](views)
+            logits = self._apply_heads(self.teacher, encoded.pooler_output, self._patches(encoded)[chosen])
         temperature = warm_up(
             config.warmup_teacher_temperature,
             config.teacher_temperature,
@@ -255,14 +254,14 @@ class DINOv2ForPreTraining(TeacherMixin, SSLPreTrainedModel):
     @staticmethod
     def _koleo(features: Tensor) -> Tensor:
         with torch.autocast(features.device.type, enabled=False):
-            return koleo_loss(features, gather_with_gradient(features), rank() * len(features))
+            return koleo_loss(features, gather_with_gradient(features), rank() * features.shape[0])
 
     def _apply_heads(self, part: Any, pooled: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of views and of patches by the heads of student or teacher; one that serves both is applied once."""
         if self.config.separate_heads:
             return part.head(pooled), part.patch_head(patches)
         logits = part.head(torch.cat([pooled, patches]))
-        return logits[: len(pooled)], logits[len(pooled) :]
+        return logits[: pooled.shape[0]], logits[pooled.shape[0] :]
 
     def late_parameters(self) -> dict[str, float]:
         """The student's prototypes, by `frozen_prototypes`."""

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import AutoConfig
+from transformers import initialization as init
 from transformers.utils import ModelOutput, auto_docstring
-from transformers.utils.generic import can_return_tuple
 
 from .configuration_vlm_vit import VLMViTConfig
 from .modeling_vlm_vit import VLMViTModel
@@ -24,8 +24,9 @@ from .ssl_frozen import (
     resize_map,
 )
 from .ssl_layers import flatten_views, sum_over_ranks, world_size
-from .ssl_model import SSLConfig, SSLPreTrainedModel, as_vit_config
-from .vit_layers import patch_grid
+from .ssl_model import SSLConfig, SSLPreTrainedModel, as_vit_config, returns_loss
+from .ssl_state import Float32State
+from .vit_layers import SelfInitialised, patch_grid
 
 
 @strict
@@ -110,7 +111,7 @@ class DistillOutput(ModelOutput):
     class_smooth_l1: Tensor | None = None
 
 
-class RunningStandardizer(nn.Module):
+class RunningStandardizer(Float32State, SelfInitialised):
     """Features (rows, size) with mean 0 and deviation 1 per dimension, by the statistics of all batches so far.
 
     A teacher's dimensions differ by orders of magnitude, and have means that are the same for every image: cosines of
@@ -124,9 +125,14 @@ class RunningStandardizer(nn.Module):
 
     def __init__(self, size: int):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(size))
-        self.register_buffer("variance", torch.ones(size))
-        self.register_buffer("num_batches", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(size, dtype=torch.float32))
+        self.register_buffer("variance", torch.ones(size, dtype=torch.float32))
+        self.register_buffer("num_batches", torch.zeros((), dtype=torch.float32))
+
+    def init_parameters(self) -> None:
+        init.zeros_(self.mean)
+        init.ones_(self.variance)
+        init.zeros_(self.num_batches)
 
     @torch.no_grad()
     def forward(self, features: Tensor) -> Tensor:
@@ -136,7 +142,7 @@ class RunningStandardizer(nn.Module):
         return (features - self.mean) * torch.rsqrt(self.variance + 1e-6)
 
     def _update(self, features: Tensor) -> None:
-        count = len(features) * world_size()
+        count = features.shape[0] * world_size()
         mean = sum_over_ranks(features.sum(0)) / count  # (size,)
         variance = sum_over_ranks((features - mean).square().sum(0)) / count
         self.num_batches += 1
@@ -181,9 +187,9 @@ class DistillForPreTraining(FrozenEncoderMixin, SSLPreTrainedModel):
         self.post_init()
         self.load_frozen()
 
-    @can_return_tuple
+    @returns_loss
     @auto_docstring
-    def forward(self, pixel_values: Tensor, **kwargs: Any) -> DistillOutput:
+    def forward(self, pixel_values: Tensor) -> DistillOutput:
         r"""
         pixel_values (`torch.FloatTensor` of shape `(batch, views, channels, height, width)` or without views):
             Images, normalised by `image_mean` and `image_std`; each view counts as an image.

@@ -11,7 +11,6 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers.utils import ModelOutput, auto_docstring
-from transformers.utils.generic import can_return_tuple
 
 from .modeling_vlm_vit import VLMViTModel
 from .ssl_layers import (
@@ -23,7 +22,7 @@ from .ssl_layers import (
     sum_over_ranks,
     world_size,
 )
-from .ssl_model import SSLConfig, SSLPreTrainedModel
+from .ssl_model import SSLConfig, SSLPreTrainedModel, returns_loss
 
 
 @strict
@@ -159,7 +158,7 @@ class LeJEPAForPreTraining(SSLPreTrainedModel):
     """An encoder with equal features for views of one image, kept from a collapse by their distribution alone."""
 
     config_class = LeJEPAConfig
-    # The paper's two large and six small views, with SimCLR's colours.
+    # Two large and six small views with BYOL's colours, as in the official README.
     default_views = {
         "num_views": 2,
         "crop_scale": [0.3, 1.0],
@@ -180,14 +179,13 @@ class LeJEPAForPreTraining(SSLPreTrainedModel):
         )
         self.post_init()
 
-    @can_return_tuple
+    @returns_loss
     @auto_docstring
     def forward(
         self,
         pixel_values: Tensor,
         local_pixel_values: Tensor | None = None,
         slices: Tensor | None = None,
-        **kwargs: Any,
     ) -> LeJEPAOutput:
         r"""
         pixel_values (`torch.FloatTensor` of shape `(batch, views, channels, height, width)`):

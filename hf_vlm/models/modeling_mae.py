@@ -9,13 +9,12 @@ import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import Tensor
 from transformers.utils import ModelOutput, auto_docstring
-from transformers.utils.generic import can_return_tuple
 
 from .configuration_vlm_vit import VLMViTConfig
 from .modeling_vlm_vit import VLMViTModel
 from .ssl_layers import flatten_views
 from .ssl_masks import mask_from_indices, pixel_mask, random_masking
-from .ssl_model import SSLConfig, SSLPreTrainedModel, as_vit_config
+from .ssl_model import SSLConfig, SSLPreTrainedModel, as_vit_config, returns_loss
 from .ssl_pixels import normalise_patches, reconstruct_images
 from .ssl_predictor import MaskedPredictor
 from .vit_layers import gather_patches, patch_grid
@@ -38,9 +37,10 @@ class MAEConfig(SSLConfig):
         norm_pix_loss (`bool`, defaults to `True`):
             Whether each patch is normalised as a target (unbiased variance, eps 1e-6), the paper's better variant.
         use_cross_attention (`bool`, defaults to `False`):
-            Whether the decoder's masked tokens attend to the visible ones alone and not to each other (CrossMAE,
-            arXiv 2401.14391). The cost of a layer is then that of what is predicted, and predictions do not depend on
-            each other.
+            Whether the decoder's masked tokens attend to the visible ones alone and not to each other, as in CrossMAE
+            (arXiv 2401.14391). The cost of a layer is then that of what is predicted, and predictions do not depend on
+            each other. It is MAE's decoder in all else, and not CrossMAE's, whose layers read learned mixtures of all
+            encoder layers.
         prediction_ratio (`float`, defaults to 1.0):
             Fraction of the masked patches that are predicted in training, sampled in each step: less work per step.
 
@@ -103,15 +103,19 @@ class MAEForPreTraining(SSLPreTrainedModel):
 
     def __init__(self, config: MAEConfig):
         super().__init__(config)
+        self.build(config)
+        self.post_init()
+
+    def build(self, config: Any) -> None:
+        """Makes the parts of the model."""
         decoder, use_cross_attention = config.decoder_config, config.use_cross_attention
         width = config.backbone_config.hidden_size
         self.backbone = VLMViTModel(config.backbone_config)
         self.decoder = MaskedPredictor(decoder, width, decoder.patch_dim, use_cross_attention=use_cross_attention)
-        self.post_init()
 
-    @can_return_tuple
+    @returns_loss
     @auto_docstring
-    def forward(self, pixel_values: Tensor, noise: Tensor | None = None, **kwargs: Any) -> MAEOutput:
+    def forward(self, pixel_values: Tensor, noise: Tensor | None = None) -> MAEOutput:
         r"""
         pixel_values (`torch.FloatTensor` of shape `(batch, views, channels, height, width)` or without views):
             Images; each view counts as an image.
@@ -130,7 +134,7 @@ class MAEForPreTraining(SSLPreTrainedModel):
         """Predictions (batch, predicted, patch_dim) and the indices (batch, predicted) of their patches."""
         grid_hw = patch_grid(images, self.config.backbone_config.patch_hw)
         if noise is None:
-            noise = torch.rand(len(images), math.prod(grid_hw), device=images.device)
+            noise = torch.rand(images.shape[0], math.prod(grid_hw), device=images.device)
         visible, masked = random_masking(noise, self.config.mask_ratio)
         if self.training:
             masked = masked[:, : max(1, round(masked.shape[1] * self.config.prediction_ratio))]

@@ -8,7 +8,6 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor
 from transformers import AutoConfig
 from transformers.utils import auto_docstring
-from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from .configuration_vlm_vit import VLMViTConfig
@@ -16,7 +15,7 @@ from .modeling_mae import MAEConfig, MAEForPreTraining, MAEOutput
 from .ssl_adversarial import PatchDiscriminator, adversarial_losses
 from .ssl_frozen import FrozenEncoderMixin, nearest_hw, patch_size_of, read_frozen, renormalise, resize_map
 from .ssl_layers import flatten_views
-from .ssl_model import as_vit_config
+from .ssl_model import as_vit_config, returns_loss
 from .ssl_perceptual import choose_layers, count_layers, features_of_layers, perceptual_distance
 from .ssl_teacher import TeacherMixin
 
@@ -132,6 +131,7 @@ class MAEImageLossesForPreTraining(FrozenEncoderMixin, TeacherMixin, MAEForPreTr
 
     config_class = MAEImageLossesConfig
     frozen_name = "perceptual_encoder"
+    other_model_types = ("vlm_mae",)  # as version 0.1 saved them
 
     def __init__(self, config: MAEImageLossesConfig):
         if not (config.perceptual_weight or config.adversarial_weight):
@@ -139,21 +139,23 @@ class MAEImageLossesForPreTraining(FrozenEncoderMixin, TeacherMixin, MAEForPreTr
                 "MAEImageLossesConfig: set perceptual_weight or adversarial_weight; without both it is the method mae."
             )
         super().__init__(config)
-        encoder = config.backbone_config
-        if config.adversarial_weight:
-            self.discriminator = PatchDiscriminator(
-                encoder.num_channels, config.discriminator_size, config.discriminator_layers
-            )
-        self.post_init()
-        self.build_teacher(*(["backbone"] if config.perceptual_weight and not config.perceptual_encoder else []))
         if config.perceptual_weight:
+            encoder = config.backbone_config
             compared, size = config.perceptual_encoder_config or encoder, self._perceptual_size(encoder.image_hw)
             self.perceptual_layers = choose_layers(config.perceptual_layers, count_layers(compared, size))
             self.load_frozen()
 
-    @can_return_tuple
+    def build(self, config: MAEImageLossesConfig) -> None:
+        super().build(config)
+        if config.adversarial_weight:
+            self.discriminator = PatchDiscriminator(
+                config.backbone_config.num_channels, config.discriminator_size, config.discriminator_layers
+            )
+        self.build_teacher(*(["backbone"] if config.perceptual_weight and not config.perceptual_encoder else []))
+
+    @returns_loss
     @auto_docstring
-    def forward(self, pixel_values: Tensor, noise: Tensor | None = None, **kwargs: Any) -> MAEImageLossesOutput:
+    def forward(self, pixel_values: Tensor, noise: Tensor | None = None) -> MAEImageLossesOutput:
         r"""
         pixel_values (`torch.FloatTensor` of shape `(batch, views, channels, height, width)` or without views):
             Images; each view counts as an image.
@@ -185,7 +187,8 @@ class MAEImageLossesForPreTraining(FrozenEncoderMixin, TeacherMixin, MAEForPreTr
                 renormalise(images.float(), self.config, self.frozen_name),
                 self._perceptual_size((images.shape[2], images.shape[3])),
             ).to(encoder.dtype)
-        return features_of_layers(encoder, images, self.perceptual_layers)
+        with self.teaching():
+            return features_of_layers(encoder, images, self.perceptual_layers)
 
     @property
     def _perceptual_encoder(self) -> Any:

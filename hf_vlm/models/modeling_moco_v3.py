@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
+from transformers import initialization as init
 from transformers.utils import ModelOutput, auto_docstring
-from transformers.utils.generic import can_return_tuple
 
 from .modeling_vlm_vit import VLMViTModel
 from .ssl_layers import (
@@ -19,7 +19,7 @@ from .ssl_layers import (
     gather_with_gradient,
     rank,
 )
-from .ssl_model import SSLConfig, SSLPreTrainedModel, as_vit_config
+from .ssl_model import SSLConfig, SSLPreTrainedModel, as_vit_config, returns_loss
 from .ssl_teacher import TeacherMixin
 
 
@@ -82,7 +82,7 @@ def contrastive_loss(queries: Tensor, keys: Tensor, temperature: float) -> tuple
     with torch.autocast(queries.device.type, enabled=False):
         queries, keys = F.normalize(queries.float(), dim=-1), F.normalize(keys.float(), dim=-1)
         logits = queries @ gather_with_gradient(keys).T / temperature  # (batch, world * batch)
-        own = torch.arange(len(queries), device=queries.device) + rank() * len(queries)
+        own = torch.arange(queries.shape[0], device=queries.device) + rank() * queries.shape[0]
         loss = 2 * temperature * F.cross_entropy(logits, own)
         return loss, (logits.argmax(dim=1) == own).float().mean()
 
@@ -110,34 +110,37 @@ class MoCoV3ForPreTraining(TeacherMixin, SSLPreTrainedModel):
             config.backbone_config.hidden_size, hidden_size, size, num_layers=3, last_norm=True
         )
         self.predictor = ProjectionHead(size, hidden_size, size, num_layers=2, last_norm=config.predictor_norm)
-        self.post_init()
-        if config.freeze_patch_projection:
-            self.init_encoder()
         self.build_teacher("backbone", "projector")
+        self.post_init()
+
+    def finish_init(self) -> None:
+        if self.config.freeze_patch_projection:
+            self.init_encoder()
+        super().finish_init()
 
     def init_encoder(self) -> None:
         """The official initialisation of the encoder, by Xavier: the patch projection, if frozen, keeps its scale."""
         for module in self.backbone.modules():
             if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
+                init.xavier_uniform_(module.weight)
         if self.config.backbone_config.use_class_token:
-            nn.init.normal_(self.backbone.embeddings.class_token, std=1e-6)
+            init.normal_(self.backbone.embeddings.class_token, std=1e-6)
 
     def freeze(self) -> None:
         super().freeze()
         if self.config.freeze_patch_projection:
             self.backbone.embeddings.patch_projection.requires_grad_(False)
 
-    @can_return_tuple
+    @returns_loss
     @auto_docstring
-    def forward(self, pixel_values: Tensor, **kwargs: Any) -> MoCoV3Output:
+    def forward(self, pixel_values: Tensor) -> MoCoV3Output:
         r"""
         pixel_values (`torch.FloatTensor` of shape `(batch, 2, channels, height, width)`):
             Two views of each image.
         """
         views = flatten_views_view_major(check_views(pixel_values, num_views=2))  # (2 * batch, channels, h, w)
         pooled = self.backbone(views, class_token_only=True).pooler_output  # (2 * batch, hidden_size)
-        with torch.no_grad():
+        with torch.no_grad(), self.teaching():
             pooled_by_teacher = self.teacher["backbone"](views, class_token_only=True).pooler_output
             # Batch norm sees one view at a time, as unequal views have unequal statistics.
             keys = [self.teacher["projector"](view) for view in pooled_by_teacher.chunk(2)]  # (batch, dim) each

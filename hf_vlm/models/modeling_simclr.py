@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import Tensor
 from transformers.utils import ModelOutput, auto_docstring
-from transformers.utils.generic import can_return_tuple
 
 from .modeling_vlm_vit import VLMViTModel
 from .ssl_contrastive import fast_contrastive_cross_entropy
@@ -20,7 +19,7 @@ from .ssl_layers import (
     gather_with_gradient,
     rank,
 )
-from .ssl_model import SSLConfig, SSLPreTrainedModel
+from .ssl_model import SSLConfig, SSLPreTrainedModel, returns_loss
 
 
 @strict
@@ -32,7 +31,7 @@ class SimCLRConfig(SSLConfig):
         projection_hidden_size (`int`, defaults to 2048): Width of the projection head's hidden layers.
         projection_size (`int`, defaults to 128): Width of the projections that are compared.
         num_projection_layers (`int`, defaults to 3): Layers of the projection head (3 as in SimCLR v2); batch norm
-            follows each, the last one too, as in the official code.
+            follows each, the last one too. In the official code that has a gain, which MoCo v3 and this leave out.
         temperature (`float`, defaults to 0.2): Temperature of the similarities. Between lightly-train's 0.1 and
             lightly's 0.5; solo-learn uses 0.2 on small images.
     """
@@ -81,7 +80,7 @@ def nt_xent(projections: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         The loss (), and the fraction () of views whose nearest other view is their partner.
     """
     projections = projections.float()
-    num_local = len(projections)
+    num_local = projections.shape[0]
     rows = torch.arange(num_local, device=projections.device)
     offset = rank() * num_local
     partners = (rows + num_local // 2) % num_local + offset
@@ -95,7 +94,7 @@ class SimCLRForPreTraining(SSLPreTrainedModel):
     """An encoder with a projection head; partners are pulled together, all other images of the batch pushed apart."""
 
     config_class = SimCLRConfig
-    # Views as in SimCLR, appendix A, at its strength 0.5 for CIFAR; crops from 0.2 on as in MoCo v3, not 0.08.
+    # Views as in SimCLR, appendix A, at its strength 0.5 for CIFAR; crops from 0.2 of the area on, not 0.08.
     default_views = {
         "num_views": 2,
         "crop_scale": [0.2, 1.0],
@@ -118,9 +117,9 @@ class SimCLRForPreTraining(SSLPreTrainedModel):
         )
         self.post_init()
 
-    @can_return_tuple
+    @returns_loss
     @auto_docstring
-    def forward(self, pixel_values: Tensor, **kwargs: Any) -> SimCLROutput:
+    def forward(self, pixel_values: Tensor) -> SimCLROutput:
         r"""
         pixel_values (`torch.FloatTensor` of shape `(batch, 2, channels, height, width)`):
             Two views of each image.

@@ -7,12 +7,11 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers.utils import ModelOutput, auto_docstring
-from transformers.utils.generic import can_return_tuple
 
 from .modeling_vlm_vit import VLMViTModel
 from .ssl_layers import flatten_views
 from .ssl_masks import block_grid, grid_block_masking, pixel_mask
-from .ssl_model import SSLConfig, SSLPreTrainedModel
+from .ssl_model import SSLConfig, SSLPreTrainedModel, returns_loss
 from .vit_layers import patch_grid, patchify, unpatchify
 
 
@@ -22,7 +21,7 @@ class SimMIMConfig(SSLConfig):
 
     Args:
         backbone_config (`VLMViTConfig` or `dict`, *optional*): The encoder.
-        mask_ratio (`float`, defaults to 0.6): Fraction of the mask blocks that are masked.
+        mask_ratio (`float`, defaults to 0.6): Fraction of the mask blocks that are masked, their number rounded up.
         mask_patch_size (`int`, defaults to 32):
             Side of a mask block in pixels, a multiple of the patch. The paper's 32 is meant for images of 192 to 224.
 
@@ -94,9 +93,9 @@ class SimMIMForPreTraining(SSLPreTrainedModel):
         self.head = nn.Linear(encoder.hidden_size, encoder.patch_dim)
         self.post_init()
 
-    @can_return_tuple
+    @returns_loss
     @auto_docstring
-    def forward(self, pixel_values: Tensor, noise: Tensor | None = None, **kwargs: Any) -> SimMIMOutput:
+    def forward(self, pixel_values: Tensor, noise: Tensor | None = None) -> SimMIMOutput:
         r"""
         pixel_values (`torch.FloatTensor` of shape `(batch, views, channels, height, width)` or without views):
             Images; each view counts as an image.
@@ -106,7 +105,7 @@ class SimMIMForPreTraining(SSLPreTrainedModel):
         images, encoder = flatten_views(pixel_values), self.config.backbone_config
         grid_hw = patch_grid(images, encoder.patch_hw)
         if noise is None:
-            noise = _noise(self.config, grid_hw, len(images), images.device)
+            noise = _noise(self.config, grid_hw, images.shape[0], images.device)
         masked = grid_block_masking(
             noise, grid_hw, self.config.mask_block_hw, self.config.mask_ratio
         )  # (batch, patches)

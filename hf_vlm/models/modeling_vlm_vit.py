@@ -1,5 +1,6 @@
 """The encoder: a plain Vision Transformer (arXiv 2010.11929) as a model and as a backbone."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_vlm_vit import VLMViTConfig
 from .packing import Packing
+from .saved_config import read_saved_config, trained_encoder_of
 from .vit_layers import (
     LayerScale,
     Positions,
@@ -50,14 +52,16 @@ class VLMViTEmbeddings(nn.Module):
             rows, columns = config.grid_hw
             self.position_embedding = nn.Parameter(torch.empty(1, rows * columns, config.hidden_size))
 
-    def positions(self, grid_hw: tuple[int, int]) -> Tensor | None:
-        """Positions to add to the patch tokens of a grid: (1, patches, hidden_size), or None for rotary ones."""
-        config, device = self.config, self.patch_projection.weight.device
+    def positions(self, grid_hw: tuple[int, int], device: torch.device | None = None) -> Tensor | None:
+        """Positions to add to the patch tokens of a grid: (1, patches, hidden_size), or None for rotary ones.
+
+        Fixed ones are float32, on `device`; learned ones are as they are stored.
+        """
+        config = self.config
         if config.position_embedding_type == "rope":
             return None
         if config.position_embedding_type == "sincos":
-            positions = sincos_positions(config.hidden_size, grid_hw, device, spread_hw=config.grid_hw)
-            return positions[None].to(self.patch_projection.weight.dtype)
+            return sincos_positions(config.hidden_size, grid_hw, device, spread_hw=config.grid_hw)[None]
         if grid_hw == config.grid_hw:
             return self.position_embedding
         rows, columns = config.grid_hw
@@ -72,8 +76,8 @@ class VLMViTEmbeddings(nn.Module):
         masked: Tensor | None = None,
         mask_token: Tensor | None = None,
     ) -> Tensor:
-        batch, patch_hw = len(pixel_values), self.config.patch_hw
-        positions = self.positions(patch_grid(pixel_values, patch_hw))
+        batch, patch_hw = pixel_values.shape[0], self.config.patch_hw
+        positions = self.positions(patch_grid(pixel_values, patch_hw), pixel_values.device)
         if visible_indices is None:
             patches = patchify(pixel_values, patch_hw)  # (batch, patches, channels * patch height * patch width)
         else:  # only what is seen is cut out and embedded: masked patches cost nothing
@@ -83,7 +87,7 @@ class VLMViTEmbeddings(nn.Module):
         if masked is not None and mask_token is not None:
             tokens = torch.where(masked[:, :, None], mask_token.to(tokens.dtype), tokens)
         if positions is not None:
-            tokens = tokens + positions
+            tokens = tokens + positions.to(pixel_values.dtype)
         prefix = []
         if self.config.use_class_token:
             prefix.append(self.class_token.expand(batch, -1, -1))
@@ -109,6 +113,16 @@ class VLMViTPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": VLMViTLayer, "attentions": VLMViTAttention}
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """The stock method; the configuration names, for remote code, all Auto classes that load the folder."""
+        if self.is_remote_code():
+            self.config.auto_map = self.auto_map()
+        return super().save_pretrained(*args, **kwargs)
+
+    def auto_map(self) -> dict[str, str]:
+        """Auto classes and what they load, beside the class that was registered for this one."""
+        return {"AutoModel": f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"}
 
     def after_step(self, progress: float) -> None:
         """Called once per optimiser step, for state that gradients do not change: teachers, schedules.
@@ -169,12 +183,35 @@ class _Encoder(VLMViTPreTrainedModel):
 
     def __init__(self, config: VLMViTConfig):
         super().__init__(config)
-        rates = [
-            config.drop_path_rate * i / max(1, config.num_hidden_layers - 1) for i in range(config.num_hidden_layers)
-        ]
         self.embeddings = VLMViTEmbeddings(config)
-        self.layers = nn.ModuleList([VLMViTLayer(config, rate) for rate in rates])
+        self.layers = nn.ModuleList([VLMViTLayer(config, rate) for rate in config.drop_path_rates])
         self.norm = build_norm(config, config.hidden_size)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """`from_pretrained` of every model. Of a saved pretraining model it takes the encoder that is for use.
+
+        That is the teacher's for some methods, as their configuration says in `trained_encoder`.
+        """
+        source = pretrained_model_name_or_path
+        trained = trained_encoder_of({} if source is None else read_saved_config(source, **kwargs))
+        if trained == "backbone":
+            return super().from_pretrained(source, *args, **kwargs)
+        names = {r"^backbone\.": "student.", rf"^{re.escape(trained)}\.": "backbone."}
+        kwargs["key_mapping"] = names | (kwargs.get("key_mapping") or {})
+        loaded = super().from_pretrained(source, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.__dict__.pop("_weight_conversions", None)  # else it would be saved under the names that it was found by
+        return loaded
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Type of tokens: that of the final norm, which, unlike linear layers, no quantisation packs into integers."""
+        weight: Any = self.norm.weight
+        return weight.dtype  # type: ignore[no-any-return]
+
+    def auto_map(self) -> dict[str, str]:
+        return {"AutoModel": "modeling_vlm_vit.VLMViTModel", "AutoBackbone": "modeling_vlm_vit.VLMViTBackbone"}
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.patch_projection
@@ -188,7 +225,7 @@ class _Encoder(VLMViTPreTrainedModel):
     ) -> tuple[Tensor, Positions]:
         """Tokens (batch, prefix + patches, dim), and cos and sin (batch or 1, 1, patches, head_dim) where rotary."""
         check_pixel_values(pixel_values, self.config)
-        pixel_values = pixel_values.to(self.embeddings.patch_projection.weight.dtype)
+        pixel_values = pixel_values.to(self.compute_dtype)
         tokens = self.embeddings(pixel_values, visible_indices, masked, mask_token)
         if self.config.position_embedding_type != "rope":
             return tokens, None
@@ -218,7 +255,9 @@ class VLMViTModel(_Encoder):
         masked: Tensor | None = None,
         mask_token: Tensor | None = None,
         class_token_only: bool = False,
-        **kwargs: Any,
+        *,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
     ) -> BaseModelOutputWithPooling:
         r"""
         visible_indices (`torch.LongTensor` of shape `(batch, visible)`, *optional*):
@@ -232,8 +271,8 @@ class VLMViTModel(_Encoder):
         """
         hidden_states, positions = self._embed(pixel_values, visible_indices, masked, mask_token)
         for layer in self.layers[:-1]:
-            hidden_states = layer(hidden_states, positions, **kwargs)
-        return self._finish(hidden_states, positions, class_token_only, **kwargs)
+            hidden_states = layer(hidden_states, positions, output_attentions=output_attentions)
+        return self._finish(hidden_states, positions, class_token_only, output_attentions=output_attentions)
 
     def _finish(
         self, hidden_states: Tensor, positions: Positions, class_token_only: bool, **kwargs: Any
@@ -255,7 +294,6 @@ class VLMViTModel(_Encoder):
         masked: Tensor | None = None,
         mask_token: Tensor | None = None,
         class_tokens_only: bool = False,
-        **kwargs: Any,
     ) -> list[BaseModelOutputWithPooling]:
         """Encodes crops of several sizes in one pass, packed without padding.
 
@@ -273,9 +311,9 @@ class VLMViTModel(_Encoder):
         packing = Packing.of(groups)
         hidden_states = packing.pack(groups)  # (1, all tokens, hidden_size)
         for layer in self.layers[:-1]:
-            hidden_states = layer(hidden_states, positions, packing=packing, **kwargs)
+            hidden_states = layer(hidden_states, positions, packing=packing)
         return [
-            self._finish(tokens, where, class_token_only=class_tokens_only or index > 0, **kwargs)
+            self._finish(tokens, where, class_token_only=class_tokens_only or index > 0)
             for index, (tokens, where) in enumerate(zip(packing.unpack(hidden_states), positions))
         ]
 
@@ -295,18 +333,30 @@ class VLMViTBackbone(BackboneMixin, _Encoder):
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     @auto_docstring
-    def forward(self, pixel_values: Tensor, **kwargs: Any) -> BackboneOutput:
+    def forward(
+        self,
+        pixel_values: Tensor,
+        *,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+    ) -> BackboneOutput:
         hidden_states, positions = self._embed(pixel_values)
         grid_hw = patch_grid(pixel_values, self.config.patch_hw)
         maps = []
         stages: Sequence[nn.Module] = [nn.Identity(), *self.layers]
         for name, stage in zip(self.stage_names, stages):
-            hidden_states = stage(hidden_states) if name == "stem" else stage(hidden_states, positions, **kwargs)
+            if name != "stem":
+                hidden_states = stage(hidden_states, positions, output_attentions=output_attentions)
             if name in self.out_features:
                 tokens = self.norm(hidden_states) if self.config.apply_layernorm else hidden_states
-                patches = tokens[:, self.config.num_prefix_tokens :]  # (batch, patches, hidden_size)
-                maps.append(patches.transpose(1, 2).reshape(len(patches), -1, *grid_hw))  # (batch, dim, rows, columns)
+                maps.append(self._feature_map(tokens, grid_hw))
         return BackboneOutput(feature_maps=tuple(maps))
+
+    def _feature_map(self, tokens: Tensor, grid_hw: tuple[int, int]) -> Tensor:
+        """Patch tokens as a map (batch, dim, rows, columns), or all tokens (batch, tokens, dim) as they are."""
+        if not self.config.reshape_hidden_states:
+            return tokens
+        return tokens[:, self.config.num_prefix_tokens :].transpose(1, 2).unflatten(2, grid_hw)
 
 
 __all__ = ["VLMViTBackbone", "VLMViTModel", "VLMViTPreTrainedModel"]

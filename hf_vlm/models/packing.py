@@ -24,7 +24,7 @@ class Packing:
     @classmethod
     def of(cls, groups: Sequence[Tensor]) -> "Packing":
         """The packing of groups (samples, tokens, dim)."""
-        return cls(tuple((len(group), group.shape[1]) for group in groups))
+        return cls(tuple((group.shape[0], group.shape[1]) for group in groups))
 
     def pack(self, groups: Sequence[Tensor]) -> Tensor:
         """Joins the groups' tokens (samples, tokens, dim) to (1, all tokens, dim)."""

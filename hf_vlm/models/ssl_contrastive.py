@@ -55,7 +55,7 @@ class _ContrastiveCrossEntropy(torch.autograd.Function):
         normaliser = best - weights.gather(1, nearest[:, None])[:, 0].log()
         loss = (normaliser - logits.gather(1, partners[:, None])[:, 0]).mean()
         ctx.save_for_backward(queries, keys, partners, weights)
-        ctx.scale = 1 / (temperature * len(queries))
+        ctx.scale = 1 / (temperature * queries.shape[0])
         accuracy = (nearest == partners).float().mean()
         ctx.mark_non_differentiable(accuracy)
         return loss, accuracy

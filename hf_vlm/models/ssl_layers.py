@@ -77,7 +77,7 @@ class SyncedBatchNorm1d(nn.BatchNorm1d):
     def forward(self, inputs: Tensor) -> Tensor:
         if not self.training or world_size() == 1:
             return super().forward(inputs)
-        count = len(inputs) * world_size()
+        count = inputs.shape[0] * world_size()
         mean = _SumOverRanks.apply(inputs.float().sum(0)) / count  # (features,)
         centred = inputs - mean  # before squaring: features of a fresh encoder hardly differ, and their squares cancel
         variance = _SumOverRanks.apply(centred.square().sum(0)) / count  # (features,)
@@ -144,7 +144,7 @@ def check_local_views(local_pixel_values: Tensor | None, batch: int) -> list[Ten
     """Small views of a batch of `batch` images, checked, as a list: empty where there are none."""
     if local_pixel_values is None:
         return []
-    if local_pixel_values.ndim != 5 or len(local_pixel_values) != batch:
+    if local_pixel_values.ndim != 5 or local_pixel_values.shape[0] != batch:
         raise ValueError(
             f"local_pixel_values must be ({batch} images as pixel_values, views, channels, height, width), but are "
             f"{tuple(local_pixel_values.shape)}."

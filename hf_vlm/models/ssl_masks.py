@@ -13,16 +13,19 @@ from .vit_layers import patch_grid, unpatchify
 
 
 def random_masking(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor]:
-    """Splits patches by the order of noise (batch, patches) into visible and masked indices (batch, k) each."""
+    """Splits patches by the order of noise (batch, patches) into visible and masked indices (batch, k) each.
+
+    The number of masked ones is rounded up, as in the official code of SimMIM and of MAE; one at least stays visible.
+    """
     num_patches = noise.shape[1]
-    num_visible = max(1, min(num_patches - 1, round(num_patches * (1 - mask_ratio))))
+    num_visible = max(1, num_patches - math.ceil(num_patches * mask_ratio))
     order = noise.argsort(dim=1)
     return order[:, :num_visible], order[:, num_visible:]
 
 
 def mask_from_indices(indices: Tensor, num_patches: int) -> Tensor:
     """(batch, num_patches) bool, true at indices (batch, k)."""
-    mask = torch.zeros(len(indices), num_patches, dtype=torch.bool, device=indices.device)
+    mask = torch.zeros(indices.shape[0], num_patches, dtype=torch.bool, device=indices.device)
     return mask.scatter_(1, indices, True)
 
 
@@ -77,7 +80,7 @@ def block_masking(
         (batch, patches) bool, row-major, with exactly `counts` true.
     """
     rows, columns = grid_hw
-    size, device = (len(counts), num_blocks, 1, 1), counts.device
+    size, device = (counts.shape[0], num_blocks, 1, 1), counts.device
     most = counts.clamp(min=min_patches)[:, None, None, None]
     area = min_patches + torch.rand(size, device=device) * (most - min_patches)
     aspect = torch.exp((2 * torch.rand(size, device=device) - 1) * -math.log(min_aspect))

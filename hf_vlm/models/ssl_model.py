@@ -1,15 +1,19 @@
 """The contract of self-supervised methods: what a method may define, what training asks it for, and the defaults."""
 
+import inspect
 import math
+from collections.abc import Callable
+from functools import wraps
 from typing import Any, ClassVar
 
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils.generic import can_return_tuple
 
 from .configuration_vlm_vit import VLMViTConfig
-from .modeling_vlm_vit import VLMViTPreTrainedModel
+from .model_on_encoder import ModelOnEncoder
 
 
 def as_vit_config(config: VLMViTConfig | dict[str, Any] | None, **defaults: Any) -> VLMViTConfig:
@@ -28,12 +32,15 @@ class SSLConfig(PreTrainedConfig):
             `reference_batch_size` they are scaled to the batch, so that a teacher moves as far per image.
         needs_image_statistics: Whether `image_mean` and `image_std` are fields, which training fills with those of the
             image processor.
+        trained_encoder: Name, in the model, of the encoder that is probed and saved for use; a method with a teacher
+            may choose the teacher's. It is saved too, so that this encoder is what is loaded out of the whole model.
     """
 
     sub_configs = {"backbone_config": VLMViTConfig}
     renamed_fields: ClassVar[dict[str, str]] = {}
     batch_scaled_momentum: ClassVar[tuple[str, ...]] = ()
     needs_image_statistics: ClassVar[bool] = False
+    trained_encoder: ClassVar[str] = "backbone"
 
     backbone_config: Any = None
     initializer_range: float = 0.02
@@ -42,9 +49,13 @@ class SSLConfig(PreTrainedConfig):
         for former, present in self.renamed_fields.items():
             if former in kwargs:
                 setattr(self, present, kwargs.pop(former))
+        kwargs.pop("trained_encoder", None)  # the method's, not one model's
         self.backbone_config = as_vit_config(self.backbone_config)
         self.check_range(0, 1, *self.batch_scaled_momentum)
         super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "trained_encoder": self.trained_encoder}
 
     def external_weights(self) -> list[str]:
         """Folders and Hub ids of other models that the weights learn from, such as a teacher: for licence and card."""
@@ -58,7 +69,27 @@ class SSLConfig(PreTrainedConfig):
                 raise ValueError(f"{type(self).__name__}: {name} must be {allowed}, but is {value}.")
 
 
-class SSLPreTrainedModel(VLMViTPreTrainedModel):
+def returns_loss(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates the `forward` of a method: adds the arguments `return_loss` and `return_dict`.
+
+    Batches of a method have no labels. By `return_loss`, true by default, the stock Trainer knows that evaluation has
+    a loss all the same, by which it finds the best checkpoint.
+    """
+
+    @wraps(forward)
+    def wrapper(self: Any, *args: Any, return_loss: bool = True, **kwargs: Any) -> Any:
+        output = forward(self, *args, **kwargs)
+        return output if return_loss else type(output)(**{k: v for k, v in output.items() if k != "loss"})
+
+    signature = inspect.signature(forward)
+    argument = inspect.Parameter("return_loss", inspect.Parameter.KEYWORD_ONLY, default=True, annotation=bool)
+    wrapper.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*signature.parameters.values(), argument]
+    )
+    return can_return_tuple(wrapper)  # type: ignore[no-any-return]
+
+
+class SSLPreTrainedModel(ModelOnEncoder):
     """Base of the pretraining methods. Each keeps its encoder in `self.backbone` and returns an output with `loss`.
 
     Beside what is here, a method may define what every model of the package has: `after_step`, `after_encoder_loaded`
@@ -71,10 +102,24 @@ class SSLPreTrainedModel(VLMViTPreTrainedModel):
     config_class = SSLConfig
     default_views: ClassVar[dict[str, Any]] = {"num_views": 1}
 
+    def initialize_weights(self) -> None:
+        """Initialises all weights, or those that a checkpoint lacks; then, once, what follows from them."""
+        is_new = not getattr(self, "_is_hf_initialized", False)  # as transformers marks modules
+        super().initialize_weights()
+        if is_new:
+            self.finish_init()
+
+    @torch.no_grad()
+    def finish_init(self) -> None:
+        """Sets what follows from other weights, such as a teacher, by the functions of `transformers.initialization`.
+
+        They leave alone what a checkpoint gave.
+        """
+
     @property
     def trained_encoder(self) -> nn.Module:
-        """The encoder that is probed and saved for use; a method with a teacher may choose the teacher's."""
-        return self.backbone
+        """The encoder that is probed and saved for use: see [`SSLConfig`]."""
+        return self.get_submodule(self.config.trained_encoder)
 
     @staticmethod
     def sample_mask(
@@ -94,4 +139,4 @@ class SSLPreTrainedModel(VLMViTPreTrainedModel):
         return None
 
 
-__all__ = ["SSLConfig", "SSLPreTrainedModel", "as_vit_config"]
+__all__ = ["SSLConfig", "SSLPreTrainedModel", "as_vit_config", "returns_loss"]

@@ -1,7 +1,5 @@
 """The light transformer that predicts masked patches: MAE's decoder, I-JEPA's predictor."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
@@ -18,7 +16,9 @@ class MaskedPredictor(VLMViTPreTrainedModel):
         config: Width, depth and heads.
         encoder_size: Width of the encoded tokens.
         output_size: Values predicted per patch.
-        use_cross_attention: Whether masked tokens attend to the visible ones alone (CrossMAE, arXiv 2401.14391).
+        use_cross_attention: Whether masked tokens attend to the visible ones alone, as in CrossMAE (arXiv 2401.14391).
+            The layers are otherwise those of MAE's decoder: CrossMAE's read a learned mixture of all encoder layers,
+            each its own, at the encoder's width and without positions, where these read the last layer, embedded once.
     """
 
     def __init__(
@@ -36,12 +36,11 @@ class MaskedPredictor(VLMViTPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, nn.Linear):  # as MAE's official code; 0.02 is too little for narrow ones
+        # As MAE's official code does, where query, key and value are one matrix; 0.02 is too little for narrow layers.
+        if isinstance(module, nn.Linear):
             init.xavier_uniform_(module.weight)
 
-    def forward(
-        self, encoded: Tensor, visible: Tensor, masked: Tensor, grid_hw: tuple[int, int], **kwargs: Any
-    ) -> Tensor:
+    def forward(self, encoded: Tensor, visible: Tensor, masked: Tensor, grid_hw: tuple[int, int]) -> Tensor:
         """Predicts (batch, masked, output_size) at masked indices (batch, masked).
 
         Args:
@@ -57,14 +56,14 @@ class MaskedPredictor(VLMViTPreTrainedModel):
         hidden = self.mask_token + positions[masked]  # (batch, masked, decoder_size)
         if self.use_cross_attention:
             for layer in self.layers:
-                hidden = layer(hidden, None, seen, **kwargs)
+                hidden = layer(hidden, None, seen)
         else:
             # Attention does not depend on the order of tokens, so they need not be in the order of the image.
             everything = torch.cat([seen, hidden], dim=1)
             for layer in self.layers[:-1]:
-                everything = layer(everything, **kwargs)
+                everything = layer(everything)
             # Of the last layer only the masked patches are read.
-            hidden = self.layers[-1](everything[:, -num_masked:], None, everything, **kwargs)
+            hidden = self.layers[-1](everything[:, -num_masked:], None, everything)
         return self.predict(self.norm(hidden))  # (batch, masked, output_size)
 
 

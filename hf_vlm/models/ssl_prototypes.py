@@ -6,14 +6,19 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import initialization as init
 
-from .ssl_layers import sum_over_ranks
+from .ssl_layers import HeadLinear, sum_over_ranks
+from .ssl_state import Float32State
+from .vit_layers import SelfInitialised
 
 
 class PrototypeHead(nn.Module):
     """DINO's head (arXiv 2104.14294): an MLP, L2 normalisation, cosines to learned prototypes.
 
-    Takes (rows, input_size), gives (rows, num_prototypes) in -1..1. The prototypes' lengths do not matter.
+    Takes (rows, input_size), gives (rows, num_prototypes) float32 in -1..1. Prototypes are directions, as in DINO with
+    `norm_last_layer`; DINOv2's official code learns their lengths too, from 1 on. The directions are initialised as
+    there, by torch's rule: with shorter vectors Adam's steps would turn them faster.
 
     Args:
         num_layers: Layers of the MLP, with GELU between them.
@@ -28,11 +33,14 @@ class PrototypeHead(nn.Module):
         for size_in, size_out in pairwise(sizes):
             layers += [nn.Linear(size_in, size_out), nn.GELU()]
         self.mlp = nn.Sequential(*layers[:-1])
-        self.prototypes = nn.Linear(bottleneck_size, num_prototypes, bias=False)
+        self.prototypes = HeadLinear(bottleneck_size, num_prototypes, bias=False)
 
     def forward(self, features: Tensor) -> Tensor:
-        embedded = F.normalize(self.mlp(features), dim=-1, eps=1e-6)
-        return F.linear(embedded, F.normalize(self.prototypes.weight, dim=-1))
+        embedded = self.mlp(features)
+        # bfloat16 would resolve cosines near 1 to 0.004, a tenth of the teacher's temperature.
+        with torch.autocast(embedded.device.type, enabled=False):
+            embedded = F.normalize(embedded.float(), dim=-1, eps=1e-6)
+            return F.linear(embedded, F.normalize(self.prototypes.weight.float(), dim=-1))
 
 
 @torch.no_grad()
@@ -51,7 +59,7 @@ def sinkhorn(logits: Tensor, temperature: Tensor, num_iterations: int = 3) -> Te
     return assignments
 
 
-class Centering(nn.Module):
+class Centering(Float32State, SelfInitialised):
     """DINO's targets: softmax of logits (rows, prototypes) less a running mean of them.
 
     The mean is over the rows of all ranks, and moves by 1 - momentum per call in training. It is saved.
@@ -60,14 +68,17 @@ class Centering(nn.Module):
     def __init__(self, num_prototypes: int, momentum: float):
         super().__init__()
         self.momentum = momentum
-        self.register_buffer("center", torch.zeros(1, num_prototypes))
+        self.register_buffer("center", torch.zeros(1, num_prototypes, dtype=torch.float32))
+
+    def init_parameters(self) -> None:
+        init.zeros_(self.center)
 
     @torch.no_grad()
     def forward(self, logits: Tensor, temperature: Tensor) -> Tensor:
         logits = logits.float()
         targets = ((logits - self.center) / temperature).softmax(dim=-1)
         if self.training:
-            count = sum_over_ranks(torch.full((), float(len(logits)), device=logits.device))
+            count = sum_over_ranks(torch.full((), float(logits.shape[0]), device=logits.device))
             self.center.lerp_(sum_over_ranks(logits.sum(0, keepdim=True)) / count, 1 - self.momentum)
         return targets
 
@@ -97,7 +108,7 @@ def koleo_loss(features: Tensor, all_features: Tensor, offset: int) -> Tensor:
     """
     with torch.no_grad():
         similarities = features @ all_features.T
-        own = torch.arange(len(features), device=features.device)
+        own = torch.arange(features.shape[0], device=features.device)
         similarities[own, own + offset] = -2.0
         nearest = similarities.argmax(dim=1)
     squared = (features - all_features[nearest]).square().sum(1)

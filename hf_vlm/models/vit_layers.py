@@ -38,8 +38,8 @@ def patchify(pixel_values: Tensor, patch_hw: tuple[int, int]) -> Tensor:
 def unpatchify(patches: Tensor, grid_hw: tuple[int, int], patch_hw: tuple[int, int]) -> Tensor:
     """Puts patches (batch, patches, values) back into images (batch, channels, height, width)."""
     (rows, columns), (ph, pw) = grid_hw, patch_hw
-    grid = patches.reshape(len(patches), rows, columns, -1, ph, pw)
-    return grid.permute(0, 3, 1, 4, 2, 5).reshape(len(patches), -1, rows * ph, columns * pw)
+    grid = patches.reshape(patches.shape[0], rows, columns, -1, ph, pw)
+    return grid.permute(0, 3, 1, 4, 2, 5).reshape(patches.shape[0], -1, rows * ph, columns * pw)
 
 
 def gather_tokens(tokens: Tensor, indices: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ def gather_patches(pixel_values: Tensor, indices: Tensor, patch_hw: tuple[int, i
 
 def _select_rows(rows: Tensor, indices: Tensor, num_rows: int) -> Tensor:
     """Rows (batch x num_rows, dim) at indices (batch, picked) of each example: several times as fast as `gather`."""
-    starts = torch.arange(len(indices), device=indices.device)[:, None] * num_rows
+    starts = torch.arange(indices.shape[0], device=indices.device)[:, None] * num_rows
     return rows.index_select(0, (indices + starts).flatten()).unflatten(0, indices.shape)
 
 
@@ -87,8 +87,8 @@ def sincos_positions(
     )
     omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float32, device=device) / (dim // 4))  # (dim / 4,)
     y, x = (coordinate[:, None] * omega for coordinate in (rows, columns))  # (rows, dim / 4), (columns, dim / 4)
-    along_x = torch.cat([x.sin(), x.cos()], dim=-1)[None].expand(len(rows), -1, -1)
-    along_y = torch.cat([y.sin(), y.cos()], dim=-1)[:, None].expand(-1, len(columns), -1)
+    along_x = torch.cat([x.sin(), x.cos()], dim=-1)[None].expand(grid_hw[0], -1, -1)
+    along_y = torch.cat([y.sin(), y.cos()], dim=-1)[:, None].expand(-1, grid_hw[1], -1)
     return torch.cat([along_x, along_y], dim=-1).flatten(0, 1)  # (rows * columns, dim)
 
 

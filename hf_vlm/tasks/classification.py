@@ -90,7 +90,7 @@ def predict_classification(
     loader = DataLoader(
         stream, batch_size=batch_size, collate_fn=functools.partial(collate_classification, num_classes=num_classes)
     )
-    for batch in tqdm(loader, desc="Evaluating", leave=False, disable=stream.rank != 0):
+    for batch in tqdm(loader, desc="Evaluating", leave=False, disable=stream.rank != 0 or None):
         if (batch["labels"].ndim == 2) != is_multi_label:
             raise ValueError(
                 "The data have several classes per image, but the model predicts one."

@@ -69,7 +69,7 @@ def predict_detection(
     model.eval()
     predictions, references, num_queries = [], [], 0
     loader = DataLoader(stream, batch_size=batch_size, collate_fn=collate_detection)
-    for batch in tqdm(loader, desc="Evaluating", leave=False, disable=stream.rank != 0):
+    for batch in tqdm(loader, desc="Evaluating", leave=False, disable=stream.rank != 0 or None):
         outputs = model(pixel_values=batch["pixel_values"].to(device))
         sizes = [(int(height), int(width)) for height, width in (labels["orig_size"] for labels in batch["labels"])]
         found = processor.post_process_object_detection(outputs, threshold=0.0, target_sizes=sizes)

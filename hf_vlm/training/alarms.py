@@ -64,26 +64,9 @@ class Sign:
         return distance, f"{', '.join(shown)} (was {highest:.4g})" if has_fallen else ", ".join(shown)
 
 
-@dataclass(frozen=True, kw_only=True)
-class NotFinite:
-    """A metric that must be finite and is not."""
-
-    name: str
-    metric: str
-    advice: str
-
-    def find(self, history: list[Entry], *, progress: float) -> tuple[float, str] | None:
-        value = history[-1].get(self.metric)
-        return None if value is None or math.isfinite(value) else (0.0, f"{self.metric} {value}")
-
-
 SPREAD = (
     "Lower the learning rate or lengthen the warm-up; check that the method's repelling part (negatives, variance, "
     "centring) has its weight, and that batches are large enough for it; make the views differ more."
-)
-DIVERGED = (
-    "Go back to a checkpoint before, lower the learning rate or lengthen the warm-up, set max_grad_norm to 1, and "
-    "prefer bf16 to fp16."
 )
 
 # Where the thresholds come from: runs of 75 to 2500 steps of encoders of 3 to 6 layers on built-in scenes, CIFAR-10,
@@ -98,9 +81,7 @@ DIVERGED = (
 #   teacher_marginal_entropy  healthy >= 0.64 of the highest, one-hot collapse <= 0.2 (a DINO without centring)
 #   1 - teacher_entropy     healthy >= 0.068 of the highest (DINOv2, few prototypes), uniform collapse <= 0.008 (a DINO
 #                           with a temperature of 0.3)
-SIGNS: tuple[Sign | NotFinite, ...] = (
-    NotFinite(name="the loss is not finite", metric="loss", advice=DIVERGED),
-    NotFinite(name="the features are not finite", metric="probe_feature_std", advice=DIVERGED),
+SIGNS: tuple[Sign, ...] = (
     Sign(
         name="the features are nearly the same for all images",
         metric="probe_feature_std",

@@ -26,13 +26,33 @@ class VisionTrainingArguments(TrainingArguments):
         default=False,
         metadata={"help": "Start from scratch in the folder of another run, whose checkpoints are deleted."},
     )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "Checkpoint to resume from: a folder, last (of the run), or auto: the last one if there is any, "
+            "else a run from the beginning."
+        },
+    )
+    rewind_to: int | None = field(
+        default=None,
+        metadata={"help": "Step of a checkpoint of the run to resume from; later ones are set aside."},
+    )
+    restart_schedule: bool = field(
+        default=False,
+        metadata={"help": "Resume with the recipe's learning rate, weight decay and schedule, not the checkpoint's."},
+    )
     method: str = field(
         default="", metadata={"help": "Name of the method in the registry: simclr, mae, detection, ..."}
     )
-    encoder_preset: str = field(default="small", metadata={"help": "Named size of the encoder."})
+    encoder_preset: str | None = field(
+        default=None, metadata={"help": "Named size of a new encoder: nano, tiny, small (by default), base, ..."}
+    )
     encoder_config: dict[str, Any] = field(default_factory=dict, metadata={"help": "VLMViTConfig fields to override."})
     model_config: dict[str, Any] = field(default_factory=dict, metadata={"help": "Fields of the method's config."})
-    encoder: str | None = field(default=None, metadata={"help": "Folder or Hub id of encoder weights to start from."})
+    encoder: str | None = field(
+        default=None,
+        metadata={"help": "Run, checkpoint or Hub id of an encoder to start from, of transformers too."},
+    )
     resize_encoder: bool = field(
         default=False, metadata={"help": "Load the encoder weights that fit and initialise the others."}
     )
@@ -154,6 +174,15 @@ class VisionTrainingArguments(TrainingArguments):
             raise ValueError(
                 "probe_steps must be 0 or more and num_probe_examples 2 or more, but are "
                 f"{self.probe_steps} and {self.num_probe_examples}."
+            )
+        if self.rewind_to is not None and self.resume_from_checkpoint not in (None, "last", "auto"):
+            raise ValueError("rewind_to names a checkpoint of the run: leave out resume_from_checkpoint.")
+        if self.restart_schedule and self.rewind_to is None and self.resume_from_checkpoint is None:
+            raise ValueError("restart_schedule needs a run to resume: give resume_from_checkpoint or rewind_to.")
+        if self.enable_jit_checkpoint:  # it saves within a step, which loses a batch, and ends as if all were trained
+            raise ValueError(
+                "enable_jit_checkpoint is not supported: a run saves its state at SIGTERM and SIGINT by itself, and "
+                "--resume_from_checkpoint auto continues it."
             )
         if self.label_smoothing_factor:  # the Trainer gathers integer labels, which tasks here need not have
             raise ValueError("label_smoothing_factor is not supported: set model_config.label_smoothing instead.")

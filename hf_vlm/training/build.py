@@ -1,53 +1,37 @@
 """Builds the encoder, the model and the image processor of a recipe; loads encoder weights with a report."""
 
-import contextlib
-import json
 import logging
-import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from transformers.modeling_utils import PreTrainedModel
 
-from hf_vlm.features.loading import quiet_transformers, read_own_config
-from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
+from hf_vlm.data.io.messages import summarise
+from hf_vlm.features.loading import find_encoder, image_statistics
+from hf_vlm.models.configuration_vlm_vit import PRESETS, VLMViTConfig
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
+from hf_vlm.models.ssl_frozen import nearest_hw
 from hf_vlm.models.ssl_model import SSLConfig
 from hf_vlm.registry import MODELS, ModelEntry
 from hf_vlm.training.arguments import VisionTrainingArguments
+from hf_vlm.training.finite import not_finite_weights
 from hf_vlm.training.scaling import scaled_momentum
 
 logger = logging.getLogger(__name__)
 
-# Fields that must agree between a recipe's encoder and weights; the others concern training or follow from these.
-ARCHITECTURE = (
-    "patch_size",
-    "num_channels",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "use_gated_mlp",
-    "hidden_act",
-    "norm_type",
-    "position_embedding_type",
-    "use_class_token",
-    "num_register_tokens",
-    "use_qk_norm",
-    "qkv_bias",
-)
+DEFAULT_PRESET = "small"
 
-REGULARISATION = ("drop_path_rate", "attention_dropout")  # fields of encoder_config that affect training only
+# Fields of encoder_config that affect training only.
+REGULARISATION = ("drop_path_rate", "drop_path_uniform", "attention_dropout")
 
 
 def build_encoder_config(args: VisionTrainingArguments) -> VLMViTConfig:
-    """The encoder configuration of a recipe; ValueError names what is wrong with it."""
+    """The configuration of a new encoder by a recipe; ValueError names what is wrong with it."""
     fields = {"image_size": list(args.image_hw), **args.encoder_config}
-    return _build(
-        "encoder_config", lambda: VLMViTConfig.from_preset(args.encoder_preset, **fields), VLMViTConfig, fields
-    )
+    preset = args.encoder_preset or DEFAULT_PRESET
+    return _build("encoder_config", lambda: VLMViTConfig.from_preset(preset, **fields), VLMViTConfig, fields)
 
 
 def build_model(
@@ -135,60 +119,67 @@ def _build(key: str, construct: Any, config_class: Any, fields: dict[str, Any]) 
         raise ValueError(f"{key}: {error}") from error
 
 
-def architecture(config: VLMViTConfig, *, unlike: str) -> dict[str, Any]:
-    """The `encoder_config` that turns the preset `unlike` into an encoder of this configuration."""
-    preset = VLMViTConfig.from_preset(unlike)
-    fields = {name: _plain(getattr(config, name)) for name in ARCHITECTURE}
-    return {name: value for name, value in fields.items() if value != _plain(getattr(preset, name))}
-
-
-def fitting_encoder_config(config: VLMViTConfig, *, preset: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The `encoder_config` that, with `preset`, builds an encoder like `config` and keeps other fields of `given`."""
-    kept = {name: value for name, value in given.items() if name not in ARCHITECTURE}
-    return kept | architecture(config, unlike=preset)
-
-
 def load_encoder(args: VisionTrainingArguments) -> VLMViTModel:
-    """Loads `args.encoder` (a run's folder, any checkpoint of ours, a Hub id), with a report of its weights.
+    """Loads `args.encoder`, with a report of its weights: a folder or Hub id, of ours or of a family of transformers.
+
+    It brings its architecture; what the recipe says of the encoder must agree with it. Where the recipe's images are
+    not of whole patches, `args.image_size` becomes the nearest size that is.
 
     Raises:
-        ValueError: if nothing is there, it is one of transformers, or, without `resize_encoder`, its architecture
-            differs from the recipe's or weights are missing.
+        ValueError: if nothing is there, or, without `resize_encoder`, its architecture is not the one that
+            `encoder_preset` and `encoder_config` ask for, or weights are missing.
     """
-    assert args.encoder is not None
-    wanted = build_encoder_config(args)
     try:
-        read_own_config(args.encoder)
+        source = find_encoder(str(args.encoder))
     except ValueError as error:
         raise ValueError(f"encoder: {error}") from error
-    found = VLMViTConfig.from_pretrained(args.encoder)
+    wanted = _wanted_architecture(args)
     differences = [
-        f"{name}: weights have {_plain(getattr(found, name))}, the recipe has {_plain(getattr(wanted, name))}"
-        for name in ARCHITECTURE
-        if _plain(getattr(found, name)) != _plain(getattr(wanted, name))
+        f"{name}: its weights have {_plain(getattr(source.config, name))}, the recipe asks for {_plain(value)}"
+        for name, value in wanted.items()
+        if _plain(getattr(source.config, name)) != _plain(value)
     ]
     if differences and not args.resize_encoder:
-        fitting = fitting_encoder_config(found, preset=args.encoder_preset, given=args.encoder_config)
         raise ValueError(
-            f"encoder: {args.encoder} does not fit the recipe.\n  "
+            f"encoder: {args.encoder} is another than encoder_preset and encoder_config ask for.\n  "
             + "\n  ".join(differences)
-            + f"\nBuild the encoder of the weights, with --encoder_config {shlex.quote(json.dumps(fitting))}\n"
-            "or load the weights that fit, with --resize_encoder true."
+            + "\nLeave them out to train it as it is, or load the weights that fit, with --resize_encoder true."
         )
-    if wanted.patch_hw == found.patch_hw:  # positions belong to the grid that they were trained for
-        wanted.image_size = found.image_size
-    config = wanted if differences else found
-    for name in REGULARISATION:
-        setattr(config, name, getattr(wanted, name))
-    with quiet_transformers():
-        encoder, report = VLMViTModel.from_pretrained(
-            args.encoder,
-            config=config,
-            ignore_mismatched_sizes=bool(differences),
-            output_loading_info=True,
-        )
+    defaults = VLMViTConfig.__dataclass_fields__
+    regularisation = {name: args.encoder_config.get(name, defaults[name].default) for name in REGULARISATION}
+    fields = source.config.to_dict() | regularisation | wanted
+    if wanted.get("hidden_size", source.config.hidden_size) != source.config.hidden_size:
+        fields["intermediate_size"] = wanted.get("intermediate_size", 0)  # follows from the width
+    config = _build("encoder_config", lambda: VLMViTConfig(**fields), VLMViTConfig, wanted)
+    if config.patch_hw != source.config.patch_hw:  # else positions belong to the grid that they were trained for
+        config.image_size = list(args.image_hw)
+    encoder, report = source.load(config, resize=bool(differences))
     _report(args, encoder, report)
+    if names := not_finite_weights(encoder):
+        raise ValueError(f"encoder: {args.encoder} has weights that are not finite: {summarise(names)}.")
+    _fit_image_size(args, config.patch_hw)
     return encoder
+
+
+def _wanted_architecture(args: VisionTrainingArguments) -> dict[str, Any]:
+    """What a recipe that starts from an encoder says of its architecture."""
+    if args.encoder_preset is not None and args.encoder_preset not in PRESETS:
+        VLMViTConfig.from_preset(args.encoder_preset)  # says which there are
+    fields = {**PRESETS.get(args.encoder_preset or "", {}), **args.encoder_config}
+    one_patch = {"image_size": fields.get("patch_size", 16), **fields}
+    _build("encoder_config", lambda: VLMViTConfig(**one_patch), VLMViTConfig, one_patch)
+    return {name: value for name, value in fields.items() if name not in (*REGULARISATION, "image_size")}
+
+
+def _fit_image_size(args: VisionTrainingArguments, patch_hw: tuple[int, int]) -> None:
+    if (fitting := nearest_hw(args.image_hw, patch_hw)) != args.image_hw:
+        logger.warning(
+            "image_size: %d x %d is not of whole patches of %d x %d pixels; %d x %d is used.",
+            *args.image_hw,
+            *patch_hw,
+            *fitting,
+        )
+        args.image_size = list(fitting)
 
 
 def _report(args: VisionTrainingArguments, encoder: VLMViTModel, report: dict[str, Any]) -> None:
@@ -229,19 +220,16 @@ def build_processor(
     if num_channels != 3:
         statistics = {"image_mean": [0.5] * num_channels, "image_std": [0.5] * num_channels}
     if args.encoder:
-        with contextlib.suppress(OSError):  # weights without an image processor
-            given = VLMViTImageProcessor.from_pretrained(args.encoder)
-            if np.size(given.image_mean) == num_channels:
-                statistics = {"image_mean": given.image_mean, "image_std": given.image_std}
+        given = image_statistics(args.encoder, num_channels)
+        if given is not None and np.size(given["image_mean"]) == num_channels:
+            statistics = given
     return processor_class(size={"height": height, "width": width}, **statistics)
 
 
 __all__ = [
-    "architecture",
     "build_config",
     "build_encoder_config",
     "build_model",
     "build_processor",
-    "fitting_encoder_config",
     "load_encoder",
 ]

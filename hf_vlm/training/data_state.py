@@ -1,23 +1,18 @@
-"""The data position in a checkpoint; complete checkpoints of a run, and checks of its folder."""
+"""The data position in a checkpoint."""
 
-import json
 import logging
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.utils import CONFIG_NAME
 
 from hf_vlm.data.io.messages import summarise
 from hf_vlm.data.stream import ExampleStream
 from hf_vlm.training.arguments import VisionTrainingArguments
-from hf_vlm.training.provenance import RUN_FILE
 
-__all__ = ["check_run_folder", "clear_run_folder", "last_checkpoint", "load_data_state", "save_data_state"]
+__all__ = ["load_data_state", "save_data_state"]
 
 logger = logging.getLogger(__name__)
 
@@ -61,53 +56,6 @@ def load_data_state(checkpoint: Path, stream: ExampleStream, args: VisionTrainin
     )
     stream.start_at_epoch(epoch)
     return None
-
-
-def check_run_folder(args: VisionTrainingArguments) -> None:
-    """Makes sure that the folder of a new run will hold its own checkpoints only.
-
-    Raises:
-        ValueError: if `output_dir` holds a run or a model that is not to be overwritten.
-    """
-    folder = Path(args.output_dir)
-    found = [*_complete_checkpoints(folder), *filter(Path.exists, (folder / RUN_FILE, folder / CONFIG_NAME))]
-    if found and not args.overwrite_output_dir:
-        raise ValueError(
-            f"{folder} holds a run already ({found[0].name}). Name another folder with --output_dir, resume that "
-            "run with --resume_from_checkpoint last, or delete it with --overwrite_output_dir true."
-        )
-
-
-def clear_run_folder(folder: Path) -> None:
-    """Deletes an earlier run's checkpoints and record, which would be taken for those of the new run."""
-    for path in _checkpoints(folder):
-        shutil.rmtree(path)
-    (folder / RUN_FILE).unlink(missing_ok=True)
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(folder.glob("checkpoint-*"))
-
-
-def _complete_checkpoints(folder: Path) -> list[Path]:
-    return [path for path in _checkpoints(folder) if _is_complete(path)]
-
-
-def last_checkpoint(folder: str | Path) -> str:
-    """The newest complete checkpoint of a run; ValueError where there is none."""
-    complete = _complete_checkpoints(Path(folder))
-    if not complete:
-        raise ValueError(f"{folder} holds no complete checkpoint to resume from.")
-    return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2])))
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    """Whether the file that the trainer writes last, after all ranks have written theirs, is there and complete."""
-    try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_bytes())
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def _layout(args: VisionTrainingArguments) -> dict[str, int]:

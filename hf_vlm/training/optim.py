@@ -99,9 +99,41 @@ def late_schedule(scheduler: Any, num_steps: int, *, num_frozen_steps: int = 0, 
     return LambdaLR(optimizer, schedules)
 
 
+def group_settings(optimizer: Any) -> list[dict[str, Any]]:
+    """Rates, weight decay and all other settings of an optimiser's groups, without their parameters."""
+    return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+
+
+def restore_group_settings(optimizer: Any, scheduler: Any, settings: list[dict[str, Any]]) -> None:
+    """Puts settings back in which the state of a checkpoint has replaced; the rates are those of its step.
+
+    Args:
+        optimizer: Optimiser with the state of the checkpoint.
+        scheduler: Its schedule, which has come to the step of the checkpoint.
+        settings: What `group_settings` gave before that.
+
+    Raises:
+        ValueError: if the schedule is not a function of the step.
+    """
+    if not isinstance(scheduler, LambdaLR):
+        raise ValueError("restart_schedule needs an lr_scheduler_type that is a function of the step, such as cosine.")
+    scheduler.base_lrs = [group["initial_lr"] for group in settings]
+    for group, restored, schedule in zip(optimizer.param_groups, settings, scheduler.lr_lambdas, strict=True):
+        group.update(restored)
+        group["lr"] = restored["initial_lr"] * schedule(scheduler.last_epoch)
+    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
+
+
 def weight_decay_at(step: int, num_steps: int, *, start: float, end: float) -> float:
     """Weight decay of a step counted from 0: half a cosine from `start` to `end` (DINO, arXiv 2104.14294)."""
     return cosine(start, end, step / num_steps)
 
 
-__all__ = ["late_schedule", "layer_index", "parameter_groups", "weight_decay_at"]
+__all__ = [
+    "group_settings",
+    "late_schedule",
+    "layer_index",
+    "parameter_groups",
+    "restore_group_settings",
+    "weight_decay_at",
+]

@@ -119,7 +119,7 @@ class Probe(TrainerCallback):
         """Features of both views (n, D) each, of the plain images with a label (m, D), and the labels (m,)."""
         features_of = encoding(model)
         first, second, plain, labels = list[Tensor](), list[Tensor](), list[Tensor](), list[int]()
-        bar = tqdm(total=self.num_examples, desc="Probing", leave=False, delay=5, disable=not is_shown)
+        bar = tqdm(total=self.num_examples, desc="Probing", leave=False, delay=5, disable=not is_shown or None)
         examples = islice(self.images, self.num_examples)
         with bar:
             while batch := list(islice(examples, batch_size)):

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from hf_vlm.training.arguments import VisionTrainingArguments
+from hf_vlm.training.build import REGULARISATION
 
 __all__ = ["check_recipe", "find_recipe", "load_recipe", "parse_arguments", "shipped_folder"]
 
@@ -48,7 +49,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
         raise ValueError(f"Recipe {path} is not valid YAML: {error}") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"Recipe {path} must be a mapping of keys to values.")
-    for key, value in parse_overrides(overrides):
+    given = parse_overrides(overrides)
+    if any(key == "encoder" and value for key, value in given):
+        recipe = _without_architecture(recipe)
+    for key, value in given:
         name, _, sub_key = key.partition(".")
         if sub_key:
             if not isinstance(recipe.get(name) or {}, dict):
@@ -59,6 +63,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
                 recipe = {key: kept for key, kept in recipe.items() if key not in RUN_LENGTHS}
             recipe[name] = value
     return check_recipe(recipe, str(path))
+
+
+def _without_architecture(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe without what its file says of the shape of a new encoder: the encoder of the command line has one."""
+    encoder_config = recipe.get("encoder_config") or {}
+    kept = {name: value for name, value in encoder_config.items() if name in REGULARISATION}
+    return {
+        key: kept if key == "encoder_config" else value for key, value in recipe.items() if key != "encoder_preset"
+    }
 
 
 def find_recipe(path: str | Path) -> Path:

@@ -6,19 +6,32 @@ import math
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Callable, Collection
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from hf_vlm.data.io.decode import BadImageError, read_image_bytes
+from hf_vlm.data.io.durable import replace_text
 from hf_vlm.data.source import Source
 from hf_vlm.training.arguments import VisionTrainingArguments
 from hf_vlm.training.provenance import RUN_FILE, origins_of, publishable
 
 RECIPE_FILE = "recipe.yaml"
-NOT_REPRODUCED_KEYS = ("overwrite_output_dir", "resume_from_checkpoint")  # recipe keys that concern one start of a run
+# Recipe keys that concern one start of a run.
+NOT_REPRODUCED_KEYS = ("overwrite_output_dir", "resume_from_checkpoint", "rewind_to", "restart_schedule")
+
+
+class Position(NamedTuple):
+    """How far a run had come when it was started."""
+
+    step: int = 0
+    num_images: int = 0
+    seconds: float = 0.0
 
 
 class RunRecord:
@@ -37,10 +50,11 @@ class RunRecord:
         ours = {name: getattr(args, name) for name in VisionTrainingArguments.__annotations__}
         self.recipe = {
             name: publishable(value)
-            for name, value in (ours | recipe).items()
+            for name, value in (recipe | ours).items()
             if name not in NOT_REPRODUCED_KEYS and not name.endswith("_token")
         }
         self.write_card = write_card
+        self._begin, self._started = Position(), time.perf_counter()
         packages = ("torch", "transformers", "datasets", "accelerate", "hf_vlm")
         self.summary: dict[str, Any] = {
             "method": args.method,
@@ -50,11 +64,13 @@ class RunRecord:
                 "source": publishable(args.data),
                 "split": args.train_split,
                 "fingerprint": fingerprint(source),
-                "num_examples": args.num_train_examples,
+                "num_examples": source.num_examples,
                 "class_names": class_names,
             },
             "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
             "git": git_state(),
+            "batch_size": args.total_batch_size,
+            "scaled_learning_rate": args.scaled_learning_rate,
             "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {args.n_gpu} GPUs, {args.world_size} ranks",
             "metrics": {},
         }
@@ -69,12 +85,55 @@ class RunRecord:
         """Models of others that this run's weights are initialised or distilled from."""
         return sorted({origin for source in sources for origin in origins_of(source)})
 
+    def resume(self, run: dict[str, Any], step: int, changes: dict[str, Any]) -> None:
+        """Takes over what the record in a checkpoint counts.
+
+        Args:
+            run: Content of the `run.json` in the checkpoint.
+            step: Step of the checkpoint.
+            changes: Settings that change there, as `{name: [before, now]}`.
+        """
+        batch_size = run.get("batch_size", self.summary["batch_size"])
+        self._begin = Position(step, run.get("num_images_seen", step * batch_size), run.get("seconds", 0.0))
+        self.summary["changes"] = [*run.get("changes", []), *([{"step": step, **changes}] if changes else [])]
+
+    def advance(self, step: int) -> None:
+        """Counts the steps, images and seconds of the run, over all its starts."""
+        since = step - self._begin.step
+        self.summary |= {
+            "seconds": round(self._begin.seconds + time.perf_counter() - self._started, 1),
+            "num_steps": step,
+            "num_images_seen": self._begin.num_images + since * self.summary["batch_size"],
+        }
+
     def write(self, folder: Path) -> None:
         """Writes recipe, record and card into a folder that holds a saved model."""
-        (folder / RECIPE_FILE).write_text(yaml.safe_dump(self.recipe, sort_keys=False))
-        (folder / RUN_FILE).write_text(as_json(self.summary) + "\n")
+        replace_text(folder / RECIPE_FILE, yaml.safe_dump(self.recipe, sort_keys=False))
+        replace_text(folder / RUN_FILE, as_json(self.summary) + "\n")
         if self.write_card is not None:
             self.write_card(folder)
+
+
+class RecordProgress(TrainerCallback):
+    """Keeps a run's record up to date, for whatever is saved of it while it trains."""
+
+    def __init__(self, record: RunRecord) -> None:
+        self.record = record
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            mark_unfinished(Path(args.output_dir))
+        self.record.advance(state.global_step)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.record.advance(state.global_step)
+
+
+def mark_unfinished(folder: Path) -> None:
+    """Notes in the record of a model from an earlier start of a run that the run trains again."""
+    path = folder / RUN_FILE
+    if path.is_file() and (run := json.loads(path.read_text())).get("finished"):
+        replace_text(path, as_json(run | {"finished": False}) + "\n")
 
 
 def as_json(values: Any) -> str:
@@ -92,8 +151,10 @@ def fingerprint(source: Source, num_examples: int = 16) -> str:
     """A short hash of a source's columns and first encoded images, to detect later whether data changed."""
     digest = hashlib.sha256(repr(source.features).encode())
     for example in source.dataset.take(num_examples):
-        image = example["image"]
-        content = image["bytes"] if image["bytes"] is not None else str(image["path"]).encode()
+        try:
+            content = read_image_bytes(example["image"])
+        except BadImageError:  # training counts and skips it
+            content = b""
         digest.update(hashlib.sha256(content).digest())
     return digest.hexdigest()[:16]
 
@@ -112,4 +173,4 @@ def git_state() -> dict[str, Any]:
         return {}
 
 
-__all__ = ["RunRecord", "as_json", "fingerprint", "git_state"]
+__all__ = ["RecordProgress", "RunRecord", "as_json", "fingerprint", "git_state"]

@@ -2,8 +2,8 @@
 
 import functools
 import logging
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import datasets
 import transformers
 from transformers import set_seed
 
+from hf_vlm.data.io.durable import disk_errors
 from hf_vlm.data.source import Source
 from hf_vlm.data.sources import open_source
 from hf_vlm.data.stream import ExampleStream
@@ -25,9 +26,13 @@ from hf_vlm.tasks.evaluation import check_class_names, eval_stream
 from hf_vlm.training.alarms import CollapseAlarm
 from hf_vlm.training.arguments import VisionTrainingArguments
 from hf_vlm.training.build import build_model, build_processor
+from hf_vlm.training.checkpoints import prepare_run_folder
+from hf_vlm.training.lock import run_lock
 from hf_vlm.training.probes import build_probe, last_probe
 from hf_vlm.training.recipe import parse_arguments
-from hf_vlm.training.record import RunRecord
+from hf_vlm.training.record import RecordProgress, RunRecord
+from hf_vlm.training.resume import continue_record, finished_run, mean_loss, resume_checkpoint
+from hf_vlm.training.signals import StopSignals
 from hf_vlm.training.trainer import VisionTrainer
 
 __all__ = [
@@ -66,9 +71,23 @@ def pretrain(
     """
     args = parse_arguments(recipe)
     set_seed(args.seed)
-    entry = find_model(args.method, ["pretraining"])
+    find_model(args.method, ["pretraining"])
     source = open_recipe_source(args, args.train_split, args.num_train_examples)
     args.set_steps_for(source.num_examples)
+    if finished := finished_run(args):
+        return finished
+    with _run_folder(args):
+        return _pretrain(args, recipe, source, write_card, plot)
+
+
+def _pretrain(
+    args: VisionTrainingArguments,
+    recipe: dict[str, Any],
+    source: Source,
+    write_card: Callable[[Path], Any] | None,
+    plot: Callable[[Path], Any] | None,
+) -> dict[str, Any]:
+    entry = find_model(args.method)
     model = build_model(args, entry)
     processor = build_processor(args, entry.processor_class, model.config.backbone_config.num_channels)
     transform = view_transform(args, model.default_views, processor)
@@ -101,18 +120,22 @@ def _save_pretrained(
 ) -> None:
     """Saves the whole model in a subfolder, and the trained encoder in `output_dir`."""
     model, output_dir = trainer.model, Path(trainer.args.output_dir)
-    trainer.save_model(str(output_dir / PRETRAINING_MODEL_FOLDER), _internal_call=True)
-    weights = trainer.accelerator.get_state_dict(model.trained_encoder)  # all ranks gather what is sharded
-    if not trainer.args.should_save:
-        return
-    encoder = VLMViTModel(model.config.backbone_config)
-    encoder.load_state_dict(weights)
-    encoder.save_pretrained(output_dir)
-    processor.save_pretrained(output_dir)
-    record.write(output_dir)
-    if plot is not None:
-        plot(output_dir)
-    if trainer.args.push_to_hub:
+    if plot is not None and trainer.args.should_save:
+        try:
+            plot(output_dir)
+        except OSError as error:  # no reason to lose the model
+            logger.warning("The curves could not be written to %s: %s", output_dir, error)
+    with trainer.saving_model(output_dir) as folder:
+        trainer.save_model(str(folder / PRETRAINING_MODEL_FOLDER), _internal_call=True)
+        weights = trainer.accelerator.get_state_dict(model.trained_encoder)  # all ranks gather what is sharded
+        if trainer.args.should_save:
+            encoder = VLMViTModel(model.config.backbone_config)
+            encoder.load_state_dict(weights)
+            encoder.save_pretrained(folder)
+            processor.save_pretrained(folder)
+            record.summary["finished"] = True
+            record.write(folder)
+    if trainer.args.push_to_hub and trainer.args.should_save:
         trainer.upload(output_dir, "End of training")
 
 
@@ -127,11 +150,24 @@ def finetune(recipe: dict[str, Any], *, write_card: Callable[[Path], Any] | None
     """
     args = parse_arguments(recipe)
     set_seed(args.seed)
-    entry = find_model(args.method, TRAINABLE_TASKS)
-    task = TASKS[entry.task]
+    task = TASKS[find_model(args.method, TRAINABLE_TASKS).task]
     _check_best_metric(args, task)
     source = open_recipe_source(args, args.train_split, args.num_train_examples)
     args.set_steps_for(source.num_examples)
+    if finished := finished_run(args):
+        return finished
+    with _run_folder(args):
+        return _finetune(args, recipe, source, task, write_card)
+
+
+def _finetune(
+    args: VisionTrainingArguments,
+    recipe: dict[str, Any],
+    source: Source,
+    task: Task,
+    write_card: Callable[[Path], Any] | None,
+) -> dict[str, Any]:
+    entry = find_model(args.method)
     names = task.class_names(source)
     model = build_model(
         args,
@@ -169,8 +205,11 @@ def finetune(recipe: dict[str, Any], *, write_card: Callable[[Path], Any] | None
     )  # before the last evaluation, which bad held-out images can stop
     metrics = _last_metrics(trainer)
     record.summary["metrics"] = {n.removeprefix("eval_"): v for n, v in metrics.items() if n.startswith("eval_")}
+    record.summary["finished"] = True
     if args.should_save:
-        record.write(Path(args.output_dir))
+        folder = Path(args.output_dir)
+        with disk_errors("The record", folder, lambda: "Free space there; the model itself is whole."):
+            record.write(folder)
     if args.push_to_hub:
         trainer.push_to_hub()
     return record.summary
@@ -212,16 +251,24 @@ def train_stream(
     )
 
 
+@contextmanager
+def _run_folder(args: VisionTrainingArguments) -> Iterator[None]:
+    """A context in which the run's folder is there and is this run's alone."""
+    prepare_run_folder(Path(args.output_dir))
+    with run_lock(Path(args.output_dir)) if args.process_index == 0 else nullcontext():
+        yield
+
+
 def _train(trainer: VisionTrainer, record: RunRecord) -> None:
-    started = time.perf_counter()
-    resume = trainer.args.resume_from_checkpoint
-    result = trainer.train(resume_from_checkpoint=True if resume == "last" else resume)
-    record.summary |= {
-        "seconds": round(time.perf_counter() - started, 1),
-        "num_steps": result.global_step,
-        "num_images_seen": result.global_step * trainer.args.total_batch_size,
-        "train_loss": result.training_loss,
-    }
+    checkpoint = resume_checkpoint(trainer.args)
+    if checkpoint is not None:
+        continue_record(record, checkpoint, trainer.args)
+    trainer.add_callback(RecordProgress(record))
+    with StopSignals() as signals:
+        trainer.add_callback(signals)
+        result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    signals.raise_if_stopped(trainer.args, trainer.state)
+    record.summary["train_loss"] = mean_loss(trainer.state.log_history) if checkpoint else result.training_loss
 
 
 def _check_best_metric(args: VisionTrainingArguments, task: Task) -> None:

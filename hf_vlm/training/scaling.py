@@ -6,7 +6,7 @@ from itertools import pairwise
 
 __all__ = ["SCALING_RULES", "images_to_see", "scaled_learning_rate", "scaled_momentum"]
 
-# Linear: arXiv 1706.02677, for SGD, and what MAE, DINO, MoCo v3 and I-JEPA use with AdamW. Square root: SimCLR's rule
+# Linear: arXiv 1706.02677, for SGD, and what MAE, DINO, MoCo v3 and SimMIM use with AdamW. Square root: SimCLR's rule
 # for small batches, DINOv2's, and what holds for Adam (arXiv 2205.10287).
 SCALING_RULES = {"linear": 1.0, "sqrt": 0.5}
 

@@ -11,23 +11,34 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor, nn
 from torchdata.stateful_dataloader import StatefulDataLoader
-from transformers import Trainer, set_seed
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers import PrinterCallback, ProgressCallback, set_seed
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
+from hf_vlm.data.io.durable import MANIFEST_FILE, PARTIAL_FOLDER
 from hf_vlm.data.loader import StreamLoader
 from hf_vlm.data.stream import ExampleStream
 from hf_vlm.features.device import use_fast_cpu_matmul
 from hf_vlm.tasks.task import Evaluation
 from hf_vlm.training.arguments import VisionTrainingArguments
-from hf_vlm.training.callbacks import AfterStep, LogFile, WeightDecaySchedule
-from hf_vlm.training.data_state import check_run_folder, last_checkpoint, load_data_state, save_data_state
+from hf_vlm.training.callbacks import AfterStep, LogFile, RunFolder, WeightDecaySchedule
+from hf_vlm.training.checkpoints import check_run_folder, last_checkpoint, verify_checkpoint
+from hf_vlm.training.console import ConsoleLog
+from hf_vlm.training.data_state import load_data_state, save_data_state
+from hf_vlm.training.finite import check_before_saving, check_metrics
+from hf_vlm.training.lock import LOCK_FILE
 from hf_vlm.training.meters import ThroughputMeter
-from hf_vlm.training.optim import late_schedule, parameter_groups
+from hf_vlm.training.optim import group_settings, late_schedule, parameter_groups, restore_group_settings
+from hf_vlm.training.saving import CommittingTrainer
+from hf_vlm.training.signals import outlive_signals
 
 TRAINING_STATE = [
-    "checkpoint-*",
+    "*checkpoint-*",  # abandoned ones too
+    f"{PARTIAL_FOLDER}/*",
+    "*.tmp",
+    LOCK_FILE,
+    MANIFEST_FILE,
     "data_state*",
     "optimizer*",
     "rng_state*",
@@ -40,7 +51,7 @@ TRAINING_STATE = [
 Evaluator = Callable[[nn.Module, Any], Evaluation]
 
 
-class VisionTrainer(Trainer):
+class VisionTrainer(CommittingTrainer):
     """Trains on an [`ExampleStream`] and resumes it exactly; evaluates by the function of a task.
 
     Args:
@@ -54,8 +65,6 @@ class VisionTrainer(Trainer):
     args: VisionTrainingArguments
     optimizer: Any
     lr_scheduler: Any
-    control: Any
-    push_in_progress: Any
 
     def __init__(
         self,
@@ -71,9 +80,14 @@ class VisionTrainer(Trainer):
         self.render = render
         if self.args.device.type == "cpu" and self.args.attn_implementation is None:
             use_fast_cpu_matmul(self.model)
+        for stock in (ProgressCallback, PrinterCallback):
+            self.remove_callback(stock)
+        self.add_callback(ConsoleLog())
         self.add_callback(AfterStep())
         if self.args.weight_decay_end is not None:
             self.add_callback(WeightDecaySchedule(self.args.weight_decay, self.args.weight_decay_end))
+        self._run_folder = RunFolder()
+        self.add_callback(self._run_folder)
         self.add_callback(LogFile())
         self._part_sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
         self._num_parts = 0
@@ -94,6 +108,7 @@ class VisionTrainer(Trainer):
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
             prefetch_factor=self.args.dataloader_prefetch_factor if num_workers else None,
             drop_last=True,
+            worker_init_fn=outlive_signals,
             generator=torch.Generator().manual_seed(self.args.seed),  # else it would use the model's random state
         )
         if self._data_state is not None:
@@ -124,25 +139,28 @@ class VisionTrainer(Trainer):
         """Trains; `resume_from_checkpoint` is a checkpoint folder, or True for the last one of the run.
 
         Raises:
-            ValueError: if the checkpoint does not hold this rank's position in the data (`load_data_state`), or the
-                run's folder holds another run.
+            ValueError: if the checkpoint is damaged (`verify_checkpoint`) or does not hold this rank's position in the
+                data (`load_data_state`), the run's folder holds another run, or the disk cannot be written to.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
-        if not resume_from_checkpoint:
+        self._run_folder.continues = _is_in(resume_from_checkpoint, self.args.output_dir)
+        if not self._run_folder.continues:
             check_run_folder(self.args)
-        elif isinstance(self.train_dataset, ExampleStream):
-            self._data_state = load_data_state(Path(resume_from_checkpoint), self.train_dataset, self.args)
+        if resume_from_checkpoint:
+            self._verify(Path(resume_from_checkpoint))
+            if isinstance(self.train_dataset, ExampleStream):
+                self._data_state = load_data_state(Path(resume_from_checkpoint), self.train_dataset, self.args)
         if self.args.world_size > 1:  # ranks see different images, and so should sample different masks
             set_seed(self.args.seed + self.args.process_index)
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """The stock method, so that a checkpoint with a trainer state is complete whenever the run is killed."""
-        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)  # of an earlier run through the same step
-        super()._save_checkpoint(model, trial)
+    def _verify(self, checkpoint: Path) -> None:
+        """ValueError for a damaged checkpoint; one process reads it all, while the others wait."""
+        verify_checkpoint(checkpoint, checksums=False)
+        with self.args.main_process_first(local=self.args.save_on_each_node, desc="verifying the checkpoint"):
+            if self.args.should_save:
+                verify_checkpoint(checkpoint)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """The stock method, called last on every rank before the trainer state is written; adds the data position."""
@@ -150,6 +168,33 @@ class VisionTrainer(Trainer):
         if self._stream_loader is not None:
             save_data_state(Path(output_dir), self._stream_loader, self.args)
         self.accelerator.wait_for_everyone()
+
+    def _init_training_state(self, max_steps: int, *args: Any) -> Any:
+        """The stock method, whose state keeps a checkpoint's intervals of logs, evaluations and saves."""
+        result = super()._init_training_state(max_steps, *args)
+        self.state.compute_steps(self.args, max_steps)
+        return result
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        """The stock method, which trains a step before it looks whether there is one left."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(**kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The method that every save of weights comes through.
+
+        Raises:
+            ValueError: on all ranks, if a weight or a loss since the last log entry is not finite.
+        """
+        loss = self._tr_loss if self.is_in_train else torch.zeros(())
+        check_before_saving(self.model, loss, self.accelerator, **self._position)
+        super().save_model(output_dir, _internal_call)
+
+    @property
+    def _position(self) -> dict[str, Any]:
+        return {"step": self.state.global_step, "folder": self.args.output_dir}
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -195,7 +240,8 @@ class VisionTrainer(Trainer):
         self._finish_current_push()
         return self.upload(self.args.output_dir, commit_message or "End of training", blocking=blocking)
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+    def push_checkpoint(self, checkpoint: Path) -> None:
+        """Publishes a checkpoint without its training state, while training goes on."""
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
         if self.push_in_progress is not None and not self.push_in_progress.is_done():
@@ -203,7 +249,8 @@ class VisionTrainer(Trainer):
                 return  # the next checkpoint will be sent
             self._finish_current_push()
         message = f"Training in progress, step {self.state.global_step}"
-        self.push_in_progress = PushInProgress([self.upload(checkpoint_folder, message, blocking=False)])
+        self.published = checkpoint
+        self.push_in_progress = PushInProgress([self.upload(checkpoint, message, blocking=False)])
 
     # ---- optimiser
 
@@ -241,6 +288,14 @@ class VisionTrainer(Trainer):
             )
         return self.lr_scheduler
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The stock method; with `restart_schedule` the settings of the groups stay those of the arguments."""
+        restores = checkpoint is not None and self.args.restart_schedule
+        settings = group_settings(self.optimizer) if restores else None
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if settings is not None:
+            restore_group_settings(self.optimizer, self.lr_scheduler, settings)
+
     def _get_learning_rate(self) -> float:
         """The logged learning rate: that of the head; the encoder's layers may have lower ones."""
         return float(self.optimizer.param_groups[-1]["lr"])
@@ -272,6 +327,7 @@ class VisionTrainer(Trainer):
             logs.update(self._throughput.metrics(self.state.global_step))
             self._tr_loss.zero_()  # the stock Trainer subtracts the sum from itself, and so would keep a NaN
         super().log(logs, start_time)
+        check_metrics(logs, **self._position)
 
     def _mean_parts(self) -> dict[str, float]:
         """Means of the loss parts since the last log entry, over steps and ranks."""
@@ -294,6 +350,10 @@ class VisionTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+
+def _is_in(checkpoint: str | bool | None, folder: str) -> bool:
+    return bool(checkpoint) and Path(str(checkpoint)).resolve().parent == Path(folder).resolve()
 
 
 def _is_scalar(value: Any) -> bool:

@@ -51,7 +51,6 @@ def test_there_and_back_as_a_user_types_it(dinov2, tmp_path, capsys):
         "images   32 x 48: the checkpoint's",
         f"The licence of {dinov2} goes with its weights",
         f"hf-vlm pretrain simclr/vit_small.yaml --data YOUR_IMAGES --encoder {ours} --frozen_encoder_steps 0.1",
-        "--encoder_config '{",
     ):
         assert row in printed
     assert isinstance(AutoModel.from_pretrained(ours), VLMViTModel)
@@ -84,14 +83,30 @@ def test_the_next_command_is_one_that_runs(dinov2, tmp_path, capsys):
     )
 
 
-@pytest.mark.parametrize("command", ["pretrain", "finetune"])
-def test_an_encoder_of_transformers_is_refused_with_the_command_that_converts_it(command, dinov2, tmp_path, capsys):
-    recipe = {"pretrain": "simclr/vit_small.yaml", "finetune": "detection/vit_small.yaml"}[command]
-    words = [command, recipe, "--data", "scenes:easy", "--encoder", dinov2, "--use_cpu", "true"]
-    assert main([*words, "--output_dir", str(tmp_path / "run")]) == 2
-    error = capsys.readouterr().err
-    assert "is a checkpoint of transformers (dinov2)" in error
-    assert f"hf-vlm convert {dinov2} runs/dinov2\n  --encoder runs/dinov2" in error
+@pytest.mark.parametrize("command", ["pretrain", "finetune", "evaluate"])
+def test_an_encoder_of_transformers_is_taken_as_it_is(command, dinov2, tmp_path, capsys, caplog):
+    """Converted on the way, with its architecture and the statistics of its image processor."""
+    run = str(tmp_path / "run")
+    short = ["--encoder", dinov2, "--use_cpu", "true", "--image_size", "35", "--max_steps", "1", "--output_dir", run]
+    short += ["--per_device_train_batch_size", "2", "--shuffle_block", "8", "--learning_rate", "0.0"]
+    head = "{hidden_size: 32, num_decoder_layers: 1, num_self_attention_heads: 4, num_cross_attention_heads: 4}"
+    decoder = "{hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2}"
+    words = {
+        "pretrain": ["mae/vit_nano_cpu.yaml", *short, "--probe_steps", "0", "--model_config.decoder_config", decoder],
+        "finetune": ["detection/vit_nano_cpu.yaml", *short, "--num_eval_examples", "4", "--model_config", head],
+        "evaluate": [dinov2, "--num_examples", "16"],
+    }[command]
+    with caplog.at_level("INFO", logger="hf_vlm"):
+        assert main([command, *words, "--data", "scenes:easy"]) == 0
+    assert "is an encoder of transformers, converted on the way: loaded 42 of 42 weights" in caplog.text
+    if command == "evaluate":
+        assert "knn" in capsys.readouterr().out
+        return
+    assert "image_size: 35 x 35 is not of whole patches of 8 x 8 pixels; 32 x 32 is used" in caplog.text
+    weights = VLMViTModel.from_pretrained(run).layers[1].mlp.down_projection.weight
+    assert torch.equal(weights, AutoModel.from_pretrained(dinov2).encoder.layer[1].mlp.fc2.weight)
+    processor = AutoImageProcessor.from_pretrained(run)
+    assert [*processor.image_mean, *processor.image_std, processor.size["height"]] == [0.3] * 3 + [0.2] * 3 + [32]
 
 
 @pytest.mark.parametrize(

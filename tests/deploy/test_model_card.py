@@ -182,6 +182,12 @@ def test_any_part_may_be_missing(run, values, request):
     check_form(write_model_card(run).read_text())
 
 
+def test_settings_of_the_optimiser_that_changed_on_the_way_are_told(detector_run):
+    change(detector_run, changes=[{"step": 1100, "learning_rate": [0.001, 0.0005], "save_steps": [50, 100]}])
+    card = write_model_card(detector_run).read_text()
+    assert "19,200 images seen, from step 1,100 with learning_rate 0.0005 in place of 0.001, 90 seconds" in card
+
+
 def test_folders_of_the_publisher_are_not_told(detector_run, tmp_path):
     source, encoder = tmp_path / "private" / "parts", tmp_path / "private" / "pretrain"
     source.mkdir(parents=True)

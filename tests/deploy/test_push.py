@@ -45,7 +45,15 @@ def test_only_the_run_is_pushed(detector_run):
     files = files_to_push(detector_run)
     assert set(DETECTOR_FILES) <= set(files)
     assert all((detector_run / name).is_file() for name in files)
-    parts = {"detection_layers.py", "loss_detection.py", "packing.py", "stochastic_depth.py", "vit_layers.py"}
+    parts = {
+        "detection_layers.py",
+        "loss_detection.py",
+        "model_on_encoder.py",
+        "packing.py",
+        "saved_config.py",
+        "stochastic_depth.py",
+        "vit_layers.py",
+    }
     assert set(files) - set(DETECTOR_FILES) == parts
     assert len(files) == len(set(files))
 

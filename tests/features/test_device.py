@@ -1,5 +1,7 @@
 """Products that are faster on the CPU must be exact, and a model must not change by them."""
 
+import time
+
 import pytest
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -35,6 +37,12 @@ def test_products_that_round_are_refused(monkeypatch):
     assert not enable_fast_matmul.__wrapped__()
     assert setting.fp32_precision == "ieee"
     setting.fp32_precision = before
+
+
+def test_the_trial_does_not_count_what_other_work_takes(monkeypatch):
+    """A process that waits for its turn, here asleep, has not multiplied any longer."""
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda left, right: time.sleep(0.02))
+    assert device._seconds(torch.ones(1), torch.ones(1)) < 0.01
 
 
 def test_attention_has_the_values_and_gradients_of_torchs():

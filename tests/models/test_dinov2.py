@@ -19,7 +19,7 @@ HEAD = {"num_prototypes": 24, "head_hidden_size": 32, "bottleneck_size": 16}
 
 def build(**options):
     torch.manual_seed(0)
-    return DINOv2ForPreTraining(DINOv2Config(backbone_config=BACKBONE, **HEAD, **options)).train()
+    return DINOv2ForPreTraining(DINOv2Config(backbone_config=BACKBONE, **{**HEAD, **options})).train()
 
 
 def batch(size=6):
@@ -113,6 +113,13 @@ def test_head_gives_cosines():
     embedded = head.mlp(features)
     expected = F.cosine_similarity(embedded[:, None], head.prototypes.weight[None], dim=-1)
     torch.testing.assert_close(head(features), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_prototypes_are_initialised_as_in_the_official_code():
+    """Its `weight_norm(nn.Linear(...))` starts from torch's rule: uniform up to 1 / sqrt(inputs)."""
+    weight = build(num_prototypes=512).head.prototypes.weight
+    assert weight.abs().max().item() == pytest.approx(1 / 4, rel=1e-2)  # of 16 inputs
+    assert weight.std().item() == pytest.approx(1 / (4 * 3**0.5), rel=2e-2)
 
 
 def reference_loss(model, pixel_values, local_pixel_values, masked):

@@ -173,6 +173,15 @@ def test_statistics_are_those_of_all_batches():
     assert standardizer.num_batches == 5
 
 
+def test_statistics_of_a_model_in_bfloat16_count_all_batches():
+    """bfloat16 counts to 256."""
+    standardizer, batches = RunningStandardizer(3).train().bfloat16(), torch.randn(400, 2, 3).bfloat16() + 7
+    for features in batches:
+        standardizer(features)
+    assert standardizer.num_batches == 400
+    torch.testing.assert_close(standardizer.mean, batches.double().mean((0, 1)).float(), rtol=1e-5, atol=0)
+
+
 def test_learns_one_batch_of_another_family_while_the_teacher_stays(teachers):
     model, images = build(teachers["clip"]), torch.randn(4, 3, 32, 32)
     before = {key: value.clone() for key, value in model.teacher.state_dict().items()}

@@ -149,7 +149,7 @@ def test_impossible_blocks_are_refused():
             IJEPAConfig(backbone_config=BACKBONE, **options)
 
 
-def test_layers_are_initialised_as_in_the_official_code():
+def test_initial_weights_follow_depth_and_width():
     """Deeper layers add less at first; the predictor's weights have the size that its width asks for."""
     model = build(backbone={"hidden_size": 64})
     for part, expected in {"backbone": 0.02, "predictor": math.sqrt(2 / (16 + 64))}.items():

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import build
+from transformers import DetrImageProcessorPil
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from hf_vlm.models.image_processing_detection import VLMViTDetectionImageProcessor
@@ -145,3 +147,62 @@ def test_threshold_count_and_clipping() -> None:
     assert [len(value) for value in result.values()] == [0, 0, 0]
     with pytest.raises(ValueError, match="2 target_sizes are given for 1 images"):
         detections_of(boxes, scores, [(10, 10)] * 2)
+
+
+def coco_annotation(*objects: tuple[int, list[Any]], image_id: int = 7) -> dict[str, Any]:
+    found = [{"category_id": c, "bbox": box, "area": 9.0 * c + 5, "iscrowd": 0} for c, box in objects]
+    return {"image_id": image_id, "annotations": found}
+
+
+@pytest.mark.parametrize("do_resize", [True, False])
+@pytest.mark.parametrize("tensors", ["pt", "np"])
+def test_annotations_are_what_detr_makes_of_them(do_resize: bool, tensors: str) -> None:
+    images = [random_image(40, 60), random_image(40, 60)]
+    annotations = [
+        coco_annotation((2, [10.0, 5.0, 20.5, 30.0]), (0, [-5.0, -5.0, 30.0, 20.0]), (1, [70.0, 5.0, 9.0, 9.0])),
+        coco_annotation(image_id=8),
+    ]
+    annotations[0]["annotations"].append({"category_id": 1, "bbox": [1, 2, 3, 4], "area": 12.0, "iscrowd": 1})
+    options = {"size": {"height": 32, "width": 72}, "do_resize": do_resize}
+    theirs = DetrImageProcessorPil(**options, do_pad=False)(images, annotations=annotations, return_tensors=tensors)
+    ours = VLMViTDetectionImageProcessor(**options)(images, annotations=annotations, return_tensors=tensors)
+    np.testing.assert_allclose(np.asarray(ours["pixel_values"]), np.asarray(theirs["pixel_values"]), atol=1e-6)
+    for found, expected in zip(ours["labels"], theirs["labels"], strict=True):
+        assert found.keys() == expected.keys() | {"size"}  # which DETR gives where it resizes
+        for key, value in expected.items():
+            assert np.asarray(found[key]).dtype == np.asarray(value).dtype, key
+            np.testing.assert_allclose(np.asarray(found[key]), np.asarray(value), rtol=1e-6, err_msg=key)
+    assert [len(label["class_labels"]) for label in ours["labels"]] == [2, 0]
+
+
+def test_a_detector_learns_from_annotations() -> None:
+    model = build("detection")
+    processor = VLMViTDetectionImageProcessor(size={"height": 32, "width": 32})
+    single = processor(random_image(40, 60), annotations=coco_annotation((1, [0, 0, 30, 20])), return_tensors="pt")
+    torch.testing.assert_close(single["labels"][0]["boxes"], torch.tensor([[0.25, 0.25, 0.5, 0.5]]))
+    given = [{"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.25, 0.25, 0.5, 0.5]])}]
+    torch.testing.assert_close(model(**single).loss, model(single["pixel_values"], labels=given).loss)
+    assert set(processor(random_image(40, 60))) == {"pixel_values"}
+
+
+def test_an_area_is_that_of_the_box_where_none_is_given() -> None:
+    annotation = {"image_id": 1, "annotations": [{"category_id": 0, "bbox": [10, 10, 20, 10]}]}
+    labels = VLMViTDetectionImageProcessor(size=20)(random_image(40, 40), annotations=annotation)["labels"]
+    assert labels[0]["area"].tolist() == [50.0]
+
+
+@pytest.mark.parametrize(
+    ("annotations", "options", "message"),
+    [
+        ([coco_annotation()] * 2, {}, "2 annotations are given for 1 images"),
+        ([{"annotations": []}], {}, r"annotations\[0\] must be .*image_id"),
+        ([[]], {}, r"annotations\[0\] must be"),
+        (coco_annotation((0, [1, 2, 3])), {}, r"annotations\[0\]\['annotations'\]\[0\] needs .*bbox: \[1, 2, 3\]"),
+        ({"image_id": 1, "annotations": [{"bbox": [1, 2, 3, 4]}]}, {}, "needs 'category_id'"),
+        (coco_annotation(), {"do_center_crop": True, "crop_size": 16}, "do_center_crop and do_pad"),
+        (coco_annotation(), {"do_pad": True}, "do_center_crop and do_pad"),
+    ],
+)
+def test_annotations_that_cannot_be_used_are_named(annotations: Any, options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        VLMViTDetectionImageProcessor(size=32)(random_image(40, 60), annotations=annotations, **options)

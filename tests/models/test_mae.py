@@ -146,7 +146,7 @@ def test_reconstruction_keeps_visible_patches_and_predicts_the_others():
     torch.testing.assert_close(torch.stack(naive_patches(reconstructed)[0])[patch], expected, atol=1e-5, rtol=1e-4)
 
 
-def test_the_decoder_is_initialised_as_in_the_official_code():
+def test_the_decoder_is_initialised_by_xaviers_rule():
     model = build()
     bounds = {"embed": 6 / (32 + 32), "layers.1.mlp.down_projection": 6 / (128 + 32), "predict": 6 / (32 + 192)}
     for name, squared in bounds.items():

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -25,7 +27,7 @@ def reference(model, images, noise):
     height, width = images.shape[2:]
     reconstructed, mask = images.clone(), torch.zeros(len(images), 1, height, width, dtype=torch.bool)
     columns = -(-width // 16)
-    num_visible = round(noise.shape[1] * (1 - config.mask_ratio))
+    num_visible = noise.shape[1] - math.ceil(noise.shape[1] * config.mask_ratio)
     total = 0.0
     for index, image in enumerate(images):
         masked_blocks = noise[index].argsort()[num_visible:].tolist()
@@ -78,7 +80,7 @@ def test_masks_are_blocks_of_the_given_ratio():
     masked = SimMIMForPreTraining.sample_mask(config, (14, 14), 5).view(5, 7, 2, 7, 2)
     blocks = masked[:, :, 0, :, 0]
     assert torch.equal(masked, blocks[:, :, None, :, None].expand(-1, -1, 2, -1, 2))  # 32 pixels are two patches
-    assert blocks.sum((1, 2)).tolist() == [29] * 5  # 0.6 of 49, as 20 stay
+    assert blocks.sum((1, 2)).tolist() == [30] * 5  # 0.6 of 49, rounded up
 
 
 def test_round_trip_keeps_the_head_and_options(tmp_path):

@@ -1,5 +1,7 @@
 """Masks hide as many patches as asked for, in the shapes of their papers."""
 
+import math
+
 import pytest
 import torch
 from scipy import ndimage
@@ -15,6 +17,16 @@ def test_random_masking_keeps_the_lowest_noise():
     assert mask_from_indices(masked, 4).tolist() == [[True, False, True, False]]
 
 
+@pytest.mark.parametrize(
+    ("num_patches", "mask_ratio", "num_masked"),
+    [(49, 0.6, 30), (36, 0.6, 22), (196, 0.75, 147), (10, 0.55, 6), (5, 0.9, 4), (2, 0.1, 1)],
+)
+def test_the_number_of_masked_patches_is_rounded_up(num_patches, mask_ratio, num_masked):
+    """SimMIM's `int(np.ceil(token_count * mask_ratio))`: 30 of its 49 mask blocks; one patch stays visible."""
+    visible, masked = random_masking(torch.rand(2, num_patches), mask_ratio)
+    assert (visible.shape[1], masked.shape[1]) == (num_patches - num_masked, num_masked)
+
+
 def test_ranks_are_positions_in_ascending_order():
     assert ranks(torch.tensor([[5.0, -1.0, 2.0]])).tolist() == [[2, 0, 1]]
 
@@ -25,7 +37,7 @@ def test_mask_blocks_are_masked_as_a_whole(grid):
     rows, columns = -(-grid[0] // 2), -(-grid[1] // 2)
     noise = torch.rand(6, rows * columns)
     masked = grid_block_masking(noise, grid, (2, 2), 0.6).unflatten(1, grid)
-    num_visible = round(rows * columns * 0.4)
+    num_visible = rows * columns - math.ceil(rows * columns * 0.6)
     for values, mask in zip(noise, masked, strict=True):
         threshold = values.sort().values[num_visible - 1]
         for row in range(grid[0]):

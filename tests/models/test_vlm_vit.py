@@ -295,6 +295,12 @@ def test_drop_path_keeps_the_expectation():
     assert full.abs().sum() > 0
 
 
+@pytest.mark.parametrize(("uniform", "expected"), [(False, [0.0, 0.15, 0.3]), (True, [0.3, 0.3, 0.3])])
+def test_drop_path_rises_with_depth_or_is_uniform(uniform, expected):
+    model = build(drop_path_rate=0.3, num_hidden_layers=3, drop_path_uniform=uniform)
+    assert [layer.residual.rate for layer in model.layers] == pytest.approx(expected)
+
+
 def test_activation_checkpointing_gives_the_same_gradients():
     images = torch.randn(2, 3, 32, 32)
     gradients = []

@@ -86,14 +86,20 @@ def scenes_are_rendered_once():
         yield
 
 
-@pytest.fixture
-def make_recipe(tmp_path):
-    """`make_recipe(method, **changes)`: a recipe of seconds, that writes into the test's folder."""
+@pytest.fixture(scope="session")
+def make_recipe_in():
+    """`make_recipe_in(folder, method, **changes)`: a recipe of seconds, that writes into a folder."""
 
-    def make(kind, **changes):
-        recipe = {"method": kind, "output_dir": str(tmp_path / kind), **COMMON, **METHODS[kind], **changes}
+    def make(folder, kind, **changes):
+        recipe = {"method": kind, "output_dir": str(folder / kind), **COMMON, **METHODS[kind], **changes}
         if kind == "distill":
-            recipe["model_config"] = {"teacher": save_teacher(tmp_path / "teacher"), **recipe.get("model_config", {})}
+            recipe["model_config"] = {"teacher": save_teacher(folder / "teacher"), **recipe.get("model_config", {})}
         return copy.deepcopy(recipe)
 
     return make
+
+
+@pytest.fixture
+def make_recipe(make_recipe_in, tmp_path):
+    """`make_recipe(method, **changes)`: a recipe of seconds, that writes into the test's folder."""
+    return functools.partial(make_recipe_in, tmp_path)

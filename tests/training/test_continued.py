@@ -14,7 +14,7 @@ from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_simclr import SimCLRForPreTraining
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 from hf_vlm.tasks.detection import DETECTION
-from hf_vlm.training.build import build_encoder_config, load_encoder
+from hf_vlm.training.build import load_encoder
 from hf_vlm.training.callbacks import read_log
 from hf_vlm.training.recipe import load_recipe, parse_arguments
 from hf_vlm.training.run import pretrain
@@ -97,15 +97,25 @@ def test_an_encoder_keeps_its_positions_and_takes_the_recipes_regularisation(mak
         assert torch.equal(encoder.embeddings.positions((8, 8)), trained.embeddings.positions((8, 8)))
 
 
-@pytest.mark.parametrize(("patch_size", "expected"), [(16, None), (14, "518"), (24, "504")])
-def test_a_recipe_is_told_the_nearest_size_of_whole_patches(patch_size, expected):
-    config = VLMViTConfig.from_preset("small", patch_size=patch_size, image_size=patch_size * 16)
-    words = shlex.split(finetune_command(DETECTION, config, "runs/dinov2", "images"))
-    assert words[:3] == ["hf-vlm", "finetune", "detection/vit_small.yaml"]
-    args = parse_arguments(load_recipe(words[2], [*words[3:], "--use_cpu", "true"]))
-    assert build_encoder_config(args).patch_hw == (patch_size, patch_size)
-    assert ("--image_size" in words) == (expected is not None)
-    assert expected in (None, str(args.image_hw[0]))
+@pytest.mark.parametrize(("patch_size", "expected"), [(16, 512), (14, 518), (24, 504)])
+def test_an_encoder_brings_its_architecture_and_images_fit_its_patches(patch_size, expected, tmp_path, caplog):
+    """Whatever the file of the recipe says of the shape of a new encoder."""
+    shape = ENCODER | {"patch_size": patch_size, "image_size": patch_size * 2, "drop_path_rate": 0.5}
+    encoder = VLMViTModel(VLMViTConfig(**shape, position_embedding_type="learned"))
+    encoder.save_pretrained(tmp_path / "encoder")
+    words = shlex.split(finetune_command(DETECTION, encoder.config, str(tmp_path / "encoder"), "images"))
+    assert words[:3] == ["hf-vlm", "finetune", "detection/vit_nano_cpu.yaml"]
+    options = ["--use_cpu", "true", "--image_size", "512"]
+    args = parse_arguments(load_recipe("detection/vit_small.yaml", [*words[3:], *options]))
+    found = load_encoder(args)
+    assert (found.config.patch_hw, found.config.position_embedding_type) == ((patch_size,) * 2, "learned")
+    assert found.config.drop_path_rate == 0  # regularisation is the recipe's
+    assert all(torch.equal(value, found.state_dict()[name]) for name, value in encoder.state_dict().items())
+    assert args.image_hw == (expected, expected)
+    assert ("is not of whole patches" in caplog.text) == (expected != 512)
+    typed = ["--encoder_preset", "small", "--encoder_config.use_qk_norm", "true"]
+    with pytest.raises(ValueError, match=r"(?s)hidden_size: its weights have 32, the recipe asks for 384.*qk_norm"):
+        load_encoder(parse_arguments(load_recipe("detection/vit_small.yaml", [*words[3:], *options, *typed])))
 
 
 def test_rates_and_weight_decay_of_every_step(make_recipe, tmp_path, monkeypatch):
@@ -119,7 +129,8 @@ def test_rates_and_weight_decay_of_every_step(make_recipe, tmp_path, monkeypatch
     monkeypatch.setattr(VisionTrainer, "training_step", watched)
     pretrain(make_recipe("simclr", **CONTINUED, gradient_accumulation_steps=2))
     assert len(seen) == 16  # two batches a step
-    rates = [0.2 * 0.5**3, 0.2 * 0.5**2, 0.2 * 0.5, 0.2, 1.0]  # patch projection, tokens, two layers, heads
+    # patch projection, tokens, two layers, the final norm, heads
+    rates = [0.2 * 0.5**4, 0.2 * 0.5**3, 0.2 * 0.5**2, 0.2 * 0.5, 0.2, 1.0]
     for index, groups in enumerate(seen):
         step = index // 2
         whole = step / 2 if step < 2 else 0.5 * (1 + math.cos(math.pi * (step - 2) / 6))
@@ -130,7 +141,7 @@ def test_rates_and_weight_decay_of_every_step(make_recipe, tmp_path, monkeypatch
             (round(1e-3 * rate * whole * (1 if rate == 1 else late), 12), round(weight_decay, 12))
             for rate in rates
             for weight_decay in (0.0, decay)
-            if not (rate == rates[1] and weight_decay)  # tokens do not decay
+            if not (rate in (rates[1], rates[4]) and weight_decay)  # tokens and gains do not decay
         }
         assert found == expected, step
     logged = [entry["learning_rate"] for entry in read_log(tmp_path / "simclr" / "log.jsonl") if "loss" in entry]

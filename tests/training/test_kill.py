@@ -1,8 +1,10 @@
-"""Runs killed with SIGKILL at random moments, resumed and killed again, train what an uninterrupted run trains."""
+"""Runs killed or stopped at random moments, resumed and stopped again, train what an uninterrupted run trains."""
 
 import io
 import json
+import os
 import random
+import signal
 import subprocess
 import sys
 import tarfile
@@ -65,8 +67,8 @@ class Run:
     def finish(self):
         assert self.start().wait(timeout=300) == 0, (self.folder / "output.txt").read_text()[-4000:]
 
-    def kill_after(self, num_lines, delay):
-        """Starts, and kills every process `delay` seconds after so many new lines in the trace; False if it ended."""
+    def start_for(self, num_lines, delay):
+        """Starts, and waits until `delay` seconds after so many new lines in the trace; the process, or None."""
         wanted = len(self.trace(0)) + num_lines
         process = self.start()
         deadline = time.monotonic() + 300
@@ -74,13 +76,26 @@ class Run:
             assert time.monotonic() < deadline, (self.folder / "output.txt").read_text()[-4000:]
             time.sleep(0.005)
         time.sleep(delay)
-        if process.poll() is not None:
+        return process if process.poll() is None else None
+
+    def kill_after(self, num_lines, delay):
+        """Starts, and kills every process then; False if it had ended."""
+        process = self.start_for(num_lines, delay)
+        if process is None:
             return False
         parent = psutil.Process(process.pid)
         for each in [parent, *parent.children(recursive=True)]:  # ranks and data workers too, at once
             each.kill()
         process.wait()
         return True
+
+    def stop_after(self, num_lines, delay, number, receivers):
+        """Starts, and sends a signal then to some of its processes; the exit status."""
+        process = self.start_for(num_lines, delay)
+        assert process is not None, "it ended before"
+        for pid in receivers(psutil.Process(process.pid)):
+            os.kill(pid, number)
+        return process.wait(timeout=120)
 
     def trace(self, rank):
         path = self.folder / f"{rank}.jsonl"
@@ -91,11 +106,11 @@ class Run:
         return load_file(self.folder / "run" / "pretraining_model" / "model.safetensors")
 
 
-def check_kills(make_recipe, tmp_path, popen, *, kind, num_ranks, num_workers, num_kills, seed):
+def traced_recipe(make_recipe, tmp_path, kind, num_workers):
     data = tmp_path / "data"
     data.mkdir()
     WRITERS[kind](data)
-    recipe = make_recipe(
+    return make_recipe(
         "mae",
         data=str(data),
         num_train_examples=None,
@@ -106,6 +121,10 @@ def check_kills(make_recipe, tmp_path, popen, *, kind, num_ranks, num_workers, n
         save_total_limit=1,
         dataloader_num_workers=num_workers,
     )
+
+
+def check_kills(make_recipe, tmp_path, popen, *, kind, num_ranks, num_workers, num_kills, seed):
+    recipe = traced_recipe(make_recipe, tmp_path, kind, num_workers)
     whole, broken = (Run(tmp_path / name, recipe, num_ranks, popen) for name in ("whole", "broken"))
     whole.finish()
     generator = random.Random(seed)
@@ -140,3 +159,53 @@ def test_killed_twice_at_random_moments(make_recipe, tmp_path, fork_server):
 def test_killed_many_times_at_random_moments(make_recipe, tmp_path, kind, num_ranks, num_workers):
     changes = {"kind": kind, "num_ranks": num_ranks, "num_workers": num_workers}
     check_kills(make_recipe, tmp_path, subprocess.Popen, **changes, num_kills=4, seed=1)
+
+
+def main_process(parent):
+    return [parent.pid]
+
+
+def all_processes(parent):
+    """As a scheduler signals a job, or Ctrl-C in a terminal what runs in it; a launcher passes it on once more."""
+    return [each.pid for each in (parent, *parent.children(recursive=True))]
+
+
+def one_rank(parent):
+    return [next(each.pid for each in parent.children() if each.environ().get("RANK") == "1")]
+
+
+def check_stops(make_recipe, tmp_path, popen, *, num_ranks, num_workers, stops, seed):
+    """A stopped run is saved at the end of its step: no step is trained twice, and none is left out."""
+    recipe = traced_recipe(make_recipe, tmp_path, "parquet", num_workers)
+    whole, broken = (Run(tmp_path / name, recipe, num_ranks, popen) for name in ("whole", "broken"))
+    whole.finish()
+    generator = random.Random(seed)
+    for number, receivers in stops:
+        status = broken.stop_after(generator.randint(1, 6), generator.uniform(0, 0.05), number, receivers)
+        printed = (broken.folder / "output.txt").read_text()
+        assert status == (128 + number if num_ranks == 1 else 1), printed[-4000:]  # torchrun's own status
+        step = len(broken.trace(0))
+        assert f"Stopped by {number.name} at step {step} of {NUM_STEPS}" in printed, printed[-4000:]
+        assert [path.name for path in (broken.folder / "run").glob("checkpoint-*")] == [f"checkpoint-{step}"]
+        assert not (broken.folder / "run" / "model.safetensors").exists()
+    broken.finish()
+    for rank in range(num_ranks):
+        assert broken.trace(rank) == whole.trace(rank)
+        assert [entry["step"] for entry in broken.trace(rank)] == list(range(NUM_STEPS))
+    weights = whole.weights()
+    assert all(torch.equal(value, weights[name]) for name, value in broken.weights().items())
+
+
+def test_stopped_twice_at_random_moments(make_recipe, tmp_path, fork_server):
+    stops = [(signal.SIGTERM, main_process), (signal.SIGINT, main_process)]
+    check_stops(make_recipe, tmp_path, fork_server.popen, num_ranks=1, num_workers=0, stops=stops, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_stopped_many_times_at_random_moments(make_recipe, tmp_path, num_ranks, num_workers):
+    receivers = [main_process, all_processes, *([one_rank] if num_ranks == 2 else [])]
+    stops = [(number, each) for each in receivers for number in (signal.SIGTERM, signal.SIGINT)][:5]
+    options = {"num_ranks": num_ranks, "num_workers": num_workers, "seed": 1}
+    check_stops(make_recipe, tmp_path, subprocess.Popen, stops=stops, **options)

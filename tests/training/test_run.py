@@ -11,6 +11,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from hf_vlm.data.io.durable import write_manifest
 from hf_vlm.data.source import Source
 from hf_vlm.data.sources import open_source
 from hf_vlm.data.transforms.views import ViewTransform
@@ -25,7 +26,7 @@ from hf_vlm.tasks.detection import DETECTION
 from hf_vlm.tasks.evaluation import evaluate_run
 from hf_vlm.training.build import build_config, build_model
 from hf_vlm.training.callbacks import read_log
-from hf_vlm.training.data_state import last_checkpoint
+from hf_vlm.training.checkpoints import last_checkpoint
 from hf_vlm.training.provenance import publishable, write_origins
 from hf_vlm.training.recipe import parse_arguments
 from hf_vlm.training.record import RunRecord, fingerprint
@@ -309,26 +310,20 @@ def test_another_number_of_processes_or_workers_is_refused_or_approximated_when_
     recipe = make_recipe("mae", save_strategy="steps", save_steps=6, max_steps=6)  # 24 images: an epoch
     pretrain(recipe)
     checkpoint = tmp_path / "mae" / "checkpoint-6"
-    resumed = recipe | {"resume_from_checkpoint": str(checkpoint), "max_steps": 8}
+    resumed = recipe | {"resume_from_checkpoint": str(checkpoint), "max_steps": 8, "restart_schedule": True}
     saved = torch.load(checkpoint / "data_state_0.pt", weights_only=True)
     for name, message in (("processes", "2 processes .now 1"), ("data workers", "2 data workers .now 0")):
         torch.save(saved | {name: 2}, checkpoint / "data_state_0.pt")
+        write_manifest(checkpoint)
         with pytest.raises(ValueError, match=message):
             pretrain(resumed)
     pretrain(resumed | {"approximate_resume": True})
     assert "continues at the start of epoch 1" in caplog.text
     approximated = losses(tmp_path / "mae")
     torch.save(saved, checkpoint / "data_state_0.pt")
+    write_manifest(checkpoint)
     pretrain(resumed)  # the epoch has ended here, so that the beginning of the next one is where it stood
     assert losses(tmp_path / "mae") == approximated
-
-
-def test_a_checkpoint_without_the_position_is_refused(make_recipe, tmp_path):
-    recipe = make_recipe("mae", save_strategy="steps", save_steps=4)
-    pretrain(recipe)
-    (tmp_path / "mae" / "checkpoint-8" / "data_state_0.pt").unlink()
-    with pytest.raises(ValueError, match="holds no data position"):
-        pretrain(recipe | {"resume_from_checkpoint": "last"})
 
 
 def test_waiting_for_data_is_logged_and_warned_about_once(make_recipe, tmp_path, monkeypatch, caplog):
@@ -344,14 +339,6 @@ def test_waiting_for_data_is_logged_and_warned_about_once(make_recipe, tmp_path,
     assert len(shares) == 7
     assert all(0.5 < share < 1 for share in shares)
     assert caplog.text.count("Raise dataloader_num_workers (now 0") == 1
-
-
-def test_a_checkpoint_cut_short_is_not_resumed_from(make_recipe, tmp_path):
-    pretrain(make_recipe("mae", save_strategy="steps", save_steps=4))
-    (tmp_path / "mae" / "checkpoint-8" / "trainer_state.json").unlink()
-    assert last_checkpoint(tmp_path / "mae").endswith("checkpoint-4")
-    with pytest.raises(ValueError, match="no complete checkpoint"):
-        last_checkpoint(tmp_path / "nothing")
 
 
 def test_after_step_gets_the_progress(make_recipe, monkeypatch):
@@ -439,7 +426,7 @@ def test_an_encoder_of_another_patch_size_is_refused_unless_asked_for(make_recip
     pretrain(make_recipe("mae", max_steps=1))
     encoder = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 16}
     recipe = make_recipe("detection", encoder=str(tmp_path / "mae"), encoder_config=encoder, max_steps=1)
-    with pytest.raises(ValueError, match=r"(?s)patch_size: weights have 8, the recipe has 16.*resize_encoder"):
+    with pytest.raises(ValueError, match=r"(?s)patch_size: its weights have 8, the recipe asks for 16.*resize_enc"):
         finetune(recipe)
     with caplog.at_level("INFO", logger="hf_vlm"):
         finetune(recipe | {"resize_encoder": True, "learning_rate": 0.0})

@@ -1,6 +1,7 @@
 """What a pretraining leaves is whole where its model was sharded."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hf_vlm.data.io.durable import PARTIAL_FOLDER
 from hf_vlm.training.callbacks import read_log
+from hf_vlm.training.checkpoints import verify_checkpoint
 
 PROGRAM = Path(__file__).with_name("sharded_run.py")
 RECIPES = Path(__file__).parents[2] / "recipes" / "accelerate"
@@ -18,7 +21,7 @@ RECIPES = Path(__file__).parents[2] / "recipes" / "accelerate"
 def launch(recipe, config):
     """Runs a recipe in two processes; the weights of its encoder, of its objective, and its log."""
     folder = Path(recipe["output_dir"])
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     (folder / "given.json").write_text(json.dumps(recipe))
     words = ["accelerate.commands.launch", "--config_file", str(RECIPES / config), "--num_processes", "2"]
     words += ["--mixed_precision", "no", str(PROGRAM), str(folder / "given.json")]
@@ -43,3 +46,18 @@ def test_a_sharded_run_leaves_what_one_of_copies_does(make_recipe, tmp_path):
     assert len(losses) == 3
     assert losses == pytest.approx(expected, rel=1e-5)
     assert any("mfu" in entry for entry in log)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["fsdp2.yaml", "ddp.yaml"])
+def test_the_checkpoints_of_two_ranks_are_committed_as_one_and_resumed_exactly(make_recipe, tmp_path, config):
+    recipe = make_recipe("ijepa", max_steps=4, warmup_steps=0, save_strategy="steps", save_steps=2)
+    whole, _, _ = launch(recipe | {"output_dir": str(tmp_path / "whole")}, config)
+    checkpoint = tmp_path / "whole" / "checkpoint-2"
+    written = set(json.loads((checkpoint / "manifest.json").read_text())["files"])
+    assert {"data_state_0.pt", "data_state_1.pt", "rng_state_0.pth", "rng_state_1.pth"} < written
+    verify_checkpoint(checkpoint)
+    shutil.copytree(checkpoint, tmp_path / "again" / "checkpoint-2")
+    again, _, _ = launch(recipe | {"output_dir": str(tmp_path / "again"), "resume_from_checkpoint": "last"}, config)
+    assert all(torch.equal(again[name], weights) for name, weights in whole.items())
+    assert not (tmp_path / "again" / PARTIAL_FOLDER).exists()

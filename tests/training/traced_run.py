@@ -31,7 +31,11 @@ def main(recipe_file, folder):
 
     VisionTrainer.training_step = training_step
     checkpoints = list(Path(recipe["output_dir"]).glob("checkpoint-*/trainer_state.json"))
-    pretrain(recipe | {"resume_from_checkpoint": "last" if checkpoints else None})
+    try:
+        pretrain(recipe | {"resume_from_checkpoint": "last" if checkpoints else None})
+    except SystemExit:  # stopped by a signal
+        leave_process_group()
+        raise
     leave_process_group()
 
 

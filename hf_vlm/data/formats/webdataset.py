@@ -267,7 +267,7 @@ def _read_class_names(folders: Sequence[Path]) -> list[str]:
 
 def _scan(tars: Sequence[Shard], roles: Collection[str]) -> Iterator[tuple[Sample, Shard]]:
     """All samples with an image, up to damage, of tars on disk; no image is read."""
-    for path, name in tqdm(tars, desc="Reading labels", disable=len(tars) < 10):
+    for path, name in tqdm(tars, desc="Reading labels", disable=len(tars) < 10 or None):
         try:
             with open_binary(path) as file:
                 for sample in walk_samples(file, roles, reads_images=False):

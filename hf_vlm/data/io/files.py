@@ -263,7 +263,7 @@ def map_files(function: Callable[[Item], Result], items: Sequence[Item], descrip
     results: list[Result] = []
     with (
         ThreadPoolExecutor(NUM_THREADS) as threads,
-        tqdm(desc=description, total=len(items), disable=len(items) < MIN_FILES_FOR_BAR) as bar,
+        tqdm(desc=description, total=len(items), disable=len(items) < MIN_FILES_FOR_BAR or None) as bar,
     ):
         for batch in threads.map(lambda batch: [function(item) for item in batch], batches):
             results += batch
