@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from hf_vlm.data.io.durable import replace_text
 from hf_vlm.data.io.messages import printable
+from hf_vlm.data.io.parsing import parse_json, parse_yaml
 from hf_vlm.deploy.markdown import code_span, fence_of, markdown
 from hf_vlm.training.provenance import is_hub_id, recorded_origins
 
@@ -74,8 +75,7 @@ def write_model_card(run_dir: str | Path, *, repo_id: str | None = None, license
     environment.filters["code"] = code_span
     text = environment.get_template(task.card).render(values)
     path = run_dir / "README.md"
-    text = re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
-    replace_text(path, text.encode("utf-8", "backslashreplace").decode())
+    replace_text(path, re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n")
     return path
 
 
@@ -95,8 +95,8 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
     try:  # JSON is YAML, but json reads it faster and knows NaN
         text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
+        content = parse_json(text) if path.suffix == ".json" else parse_yaml(text)
+    except ValueError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a mapping, but holds a {type(content).__name__}.")
@@ -161,7 +161,7 @@ def _metadata(values: Mapping[str, Any], run: dict[str, Any], task: "Task") -> M
         EvalResult(
             task_type=task.name,
             dataset_type=source if source and is_hub_id(source) else "unknown",
-            dataset_name=Path(source).name if source else "unknown",
+            dataset_name=printable(Path(source).name) if source else "unknown",
             dataset_split=values["eval_split"],
             metric_type=key,
             metric_name=_metric_name(key, task),

@@ -135,7 +135,9 @@ def image_statistics(source: str, num_channels: int) -> dict[str, Any] | None:
 
 def _is_of_transformers(source: str | Path) -> bool:
     _refuse_unfinished(Path(source))
-    return read_config(str(source)).get("model_type") in {**FAMILIES, **ALIASES}
+    config = read_config(str(source))
+    _refuse_kernels(source, config)
+    return config.get("model_type") in {**FAMILIES, **ALIASES}
 
 
 def _convert(source: str) -> VLMViTModel:
@@ -170,21 +172,34 @@ def read_own_config(source: str | Path) -> dict[str, Any]:
     """A checkpoint's configuration.
 
     Raises:
-        ValueError: There is none, it is of another package or names code to run, or a folder's weights are missing or
-            damaged.
+        ValueError: There is none, it is of another package or names code to run, or a folder's weights are missing
+            or damaged.
     """
     name = str(source)
     _refuse_unfinished(Path(name))
     config = read_config(name)
     if not is_ours(config):
         raise ValueError(f"{name} holds no model of hf_vlm, but one of type {config.get('model_type')!r}.")
-    if kernels := sorted(_named_kernels(config)):
-        raise ValueError(
-            f"{name} names code on the Hub in its configuration, {', '.join(kernels)}, which would be run: remove it."
-        )
+    _refuse_kernels(name, config)
     if Path(name).is_dir():
         _check_weights(Path(name))
     return config
+
+
+def _refuse_kernels(source: str | Path, config: dict[str, Any]) -> None:
+    if kernels := sorted(_named_kernels(config)):
+        raise ValueError(
+            f"{source} names code on the Hub in its configuration, {', '.join(kernels)}, which would be run: remove it"
+        )
+
+
+def _named_kernels(config: dict[str, Any]) -> Iterator[str]:
+    """Repositories of kernels that a configuration names, whose code transformers would download and run."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _named_kernels(value)
+        elif key.endswith("_implementation") and isinstance(value, str) and "/" in value:
+            yield value
 
 
 def _refuse_unfinished(folder: Path) -> None:
@@ -206,15 +221,6 @@ def _check_weights(folder: Path) -> None:
                 pass
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path} is damaged: {error}. Copy it again, or train again.") from error
-
-
-def _named_kernels(config: dict[str, Any]) -> Iterator[str]:
-    """Repositories of kernels that a configuration names, whose code transformers would download and run."""
-    for key, value in config.items():
-        if isinstance(value, dict):
-            yield from _named_kernels(value)
-        elif key.endswith("_implementation") and isinstance(value, str) and "/" in value:
-            yield value
 
 
 @contextlib.contextmanager

@@ -39,13 +39,14 @@ def test_batches_come_through(num_workers):
 
 
 def test_a_stopped_worker_ends_the_run_and_itself(monkeypatch):
-    monkeypatch.setattr(loader, "BATCH_SECONDS", 1.0)
+    monkeypatch.setattr(loader, "BATCH_SECONDS", 60.0)
     batches = StreamLoader(Numbers(stops_at=4), batch_size=2, num_workers=1, prefetch_factor=1)
     iterator = iter(batches)
     assert [next(iterator).tolist() for _ in range(2)] == [[0, 1], [2, 3]]
+    batches._iterator._timeout = 0.5  # from here on: to start the worker may take longer
     start = time.monotonic()
     (worker,) = batches._iterator._workers
-    with pytest.raises(ValueError, match=r"gave no batch for 1 s: one was stopped, or waits .* resume from the last"):
+    with pytest.raises(ValueError, match=r"gave no batch for 60 s: one was stopped, or waits .* resume from the last"):
         next(iterator)
     assert time.monotonic() - start < 10
     worker.join(5)
