@@ -115,6 +115,11 @@ def assert_coco_examples(stream, num_images=10):
         assert stream.features.encode_example(example) == example
 
 
+def write_json(path, **content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
 @contextmanager
 def on_remote(folder, name):
     """The files of a folder, copied to `memory://NAME`."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
+import numpy as np
 
 __all__ = ["Source"]
 
@@ -22,6 +23,9 @@ class Source:
         max_objects: Largest number of objects of an image; None where there are none, or they are not known without
             reading all images.
         mask_class_names: Names of the values 0, 1, 2, ... of `mask`; None where they are not known.
+        annotated_sizes: (num_examples, 2), width and height in pixels that the annotations give for each image, not
+            finite where they give none; None where the format has no such thing.
+        findings: Warnings of opening the source, which a report repeats.
     """
 
     dataset: datasets.IterableDataset
@@ -31,6 +35,8 @@ class Source:
     split: str = ""
     max_objects: int | None = None
     mask_class_names: tuple[str, ...] | None = None
+    annotated_sizes: np.ndarray[Any, Any] | None = None
+    findings: tuple[str, ...] = ()
 
     @property
     def features(self) -> datasets.Features:

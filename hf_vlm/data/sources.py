@@ -1,5 +1,6 @@
 """Open anything as a source of one schema: one table of the formats, and how each is recognised."""
 
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -83,9 +84,23 @@ def open_source(
     """
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"num_samples={num_samples} must be positive")
+    with _collected_warnings() as findings:
+        opened = _open(source, split, format=format, num_samples=num_samples, name=name, revision=revision)
+    return replace(opened, split=split, findings=tuple(findings))
+
+
+def _open(
+    source: str | Path | Mapping[str, float],
+    split: str,
+    *,
+    format: str | None,
+    num_samples: int | None,
+    name: str | None,
+    revision: str | None,
+) -> Source:
     if isinstance(source, Mapping):
         mixture = _open_mixture(source, split, format=format, num_samples=num_samples)
-        return replace(mixture, name=", ".join(map(redact_url, source)), format="mixture", split=split)
+        return replace(mixture, name=", ".join(map(redact_url, source)), format="mixture")
     format = guess_format(source) if format is None else format
     if format not in FORMATS:
         raise ValueError(f"unknown format {format!r}; the formats are {', '.join(FORMATS)}")
@@ -98,7 +113,21 @@ def open_source(
         opened = open_hub(str(source), split, num_samples=num_samples, name=name, revision=revision)
     else:
         opened = _open_files(str(source), split, format=format, num_samples=num_samples)
-    return replace(opened, name=redact_url(source), format=format, split=split)
+    return replace(opened, name=redact_url(source), format=format)
+
+
+@contextmanager
+def _collected_warnings() -> Iterator[list[str]]:
+    """The warnings that are logged while a source is opened, by whichever format."""
+    findings: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: findings.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("hf_vlm.data")
+    logger.addHandler(handler)
+    try:
+        yield findings
+    finally:
+        logger.removeHandler(handler)
 
 
 def _open_mixture(source: Mapping[str, float], split: str, *, format: str | None, num_samples: int | None) -> Source:

@@ -68,7 +68,7 @@ def open_voc(source: Path, split: str, *, num_samples: int | None = None) -> Sou
         class_names=names,
         objects=normalise_objects(stored, OBJECT_FIELDS, source),
         rows=np.array([row for row, _, _ in found], dtype=np.int64),
-        sizes=np.array([parsed[file].size for _, file, _ in found], dtype=np.float64).reshape(-1, 2),
+        sizes=np.array([parsed[file].size for file in files], dtype=np.float64).reshape(-1, 2),
         name_of=lambda index: f"{found[index][2].name} of {found[index][1].name}",
     )
     return boxed_images_source(paths, range(len(paths)), boxes if names else None, source)

@@ -7,17 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import yaml
 
 from hf_vlm.data.formats.annotations import OBJECT_FIELDS, normalise_objects
 from hf_vlm.data.formats.boxed_images import BoxedImages, boxed_images_source
+from hf_vlm.data.formats.image_sizes import read_file_sizes
 from hf_vlm.data.formats.imagefolder import find_images
 from hf_vlm.data.formats.splits import CANONICAL, canonical_split, choose_split, describe_folder
-from hf_vlm.data.io.files import can_list, existing_paths, exists, is_folder, is_remote, map_files, read_bytes, retried
-from hf_vlm.data.io.image_header import read_header
-from hf_vlm.data.io.messages import UnreachableError, summarise
+from hf_vlm.data.io.files import can_list, existing_paths, exists, is_folder, map_files, read_bytes
+from hf_vlm.data.io.messages import summarise
 from hf_vlm.data.source import Source
 
 __all__ = ["looks_like_yolo", "open_yolo"]
@@ -29,7 +28,6 @@ Line = tuple[int, tuple[float, ...]]  # number in its file; class, x, y, width, 
 
 DATA_FILES = ("data.yaml", "data.yml", "dataset.yaml")
 CLASSES_FILE = "classes.txt"
-HEADER_BYTES = 2**16  # hold the size of nearly every image
 TOLERANCE = 0.01  # by which coordinates may leave 0 to 1: tools round
 
 
@@ -59,9 +57,11 @@ def open_yolo(source: Path, split: str, *, num_samples: int | None = None) -> So
         classes = [line[0] for found in _read_all(others, source) for _, line in found]
         names = [str(index) for index in range(int(max(classes)) + 1)]
     rows = np.array([row for row, _, _ in lines], dtype=np.int64)
-    sizes = _sizes(images, np.unique(rows))[rows]
+    labelled = np.unique(rows).tolist()
+    sizes = np.full((len(images), 2), np.inf)
+    sizes[labelled] = read_file_sizes([images[row] for row in labelled]).shown
     relative = np.array([line[1:] for _, _, line in lines], dtype=np.float64).reshape(-1, 4)  # x, y, width, height
-    pixels = relative * np.tile(np.nan_to_num(sizes, posinf=0.0), 2)
+    pixels = relative * np.tile(np.nan_to_num(sizes[rows], posinf=0.0), 2)
     stored = {"bbox": pixels.tolist(), "category": [int(line[0]) for _, _, line in lines]}
     boxes = BoxedImages(
         class_names=names,
@@ -69,6 +69,7 @@ def open_yolo(source: Path, split: str, *, num_samples: int | None = None) -> So
         rows=rows,
         sizes=sizes,
         name_of=lambda index: f"{labels[rows[index]].name}, line {lines[index][1]}",
+        are_measured=True,
     )
     return boxed_images_source(images, range(len(images)), boxes, source)
 
@@ -246,40 +247,3 @@ def _parse_line(line: str, location: str) -> tuple[float, ...]:
         x, y = min(values[::2]), min(values[1::2])
         return category, x, y, max(values[::2]) - x, max(values[1::2]) - y
     raise ValueError(f"{location}: {line!r} must have a class and 4 numbers, or a class and the points of a polygon")
-
-
-def _sizes(images: Sequence[Path], rows: Array) -> Array:
-    """Width and height (n, 2) of the images at the given rows; infinity for others and for what cannot be read."""
-    sizes = np.full((len(images), 2), np.inf)
-    found = map_files(lambda row: _read_size(images[row]), rows.tolist(), "Reading sizes")
-    sizes[rows] = np.array(found).reshape(-1, 2)
-    return sizes
-
-
-def _read_size(image: Path) -> tuple[float, float]:
-    """Width and height as the image is shown."""
-    try:
-        header = _header(_read_beginning(image)) or _header(read_bytes(image))
-    except UnreachableError:
-        raise  # without its size, the image would lose its boxes
-    except OSError:
-        header = None
-    if header is None:
-        return np.inf, np.inf  # the stream will name the image and skip it
-    is_turned = header.orientation >= 5
-    return (header.height, header.width) if is_turned else (header.width, header.height)
-
-
-def _read_beginning(image: Path) -> bytes:
-    if is_remote(image):  # opened, it would fetch megabytes ahead
-        system, inner = fsspec.url_to_fs(str(image))
-        return bytes(retried(image, lambda: system.cat_file(inner, start=0, end=HEADER_BYTES)))
-    with image.open("rb") as file:
-        return file.read(HEADER_BYTES)
-
-
-def _header(data: bytes) -> Any:
-    try:
-        return read_header(data)
-    except Exception:  # decoders raise anything for broken files
-        return None

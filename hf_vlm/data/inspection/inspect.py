@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-import datasets
 import numpy as np
 
 from hf_vlm.data.boxes import MIN_BOX_SIDE, clean_boxes
@@ -39,6 +38,7 @@ SMALLEST_FRACTION = 0.1  # of the boxes, which are then taken as the small ones
 
 IMAGE_DTYPE = np.dtype(
     [
+        ("position", "i8"),  # in the source, of which unreadable images are no rows
         ("height", "i4"),
         ("width", "i4"),
         ("num_bytes", "i8"),
@@ -70,7 +70,7 @@ class Accumulator:
 class ImageStats:
     """Statistics of one image."""
 
-    row: tuple[Any, ...]  # an IMAGE_DTYPE
+    row: tuple[Any, ...]  # an IMAGE_DTYPE without its position
     format: str
     has_bad_mask: bool
 
@@ -105,7 +105,7 @@ def inspect_source(
     if not accumulator.names and not accumulator.unreadable:
         raise ValueError("the data holds no example; check its path and its split")
     is_complete = num_examples is None or next(examples, None) is None
-    return _report(accumulator, source.features, is_complete=is_complete)
+    return _report(accumulator, source, is_complete=is_complete)
 
 
 def image_name(example: Example) -> str:
@@ -163,7 +163,7 @@ def _accumulate(accumulator: Accumulator, batch: list[Example], results: list[Im
             continue
         objects = example.get("objects", {"category": [], "bbox": []})
         boxes += [(len(accumulator.names), *box) for box in zip(objects["category"], objects["bbox"], strict=True)]
-        rows.append(result.row)
+        rows.append((len(accumulator.names) + len(accumulator.unreadable), *result.row))
         accumulator.names.append(name)
         accumulator.formats[result.format] += 1
         if result.has_bad_mask:
@@ -172,11 +172,12 @@ def _accumulate(accumulator: Accumulator, batch: list[Example], results: list[Im
     accumulator.boxes.append(np.array(boxes, dtype=BOX_DTYPE))
 
 
-def _report(accumulator: Accumulator, features: datasets.Features, *, is_complete: bool) -> Report:
+def _report(accumulator: Accumulator, source: Source, *, is_complete: bool) -> Report:
+    features = source.features
     images = np.concatenate([np.zeros(0, IMAGE_DTYPE), *accumulator.images])
     boxes = np.concatenate([np.zeros(0, BOX_DTYPE), *accumulator.boxes])
     exact, near = _duplicates(images, accumulator.names)
-    issues = _image_issues(images, accumulator)
+    issues = _image_issues(images, accumulator) + _size_issues(images, source, accumulator.names)
     label_counts, box_report = None, None
     if "label" in features:
         label_counts = _counts(images["label"], features["label"].names)
@@ -201,6 +202,7 @@ def _report(accumulator: Accumulator, features: datasets.Features, *, is_complet
         near_duplicates=near,
         unreadable=accumulator.unreadable,
         issues=issues,
+        findings=list(source.findings),
     )
 
 
@@ -229,6 +231,22 @@ def _image_issues(images: Array, accumulator: Accumulator) -> list[Issue]:
         "images whose mask is not of their size, or cannot be read": accumulator.bad_masks,
     }
     return [Issue(what, len(where), where) for what, where in found.items() if where]
+
+
+def _size_issues(images: Array, source: Source, names: list[str]) -> list[Issue]:
+    """Images of another size than their annotation says; opening a source looks at a sample alone."""
+    if source.annotated_sizes is None:
+        return []
+    annotated = source.annotated_sizes[images["position"]]  # (images, 2)
+    differs = np.isfinite(annotated).all(axis=1) & (
+        annotated != np.column_stack([images["width"], images["height"]])
+    ).any(1)
+    where = [
+        f"{names[index]}: annotated {annotated[index, 0]:g} x {annotated[index, 1]:g}, "
+        f"the file {images['width'][index]} x {images['height'][index]}"
+        for index in np.flatnonzero(differs).tolist()
+    ]
+    return [Issue("images of another size than their annotation says", len(where), where)] if where else []
 
 
 def _label_issues(images: Array, counts: dict[str, int], names: list[str]) -> list[Issue]:

@@ -89,6 +89,7 @@ class Report:
     near_duplicates: list[list[str]]  # without those of which every byte is equal
     unreadable: list[Unreadable]
     issues: list[Issue]
+    findings: list[str]  # warnings of opening the source
 
     def as_json(self) -> dict[str, Any]:
         """As values that `json` can write."""
@@ -179,7 +180,7 @@ def _class_lines(counts: Mapping[str, int], unit: str) -> Lines:
 
 
 def _issue_lines(report: Report) -> Lines:
-    lines = []
+    lines = [("opening", finding) for finding in report.findings]
     if report.unreadable:
         lines.append((f"{len(report.unreadable):,}", "images that cannot be read; training skips them"))
         lines += _where(f"{image.name}: {image.reason}" for image in report.unreadable)

@@ -86,15 +86,17 @@ def test_files_beside_their_images_in_a_folder_a_split(tmp_path):
     assert content(tmp_path, "val") == {"c": EXPECTED["c"]}
 
 
-def test_boxes_are_checked_and_unknown_sizes_accepted(tmp_path, caplog):
+def test_boxes_are_checked_and_unknown_sizes_read_from_the_image(tmp_path, caplog):
     write_image(tmp_path / "a.jpg")
     write_xml(tmp_path / "a.xml", [("dog", (50, 5, 60, 9), 0), ("dog", (5, 5, 60, 9), 0)])
     assert content(tmp_path)["a"]["bbox"] == [[4, 4, 56, 5]]
     assert "1 of 2 boxes are dropped" in caplog.text
     assert "dog of a.xml" in caplog.text
     for size in ("", "<size><width>0</width><height>0</height></size>"):
-        write_xml(tmp_path / "a.xml", [("dog", (50, 5, 60, 9), 0)], size)
-        assert content(tmp_path)["a"]["bbox"] == [[49, 4, 11, 5]]
+        write_xml(tmp_path / "a.xml", [("dog", (50, 5, 60, 9), 0), ("dog", (5, 5, 20, 9), 0)], size)
+        caplog.clear()
+        assert content(tmp_path)["a"]["bbox"] == [[4, 4, 16, 5]]
+        assert "1 of 2 boxes are dropped" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,102 @@
+"""Which files the names in annotations mean, on whatever machine and system they were written."""
+
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from hf_vlm.data.io.files import can_list
+from hf_vlm.data.io.messages import summarise
+
+__all__ = ["find_files", "locate_names"]
+
+NUM_TRIED = 200  # names by which the folder is chosen
+
+
+def find_files(paths: Iterable[Path]) -> dict[Path, Path]:
+    """The file that each path means: itself, or the only one in its folder whose name differs in the case of its
+    letters or in Unicode's normal form alone, as systems write it.
+
+    Each folder is listed once; on web servers, which cannot list, every path is taken to be there.
+    """
+    wanted = defaultdict(list)
+    for path in dict.fromkeys(paths):
+        wanted[path.parent].append(path)
+    found = {}
+    for folder, members in wanted.items():
+        if not can_list(folder):
+            found.update(zip(members, members))
+        elif folder.is_dir():
+            there = {path.name: path for path in folder.iterdir()}
+            found.update({path: path for path in members if path.name in there})
+            missing = [path for path in members if path.name not in there]
+            alike = defaultdict(list)
+            for name in there if missing else ():
+                alike[_plain(name)].append(there[name])
+            found.update({path: alike[_plain(path.name)][0] for path in missing if len(alike[_plain(path.name)]) == 1})
+    return found
+
+
+def _plain(name: str) -> str:
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def locate_names(names: Sequence[str], folders: Sequence[Path], source: object) -> tuple[list[Path], list[str]] | None:
+    """Paths of the files that an annotation names, in the folder that has most of them, and the missing names.
+
+    Names may be paths of another machine, also of Windows: then leading folders are left out, of all names equally
+    many and no more than necessary.
+
+    Args:
+        names: File names or paths as an annotation has them.
+        folders: Where the files may be, the likeliest first.
+        source: Name of the source, for messages.
+
+    Returns:
+        The paths and the missing names, whose paths are where they should be; None where no name is found at all.
+
+    Raises:
+        ValueError: Two names then mean one file.
+    """
+    tried = names[:: -(-len(names) // NUM_TRIED)]
+    most, best = 0, None
+    for num_left_out in (None, *range(max(len(_parts(name)) for name in tried))):
+        for folder in folders:
+            count = len(find_files(_join(folder, name, num_left_out) for name in tried))
+            if count > most:
+                most, best = count, (folder, num_left_out)
+        if most == len(set(tried)):
+            break
+    if best is None:
+        return None
+    folder, num_left_out = best
+    paths = [_join(folder, name, num_left_out) for name in names]
+    if num_left_out is not None:
+        meanings: dict[Path, set[str]] = defaultdict(set)
+        for path, name in zip(paths, names):
+            meanings[path].add(name)
+        ambiguous = [" and ".join(sorted(found)) for found in meanings.values() if len(found) > 1]
+        if ambiguous:
+            raise ValueError(
+                f"{source}: without folders of another machine, {len(ambiguous)} names mean several images of "
+                f"{folder}: {summarise(ambiguous)}; give paths relative to it"
+            )
+    found_paths = find_files(paths)
+    missing = [name for name, path in zip(names, paths) if path not in found_paths]
+    return [found_paths.get(path, path) for path in paths], missing
+
+
+def _parts(name: str) -> list[str]:
+    """Folders and file name of a path of any system, without its drive and steps upwards."""
+    return [
+        part for part in re.split(r"[\\/]+", re.sub(r"^[A-Za-z]:(?=[\\/])", "", name)) if part not in ("", ".", "..")
+    ]
+
+
+def _join(folder: Path, name: str, num_left_out: int | None) -> Path:
+    """A name in a folder, as it is or without its first folders."""
+    if num_left_out is None:
+        return folder / name
+    parts = _parts(name)
+    return folder.joinpath(*parts[min(num_left_out, len(parts) - 1) :]) if parts else folder / name
