@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["CENTERS", "CORNERS", "XYWH", "check_convention"]
+__all__ = ["CENTERS", "CORNERS", "XYWH", "as_stored", "check_convention"]
 
 Array = np.ndarray[Any, Any]
 
@@ -67,8 +67,16 @@ def check_convention(
     return f"{finding}: if they are that, convert them to {declared}"
 
 
+def as_stored(boxes: Array, convention: str) -> Array:
+    """The numbers (n, 4) by which a convention stores boxes x, y, width, height (n, 4)."""
+    if convention == XYWH:
+        return boxes
+    low, sides = boxes[:, :2], boxes[:, 2:]
+    return np.concatenate([low, low + sides] if convention == CORNERS else [low + sides / 2, sides], axis=1)
+
+
 def _are_fractions(values: Array) -> bool:
-    return values.any() and bool((np.abs(values) <= 1 + SLACK).all(axis=1).mean() >= MIN_FIT)
+    return bool(values.any()) and bool((np.abs(values) <= 1 + SLACK).all(axis=1).mean() >= MIN_FIT)
 
 
 def _as_corners(values: Array, convention: str) -> Array:

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from hf_vlm.data.formats.annotations import ObjectLists, check_boxes, select_objects
+from hf_vlm.data.formats.box_conventions import XYWH
 from hf_vlm.data.formats.fitted_boxes import fit_boxes
 from hf_vlm.data.io.indexed import TableReader, indexed_stream
 from hf_vlm.data.schema import image_feature, objects_feature
@@ -31,6 +32,7 @@ class BoxedImages:
         sizes: (images, 2), width and height of each image in pixels; infinity where they are not known.
         name_of: Name of the object at an index, for messages.
         are_measured: Whether the sizes are those of the files, and not what the annotations say.
+        convention: Which of the conventions of `box_conventions` the format stores boxes by.
     """
 
     class_names: Sequence[str]
@@ -39,6 +41,7 @@ class BoxedImages:
     sizes: Array
     name_of: Callable[[int], str]
     are_measured: bool = False
+    convention: str = XYWH
 
     def fitted(self, paths: Sequence[Path], source: object) -> tuple["BoxedImages", Array]:
         """The objects as they lie in the files, and the images (len(paths),) bool of which that is clear.
@@ -73,6 +76,7 @@ class BoxedImages:
             class_names=self.class_names,
             name_of=self.name_of,
             source=source,
+            convention=self.convention,
         )
         indices: list[list[int]] = [[] for _ in range(num_images)]  # of the objects of each image
         for index in np.flatnonzero(keep & (self.rows < num_images)).tolist():

@@ -151,7 +151,7 @@ def _image_paths(images: Sequence[Record], file: Path, root: Path, split: str) -
             file,
             len(missing),
             len(names),
-            summarise(missing),
+            summarise(names[index] for index in missing),
         )
     return paths
 

@@ -6,12 +6,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from hf_vlm.data.io.files import can_list
+from hf_vlm.data.io.files import can_list, exists
 from hf_vlm.data.io.messages import summarise
 
-__all__ = ["find_files", "locate_names"]
+__all__ = ["find_files", "locate_names", "path_parts"]
 
 NUM_TRIED = 200  # names by which the folder is chosen
+NUM_ASKED = 3  # of these, for which a web server is asked
 
 
 def find_files(paths: Iterable[Path]) -> dict[Path, Path]:
@@ -42,7 +43,7 @@ def _plain(name: str) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
-def locate_names(names: Sequence[str], folders: Sequence[Path], source: object) -> tuple[list[Path], list[str]] | None:
+def locate_names(names: Sequence[str], folders: Sequence[Path], source: object) -> tuple[list[Path], list[int]] | None:
     """Paths of the files that an annotation names, in the folder that has most of them, and the missing names.
 
     Names may be paths of another machine, also of Windows: then leading folders are left out, of all names equally
@@ -54,19 +55,19 @@ def locate_names(names: Sequence[str], folders: Sequence[Path], source: object) 
         source: Name of the source, for messages.
 
     Returns:
-        The paths and the missing names, whose paths are where they should be; None where no name is found at all.
+        The paths, and the indices of those that are missing there; None where no name is found at all.
 
     Raises:
         ValueError: Two names then mean one file.
     """
     tried = names[:: -(-len(names) // NUM_TRIED)]
     most, best = 0, None
-    for num_left_out in (None, *range(max(len(_parts(name)) for name in tried))):
+    for num_left_out in (None, *range(max(len(path_parts(name)) for name in tried))):
         for folder in folders:
-            count = len(find_files(_join(folder, name, num_left_out) for name in tried))
+            count = _count([_join(folder, name, num_left_out) for name in tried])
             if count > most:
                 most, best = count, (folder, num_left_out)
-        if most == len(set(tried)):
+        if most >= len(set(tried)):
             break
     if best is None:
         return None
@@ -83,11 +84,18 @@ def locate_names(names: Sequence[str], folders: Sequence[Path], source: object) 
                 f"{folder}: {summarise(ambiguous)}; give paths relative to it"
             )
     found_paths = find_files(paths)
-    missing = [name for name, path in zip(names, paths) if path not in found_paths]
+    missing = [index for index, path in enumerate(paths) if path not in found_paths]
     return [found_paths.get(path, path) for path in paths], missing
 
 
-def _parts(name: str) -> list[str]:
+def _count(paths: Sequence[Path]) -> int:
+    """How many of some files in one folder are there; all where that cannot be listed and one of the first is."""
+    if can_list(paths[0]):
+        return len(find_files(paths))
+    return len(paths) if any(map(exists, paths[:NUM_ASKED])) else 0
+
+
+def path_parts(name: str) -> list[str]:
     """Folders and file name of a path of any system, without its drive and steps upwards."""
     return [
         part for part in re.split(r"[\\/]+", re.sub(r"^[A-Za-z]:(?=[\\/])", "", name)) if part not in ("", ".", "..")
@@ -98,5 +106,5 @@ def _join(folder: Path, name: str, num_left_out: int | None) -> Path:
     """A name in a folder, as it is or without its first folders."""
     if num_left_out is None:
         return folder / name
-    parts = _parts(name)
+    parts = path_parts(name)
     return folder.joinpath(*parts[min(num_left_out, len(parts) - 1) :]) if parts else folder / name
