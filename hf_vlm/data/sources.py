@@ -3,13 +3,16 @@
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, cast
 
 import aiohttp
+import pyarrow as pa
+import pyarrow.parquet as pq
 from upath import UPath
 
 from hf_vlm.data.formats.coco import find_coco_files, open_coco
@@ -21,12 +24,14 @@ from hf_vlm.data.formats.splits import canonical_split, describe_folder
 from hf_vlm.data.formats.voc import looks_like_voc, open_voc
 from hf_vlm.data.formats.webdataset import open_webdataset
 from hf_vlm.data.formats.yolo import looks_like_yolo, open_yolo
-from hf_vlm.data.io.files import can_list, find_paths, is_remote, siblings
-from hf_vlm.data.io.messages import did_you_mean, error_text, redact, redact_url
+from hf_vlm.data.io.files import can_list, find_paths, is_remote, open_binary, siblings
+from hf_vlm.data.io.messages import did_you_mean, error_text, redact, redact_url, summarise
 from hf_vlm.data.scenes.stream import scenes_source
 from hf_vlm.data.source import Source
 
 __all__ = ["FORMATS", "guess_format", "open_source"]
+
+logger = logging.getLogger(__name__)
 
 
 class FileFormat(NamedTuple):
@@ -34,19 +39,51 @@ class FileFormat(NamedTuple):
 
     open: Callable[..., Source]
     suffixes: tuple[str, ...]  # of a file that is a source by itself
-    is_in: Callable[[Path, set[str]], Any]  # whether a folder holds it, given also the suffixes of all files in there
+    is_in: Callable[[Path, Collection[str]], Any]  # whether a folder holds it, given also the suffixes of its files
     takes_several: bool = False  # whether several files make one source, on disk or remote
 
 
-# In the order in which a folder is asked: folders with annotations hold images too.
+def _has_images(suffixes: Collection[str]) -> bool:
+    return not IMAGE_EXTENSIONS.isdisjoint(suffixes)
+
+
+def _holds_parquet(folder: Path, suffixes: Collection[str]) -> bool:
+    """Whether a folder has Parquet files that are more than features, which `embed` may have left beside images."""
+    if ".parquet" not in suffixes or not _has_images(suffixes):
+        return ".parquet" in suffixes
+    paths = [path for path in folder.rglob("*.parquet") if "/." not in path.relative_to(folder).as_posix()]
+    return not all(map(_are_features, paths))
+
+
+def _are_features(path: Path) -> bool:
+    try:
+        with open_binary(path, read_ahead=False) as file:
+            return {"image_id", "features"} <= set(pq.read_schema(file).names)
+    except (pa.ArrowException, OSError):
+        return False  # opening it says what is wrong
+
+
+# In the order in which a folder is asked: annotations beside images decide, whatever else lies there; and folders with
+# annotations hold images too.
 FILE_FORMATS = {
-    "parquet": FileFormat(open_parquet, (".parquet",), lambda folder, found: ".parquet" in found, takes_several=True),
+    "coco": FileFormat(
+        open_coco,
+        (".json",),
+        lambda folder, found: ".json" in found and _has_images(found) and find_coco_files(folder),
+    ),
+    "voc": FileFormat(
+        open_voc, (), lambda folder, found: ".xml" in found and _has_images(found) and looks_like_voc(folder)
+    ),
+    "yolo": FileFormat(
+        open_yolo, (".yaml", ".yml", ".data"), lambda folder, found: _has_images(found) and looks_like_yolo(folder)
+    ),
+    "parquet": FileFormat(open_parquet, (".parquet",), _holds_parquet, takes_several=True),
     "webdataset": FileFormat(open_webdataset, (".tar",), lambda folder, found: ".tar" in found, takes_several=True),
-    "coco": FileFormat(open_coco, (".json",), lambda folder, found: find_coco_files(folder)),
-    "voc": FileFormat(open_voc, (), lambda folder, found: looks_like_voc(folder)),
-    "yolo": FileFormat(open_yolo, (".yaml", ".yml"), lambda folder, found: looks_like_yolo(folder)),
-    "imagefolder": FileFormat(open_imagefolder, (), lambda folder, found: found & IMAGE_EXTENSIONS),
+    "imagefolder": FileFormat(open_imagefolder, (), lambda folder, found: _has_images(found)),
 }
+# Files beside images that may be annotations of a kind that is not read, and how the names of others begin.
+UNREAD_BESIDE_IMAGES = frozenset((".json", ".jsonl", ".xml", ".csv", ".txt", ".parquet", ".tar"))
+NO_ANNOTATIONS = ("metadata", "readme", "license", "requirements")
 FORMATS = ("scenes", *FILE_FORMATS, "hub")
 FORMAT_OF_SUFFIX = {suffix: name for name, format in FILE_FORMATS.items() for suffix in format.suffixes}
 
@@ -122,12 +159,12 @@ def _collected_warnings() -> Iterator[list[str]]:
     findings: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: findings.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("hf_vlm.data")
-    logger.addHandler(handler)
+    all_formats = logging.getLogger("hf_vlm.data")
+    all_formats.addHandler(handler)
     try:
         yield findings
     finally:
-        logger.removeHandler(handler)
+        all_formats.removeHandler(handler)
 
 
 def _open_mixture(source: Mapping[str, float], split: str, *, format: str | None, num_samples: int | None) -> Source:
@@ -210,18 +247,54 @@ def _suffix(source: str) -> str:
 
 def _format_of_folder(folder: Path) -> str:
     """The format of what a folder holds, on disk or remote."""
-    if isinstance(folder, Path):
-        names = [name for _, _, files in os.walk(folder) for name in files]
-    else:  # a remote one
-        names = folder.fs.find(folder.path)
+    names = _file_names(folder)
     suffixes = {os.path.splitext(name)[1].lower() for name in names}
-    if not suffixes and not folder.exists():
+    if not names and not folder.exists():
         raise ValueError(f"{folder} does not exist")
-    for name, format in FILE_FORMATS.items():
-        if format.is_in(folder, suffixes):
-            return name
+    formats = [name for name, format in FILE_FORMATS.items() if format.is_in(folder, suffixes)]
+    if formats:
+        _warn_of_unread(folder, formats, names)
+        return formats[0]
     raise ValueError(
         f"{folder} holds no Parquet files, no tars, no COCO json (annotations/*.json, _annotations.coco.json or a "
         "json beside the images), no xml of Pascal VOC, no data.yaml or labels/ of YOLO, and no images; "
         f"{describe_folder(folder)}"
     )
+
+
+def _file_names(folder: Path) -> list[str]:
+    """Names of all files below a folder but hidden ones, as caches hold them."""
+    if not isinstance(folder, Path):  # a remote one
+        start = len(folder.path.rstrip("/")) + 1
+        names = [name[start:] for name in folder.fs.find(folder.path)]
+        return [name.rpartition("/")[2] for name in names if "/." not in f"/{name}"]
+    found = []
+    for _, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [name for name in files if not name.startswith(".")]
+    return found
+
+
+def _warn_of_unread(folder: Path, formats: Sequence[str], names: Sequence[str]) -> None:
+    """Name what a folder holds beside the format that it is opened as."""
+    format, *others = formats
+    if others := [name for name in others if name != "imagefolder"]:
+        logger.warning(
+            "%s is opened as %s; what it also holds of %s is not read (give the format to read that)",
+            folder,
+            format,
+            summarise(others),
+        )
+    unread_suffixes = {
+        "imagefolder": UNREAD_BESIDE_IMAGES,
+        "parquet": IMAGE_EXTENSIONS,
+        "webdataset": IMAGE_EXTENSIONS,
+    }
+    unread = defaultdict(list)
+    for name in names:
+        stem, suffix = os.path.splitext(name.lower())
+        if suffix in unread_suffixes.get(format, ()) and not stem.startswith(NO_ANNOTATIONS):
+            unread[suffix].append(name)
+    if unread:
+        found = summarise(f"{len(files)} {suffix} ({files[0]})" for suffix, files in sorted(unread.items()))
+        logger.warning("%s is opened as %s; files that are not read: %s", folder, format, found)

@@ -92,8 +92,7 @@ def _fit(corners: Array, size: Array, in_pixels: bool) -> Array:
     """(n,) bool, which boxes have an area and lie in their image."""
     low, high = corners[:, :2], corners[:, 2:]
     slack = SLACK * size + in_pixels
-    fits: Array = ((high >= low) & (low >= -slack) & (high <= size + slack)).all(axis=1)
-    return fits
+    return np.asarray(((high >= low) & (low >= -slack) & (high <= size + slack)).all(axis=1))
 
 
 def _scale_finding(corners: Array, size: Array) -> str | None:

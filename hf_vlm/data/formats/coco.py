@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 
+LIST_OF_COCO = re.compile(r'"(images|annotations)"\s*:\s*\[')
 ROBOFLOW_NAME = "_annotations.coco.json"
 IDS = (int, str)  # types of ids
 FIELDS = {"bbox": "bbox", "category": "category_id", "area": "area", "iscrowd": "iscrowd"}
@@ -53,6 +55,8 @@ def open_coco(source: Path, split: str, *, num_samples: int | None = None) -> So
         raise ValueError(
             f"{source} has several COCO files for the split {split!r}: {summarise(chosen)}; name one of them"
         )
+    if not is_file:
+        _warn_of_unread(source, files)
     content = _load(chosen[0])
     images = content["images"][:num_samples]
     paths = _image_paths(images, chosen[0], root, split)
@@ -63,6 +67,14 @@ def open_coco(source: Path, split: str, *, num_samples: int | None = None) -> So
     if num_samples is None and can_list(source) and len(_coco_beside(chosen[0])) == 1:
         _warn_of_unlisted(paths, chosen[0])
     return boxed_images_source(paths, image_ids, boxes, chosen[0])
+
+
+def _warn_of_unread(folder: Path, files: Sequence[Path]) -> None:
+    """Name the json files that lie where those of COCO do, as captions and keypoints of the same images."""
+    beside = [path for path in sorted(folder.glob("*.json")) if _looks_like_coco(path)]
+    unread = sorted({*(folder / "annotations").glob("*.json"), *beside} - set(files))
+    if unread:
+        logger.warning("%s: json files that are not read: %s", folder, summarise(path.name for path in unread))
 
 
 def _coco_beside(file: Path) -> list[Path]:
@@ -102,8 +114,8 @@ def _looks_like_coco(path: Path) -> bool:
     with path.open("rb") as file:
         data = file.read(2**20)
     beginning = data.decode(json.detect_encoding(data), errors="replace").lstrip("\ufeff \t\r\n")
-    # Label Studio's YOLO has a notes.json with nothing but categories.
-    return beginning.startswith("{") and any(f'"{key}"' in beginning for key in ("images", "annotations"))
+    # Label Studio's YOLO has a notes.json with nothing but categories; other json files name such things otherwise.
+    return beginning.startswith("{") and LIST_OF_COCO.search(beginning) is not None
 
 
 def _load(path: Path) -> Record:

@@ -129,7 +129,7 @@ def _frame(boxes: Array, rows: Array, annotated: Array, shown: Array) -> Array |
 
 
 def _fit(boxes: Array, sizes: Array) -> Array:
-    return (boxes[:, :2] + boxes[:, 2:] <= sizes + SLACK).all(axis=1)
+    return np.asarray((boxes[:, :2] + boxes[:, 2:] <= sizes + SLACK).all(axis=1))
 
 
 def _turn(boxes: Array, orientation: Array, stored: Array) -> Array:

@@ -9,7 +9,7 @@ from pathlib import Path
 from hf_vlm.data.io.files import can_list, exists
 from hf_vlm.data.io.messages import summarise
 
-__all__ = ["find_files", "locate_names", "path_parts"]
+__all__ = ["find_files", "locate_names", "path_parts", "plain_name"]
 
 NUM_TRIED = 200  # names by which the folder is chosen
 NUM_ASKED = 3  # of these, for which a web server is asked
@@ -24,7 +24,7 @@ def find_files(paths: Iterable[Path]) -> dict[Path, Path]:
     wanted = defaultdict(list)
     for path in dict.fromkeys(paths):
         wanted[path.parent].append(path)
-    found = {}
+    found: dict[Path, Path] = {}
     for folder, members in wanted.items():
         if not can_list(folder):
             found.update(zip(members, members))
@@ -34,12 +34,15 @@ def find_files(paths: Iterable[Path]) -> dict[Path, Path]:
             missing = [path for path in members if path.name not in there]
             alike = defaultdict(list)
             for name in there if missing else ():
-                alike[_plain(name)].append(there[name])
-            found.update({path: alike[_plain(path.name)][0] for path in missing if len(alike[_plain(path.name)]) == 1})
+                alike[plain_name(name)].append(there[name])
+            found.update(
+                {path: alike[plain_name(path.name)][0] for path in missing if len(alike[plain_name(path.name)]) == 1}
+            )
     return found
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
+    """A name in small letters and one normal form of Unicode, for comparing."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
@@ -67,7 +70,7 @@ def locate_names(names: Sequence[str], folders: Sequence[Path], source: object) 
             count = _count([_join(folder, name, num_left_out) for name in tried])
             if count > most:
                 most, best = count, (folder, num_left_out)
-        if most >= len(set(tried)):
+        if most:  # to leave out more could only find other files of the same name
             break
     if best is None:
         return None

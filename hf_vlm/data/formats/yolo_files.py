@@ -12,8 +12,8 @@ import yaml
 from hf_vlm.data.formats.imagefolder import IMAGE_EXTENSIONS, find_images
 from hf_vlm.data.formats.pairing import locate_names, path_parts
 from hf_vlm.data.formats.splits import CANONICAL, canonical_split, choose_split, describe_folder
-from hf_vlm.data.formats.yolo_labels import holds_labels, read_lines
-from hf_vlm.data.io.files import can_list, exists, is_folder, read_bytes
+from hf_vlm.data.formats.yolo_labels import holds_labels
+from hf_vlm.data.io.files import can_list, exists, is_folder, read_bytes, read_lines
 from hf_vlm.data.io.messages import summarise
 
 __all__ = ["Description", "describe", "find_data_file", "find_flat_folders"]

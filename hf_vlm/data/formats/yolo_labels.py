@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hf_vlm.data.formats.pairing import find_files
-from hf_vlm.data.io.files import can_list, map_files, read_bytes
+from hf_vlm.data.io.files import can_list, map_files, read_lines
 from hf_vlm.data.io.messages import summarise
 
-__all__ = ["Line", "find_labels", "holds_labels", "read_labels", "read_lines", "warn_of_unused"]
+__all__ = ["Line", "find_labels", "holds_labels", "read_labels", "warn_of_unused"]
 
 logger = logging.getLogger(__name__)
 
@@ -117,14 +117,6 @@ def holds_labels(path: Path) -> bool:
         return bool(first) and len(_parse_line(first, "", 0).box) == 4
     except (OSError, ValueError):
         return False
-
-
-def read_lines(file: Path) -> list[str]:
-    """Lines of a text file with their ends stripped."""
-    try:
-        return [line.strip() for line in read_bytes(file).decode("utf-8-sig").split("\n")]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not text in UTF-8: {error}") from error
 
 
 def read_labels(labels: Sequence[Path | None], num_keypoint_values: int, source: object) -> list[list[Line]]:

@@ -31,6 +31,7 @@ __all__ = [
     "map_files",
     "open_binary",
     "read_bytes",
+    "read_lines",
     "retried",
     "siblings",
 ]
@@ -206,6 +207,19 @@ def read_bytes(path: object, *, limit: int | None = None, num_waits: int | None 
     with open(str(path), "rb") as file:
         _check_size(os.fstat(file.fileno()).st_size, limit)
         return file.read()
+
+
+def read_lines(path: object) -> list[str]:
+    """Lines of a text file with their ends stripped.
+
+    Raises:
+        OSError: It is not there or cannot be reached.
+        ValueError: It is not UTF-8.
+    """
+    try:
+        return [line.strip() for line in read_bytes(path).decode("utf-8-sig").split("\n")]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8: {error}") from error
 
 
 def map_files(function: Callable[[Item], Result], items: Sequence[Item], description: str) -> list[Result]:
