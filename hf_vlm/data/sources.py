@@ -21,7 +21,7 @@ from hf_vlm.data.formats.voc import looks_like_voc, open_voc
 from hf_vlm.data.formats.webdataset import open_webdataset
 from hf_vlm.data.formats.yolo import looks_like_yolo, open_yolo
 from hf_vlm.data.io.files import can_list, find_paths, is_remote, siblings
-from hf_vlm.data.io.messages import did_you_mean, error_text, redact, redact_url
+from hf_vlm.data.io.messages import collect_warnings, did_you_mean, error_text, redact, redact_url
 from hf_vlm.data.scenes.stream import scenes_source
 from hf_vlm.data.source import Source
 
@@ -83,9 +83,23 @@ def open_source(
     """
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"num_samples={num_samples} must be positive")
-    if isinstance(source, Mapping):
-        mixture = _open_mixture(source, split, format=format, num_samples=num_samples)
-        return replace(mixture, name=", ".join(map(redact_url, source)), format="mixture", split=split)
+    with collect_warnings() as notes:
+        if isinstance(source, Mapping):
+            opened = _open_mixture(source, split, format=format, num_samples=num_samples)
+        else:
+            opened = _open(source, split, format=format, num_samples=num_samples, name=name, revision=revision)
+    return replace(opened, notes=tuple(dict.fromkeys(notes)))
+
+
+def _open(
+    source: str | Path,
+    split: str,
+    *,
+    format: str | None,
+    num_samples: int | None = None,
+    name: str | None = None,
+    revision: str | None = None,
+) -> Source:
     format = guess_format(source) if format is None else format
     if format not in FORMATS:
         raise ValueError(f"unknown format {format!r}; the formats are {', '.join(FORMATS)}")
@@ -104,8 +118,9 @@ def open_source(
 def _open_mixture(source: Mapping[str, float], split: str, *, format: str | None, num_samples: int | None) -> Source:
     if not source:
         raise ValueError("a mixture needs at least one source with its weight")
-    mixture = mix_sources({part: open_source(part, split, format=format) for part in source}, source)
-    return mixture if num_samples is None else replace(mixture, dataset=mixture.dataset.take(num_samples))
+    mixture = mix_sources({part: _open(part, split, format=format) for part in source}, source)
+    dataset = mixture.dataset if num_samples is None else mixture.dataset.take(num_samples)
+    return replace(mixture, dataset=dataset, name=", ".join(map(redact_url, source)), format="mixture", split=split)
 
 
 def _open_files(source: str, split: str, *, format: str, num_samples: int | None) -> Source:
