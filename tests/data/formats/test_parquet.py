@@ -140,7 +140,7 @@ def test_boxes_that_look_like_corners_are_doubted(tmp_path, caplog):
     write_parquet(tmp_path / "a.parquet", columns)
     with caplog.at_level(logging.WARNING):
         open_source(tmp_path)
-    assert "may be corners; a bbox must be [x, y, width, height]" in caplog.text
+    assert "2 of 3 boxes do not lie in their image as x, y, width, height, while 100% do as corners" in caplog.text
 
 
 def test_hidden_labels_and_no_objects_leave_the_columns_out(tmp_path, caplog):
