@@ -22,7 +22,7 @@ class Source:
         max_objects: Largest number of objects of an image; None where there are none, or they are not known without
             reading all images.
         mask_class_names: Names of the values 0, 1, 2, ... of `mask`; None where they are not known.
-        notes: What was found when it was opened and logged as warnings: what is left out, and what looks wrong.
+        findings: What was found when it was opened and logged as warnings: what is left out, and what looks wrong.
     """
 
     dataset: datasets.IterableDataset
@@ -32,7 +32,7 @@ class Source:
     split: str = ""
     max_objects: int | None = None
     mask_class_names: tuple[str, ...] | None = None
-    notes: tuple[str, ...] = ()
+    findings: tuple[str, ...] = ()
 
     @property
     def features(self) -> datasets.Features:

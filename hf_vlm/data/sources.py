@@ -83,12 +83,12 @@ def open_source(
     """
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"num_samples={num_samples} must be positive")
-    with collect_warnings() as notes:
+    with collect_warnings() as findings:
         if isinstance(source, Mapping):
             opened = _open_mixture(source, split, format=format, num_samples=num_samples)
         else:
             opened = _open(source, split, format=format, num_samples=num_samples, name=name, revision=revision)
-    return replace(opened, notes=tuple(dict.fromkeys(notes)))
+    return replace(opened, findings=tuple(dict.fromkeys(findings)))
 
 
 def _open(

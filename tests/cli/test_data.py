@@ -104,7 +104,7 @@ def test_json_holds_the_report_the_classes_and_the_first_examples(tmp_path, caps
     expected = {"file": str(tmp_path / "01.png"), "width": 31, "height": 40, "label": 1}
     assert saved["examples"][1] == {**expected, "boxes": [[1, 2, 3, 4]], "categories": [0]}
     # What opening warns of is in the report too.
-    assert [note for note in saved["notes"] if "1 images are left out" in note and "59.png" in note]
+    assert [text for text in saved["findings"] if "1 images are left out" in text and "59.png" in text]
     assert "1 images are left out" in saved["report"]
 
 

@@ -22,7 +22,7 @@ from hf_vlm.data.inspection.report import (
     Unreadable,
     format_report,
 )
-from hf_vlm.data.io.decode import BadImageError, decode_image, read_image_bytes
+from hf_vlm.data.io.decode import BadImageError, decode_image, image_size, read_image_bytes
 from hf_vlm.data.io.image_header import read_header
 from hf_vlm.data.io.messages import collect_warnings, redact_url
 from hf_vlm.data.source import Source
@@ -103,7 +103,7 @@ def inspect_source(
         raise ValueError(f"num_examples={num_examples} must be positive")
     accumulator = Accumulator()
     examples = iter(source)
-    with collect_warnings() as notes, ThreadPoolExecutor(NUM_THREADS) as pool:
+    with collect_warnings() as findings, ThreadPoolExecutor(NUM_THREADS) as pool:
         for batch in _batches(itertools.islice(examples, num_examples)):
             results = list(pool.map(_image_stats, batch))
             _accumulate(accumulator, batch, results)
@@ -114,7 +114,7 @@ def inspect_source(
     if not accumulator.names and not accumulator.unreadable:
         raise ValueError("the data holds no example; check its path and its split")
     is_complete = num_examples is None or next(examples, None) is None
-    return _report(accumulator, source, [*source.notes, *notes], is_complete=is_complete)
+    return _report(accumulator, source, [*source.findings, *findings], is_complete=is_complete)
 
 
 def image_name(example: Example) -> str:
@@ -151,16 +151,8 @@ def _image_stats(example: Example) -> ImageStats | str:
         example.get("label", -1),
     )
     masks = (example[name] for name in ("mask", "instance_mask") if name in example)
-    bad_mask = any(_size_of(mask) != (height, width) for mask in masks)
+    bad_mask = any(image_size(mask) != (height, width) for mask in masks)
     return ImageStats(row, f"{header.format} {header.mode}".strip() if header is not None else "other", bad_mask)
-
-
-def _size_of(mask: Any) -> tuple[int, int] | None:
-    try:
-        header = read_header(read_image_bytes(mask))
-    except Exception:  # Pillow raises anything for broken headers
-        return None
-    return None if header is None else (header.height, header.width)
 
 
 def _accumulate(accumulator: Accumulator, batch: list[Example], results: list[ImageStats | str]) -> None:
@@ -195,7 +187,7 @@ def _summary(example: Example, height: int, width: int) -> ExampleSummary:
     )
 
 
-def _report(accumulator: Accumulator, source: Source, notes: list[str], *, is_complete: bool) -> Report:
+def _report(accumulator: Accumulator, source: Source, findings: list[str], *, is_complete: bool) -> Report:
     images = np.concatenate([np.zeros(0, IMAGE_DTYPE), *accumulator.images])
     boxes = np.concatenate([np.zeros(0, BOX_DTYPE), *accumulator.boxes])
     exact, near = _duplicates(images, accumulator.names)
@@ -224,7 +216,7 @@ def _report(accumulator: Accumulator, source: Source, notes: list[str], *, is_co
         near_duplicates=near,
         unreadable=accumulator.unreadable,
         issues=issues,
-        notes=list(dict.fromkeys(notes)),
+        findings=list(dict.fromkeys(findings)),
         label_names=source.label_names,
         class_names=source.object_names,
         examples=accumulator.examples,

@@ -102,7 +102,7 @@ class Report:
     unreadable: list[Unreadable]
     issues: list[Issue]
 
-    notes: list[str]  # what was logged as a warning when the source was opened and read
+    findings: list[str]  # what was logged as a warning when the source was opened and read
     label_names: list[str] | None
     class_names: list[str] | None  # of boxes
     examples: list[ExampleSummary]  # the first that can be read
@@ -196,7 +196,7 @@ def _class_lines(counts: Mapping[str, int], unit: str) -> Lines:
 
 
 def _issue_lines(report: Report) -> Lines:
-    lines = [("warning", note) for note in report.notes]
+    lines = [("warning", finding) for finding in report.findings]
     if report.unreadable:
         lines.append((f"{len(report.unreadable):,}", "images that cannot be read; training skips them"))
         lines += _where(f"{image.name}: {image.reason}" for image in report.unreadable)
