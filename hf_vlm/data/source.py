@@ -25,7 +25,7 @@ class Source:
         mask_class_names: Names of the values 0, 1, 2, ... of `mask`; None where they are not known.
         annotated_sizes: (num_examples, 2), width and height in pixels that the annotations give for each image, not
             finite where they give none; None where the format has no such thing.
-        findings: Warnings of opening the source, which a report repeats.
+        findings: What was found when it was opened and logged as warnings: what is left out, and what looks wrong.
     """
 
     dataset: datasets.IterableDataset

@@ -25,7 +25,7 @@ from hf_vlm.data.formats.voc import looks_like_voc, open_voc
 from hf_vlm.data.formats.webdataset import open_webdataset
 from hf_vlm.data.formats.yolo import looks_like_yolo, open_yolo
 from hf_vlm.data.io.files import can_list, find_paths, is_remote, open_binary, siblings
-from hf_vlm.data.io.messages import did_you_mean, error_text, redact, redact_url, summarise
+from hf_vlm.data.io.messages import collect_warnings, did_you_mean, error_text, redact, redact_url, summarise
 from hf_vlm.data.scenes.stream import scenes_source
 from hf_vlm.data.source import Source
 
@@ -121,23 +121,23 @@ def open_source(
     """
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"num_samples={num_samples} must be positive")
-    with _collected_warnings() as findings:
-        opened = _open(source, split, format=format, num_samples=num_samples, name=name, revision=revision)
-    return replace(opened, split=split, findings=tuple(findings))
+    with collect_warnings() as findings:
+        if isinstance(source, Mapping):
+            opened = _open_mixture(source, split, format=format, num_samples=num_samples)
+        else:
+            opened = _open(source, split, format=format, num_samples=num_samples, name=name, revision=revision)
+    return replace(opened, findings=tuple(dict.fromkeys(findings)))
 
 
 def _open(
-    source: str | Path | Mapping[str, float],
+    source: str | Path,
     split: str,
     *,
     format: str | None,
-    num_samples: int | None,
-    name: str | None,
-    revision: str | None,
+    num_samples: int | None = None,
+    name: str | None = None,
+    revision: str | None = None,
 ) -> Source:
-    if isinstance(source, Mapping):
-        mixture = _open_mixture(source, split, format=format, num_samples=num_samples)
-        return replace(mixture, name=", ".join(map(redact_url, source)), format="mixture")
     format = guess_format(source) if format is None else format
     if format not in FORMATS:
         raise ValueError(f"unknown format {format!r}; the formats are {', '.join(FORMATS)}")
@@ -150,28 +150,15 @@ def _open(
         opened = open_hub(str(source), split, num_samples=num_samples, name=name, revision=revision)
     else:
         opened = _open_files(str(source), split, format=format, num_samples=num_samples)
-    return replace(opened, name=redact_url(source), format=format)
-
-
-@contextmanager
-def _collected_warnings() -> Iterator[list[str]]:
-    """The warnings that are logged while a source is opened, by whichever format."""
-    findings: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: findings.append(record.getMessage())  # type: ignore[method-assign]
-    all_formats = logging.getLogger("hf_vlm.data")
-    all_formats.addHandler(handler)
-    try:
-        yield findings
-    finally:
-        all_formats.removeHandler(handler)
+    return replace(opened, name=redact_url(source), format=format, split=split)
 
 
 def _open_mixture(source: Mapping[str, float], split: str, *, format: str | None, num_samples: int | None) -> Source:
     if not source:
         raise ValueError("a mixture needs at least one source with its weight")
-    mixture = mix_sources({part: open_source(part, split, format=format) for part in source}, source)
-    return mixture if num_samples is None else replace(mixture, dataset=mixture.dataset.take(num_samples))
+    mixture = mix_sources({part: _open(part, split, format=format) for part in source}, source)
+    dataset = mixture.dataset if num_samples is None else mixture.dataset.take(num_samples)
+    return replace(mixture, dataset=dataset, name=", ".join(map(redact_url, source)), format="mixture", split=split)
 
 
 def _open_files(source: str, split: str, *, format: str, num_samples: int | None) -> Source:

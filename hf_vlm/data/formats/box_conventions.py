@@ -4,11 +4,14 @@ One box that sticks out of its image is a slip; if half of them do, and all lie 
 as corners, they are corners. Read as what they are not, they would teach wrong boxes without an error.
 """
 
+import logging
 from typing import Any
 
 import numpy as np
 
-__all__ = ["CENTERS", "CORNERS", "XYWH", "as_stored", "check_convention"]
+__all__ = ["CENTERS", "CORNERS", "XYWH", "as_stored", "as_xywh", "check_convention", "warn_of_convention"]
+
+logger = logging.getLogger(__name__)
 
 Array = np.ndarray[Any, Any]
 
@@ -73,6 +76,24 @@ def as_stored(boxes: Array, convention: str) -> Array:
         return boxes
     low, sides = boxes[:, :2], boxes[:, 2:]
     return np.concatenate([low, low + sides] if convention == CORNERS else [low + sides / 2, sides], axis=1)
+
+
+def warn_of_convention(boxes: Array, sizes: Array, source: object) -> None:
+    """Log what `check_convention` finds of boxes whose images have known sizes (2, n), width and height, in a sample.
+
+    Raises:
+        ValueError: They certainly are of another convention.
+    """
+    finding = check_convention(boxes, width=sizes[0], height=sizes[1], source=source)
+    if finding is not None:
+        logger.warning("%s: %s", source, finding)
+
+
+def as_xywh(values: Array, convention: str) -> Array:
+    """Boxes (n, 4) of a convention as x, y, width, height."""
+    first, second = values[:, :2], values[:, 2:]
+    low = first - second / 2 if convention == CENTERS else first
+    return np.concatenate([low, second - first if convention == CORNERS else second], axis=1)
 
 
 def _are_fractions(values: Array) -> bool:

@@ -53,7 +53,14 @@ def open_imagefolder(folder: Path, split: str, *, num_samples: int | None = None
     metadata = find_metadata([folder, *roots.values()])
     if metadata:
         everything = {str(path) for path in find_images(folder)}
-        return metadata_source(metadata, everything, chosen, folder, num_samples=num_samples)
+        return metadata_source(
+            metadata,
+            everything,
+            chosen,
+            choose_split(roots or {"train": folder}, split, folder),
+            folder,
+            num_samples=num_samples,
+        )
     layouts = {name: [path.relative_to(roots.get(name, folder)) for path in paths] for name, paths in images.items()}
     names = _class_names(layouts)
     if names and _is_flat(choose_split(layouts, split, folder)):

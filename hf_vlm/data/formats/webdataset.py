@@ -12,7 +12,8 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from hf_vlm.data.formats.annotations import OBJECT_FIELDS, check_boxes
-from hf_vlm.data.formats.columns import COLUMN_NAMES, OBJECT_NAMES, Categories, ColumnMap, RowReader, make_categories
+from hf_vlm.data.formats.categories import Categories, make_categories
+from hf_vlm.data.formats.columns import COLUMN_NAMES, OBJECT_NAMES, ColumnMap, RowReader
 from hf_vlm.data.formats.imagefolder import IMAGE_EXTENSIONS
 from hf_vlm.data.formats.splits import choose_split, common_folder, describe_folder, group_by_split
 from hf_vlm.data.formats.webdataset_samples import (

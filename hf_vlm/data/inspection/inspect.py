@@ -13,10 +13,18 @@ import numpy as np
 from hf_vlm.data.boxes import MIN_BOX_SIDE, clean_boxes
 from hf_vlm.data.formats.annotations import TOLERANCE
 from hf_vlm.data.inspection.duplicates import exact_duplicates, near_duplicates, perceptual_hash
-from hf_vlm.data.inspection.report import BoxReport, Issue, MinMedianMax, Report, Unreadable, format_report
-from hf_vlm.data.io.decode import BadImageError, decode_image, read_image_bytes
+from hf_vlm.data.inspection.report import (
+    BoxReport,
+    ExampleSummary,
+    Issue,
+    MinMedianMax,
+    Report,
+    Unreadable,
+    format_report,
+)
+from hf_vlm.data.io.decode import BadImageError, decode_image, image_size, read_image_bytes
 from hf_vlm.data.io.image_header import read_header
-from hf_vlm.data.io.messages import redact_url
+from hf_vlm.data.io.messages import collect_warnings, redact_url
 from hf_vlm.data.source import Source
 
 __all__ = ["Report", "format_report", "image_name", "inspect_source"]
@@ -30,6 +38,7 @@ THUMBNAIL_SIZE = (
 )  # pixels that suffice: JPEGs are decoded at an eighth of their size where that leaves as many
 NUM_THREADS = 8  # waiting for files, and decoders outside Python's lock
 BATCH_SIZE = 64  # encoded images held at a time
+NUM_EXAMPLES = 50  # that the report holds
 BLANK_DEVIATION = 2.0  # levels of 255, below which an image is of one colour
 TINY_SIDE = 2.0  # pixels
 SMALL_AREA, LARGE_AREA = 32**2, 96**2  # COCO's
@@ -64,6 +73,7 @@ class Accumulator:
     formats: Counter[str] = field(default_factory=Counter)
     unreadable: list[Unreadable] = field(default_factory=list)
     bad_masks: list[str] = field(default_factory=list)
+    examples: list[ExampleSummary] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -94,7 +104,7 @@ def inspect_source(
         raise ValueError(f"num_examples={num_examples} must be positive")
     accumulator = Accumulator()
     examples = iter(source)
-    with ThreadPoolExecutor(NUM_THREADS) as pool:
+    with collect_warnings() as findings, ThreadPoolExecutor(NUM_THREADS) as pool:
         for batch in _batches(itertools.islice(examples, num_examples)):
             results = list(pool.map(_image_stats, batch))
             _accumulate(accumulator, batch, results)
@@ -105,7 +115,7 @@ def inspect_source(
     if not accumulator.names and not accumulator.unreadable:
         raise ValueError("the data holds no example; check its path and its split")
     is_complete = num_examples is None or next(examples, None) is None
-    return _report(accumulator, source, is_complete=is_complete)
+    return _report(accumulator, source, [*source.findings, *findings], is_complete=is_complete)
 
 
 def image_name(example: Example) -> str:
@@ -142,16 +152,8 @@ def _image_stats(example: Example) -> ImageStats | str:
         example.get("label", -1),
     )
     masks = (example[name] for name in ("mask", "instance_mask") if name in example)
-    bad_mask = any(_size_of(mask) != (height, width) for mask in masks)
+    bad_mask = any(image_size(mask) != (height, width) for mask in masks)
     return ImageStats(row, f"{header.format} {header.mode}".strip() if header is not None else "other", bad_mask)
-
-
-def _size_of(mask: Any) -> tuple[int, int] | None:
-    try:
-        header = read_header(read_image_bytes(mask))
-    except Exception:  # Pillow raises anything for broken headers
-        return None
-    return None if header is None else (header.height, header.width)
 
 
 def _accumulate(accumulator: Accumulator, batch: list[Example], results: list[ImageStats | str]) -> None:
@@ -166,29 +168,42 @@ def _accumulate(accumulator: Accumulator, batch: list[Example], results: list[Im
         rows.append((len(accumulator.names) + len(accumulator.unreadable), *result.row))
         accumulator.names.append(name)
         accumulator.formats[result.format] += 1
+        if len(accumulator.examples) < NUM_EXAMPLES:
+            accumulator.examples.append(_summary(example, *result.row[:2]))
         if result.has_bad_mask:
             accumulator.bad_masks.append(name)
     accumulator.images.append(np.array(rows, dtype=IMAGE_DTYPE))
     accumulator.boxes.append(np.array(boxes, dtype=BOX_DTYPE))
 
 
-def _report(accumulator: Accumulator, source: Source, *, is_complete: bool) -> Report:
-    features = source.features
+def _summary(example: Example, height: int, width: int) -> ExampleSummary:
+    path, label, objects = example["image"].get("path"), example.get("label"), example.get("objects")
+    return ExampleSummary(
+        file=redact_url(path) if path else None,
+        width=width,
+        height=height,
+        label=label if label is not None and label >= 0 else None,
+        boxes=None if objects is None else objects["bbox"],
+        categories=None if objects is None else objects["category"],
+    )
+
+
+def _report(accumulator: Accumulator, source: Source, findings: list[str], *, is_complete: bool) -> Report:
     images = np.concatenate([np.zeros(0, IMAGE_DTYPE), *accumulator.images])
     boxes = np.concatenate([np.zeros(0, BOX_DTYPE), *accumulator.boxes])
     exact, near = _duplicates(images, accumulator.names)
     issues = _image_issues(images, accumulator) + _size_issues(images, source, accumulator.names)
     label_counts, box_report = None, None
-    if "label" in features:
-        label_counts = _counts(images["label"], features["label"].names)
+    if source.label_names is not None:
+        label_counts = _counts(images["label"], source.label_names)
         issues += _label_issues(images, label_counts, accumulator.names)
-    if "objects" in features:
-        box_report = _box_report(images, boxes, features["objects"]["category"].feature.names)
+    if source.object_names is not None:
+        box_report = _box_report(images, boxes, source.object_names)
         issues += _box_issues(images, boxes, box_report, accumulator.names)
     return Report(
         num_images=len(images),
         is_complete=is_complete,
-        columns=list(features),
+        columns=list(source.features),
         formats=dict(accumulator.formats),
         median_bytes=float(np.median(images["num_bytes"])) if len(images) else None,
         total_bytes=int(images["num_bytes"].sum()),
@@ -202,7 +217,10 @@ def _report(accumulator: Accumulator, source: Source, *, is_complete: bool) -> R
         near_duplicates=near,
         unreadable=accumulator.unreadable,
         issues=issues,
-        findings=list(source.findings),
+        findings=list(dict.fromkeys(findings)),
+        label_names=source.label_names,
+        class_names=source.object_names,
+        examples=accumulator.examples,
     )
 
 

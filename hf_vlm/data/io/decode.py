@@ -16,7 +16,7 @@ from hf_vlm.data.io.files import read_bytes
 from hf_vlm.data.io.image_header import ImageHeader, read_header, read_tiff_size
 from hf_vlm.data.io.messages import error_text, redact_url
 
-__all__ = ["BadImageError", "decode_image", "read_image_bytes"]
+__all__ = ["BadImageError", "decode_image", "image_size", "read_image_bytes"]
 
 Array = np.ndarray[Any, Any]
 
@@ -86,6 +86,17 @@ def read_image_bytes(image: EncodedImage) -> bytes:
     if not data:
         raise BadImageError(f"{_name(image)}: no bytes")
     return data
+
+
+def image_size(image: EncodedImage) -> tuple[int, int] | None:
+    """Height and width of an image in pixels, after its orientation is applied; None where its header is broken."""
+    try:
+        header = read_header(read_image_bytes(image))
+    except Exception:  # Pillow raises anything for broken headers
+        return None
+    if header is None:
+        return None
+    return (header.width, header.height) if header.orientation >= 5 else (header.height, header.width)
 
 
 def _decode(data: bytes, num_channels: int, at_least: tuple[int, int] | None) -> tuple[Array, tuple[int, int]]:

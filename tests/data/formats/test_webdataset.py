@@ -159,8 +159,8 @@ def test_tars_with_the_same_name_have_different_ids(tmp_path, write_tar, png):
 
 def test_files_of_macos_do_not_part_a_sample(tmp_path, write_tar, png):
     write_tar(tmp_path / "0.tar", [("._0.png", b"x"), ("0.png", png(4)), ("._0.cls", b"x"), ("0.cls", b"3")])
-    (example,) = open_source(tmp_path)
-    assert (value_of(example), example["label"]) == ({"value": 4}, 3)
+    (example,) = source = open_source(tmp_path)
+    assert (value_of(example), source.label_names[example["label"]]) == ({"value": 4}, "3")
 
 
 @pytest.mark.parametrize("as_list", [True, False])
