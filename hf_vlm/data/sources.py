@@ -8,12 +8,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import aiohttp
 import pyarrow as pa
 import pyarrow.parquet as pq
-from upath import UPath
 
 from hf_vlm.data.formats.coco import find_coco_files, open_coco
 from hf_vlm.data.formats.hub import open_hub
@@ -24,8 +23,9 @@ from hf_vlm.data.formats.splits import canonical_split, describe_folder
 from hf_vlm.data.formats.voc import looks_like_voc, open_voc
 from hf_vlm.data.formats.webdataset import open_webdataset
 from hf_vlm.data.formats.yolo import looks_like_yolo, open_yolo
-from hf_vlm.data.io.files import can_list, find_paths, is_remote, open_binary, siblings
+from hf_vlm.data.io.files import as_path, can_list, find_paths, is_remote, open_binary, siblings
 from hf_vlm.data.io.messages import collect_warnings, did_you_mean, error_text, redact, redact_url, summarise
+from hf_vlm.data.io.trust import outside_allowed
 from hf_vlm.data.scenes.stream import scenes_source
 from hf_vlm.data.source import Source
 
@@ -96,6 +96,7 @@ def open_source(
     num_samples: int | None = None,
     name: str | None = None,
     revision: str | None = None,
+    allow_outside: bool = False,
 ) -> Source:
     """Open a source, whose images stay encoded.
 
@@ -111,17 +112,19 @@ def open_source(
         num_samples: Number of examples to read: the first ones, but evenly spread ones of class folders; None for all.
         name: Configuration of a dataset on the Hub.
         revision: Branch, tag or commit of a dataset on the Hub.
+        allow_outside: Whether annotations and tables may name files outside of the source's folder or host.
 
     Returns:
         A source with the columns `image` ({"bytes", "path"}) and `image_id`, and as the source has them `label`,
         `objects` {bbox, category, area, iscrowd}, `mask` and `instance_mask`.
 
     Raises:
-        ValueError: There is nothing of the format, no such split, or the labels make no sense.
+        ValueError: There is nothing of the format, no such split, the labels make no sense, or the source names files
+            outside of itself and may not.
     """
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"num_samples={num_samples} must be positive")
-    with collect_warnings() as findings:
+    with outside_allowed(allow_outside), collect_warnings() as findings:
         if isinstance(source, Mapping):
             opened = _open_mixture(source, split, format=format, num_samples=num_samples)
         else:
@@ -185,13 +188,16 @@ def _open_files(source: str, split: str, *, format: str, num_samples: int | None
 
 @contextmanager
 def _as_value_error(source: str) -> Iterator[None]:
-    """Errors of a remote source as ValueError, without passwords and keys in URLs."""
+    """Errors of files and servers as ValueError, without passwords and keys in URLs."""
     try:
         yield
     except (OSError, ImportError, aiohttp.ClientError) as error:  # no server, a status, a protocol without its package
-        if not is_remote(source):
-            raise
         raise ValueError(f"{redact_url(source)} cannot be read: {error_text(error)}") from error
+    except UnicodeEncodeError as error:
+        name = error.object[max(error.start - 40, 0) : error.end + 40]
+        raise ValueError(f"{redact_url(source)} holds a name that is no Unicode text, {name!r}: rename it") from error
+    except (RecursionError, OverflowError) as error:
+        raise ValueError(f"{redact_url(source)} holds what nests too deep, or a number too large: {error}") from error
     except ValueError as error:
         if redact(str(error)) == str(error):
             raise
@@ -212,11 +218,12 @@ def guess_format(source: str | Path) -> str:
         if is_pattern or not can_list(text):
             raise ValueError(f"the format of {redact_url(text)} cannot be guessed from its name; give the format")
         with _as_value_error(text):
-            return _format_of_folder(cast(Path, UPath(text)))
+            return _format_of_folder(as_path(text))
     if text == "scenes" or text.startswith("scenes:"):
         return "scenes"
     if path.is_dir():
-        return _format_of_folder(path)
+        with _as_value_error(text):
+            return _format_of_folder(path)
     if path.is_file():
         if path.suffix.lower() not in FORMAT_OF_SUFFIX:
             raise ValueError(

@@ -16,8 +16,9 @@ from hf_vlm.data.formats.imagefolder import find_images
 from hf_vlm.data.formats.pairing import locate_names
 from hf_vlm.data.formats.segmentations import box_of_segmentation
 from hf_vlm.data.formats.splits import canonical_split, choose_split, common_folder, describe_folder, group_by_split
-from hf_vlm.data.io.files import can_list, is_folder, read_bytes
+from hf_vlm.data.io.files import can_list, is_folder, read_beginning, read_bytes
 from hf_vlm.data.io.messages import summarise
+from hf_vlm.data.io.parsing import parse_json
 from hf_vlm.data.source import Source
 
 __all__ = ["find_coco_files", "open_coco"]
@@ -111,8 +112,7 @@ def find_coco_files(folder: Path) -> list[Path]:
 
 def _looks_like_coco(path: Path) -> bool:
     """Whether the beginning of a json names a list of COCO; large files are not read whole for this."""
-    with path.open("rb") as file:
-        data = file.read(2**20)
+    data = read_beginning(path, 2**20)
     beginning = data.decode(json.detect_encoding(data), errors="replace").lstrip("\ufeff \t\r\n")
     # Label Studio's YOLO has a notes.json with nothing but categories; other json files name such things otherwise.
     return beginning.startswith("{") and LIST_OF_COCO.search(beginning) is not None
@@ -120,8 +120,8 @@ def _looks_like_coco(path: Path) -> bool:
 
 def _load(path: Path) -> Record:
     try:
-        content = json.loads(read_bytes(path))
-    except (ValueError, RecursionError) as error:
+        content = parse_json(read_bytes(path))
+    except ValueError as error:
         raise ValueError(f"{path} is not json: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):
         found = summarise(content) if isinstance(content, dict) else f"a {type(content).__name__}"
@@ -153,7 +153,8 @@ def _image_paths(images: Sequence[Record], file: Path, root: Path, split: str) -
     """Paths of the images, in the folder that has most of them; those of missing ones are where they should be."""
     folders = list(dict.fromkeys(_image_folders(file, root, split)))
     names = [image["file_name"] for image in images]
-    located = locate_names(names, folders, file)
+    base = _base_folder(file)
+    located = locate_names(names, folders, root if base.is_relative_to(root) else base, file)
     if located is None:
         raise ValueError(f"{file}: the image {names[0]} is in none of the folders {', '.join(map(str, folders))}")
     paths, missing = located
@@ -168,9 +169,14 @@ def _image_paths(images: Sequence[Record], file: Path, root: Path, split: str) -
     return paths
 
 
+def _base_folder(file: Path) -> Path:
+    """The folder of a json and its images."""
+    return file.parent.parent if file.parent.name == "annotations" else file.parent
+
+
 def _image_folders(file: Path, root: Path, split: str) -> Iterator[Path]:
     """Where the images of a json may be, the likeliest first."""
-    base = file.parent.parent if file.parent.name == "annotations" else file.parent
+    base = _base_folder(file)
     stem = file.stem.removeprefix("instances_")
     wanted = canonical_split(split)
     names = sorted(path.name for path in base.iterdir()) if can_list(base) else []

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import fsspec
 import numpy as np
 
-from hf_vlm.data.io.files import is_remote, map_files, read_bytes, retried
+from hf_vlm.data.io.files import is_remote, map_files, read_beginning, read_bytes
 from hf_vlm.data.io.image_header import ImageHeader, read_header
 from hf_vlm.data.io.messages import UnreachableError
 
@@ -56,19 +55,11 @@ def _shown_size(header: ImageHeader) -> tuple[int, int]:
 def _read_header(image: Path) -> ImageHeader | None:
     """None for what cannot be read: the stream will name the image and skip it."""
     try:
-        return _parse(_read_beginning(image)) or _parse(read_bytes(image))
+        return _parse(read_beginning(image, HEADER_BYTES)) or _parse(read_bytes(image))
     except UnreachableError:
         raise
     except OSError:
         return None
-
-
-def _read_beginning(image: Path) -> bytes:
-    if is_remote(image):  # opened, it would fetch megabytes ahead
-        system, inner = fsspec.url_to_fs(str(image))
-        return bytes(retried(image, lambda: system.cat_file(inner, start=0, end=HEADER_BYTES)))
-    with image.open("rb") as file:
-        return file.read(HEADER_BYTES)
 
 
 def _parse(data: bytes) -> ImageHeader | None:

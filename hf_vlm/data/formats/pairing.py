@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hf_vlm.data.io.files import can_list, exists
 from hf_vlm.data.io.messages import summarise
+from hf_vlm.data.io.trust import check_inside, is_inside, outside_is_allowed
 
 __all__ = ["find_files", "locate_names", "path_parts", "plain_name"]
 
@@ -46,7 +47,9 @@ def plain_name(name: str) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
-def locate_names(names: Sequence[str], folders: Sequence[Path], source: object) -> tuple[list[Path], list[int]] | None:
+def locate_names(
+    names: Sequence[str], folders: Sequence[Path], root: Path, source: object
+) -> tuple[list[Path], list[int]] | None:
     """Paths of the files that an annotation names, in the folder that has most of them, and the missing names.
 
     Names may be paths of another machine, also of Windows: then leading folders are left out, of all names equally
@@ -55,27 +58,31 @@ def locate_names(names: Sequence[str], folders: Sequence[Path], source: object) 
     Args:
         names: File names or paths as an annotation has them.
         folders: Where the files may be, the likeliest first.
+        root: Folder of the source, out of which names are followed only where that is allowed.
         source: Name of the source, for messages.
 
     Returns:
         The paths, and the indices of those that are missing there; None where no name is found at all.
 
     Raises:
-        ValueError: Two names then mean one file.
+        OutsideError: Names are of files outside of the source, and of none in it.
+        ValueError: Two names mean one file.
     """
     tried = names[:: -(-len(names) // NUM_TRIED)]
     most, best = 0, None
     for num_left_out in (None, *range(max(len(path_parts(name)) for name in tried))):
         for folder in folders:
-            count = _count([_join(folder, name, num_left_out) for name in tried])
+            count = _count([_join(folder, name, num_left_out) for name in tried], root)
             if count > most:
                 most, best = count, (folder, num_left_out)
         if most:  # to leave out more could only find other files of the same name
             break
     if best is None:
+        check_inside(find_files(_join(folder, name, None) for folder in folders for name in tried), root, source)
         return None
     folder, num_left_out = best
     paths = [_join(folder, name, num_left_out) for name in names]
+    check_inside(paths, root, source)
     if num_left_out is not None:
         meanings: dict[Path, set[str]] = defaultdict(set)
         for path, name in zip(paths, names):
@@ -91,8 +98,12 @@ def locate_names(names: Sequence[str], folders: Sequence[Path], source: object) 
     return [found_paths.get(path, path) for path in paths], missing
 
 
-def _count(paths: Sequence[Path]) -> int:
-    """How many of some files in one folder are there; all where that cannot be listed and one of the first is."""
+def _count(paths: Sequence[Path], root: Path) -> int:
+    """How many of some files are there; all where folders cannot be listed and one of the first files is."""
+    if not outside_is_allowed():
+        paths = [path for path in paths if is_inside(str(path), str(root))]
+    if not paths:
+        return 0
     if can_list(paths[0]):
         return len(find_files(paths))
     return len(paths) if any(map(exists, paths[:NUM_ASKED])) else 0

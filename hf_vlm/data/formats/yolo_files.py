@@ -15,6 +15,8 @@ from hf_vlm.data.formats.splits import CANONICAL, canonical_split, choose_split,
 from hf_vlm.data.formats.yolo_labels import holds_labels
 from hf_vlm.data.io.files import can_list, exists, is_folder, read_bytes, read_lines
 from hf_vlm.data.io.messages import summarise
+from hf_vlm.data.io.parsing import MAX_TEXT_BYTES, parse_yaml
+from hf_vlm.data.io.trust import check_inside, is_inside
 
 __all__ = ["Description", "describe", "find_data_file", "find_flat_folders"]
 
@@ -61,15 +63,18 @@ class Description:
                 f"{self.named_by} names the folder {path}, which a web server cannot list; name a text file that "
                 "lists the images"
             )
-        found = next((candidate for candidate in candidates if exists(candidate)), None)
-        if found is None:
+        there = [candidate for candidate in candidates if exists(candidate)]
+        if not there:
             raise ValueError(f"{self.named_by} names {path}, which is not there: looked for {summarise(candidates)}")
+        root = self.roots[-1]
+        found = next((candidate for candidate in there if is_inside(str(candidate), str(root))), there[0])
+        check_inside([found], root, self.named_by)
         if is_folder(found):
             return find_images(found), []
         listed = [name for name in read_lines(found) if name]
         if not listed:
             raise ValueError(f"{found} lists no images")
-        located = locate_names(listed, list(dict.fromkeys([found.parent, *self.roots])), found)
+        located = locate_names(listed, list(dict.fromkeys([found.parent, *self.roots])), root, found)
         if located is None:
             raise ValueError(f"{found} lists {len(listed)} images that are not there: {summarise(listed)}")
         images, missing = located
@@ -131,9 +136,9 @@ def describe(file: Path | None, folder: Path) -> Description:
 def _parse_yaml(file: Path) -> dict[str, Any]:
     """The content of a data.yaml, its scalars as they are written: yaml would take `on` and 010 for True and 8."""
     try:
-        content = yaml.load(read_bytes(file), Loader=yaml.BaseLoader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file} is not yaml: {error}") from error
+        content = parse_yaml(read_bytes(file, limit=MAX_TEXT_BYTES), loader=yaml.BaseLoader)
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
     if not isinstance(content, dict) or not {"names", "nc"} & set(content):
         raise ValueError(f"{file} is no data file of YOLO: it needs 'names' and 'train', 'val' or 'test'")
     return {str(key): value for key, value in content.items() if value not in NULLS}
@@ -144,7 +149,9 @@ def _parse_darknet(file: Path) -> dict[str, Any]:
     pairs = dict(re.split(r"\s*=\s*", line, maxsplit=1) for line in read_lines(file) if "=" in line)
     names = pairs.pop("names", "obj.names")
     found = next((file.parent / name for name in (names, Path(names).name) if (file.parent / name).is_file()), None)
-    if found is None:
+    if found is not None:
+        check_inside([found], file.parent, file)
+    else:
         raise ValueError(f"{file} names the classes in {names}, which is not there")
     content: dict[str, Any] = {**pairs, "names": [line for line in read_lines(found) if line]}
     return content | ({"nc": pairs["classes"]} if "classes" in pairs else {})

@@ -24,7 +24,7 @@ from hf_vlm.data.inspection.report import (
 )
 from hf_vlm.data.io.decode import BadImageError, decode_image, image_size, read_image_bytes
 from hf_vlm.data.io.image_header import read_header
-from hf_vlm.data.io.messages import collect_warnings, redact_url
+from hf_vlm.data.io.messages import collect_warnings, redact_url, shown_path
 from hf_vlm.data.source import Source
 
 __all__ = ["Report", "format_report", "image_name", "inspect_source"]
@@ -121,7 +121,7 @@ def inspect_source(
 def image_name(example: Example) -> str:
     """The path of an example's image, or its id where it has none."""
     path = example["image"].get("path")
-    return redact_url(path) if path else f"image_id {example['image_id']}"
+    return shown_path(path) if path else f"image_id {example['image_id']}"
 
 
 def _batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
