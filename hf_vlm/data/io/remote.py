@@ -24,7 +24,7 @@ async def _check_redirect(_: Any, __: Any, request: aiohttp.TraceRequestRedirect
     if (target.host, target.port) == (request.url.host, request.url.port) or target.host is None:
         return
     found = await asyncio.get_running_loop().getaddrinfo(target.host, target.port)
-    addresses = [ipaddress.ip_address(address[0].partition("%")[0]) for *_, address in found]
+    addresses = [ipaddress.ip_address(str(address[0]).partition("%")[0]) for *_, address in found]
     if not all(address.is_global for address in addresses):
         raise OutsideError(
             f"{redact_url(request.url)} redirects to {redact_url(target)}, a server on this machine or in its own "

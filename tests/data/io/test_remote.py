@@ -1,5 +1,6 @@
 """Servers that are not trusted: silent and slow ones, and such that send elsewhere."""
 
+import io
 import time
 
 import aiohttp
@@ -76,3 +77,18 @@ def test_the_users_own_settings_win(monkeypatch):
     assert remote.http_options("https://host/a")["client_kwargs"]["trust_env"]
     assert remote.http_options("http://host/a")["client_kwargs"]["timeout"] != "mine"
     assert remote.http_options("s3://host/a") == remote.http_options("/a") == {}
+
+
+def test_a_server_without_a_length_may_send_pieces_of_any_size(monkeypatch):
+    content = bytes(range(100))
+
+    class Pieces(io.BytesIO):
+        def read(self, size=-1):
+            return super().read(7 if size < 0 else min(size, 7))
+
+    monkeypatch.setattr(files, "_open_remote", lambda path, cache: Pieces(content))
+    assert files.read_bytes("http://host/a") == content
+    with files.open_binary("http://host/a") as file:
+        assert file.read(50) + file.read() == content
+    with pytest.raises(ValueError, match="bytes are more than the 20 that one file may have"):
+        files.read_bytes("http://host/a", limit=20)
