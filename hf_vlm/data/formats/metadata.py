@@ -56,7 +56,7 @@ def metadata_source(
     files: Sequence[Path],
     images: Collection[str],
     chosen: Sequence[Path],
-    folder: Path,
+    folders: Sequence[Path],
     source: Path,
     *,
     num_samples: int | None,
@@ -70,7 +70,7 @@ def metadata_source(
         files: Files of metadata of all splits, so that a class has the same number in each.
         images: Paths of all images of the source.
         chosen: The images of the split, in their order.
-        folder: Folder of the split.
+        folders: Those of the split.
         source: Name of the source, for messages.
         num_samples: Number of examples to read, from the first on; None for all.
 
@@ -84,7 +84,9 @@ def metadata_source(
     named = [rows[str(path)] for path in chosen if str(path) in rows]
     if not named:
         raise ValueError(f"{source}: {summarise(files)} names none of the {len(chosen)} images of the split")
-    missing = [path for path in rows if path not in images and path.startswith(f"{folder}/")]
+    missing = [
+        path for path in rows if path not in images and path.startswith(tuple(f"{folder}/" for folder in folders))
+    ]
     named += [rows[path] for path in missing]
     _warn_of_others(files, rows, chosen, missing, source)
     columns = _without_repeated_ids(rows.values(), columns, source)

@@ -39,6 +39,7 @@ THUMBNAIL_SIZE = (
 NUM_THREADS = 8  # waiting for files, and decoders outside Python's lock
 BATCH_SIZE = 64  # encoded images held at a time
 NUM_EXAMPLES = 50  # that the report holds
+DARK_LEVELS = 64  # of 256; an image that uses fewer is stored in a part of its range
 BLANK_DEVIATION = 2.0  # levels of 255, below which an image is of one colour
 TINY_SIDE = 2.0  # pixels
 SMALL_AREA, LARGE_AREA = 32**2, 96**2  # COCO's
@@ -56,6 +57,7 @@ IMAGE_DTYPE = np.dtype(
         ("colors", "u1", (2, 2, 3)),
         ("has_structure", "?"),
         ("is_blank", "?"),
+        ("largest", "u1"),  # value of the decoded image
         ("is_turned", "?"),  # by EXIF, by a quarter
         ("label", "i8"),
     ]
@@ -148,6 +150,7 @@ def _image_stats(example: Example) -> ImageStats | str:
         colors,
         has_structure,
         array.std(axis=(0, 1)).max() < BLANK_DEVIATION,
+        array.max(),
         header is not None and header.orientation >= 5,
         example.get("label", -1),
     )
@@ -244,7 +247,14 @@ def _counts(indices: Array, names: list[str]) -> dict[str, int]:
 
 def _image_issues(images: Array, accumulator: Accumulator) -> list[Issue]:
     blank = [accumulator.names[index] for index in np.flatnonzero(images["is_blank"]).tolist()]
+    is_dark = ~images["is_blank"] & (images["largest"] < DARK_LEVELS)
+    levels = int(images["largest"][is_dark].max(initial=0)) + 1
+    dark = (
+        f"images that use the darkest {levels} of 256 levels, as 12 bits stored in 16 do and masks; scale their "
+        "values to the whole range of the file's type"
+    )
     found = {
+        dark: [accumulator.names[index] for index in np.flatnonzero(is_dark).tolist()],
         "images of one colour": blank,
         "images whose mask is not of their size, or cannot be read": accumulator.bad_masks,
     }
