@@ -3,7 +3,6 @@
 import logging
 import os
 import re
-from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -81,9 +80,6 @@ FILE_FORMATS = {
     "webdataset": FileFormat(open_webdataset, (".tar",), lambda folder, found: ".tar" in found, takes_several=True),
     "imagefolder": FileFormat(open_imagefolder, (), lambda folder, found: _has_images(found)),
 }
-# Files beside images that may be annotations of a kind that is not read, and how the names of others begin.
-UNREAD_BESIDE_IMAGES = frozenset((".json", ".jsonl", ".xml", ".csv", ".txt", ".parquet", ".tar"))
-NO_ANNOTATIONS = ("metadata", "readme", "license", "requirements")
 FORMATS = ("scenes", *FILE_FORMATS, "hub")
 FORMAT_OF_SUFFIX = {suffix: name for name, format in FILE_FORMATS.items() for suffix in format.suffixes}
 
@@ -279,16 +275,12 @@ def _warn_of_unread(folder: Path, formats: Sequence[str], names: Sequence[str]) 
             format,
             summarise(others),
         )
-    unread_suffixes = {
-        "imagefolder": UNREAD_BESIDE_IMAGES,
-        "parquet": IMAGE_EXTENSIONS,
-        "webdataset": IMAGE_EXTENSIONS,
-    }
-    unread = defaultdict(list)
-    for name in names:
-        stem, suffix = os.path.splitext(name.lower())
-        if suffix in unread_suffixes.get(format, ()) and not stem.startswith(NO_ANNOTATIONS):
-            unread[suffix].append(name)
-    if unread:
-        found = summarise(f"{len(files)} {suffix} ({files[0]})" for suffix, files in sorted(unread.items()))
-        logger.warning("%s is opened as %s; files that are not read: %s", folder, format, found)
+    images = [name for name in names if os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS]
+    if images and format in ("parquet", "webdataset"):
+        logger.warning(
+            "%s is opened as %s; %d image files beside that are not read: %s",
+            folder,
+            format,
+            len(images),
+            summarise(images),
+        )

@@ -160,7 +160,7 @@ def test_features_beside_images_are_no_data(tmp_path, caplog):
     write_parquet(tmp_path / "features.parquet", {"image_id": [0], "features": [[0.0]]})
     source = open_source(tmp_path)
     assert (source.format, source.label_names) == ("imagefolder", ["cat", "dog"])
-    assert "files that are not read: 1 .parquet (features.parquet)" in source.findings[0]
+    assert "1 files are no images and are not read, .parquet (1): features.parquet" in source.findings[0]
     for path in (tmp_path / "cat", tmp_path / "dog"):
         shutil.rmtree(path)
     assert guess_format(tmp_path) == "parquet"
@@ -175,19 +175,17 @@ def test_hidden_files_do_not_count(tmp_path):
     assert open_source(tmp_path).num_examples == 1
 
 
-def test_files_that_are_not_read_are_named(tmp_path, caplog):
-    """Annotations of labelling tools whose formats are none of ours: labelme, VIA, CVAT for images."""
+def test_annotations_of_other_tools_are_named(tmp_path):
+    """labelme, VIA and CVAT for images, whose formats are none of ours."""
     write_images(tmp_path, ["a.png", "b.png"])
     for name in ("a.json", "b.json"):
         (tmp_path / name).write_text('{"shapes": [], "imagePath": "a.png"}')
     (tmp_path / "via_region_data.csv").write_text("filename,region_shape_attributes")
     (tmp_path / "annotations.xml").write_text("<annotations/>")
-    (tmp_path / "README.txt").touch()
     source = open_source(tmp_path)
     assert source.format == "imagefolder"
     (finding,) = source.findings
-    assert "files that are not read: 1 .csv (via_region_data.csv), 2 .json (" in finding
-    assert finding.endswith("1 .xml (annotations.xml)")
+    assert "4 files are no images and are not read, .json (2), .xml (1), .csv (1): a.json, annotations.xml" in finding
     assert finding in format_report(inspect_source(source))
 
 
@@ -197,7 +195,7 @@ def test_images_beside_parquet_are_named(tmp_path):
     (tmp_path / "dataset_infos.json").write_text('{"default": {"features": {"images": {"_type": "Image"}}}}')
     source = open_source(tmp_path)
     assert source.format == "parquet"
-    assert "files that are not read: 1 .png (logo.png)" in source.findings[0]
+    assert "1 image files beside that are not read: logo.png" in source.findings[0]
 
 
 def test_several_files_of_coco_are_read_or_named(tmp_path):
