@@ -97,7 +97,12 @@ class Source:
         if not 0.0 < fraction < 1.0:
             raise ValueError(f"holdout={fraction} must be between 0 and 1")
         sides = tuple(
-            replace(self, dataset=self.dataset.filter(_IsHeldOut(fraction, is_held_out)), num_examples=None)
+            replace(
+                self,
+                dataset=self.dataset.filter(_IsHeldOut(fraction, is_held_out)),
+                num_examples=None,
+                annotated_sizes=None,  # which are by position
+            )
             for is_held_out in (False, True)
         )
         if self.num_examples is None or self.format in ("scenes", "hub") or "://" in self.name:

@@ -258,9 +258,14 @@ def _file_names(folder: Path) -> list[str]:
         start = len(folder.path.rstrip("/")) + 1
         names = [name[start:] for name in folder.fs.find(folder.path)]
         return [name.rpartition("/")[2] for name in names if "/." not in f"/{name}"]
-    found = []
-    for _, folders, files in os.walk(folder):
+    found, seen = [], {folder.resolve()}
+    for parent, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in [name for name in folders if os.path.islink(os.path.join(parent, name))]:
+            target = Path(parent, name).resolve()
+            if target in seen or Path(parent).resolve().is_relative_to(target):  # a loop
+                folders.remove(name)
+            seen.add(target)
         found += [name for name in files if not name.startswith(".")]
     return found
 

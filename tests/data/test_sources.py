@@ -166,6 +166,15 @@ def test_features_beside_images_are_no_data(tmp_path, caplog):
     assert guess_format(tmp_path) == "parquet"
 
 
+def test_links_to_folders_are_followed(tmp_path):
+    (tmp_path / "data").mkdir()
+    write_yolo(tmp_path / "data")
+    (tmp_path / "data" / "images").rename(tmp_path / "elsewhere")
+    (tmp_path / "data" / "images").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "data")
+    assert guess_format(tmp_path / "data") == "yolo"
+
+
 def test_hidden_files_do_not_count(tmp_path):
     write_images(tmp_path, ["a.png"])
     for name in (".cache/x.parquet", ".ipynb_checkpoints/data.json", ".DS_Store.tar"):
