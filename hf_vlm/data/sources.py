@@ -22,7 +22,7 @@ from hf_vlm.data.formats.splits import canonical_split, describe_folder
 from hf_vlm.data.formats.voc import looks_like_voc, open_voc
 from hf_vlm.data.formats.webdataset import open_webdataset
 from hf_vlm.data.formats.yolo import looks_like_yolo, open_yolo
-from hf_vlm.data.io.files import as_path, can_list, find_paths, is_remote, open_binary, siblings
+from hf_vlm.data.io.files import as_path, can_list, find_paths, is_remote, open_binary, siblings, walk
 from hf_vlm.data.io.messages import collect_warnings, did_you_mean, error_text, redact, redact_url, summarise
 from hf_vlm.data.io.trust import outside_allowed
 from hf_vlm.data.scenes.stream import scenes_source
@@ -258,16 +258,7 @@ def _file_names(folder: Path) -> list[str]:
         start = len(folder.path.rstrip("/")) + 1
         names = [name[start:] for name in folder.fs.find(folder.path)]
         return [name.rpartition("/")[2] for name in names if "/." not in f"/{name}"]
-    found, seen = [], {folder.resolve()}
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in [name for name in folders if os.path.islink(os.path.join(parent, name))]:
-            target = Path(parent, name).resolve()
-            if target in seen or Path(parent).resolve().is_relative_to(target):  # a loop
-                folders.remove(name)
-            seen.add(target)
-        found += [name for name in files if not name.startswith(".")]
-    return found
+    return [name for _, files in walk(folder) for name in files]
 
 
 def _warn_of_unread(folder: Path, formats: Sequence[str], names: Sequence[str]) -> None:

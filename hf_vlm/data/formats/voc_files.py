@@ -2,13 +2,13 @@
 
 import logging
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 
 from hf_vlm.data.formats.imagefolder import IMAGE_EXTENSIONS, find_images
 from hf_vlm.data.formats.pairing import path_parts, plain_name
 from hf_vlm.data.formats.splits import CANONICAL, canonical_split, describe_folder, folder_split_of, group_by_split
-from hf_vlm.data.io.files import read_bytes, read_lines
+from hf_vlm.data.io.files import read_bytes, read_lines, walk
 from hf_vlm.data.io.messages import summarise
 
 __all__ = ["find_splits", "looks_like_voc", "pair_images"]
@@ -26,7 +26,7 @@ NUM_TRIED = 20  # xml files by which a folder is recognised
 def looks_like_voc(folder: Path) -> bool:
     """Whether a folder holds xml files where `find_splits` looks for them: in `Annotations`, or beside an image."""
     tried = 0
-    for path in folder.rglob("*.xml"):
+    for path in _xml_files(folder):
         if _annotations_of(path, folder) is not None or _has_image_beside(path):
             tried += 1
             if _is_annotation(path):
@@ -34,6 +34,14 @@ def looks_like_voc(folder: Path) -> bool:
             if tried == NUM_TRIED:
                 break
     return False
+
+
+def _xml_files(folder: Path) -> Iterator[Path]:
+    if not isinstance(folder, Path):  # a remote one
+        yield from (path for path in folder.rglob("*.xml") if not path.name.startswith("."))
+        return
+    for parent, names in walk(folder):
+        yield from (Path(parent, name) for name in names if name.lower().endswith(".xml"))
 
 
 def _has_image_beside(path: Path) -> bool:
@@ -57,7 +65,7 @@ def find_splits(source: Path) -> dict[str, list[Path]]:
     Raises:
         ValueError: There are none.
     """
-    files = sorted(path for path in source.rglob("*.xml") if not path.name.startswith("."))
+    files = sorted(_xml_files(source))
     if not files:
         raise ValueError(f"{source} holds no xml files of Pascal VOC; {describe_folder(source)}")
     bases = defaultdict(list)

@@ -40,6 +40,7 @@ __all__ = [
     "read_lines",
     "retried",
     "siblings",
+    "walk",
 ]
 
 logger = logging.getLogger(__name__)
@@ -145,6 +146,19 @@ def existing_paths(paths: Iterable[Path]) -> set[Path]:
 def siblings(path: Path) -> list[str]:
     """The content of the folder that a missing path would be in."""
     return [str(sibling) for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
+
+
+def walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """Each folder below one on disk, with the names of its files; without hidden ones, and following links once."""
+    seen = {folder.resolve()}
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in [name for name in folders if os.path.islink(os.path.join(parent, name))]:
+            target = Path(parent, name).resolve()
+            if target in seen or Path(parent).resolve().is_relative_to(target):  # a loop
+                folders.remove(name)
+            seen.add(target)
+        yield parent, [name for name in files if not name.startswith(".")]
 
 
 def join(folder: str, name: str) -> str:

@@ -276,6 +276,15 @@ def test_cvat_and_label_studio(tmp_path):
     assert content(tmp_path / "studio") == EXPECTED
 
 
+def test_links_to_folders_are_followed(tmp_path):
+    write_devkit(tmp_path / "original", {})
+    (tmp_path / "data").mkdir()
+    for name in ("Annotations", "JPEGImages"):
+        (tmp_path / "data" / name).symlink_to(tmp_path / "original" / name)
+    assert guess_format(tmp_path / "data") == "voc"
+    assert content(tmp_path / "data") == EXPECTED
+
+
 def test_words_in_file_names_are_no_splits(tmp_path):
     for name in ("crash_test", "train_7", "b"):
         write_image(tmp_path / f"{name}.jpg")
