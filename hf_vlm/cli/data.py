@@ -29,7 +29,11 @@ def run(argv: Sequence[str]) -> None:
     add_allow_outside(parser)
     parser.add_argument("--num_examples", type=int, help="read the first N images only")
     parser.add_argument("--save", type=Path, default="contact_sheet.png", help="picture of 24 examples to write")
-    parser.add_argument("--json", type=Path, help="JSON file for all statistics and the names of images with issues")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        help="JSON file for the report, all statistics, the names of images with issues and the first examples",
+    )
     arguments = parser.parse_args(argv)
 
     from tqdm.auto import tqdm
@@ -56,9 +60,11 @@ def run(argv: Sequence[str]) -> None:
         report = inspect_source(source, num_examples, on_example)
 
     print(f"{one_line(source.name)}: {source.format}, split {arguments.split}\n")
-    print(format_report(report))
+    text = format_report(report)
+    print(text)
     if arguments.json is not None:
-        content = {"data": source.name, "format": source.format, "split": arguments.split, **report.as_json()}
+        content = {"data": source.name, "format": source.format, "split": arguments.split, "report": text}
+        content |= report.as_json()
         arguments.json.write_text(json.dumps(content, indent=2) + "\n")
         print(f"All statistics and names: {arguments.json}")
     if reservoir.examples:

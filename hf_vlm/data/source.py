@@ -1,10 +1,15 @@
 """An opened source: its examples, still encoded, and what is known of them without reading them."""
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
 from typing import Any
 
 import datasets
+import numpy as np
+
+from hf_vlm.data.schema import objects_feature
 
 __all__ = ["Source"]
 
@@ -22,6 +27,9 @@ class Source:
         max_objects: Largest number of objects of an image; None where there are none, or they are not known without
             reading all images.
         mask_class_names: Names of the values 0, 1, 2, ... of `mask`; None where they are not known.
+        annotated_sizes: (num_examples, 2), width and height in pixels that the annotations give for each image, not
+            finite where they give none; None where the format has no such thing.
+        findings: What was found when it was opened and logged as warnings: what is left out, and what looks wrong.
     """
 
     dataset: datasets.IterableDataset
@@ -31,6 +39,8 @@ class Source:
     split: str = ""
     max_objects: int | None = None
     mask_class_names: tuple[str, ...] | None = None
+    annotated_sizes: np.ndarray[Any, Any] | None = None
+    findings: tuple[str, ...] = ()
 
     @property
     def features(self) -> datasets.Features:
@@ -58,5 +68,89 @@ class Source:
         """The source with nothing but `image` and `image_id`."""
         return replace(self, dataset=self.dataset.select_columns(["image", "image_id"]))
 
+    def with_classes(self, names: Sequence[str]) -> "Source":
+        """The source with the classes `names`, where its own are some of them or stand in another order.
+
+        Labels and objects are mapped by name, each where all its classes are among the names.
+        """
+        columns = {"label": self.label_names, "objects": self.object_names}
+        maps = {column: _indices(own, names) for column, own in columns.items() if own and {*own} <= {*names}}
+        if not any(own != list(names) for column, own in columns.items() if column in maps):
+            return self
+        features = datasets.Features(self.features)
+        if "label" in maps:
+            features["label"] = datasets.ClassLabel(names=list(names))
+        if "objects" in maps:
+            features["objects"] = objects_feature(names)
+        return replace(self, dataset=self.dataset.map(_Renumbered(maps), features=features))
+
+    def holdout(self, fraction: float) -> tuple["Source", "Source"]:
+        """The source without a fraction of its images, and these: a validation split of data that have none.
+
+        Each image is on one side by a hash of the last two parts of its path, or of its id where it has no path, so
+        that the sides stay as they are when images are added or the data are moved. The numbers of examples are known
+        where they can be counted without a server.
+
+        Raises:
+            ValueError: The fraction is not between 0 and 1, or a side would be empty.
+        """
+        if not 0.0 < fraction < 1.0:
+            raise ValueError(f"holdout={fraction} must be between 0 and 1")
+        sides = tuple(
+            replace(
+                self,
+                dataset=self.dataset.filter(_IsHeldOut(fraction, is_held_out)),
+                num_examples=None,
+                annotated_sizes=None,  # which are by position
+            )
+            for is_held_out in (False, True)
+        )
+        if self.num_examples is None or self.format in ("scenes", "hub") or "://" in self.name:
+            return sides
+        held_out = sum(map(_IsHeldOut(fraction, True), self))
+        counts = self.num_examples - held_out, held_out
+        if not all(counts):
+            raise ValueError(
+                f"{self.name}: holdout={fraction} of {self.num_examples} images leaves {counts[0]} to train on and "
+                f"{counts[1]} to hold out; choose another fraction, or name a validation split"
+            )
+        return tuple(replace(side, num_examples=count) for side, count in zip(sides, counts))
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return iter(self.dataset)
+
+
+def _indices(own: Sequence[str], names: Sequence[str]) -> list[int]:
+    return [list(names).index(name) for name in own]
+
+
+@dataclass(frozen=True)
+class _Renumbered:
+    """Maps the indices of classes in `label` and `objects`; those of missing labels stay negative."""
+
+    maps: Mapping[str, list[int]]
+
+    def __call__(self, example: dict[str, Any]) -> dict[str, Any]:
+        changed: dict[str, Any] = {}
+        if "label" in self.maps:
+            label = example["label"]
+            changed["label"] = label if label is None or label < 0 else self.maps["label"][label]
+        if "objects" in self.maps:
+            indices = self.maps["objects"]
+            category = [indices[index] for index in example["objects"]["category"]]
+            changed["objects"] = {**example["objects"], "category": category}
+        return example | changed
+
+
+@dataclass(frozen=True)
+class _IsHeldOut:
+    fraction: float
+    is_held_out: bool
+
+    def __call__(self, example: dict[str, Any]) -> bool:
+        path = example["image"]["path"]
+        name = "/".join(PurePosixPath(path).parts[-2:]) if path else str(example["image_id"])
+        position = (
+            int.from_bytes(hashlib.blake2b(name.encode(errors="replace"), digest_size=8).digest(), "big") / 2**64
+        )
+        return (position < self.fraction) == self.is_held_out

@@ -1,5 +1,6 @@
 """Evaluation of a saved model on a split of a source, whatever its task."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from hf_vlm.features.loading import load_model
 from hf_vlm.tasks import TASKS
 from hf_vlm.tasks.task import Evaluation
 
-__all__ = ["check_class_names", "eval_stream", "evaluate_run"]
+__all__ = ["check_class_names", "eval_stream", "evaluate_run", "match_class_names"]
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate_run(
@@ -44,7 +47,8 @@ def evaluate_run(
         source = open_source(data, name, format=format, num_samples=num_examples, allow_outside=allow_outside)
         names = task.class_names(source)
         if not task.fits_on_train:
-            check_class_names(source, names, loaded.class_names, f"the model {run_dir}")
+            source = match_class_names(source, names, loaded.class_names, f"the model {run_dir}")
+            names = list(loaded.class_names)
         transform = task.transform(loaded.processor, train=False, class_names=names)
         streams[name] = eval_stream(source, transform, max_bad_fraction=max_bad_fraction)
     return task.evaluate(
@@ -55,6 +59,31 @@ def evaluate_run(
         per_class=True,
         fit_stream=streams["train"] if task.fits_on_train else None,
     )
+
+
+def match_class_names(source: Source, found: Sequence[str], expected: Sequence[str], owner: str) -> Source:
+    """The source with the classes of `owner`, which it may have in another order or not all, by their names.
+
+    Raises:
+        ValueError: The data have classes that `owner` does not have.
+    """
+    unknown = [name for name in found if name not in expected]
+    if unknown:
+        raise ValueError(
+            f"Split {source.split!r} of {source.name} has classes that {owner} does not have: {unknown}; it has "
+            f"{list(expected)}."
+        )
+    if list(found) != list(expected):
+        missing = [name for name in expected if name not in found]
+        without = f", of which the data lack {missing}" if missing else ""
+        logger.warning(
+            "Split %r of %s: its classes are matched by name to those of %s%s",
+            source.split,
+            source.name,
+            owner,
+            without,
+        )
+    return source.with_classes(expected)
 
 
 def check_class_names(source: Source, found: Sequence[str], expected: Sequence[str], owner: str) -> None:

@@ -82,3 +82,35 @@ def test_what_a_user_mistypes_is_said_in_a_line(words, message, capsys, monkeypa
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+def test_json_holds_the_report_the_classes_and_the_first_examples(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for row in range(60):
+        Image.new("RGB", (30 + row, 40), (row, 0, 0)).save(tmp_path / f"{row:02d}.png")
+    box = {"bbox": [[1.0, 2.0, 3.0, 4.0]], "categories": ["ant"]}
+    rows = [
+        {"file_name": f"{row:02d}.png", "label": "ab"[row % 2], "objects": box if row else {}} for row in range(59)
+    ]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert main(["data", str(tmp_path), "--format", "imagefolder", "--json", "data.json"]) == 0
+    printed = capsys.readouterr().out
+    saved = json.loads((tmp_path / "data.json").read_text())
+    assert (saved["format"], saved["class_names"], saved["label_names"]) == ("imagefolder", ["ant"], ["a", "b"])
+    assert saved["report"] in printed
+    assert len(saved["examples"]) == 50
+    expected = {"file": str(tmp_path / "00.png"), "width": 30, "height": 40, "label": 0, "boxes": [], "categories": []}
+    assert saved["examples"][0] == expected
+    expected = {"file": str(tmp_path / "01.png"), "width": 31, "height": 40, "label": 1}
+    assert saved["examples"][1] == {**expected, "boxes": [[1, 2, 3, 4]], "categories": [0]}
+    # What opening warns of is in the report too.
+    assert [text for text in saved["findings"] if "1 images are left out" in text and "59.png" in text]
+    assert "1 images are left out" in saved["report"]
+
+
+def test_json_of_images_without_labels(folder, tmp_path):
+    arguments = ["--save", str(tmp_path / "sheet.png"), "--json", str(tmp_path / "data.json")]
+    assert main(["data", str(folder), *arguments]) == 0
+    saved = json.loads((tmp_path / "data.json").read_text())
+    assert saved["class_names"] is saved["label_names"] is None
+    assert {(e["label"], e["boxes"], e["categories"]) for e in saved["examples"]} == {(None, None, None)}

@@ -1,7 +1,10 @@
 """What an opened source knows of its examples without reading them."""
 
+from pathlib import Path
+
 import datasets
 import pytest
+from sample_data import write_detection_parquet, write_images
 
 from hf_vlm.data.schema import image_feature, objects_feature
 from hf_vlm.data.source import Source
@@ -66,3 +69,44 @@ def test_sources_know_their_number_of_examples(tmp_path):
     assert open_source(tmp_path).num_examples == 24
     assert open_source(tmp_path, num_samples=17).num_examples == 17
     assert open_source({str(tmp_path): 1.0, "scenes:easy": 1.0}).num_examples is None
+
+
+def test_a_held_out_fraction_is_stable_and_complete(tmp_path):
+    write_images(tmp_path / "a", [f"{index}.png" for index in range(200)])
+    names = lambda source: {Path(example["image"]["path"]).name for example in source}  # noqa: E731
+    source = open_source(tmp_path / "a")
+    train, held_out = source.holdout(0.2)
+    assert len(names(train)) + len(names(held_out)) == 200
+    assert not names(train) & names(held_out)
+    assert (train.num_examples, held_out.num_examples) == (len(names(train)), len(names(held_out)))
+    assert 25 < held_out.num_examples < 55  # 40 on average, with a deviation of 5.7
+    assert train.features == held_out.features == source.features
+    # Elsewhere, with more images, and as a larger fraction.
+    before = names(held_out)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a").rename(tmp_path / "b" / "a")
+    write_images(tmp_path / "b" / "a", ["00.png", "more.png"])
+    moved = open_source(tmp_path / "b" / "a")
+    assert names(moved.holdout(0.2)[1]) - {"00.png", "more.png"} == before
+    assert names(moved.holdout(0.2)[1]) < names(moved.holdout(0.5)[1])
+
+
+def test_holdout_of_rows_without_names(tmp_path):
+    write_detection_parquet(tmp_path / "a.parquet", num_rows=60)
+    train, held_out = open_source(tmp_path / "a.parquet").holdout(0.25)
+    ids = [[example["image_id"] for example in side] for side in (train, held_out)]
+    assert sorted(ids[0] + ids[1]) == list(range(100, 160))
+    assert [len(side) for side in ids] == [train.num_examples, held_out.num_examples]
+    state = iter(held_out.dataset)
+    assert next(state)["objects"] == next(
+        e["objects"] for e in open_source(tmp_path / "a.parquet") if e["image_id"] == ids[1][0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("fraction", "message"), [(0.0, "between 0 and 1"), (1.0, "between 0 and 1"), (1e-6, "of 3 images leaves 3")]
+)
+def test_a_held_out_fraction_that_makes_no_sense_is_refused(tmp_path, fraction, message):
+    write_images(tmp_path, ["0.png", "1.png", "2.png"])
+    with pytest.raises(ValueError, match=message):
+        open_source(tmp_path).holdout(fraction)

@@ -3,15 +3,18 @@
 import itertools
 from types import SimpleNamespace
 
+import datasets
 import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from hf_vlm.data.schema import image_feature, objects_feature
+from hf_vlm.data.source import Source
 from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 from hf_vlm.registry import MODELS
 from hf_vlm.tasks import TASKS, TRAINABLE_TASKS
-from hf_vlm.tasks.evaluation import check_class_names, evaluate_run
+from hf_vlm.tasks.evaluation import check_class_names, evaluate_run, match_class_names
 from hf_vlm.training.recipe import load_recipe, shipped_folder
 
 METRICS = {name + part for name in ("knn", "linear") for part in ("", "_class", "_both")}
@@ -38,7 +41,7 @@ def test_an_encoder_is_evaluated_from_its_folder(tmp_path, processor):
 def test_classes_of_the_data_must_be_those_of_the_detector(tmp_path, detector, processor):
     detector.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="has the classes"):
+    with pytest.raises(ValueError, match=r"has classes that the model .* does not have"):
         evaluate_run(tmp_path, "scenes:easy", "test", num_examples=2)
     with pytest.raises(ValueError, match="neither a folder with a model"):
         evaluate_run(tmp_path / "nothing", "scenes:easy", "test")
@@ -50,6 +53,36 @@ def test_classes_in_another_order_are_named_so():
     for expected, words in ((["dog", "cat"], "in another order: use"), (["cat"], r"has \['cat'\]\.$")):
         with pytest.raises(ValueError, match=words):
             check_class_names(source, ["cat", "dog"], expected, "the model")
+
+
+def test_classes_of_a_split_are_matched_by_name(caplog):
+    features = datasets.Features(
+        {
+            "image": image_feature(),
+            "image_id": datasets.Value("int64"),
+            "label": datasets.ClassLabel(names=["dog", "ant"]),
+            "objects": objects_feature(["leg", "eye"]),
+        }
+    )
+    objects = {"bbox": [[0, 0, 1, 1]] * 3, "category": [1, 0, 1], "area": [1] * 3, "iscrowd": [0] * 3}
+    rows = [
+        {"image": {"bytes": b"x", "path": None}, "image_id": row, "label": label, "objects": objects}
+        for row, label in enumerate((0, 1, -1))
+    ]
+    dataset = datasets.IterableDataset.from_generator(lambda: iter(rows), features=features)
+    source = Source(dataset=dataset, name="photos", split="test")
+    names = ["ant", "bee", "dog"]
+    matched = match_class_names(source, ["dog", "ant"], names, "the model")
+    assert (matched.label_names, matched.object_names) == (names, ["leg", "eye"])
+    assert [example["label"] for example in matched] == [2, 0, -1]
+    assert [example["objects"]["category"] for example in matched] == [[1, 0, 1]] * 3
+    assert "matched by name to those of the model, of which the data lack ['bee']" in caplog.text
+    matched = match_class_names(source, ["leg", "eye"], ["eye", "arm", "leg"], "the model")
+    assert [example["objects"]["category"] for example in matched] == [[0, 2, 0]] * 3
+    assert [example["label"] for example in matched] == [0, 1, -1]
+    assert match_class_names(source, ["dog", "ant"], ["dog", "ant"], "the model") is source
+    with pytest.raises(ValueError, match=r"'test' of photos has classes that the model does not have: \['dog'\]"):
+        match_class_names(source, ["dog", "ant"], ["ant"], "the model")
 
 
 def test_a_plot_of_confusion_is_refused_before_the_data_are_opened(tmp_path, detector, processor):

@@ -2,8 +2,8 @@
 
 import hashlib
 import logging
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import datasets
@@ -11,28 +11,36 @@ import numpy as np
 
 from hf_vlm.data.boxes import clean_boxes
 from hf_vlm.data.formats.annotations import ObjectLists, normalise_objects, select_objects
+from hf_vlm.data.formats.box_conventions import CENTERS, CORNERS, XYWH, as_xywh
+from hf_vlm.data.formats.categories import Categories
 from hf_vlm.data.io.files import join
 from hf_vlm.data.io.messages import summarise
 from hf_vlm.data.io.trust import check_inside, outside_is_allowed
 from hf_vlm.data.schema import image_feature, objects_feature
 
 __all__ = [
+    "ANNOTATION_NAMES",
+    "COLUMN_NAMES",
+    "NUMBER_NAMES",
+    "OBJECT_NAMES",
     "POSITION",
-    "Categories",
+    "SIDE_NAMES",
+    "TABLE_NAMES",
     "ColumnMap",
     "RowReader",
+    "category_feature",
     "find_columns",
-    "make_categories",
+    "find_objects",
     "object_fields",
-    "read_categories",
 ]
 
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 
-MAX_CLASSES = 2**20  # of labels that are numbers alone: a wrong number would fill the memory with names
+LISTS = datasets.List | datasets.LargeList
 POSITION = "__position__"  # column that a reader adds to its rows, where it knows their position
+BOX = "__bbox__"  # field that `read_objects` makes of four others
 
 # Names that the columns of the schema have in sources, the likeliest first.
 IMAGE_NAMES = (
@@ -49,7 +57,10 @@ IMAGE_NAMES = (
     "path",
 )
 COLUMN_NAMES = {
-    "label": ("label", "labels", "fine_label", "class"),
+    "label": (
+        *("label", "labels", "fine_label", "class"),
+        *("label_name", "class_name", "category", "category_name", "class_label"),
+    ),
     "objects": ("objects", "annotations"),
     "mask": ("mask", "semantic_mask", "annotation"),
     "instance_mask": ("instance_mask",),
@@ -59,44 +70,151 @@ COLUMN_NAMES = {
 }
 OBJECT_NAMES = {
     "bbox": ("bbox", "bboxes", "boxes"),
-    "category": ("category", "categories", "category_id", "label", "labels"),
+    "category": (
+        *("category", "categories", "category_id", "category_ids", "label", "labels", "class", "classes"),
+        *("class_label", "class_id", "category_name", "class_name", "label_name", "labelname", "name"),
+    ),
     "area": ("area", "areas"),
     "iscrowd": ("iscrowd", "is_crowd"),
 }
-
-
-@dataclass(frozen=True)
-class Categories:
-    """The classes of a column: their names, and the index of each value where values are not indices."""
-
-    names: tuple[str, ...]
-    index_of: Mapping[Any, int] | None = None
-
-    def index(self, value: Any) -> int:
-        """The index of a value; -1 where it is missing, as in `datasets`."""
-        if value is None:
-            return -1
-        return int(value) if self.index_of is None else self.index_of[value]
+SIDE_NAMES = (  # of boxes whose four numbers are fields of their own
+    (CORNERS, ("xmin", "ymin", "xmax", "ymax")),
+    (CORNERS, ("x_min", "y_min", "x_max", "y_max")),
+    (CORNERS, ("x1", "y1", "x2", "y2")),
+    (CORNERS, ("left", "top", "right", "bottom")),
+    (CORNERS, ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2")),
+    (XYWH, ("bbox_x", "bbox_y", "bbox_width", "bbox_height")),
+    (XYWH, ("x", "y", "w", "h")),
+    (XYWH, ("x", "y", "width", "height")),
+    (XYWH, ("left", "top", "width", "height")),
+    (CENTERS, ("x_center", "y_center", "width", "height")),
+    (CENTERS, ("cx", "cy", "w", "h")),
+)
+SIZE_NAMES = frozenset((*COLUMN_NAMES["width"], *COLUMN_NAMES["height"]))
+NUMBER_NAMES = frozenset((*SIZE_NAMES, *OBJECT_NAMES["area"], *(name for _, sides in SIDE_NAMES for name in sides)))
+# All names of annotations; columns with the telling ones among them are named where they are not read.
+TABLE_NAMES = frozenset(
+    name
+    for names in (*COLUMN_NAMES.values(), *OBJECT_NAMES.values(), *(sides for _, sides in SIDE_NAMES))
+    for name in names
+)
+ANNOTATION_NAMES = TABLE_NAMES - SIZE_NAMES - {"id", "image_id", "name", "area", "areas"}
+ANNOTATION_NAMES -= {*"xywh", "cx", "cy", "left", "top", "right", "bottom"}
+ANNOTATION_NAMES |= {"segmentation", "segments", "polygon", "polygons", "keypoints", "rle"}
 
 
 @dataclass(frozen=True)
 class ColumnMap:
-    """Names in the source of the columns of the schema, and of the fields of `objects`."""
+    """Names in the source of the columns of the schema, and of the fields of `objects`.
+
+    Args:
+        columns: Names of the columns. Where the fields of objects are columns of their own, without `objects`.
+        objects: Names of the fields of objects; empty where there are none.
+        sides: Names of the four numbers of a box, where they are fields of their own.
+        convention: What these four numbers are; see `check_convention`.
+    """
 
     columns: Mapping[str, str]
     objects: Mapping[str, str] = field(default_factory=dict)
+    sides: tuple[str, ...] = ()
+    convention: str = XYWH
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether the fields of objects are columns of their own."""
+        return bool(self.objects) and "objects" not in self.columns
+
+    @property
+    def label_is_category(self) -> bool:
+        """Whether the class of a row's one object is that of its image, too; images without objects have none."""
+        return self.is_flat and self.columns.get("label") == self.objects["category"]
 
     @property
     def source_names(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(self.columns.values()))
+        """Names of the columns to read."""
+        fields = (*self.objects.values(), *self.sides) if self.is_flat else ()
+        return tuple(dict.fromkeys((*self.columns.values(), *fields)))
+
+    @property
+    def objects_name(self) -> str:
+        """What messages call the objects."""
+        return self.columns.get("objects") or " ".join([*self.objects.values(), *self.sides])
+
+    def without(self, *names: str) -> "ColumnMap":
+        """The map without some columns of the schema."""
+        columns = {name: column for name, column in self.columns.items() if name not in names}
+        return ColumnMap(columns) if "objects" in names else replace(self, columns=columns)
+
+    def read_objects(self, row: Row, location: object) -> ObjectLists:
+        """The objects of a row in the one form; see `normalise_objects`."""
+        stored = row.get(self.columns["objects"]) if not self.is_flat else None
+        names = (*self.objects.values(), *self.sides)
+        if self.is_flat:
+            stored = {name: _as_list(row.get(name), is_box=name == self.objects.get("bbox")) for name in names}
+        if not self.sides:
+            return normalise_objects(stored, self.objects, location)
+        if isinstance(stored, list) and all(isinstance(item, Mapping) for item in stored):
+            stored = {name: [item.get(name) for item in stored] for name in names}
+        if isinstance(stored, Mapping):
+            sides = [stored.get(name) or [] for name in self.sides]
+            if len(set(map(len, sides))) > 1:
+                raise ValueError(f"{location}: an object needs one number of each of {', '.join(self.sides)}")
+            stored = {**stored, BOX: [_as_box(box, self.convention) for box in zip(*sides)]}
+        return normalise_objects(stored, {**self.objects, "bbox": BOX}, location)
+
+
+def _as_list(value: Any, *, is_box: bool) -> list[Any]:
+    """The values of a row's objects, from a list of them or from that of one object."""
+    if value is None or value != value:
+        return []
+    is_one = not isinstance(value, list) or (is_box and bool(value) and not isinstance(value[0], list))
+    return [value] if is_one else value
+
+
+def _as_box(sides: Sequence[Any], convention: str) -> list[float] | None:
+    """x, y, width and height of one box; None where one of the numbers is missing."""
+    if any(side is None for side in sides):
+        return None
+    return as_xywh(np.array([sides], dtype=np.float64), convention)[0].tolist()  # type: ignore[no-any-return]
 
 
 def find_columns(features: Mapping[str, Any], source: object) -> ColumnMap:
     """Find the columns of the schema among those of a source, by name and type.
 
+    Of several names for classes, declared ones and texts are preferred to numbers. Columns that look like annotations
+    and are not read are named in a warning.
+
     Raises:
-        ValueError: None of the columns holds images, or objects have no boxes or no categories.
+        ValueError: None of the columns holds images.
     """
+    columns = {"image": _image_column(features, source)}
+    nested = [name for name in COLUMN_NAMES["objects"] if find_objects(object_fields(features.get(name)))[0]]
+    if nested:
+        columns["objects"] = nested[0]
+    objects, sides, convention = find_objects(object_fields(features[nested[0]]) if nested else _flat_fields(features))
+    taken = {*columns.values()} | (set() if nested else {*objects.values(), *sides})
+    # One object per row: its class may be that of the image, too.
+    taken -= {objects["category"]} if objects and not nested and _is_category(features[objects["category"]]) else set()
+    accepted = {"label": _is_category, "mask": _holds_files, "instance_mask": _holds_files}
+    for column, names in COLUMN_NAMES.items():
+        fits = accepted.get(column, _is_integer)
+        found = [name for name in names if fits(features.get(name)) and name not in taken]
+        if found and column != "objects":
+            columns[column] = _most_telling(found, features) if column == "label" else found[0]
+            taken.add(columns[column])
+    unread = [name for name in features if name.lower() in ANNOTATION_NAMES and name not in taken]
+    if unread:
+        logger.warning(
+            "%s: %d columns that look like annotations are not read: %s. A label is one number or text per image; "
+            "objects have a bbox and a category each, in one column 'objects' or in columns of their own",
+            source,
+            len(unread),
+            summarise(f"{name!r}, {features[name]}" for name in unread),
+        )
+    return ColumnMap(columns, objects, sides, convention)
+
+
+def _image_column(features: Mapping[str, Any], source: object) -> str:
     masks = {*COLUMN_NAMES["mask"], *COLUMN_NAMES["instance_mask"]}
     candidates = [
         *(name for name in IMAGE_NAMES if _holds_bytes(features.get(name))),
@@ -108,45 +226,62 @@ def find_columns(features: Mapping[str, Any], source: object) -> ColumnMap:
             f"{source} has no column of images; its columns are {summarise(features, num_shown=20)}. Name it 'image', "
             f"holding encoded bytes, {{'bytes', 'path'}}, or a path"
         )
-    columns = {"image": candidates[0]}
-    if "objects" in features and not _is_objects(features["objects"]):
-        logger.warning(
-            "%s: the column 'objects' is left out: an object needs a bbox and a category, these have %s",
-            source,
-            summarise(object_fields(features["objects"])) or "neither",
-        )
-    accepted = {"label": _is_category, "mask": _holds_files, "instance_mask": _holds_files, "objects": _is_objects}
-    for column, names in COLUMN_NAMES.items():
-        fits = accepted.get(column, _is_integer)
-        found = [name for name in names if fits(features.get(name)) and name not in columns.values()]
-        if found:
-            columns[column] = found[0]
-    unused = [name for name in COLUMN_NAMES["label"] if name in features and name not in columns.values()]
-    if "label" not in columns and unused:
-        logger.warning(
-            "%s: the column %r is left out: a label is one integer or text per image, these are %s",
-            source,
-            unused[0],
-            features[unused[0]],
-        )
-    if "objects" not in columns:
-        return ColumnMap(columns)
-    fields = object_fields(features[columns["objects"]])
-    objects = {name: next(alias for alias in OBJECT_NAMES[name] if alias in fields) for name in _known_fields(fields)}
-    return ColumnMap(columns, objects)
+    return candidates[0]
+
+
+def find_objects(fields: Mapping[str, Any]) -> tuple[dict[str, str], tuple[str, ...], str]:
+    """Names of the fields of objects; of the four numbers of a box, where they are fields; and what these are.
+
+    Args:
+        fields: Types by name of what an object may have; nothing is found without a box and a category.
+    """
+    by_name = {name.lower(): name for name in fields}
+    found = {name: [by_name[alias] for alias in names if alias in by_name] for name, names in OBJECT_NAMES.items()}
+    objects = {name: names[0] for name, names in found.items() if names}
+    sides: tuple[str, ...] = ()
+    convention = XYWH
+    if "bbox" not in objects:
+        named = ((kind, names) for kind, names in SIDE_NAMES if by_name.keys() >= set(names))
+        convention, names = next(named, (XYWH, ()))
+        sides = tuple(by_name[name] for name in names)
+    if "category" not in objects or not (sides or "bbox" in objects):
+        return {}, (), XYWH
+    return objects | {"category": _most_telling(found["category"], fields)}, sides, convention
+
+
+def _most_telling(names: Sequence[str], features: Mapping[str, Any]) -> str:
+    """The first of several columns or fields whose values name classes; else the first."""
+    telling = [name for name in names if isinstance(features[name], datasets.ClassLabel) or _is_text(features[name])]
+    return (telling or list(names))[0]
+
+
+def _flat_fields(features: Mapping[str, Any]) -> dict[str, Any]:
+    """Types of what objects may have, where that is in columns: lists per row, or else one object per row."""
+    in_lists = {name: feature.feature for name, feature in features.items() if isinstance(feature, LISTS)}
+    numbers = {name for name, inner in in_lists.items() if isinstance(inner, datasets.Value)}
+    boxes = {name for name in in_lists if name.lower() in OBJECT_NAMES["bbox"]}
+    many = {name: inner for name, inner in in_lists.items() if name not in boxes & numbers}
+    if find_objects(many)[0]:
+        return many
+    of_image = {*in_lists, *SIZE_NAMES, "name"}
+    one = {name: feature for name, feature in features.items() if name not in of_image}
+    return one | {name: in_lists[name] for name in boxes & numbers}
+
+
+def category_feature(features: Mapping[str, Any], columns: ColumnMap) -> Any:
+    """Type of the categories of objects."""
+    if not columns.is_flat:
+        return object_fields(features[columns.columns["objects"]])[columns.objects["category"]]
+    feature = features[columns.objects["category"]]
+    return feature.feature if isinstance(feature, LISTS) else feature
 
 
 def object_fields(feature: Any) -> dict[str, Any]:
     """Features of one object, stored as a list of structs or as a struct of lists; empty where it is neither."""
-    lists = datasets.List | datasets.LargeList
-    if isinstance(feature, lists):
+    if isinstance(feature, LISTS):
         return dict(feature.feature) if isinstance(feature.feature, dict) else {}
     fields = feature.items() if isinstance(feature, dict) else ()
-    return {name: inner.feature for name, inner in fields if isinstance(inner, lists)}
-
-
-def _known_fields(fields: Mapping[str, Any]) -> list[str]:
-    return [name for name, aliases in OBJECT_NAMES.items() if not fields.keys().isdisjoint(aliases)]
+    return {name: inner.feature for name, inner in fields if isinstance(inner, LISTS)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +310,7 @@ class RowReader:
 
     def __call__(self, row: Row) -> Row:
         columns = self.map.columns
-        example: Row = {"image": self._encoded(row[columns["image"]])}
+        example: Row = {"image": self.encoded_image(row)}
         example["image_id"] = int(row[columns["image_id"]]) if "image_id" in columns else self._position(row, example)
         if self.label is not None:
             example["label"] = self.label.index(row[columns["label"]])
@@ -185,6 +320,10 @@ class RowReader:
             if name in columns:
                 example[name] = self._encoded(row[columns[name]])
         return example
+
+    def encoded_image(self, row: Row) -> Row:
+        """The image of a row as {"bytes", "path"}."""
+        return self._encoded(row[self.map.columns["image"]])
 
     def _encoded(self, value: Any) -> Row:
         if isinstance(value, dict):
@@ -206,7 +345,7 @@ class RowReader:
     def _objects(self, row: Row, image_id: int) -> ObjectLists:
         assert self.category is not None
         location = f"{self.source}, " + (f"row {row[POSITION]}" if POSITION in row else f"image_id {image_id}")
-        objects = normalise_objects(row[self.map.columns["objects"]], self.map.objects, location)
+        objects = self.map.read_objects(row, location)
         objects["category"] = [self.category.index(value) for value in objects["category"]]
         return self._clean(objects, row) if self.cleans_boxes and objects["bbox"] else objects
 
@@ -215,20 +354,6 @@ class RowReader:
         width, height = (row.get(columns.get(side, "")) or np.inf for side in ("width", "height"))
         _, keep = clean_boxes(np.array(objects["bbox"], dtype=np.float64), width=width, height=height)
         return select_objects(objects, np.flatnonzero(keep).tolist())
-
-
-def read_categories(feature: Any) -> Categories | None:
-    """The names that a column of categories declares; None where it declares none."""
-    return Categories(tuple(feature.names)) if isinstance(feature, datasets.ClassLabel) else None
-
-
-def make_categories(values: Collection[Any]) -> Categories:
-    """Categories from the values that occur: numbers from 0 on, else one class per value, in alphabetical order."""
-    if values and all(isinstance(value, int) and value < MAX_CLASSES for value in values):
-        return Categories(tuple(str(index) for index in range(max(values) + 1)))
-    names = sorted({str(value) for value in values})
-    index_of = {name: index for index, name in enumerate(names)}
-    return Categories(tuple(names), {value: index_of[str(value)] for value in values})
 
 
 def _is_integer(feature: Any) -> bool:
@@ -240,7 +365,9 @@ def _is_text(feature: Any) -> bool:
 
 
 def _is_category(feature: Any) -> bool:
-    return isinstance(feature, datasets.ClassLabel) or _is_text(feature) or _is_integer(feature)
+    """Whether values may be classes: floats are, as tables store integers among which some are missing."""
+    is_number = isinstance(feature, datasets.Value) and feature.dtype in ("bool", "float16", "float32", "float64")
+    return isinstance(feature, datasets.ClassLabel) or _is_text(feature) or _is_integer(feature) or is_number
 
 
 def _holds_files(feature: Any) -> bool:
@@ -250,7 +377,3 @@ def _holds_files(feature: Any) -> bool:
 def _holds_bytes(feature: Any) -> bool:
     is_binary = isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary")
     return is_binary or _holds_files(feature)
-
-
-def _is_objects(feature: Any) -> bool:
-    return {"bbox", "category"} <= set(_known_fields(object_fields(feature)))

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import datasets
 
-from hf_vlm.data.formats.columns import Categories, ColumnMap, RowReader, find_columns, object_fields, read_categories
+from hf_vlm.data.formats.categories import Categories, read_categories
+from hf_vlm.data.formats.columns import ColumnMap, RowReader, category_feature, find_columns
 from hf_vlm.data.formats.splits import choose_split
 from hf_vlm.data.io.files import siblings
 from hf_vlm.data.io.messages import did_you_mean
@@ -74,11 +75,10 @@ def _place(source: str, revision: str | None) -> str:
 
 def _declared(features: datasets.Features, columns: ColumnMap, column: str, source: str) -> Categories | None:
     """The classes that the features of a column declare: the values of a remote source are not read to find them."""
-    name = columns.columns.get(column)
-    if name is None:
+    if column not in columns.columns and not (column == "objects" and columns.objects):
         return None
-    feature = features[name] if column == "label" else object_fields(features[name])[columns.objects["category"]]
-    categories = read_categories(feature)
+    name = columns.columns["label"] if column == "label" else columns.objects_name
+    categories = read_categories(features[name] if column == "label" else category_feature(features, columns))
     if categories is None:
         logger.warning("%s: the column %r is left out: without ClassLabel its classes are not known", source, name)
     return categories

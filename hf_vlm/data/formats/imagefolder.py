@@ -1,15 +1,17 @@
 """Folders of images, with one subfolder per class or without classes."""
 
 import logging
-import os
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import datasets
 import pyarrow as pa
 
+from hf_vlm.data.formats.folder_files import IMAGE_EXTENSIONS, find_images, find_masks, is_image, list_files
 from hf_vlm.data.formats.metadata import find_metadata, metadata_source
-from hf_vlm.data.formats.splits import CANONICAL, choose_split, describe_folder
+from hf_vlm.data.formats.splits import CANONICAL, canonical_split, choose_split, describe_folder
 from hf_vlm.data.io.indexed import TableReader, indexed_stream
 from hf_vlm.data.io.messages import summarise
 from hf_vlm.data.schema import image_feature
@@ -19,46 +21,90 @@ __all__ = ["IMAGE_EXTENSIONS", "find_images", "open_imagefolder"]
 
 logger = logging.getLogger(__name__)
 
-IMAGE_EXTENSIONS = frozenset(
-    (".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-)
+MAX_STRAY_FRACTION = 0.1  # of the images, that may lie in no folder of a class
+NO_ANNOTATIONS = ("readme", "license", "licence", "thumbs.db", "desktop.ini")  # beginnings of names
 
 
 def open_imagefolder(folder: Path, split: str, *, num_samples: int | None = None) -> Source:
     """Stream the images of a folder, in the order of their paths.
 
     Subfolders named as splits (`train`, `val`, `valid`, `validation`, `test`) are splits; without them all is `train`.
-    Where every image lies in a subfolder one level deep and there are several of these, they are the classes, those of
-    all splits together. Other layouts have no label; nor has a split whose images lie in no subfolder, as those of a
-    test split do whose labels are hidden.
+    Where images lie in several subfolders, one level deep, these are the classes, those of all splits together; a few
+    images elsewhere are left out. Other layouts have no label; nor has a split whose images lie in no subfolder, as
+    those of a test split do whose labels are hidden. Masks and thumbnails beside the images are left out (see
+    `find_masks`).
 
-    A `metadata.jsonl` or `metadata.csv` in the folder or in those of the splits replaces the subfolders: a row
-    has `file_name`, relative to the metadata, and columns such as `label`, a number or a name, or
+    A `metadata.jsonl`, `metadata.csv` or `_annotations.csv` in the folder or in those of the splits replaces the
+    subfolders: a row has `file_name`, relative to the metadata, and columns such as `label`, a number or a name, or
     `objects` {bbox, categories}; `mask_file_name` names a mask. Images without a row are left out.
 
     Raises:
         ValueError: The folder holds no images, the split is not there, or metadata make no sense.
     """
-    roots = {path.name: path for path in sorted(folder.iterdir()) if path.name.lower() in CANONICAL and path.is_dir()}
-    images = {name: find_images(root) for name, root in (roots or {"train": folder}).items()}
+    splits: dict[str, list[Path]] = {}
+    for path in sorted(folder.iterdir()):
+        if path.name.lower() in CANONICAL and path.is_dir():
+            splits.setdefault(canonical_split(path.name), []).append(path)
+    roots = [root for several in splits.values() for root in several]
+    layouts = {name: _layout(several) for name, several in (splits or {"train": [folder]}).items()}
+    images = {
+        name: {path: parts for path, parts in layout.items() if is_image(path.name)}
+        for name, layout in layouts.items()
+    }
     images = {name: paths for name, paths in images.items() if paths}
     if not images:
         raise ValueError(
             f"{folder} holds no images: looked in all its folders for {' '.join(sorted(IMAGE_EXTENSIONS))}; "
             f"{describe_folder(folder)}"
         )
-    if roots:
-        _warn_of_others(folder, roots)
     chosen = choose_split(images, split, folder)
-    metadata = find_metadata([folder, *roots.values()])
+    metadata = find_metadata([folder, *roots])
+    _warn_of_others(folder, roots, choose_split(layouts, split, folder).keys() - chosen.keys() - {*metadata})
     if metadata:
         everything = {str(path) for path in find_images(folder)}
-        return metadata_source(metadata, everything, chosen, folder, num_samples=num_samples)
-    layouts = {name: [path.relative_to(roots.get(name, folder)) for path in paths] for name, paths in images.items()}
-    names = _class_names(layouts)
-    if names and _is_flat(choose_split(layouts, split, folder)):
+        inside = choose_split(splits or {"train": [folder]}, split, folder)
+        return metadata_source(metadata, everything, list(chosen), inside, folder, num_samples=num_samples)
+    labelled = {name: _without_masks(layout) for name, layout in images.items()}
+    masks = sorted(chosen.keys() - choose_split(labelled, split, folder).keys())
+    if masks:
+        logger.warning(
+            "%s: %d of %d images are masks or thumbnails beside their images, by their names, and are left out: %s",
+            folder,
+            len(masks),
+            len(chosen),
+            summarise("/".join(chosen[path]) for path in masks),
+        )
+    return _labelled(labelled, split, folder, num_samples)
+
+
+Layout = dict[Path, tuple[str, ...]]  # of files: the parts of their path below the folder of the split
+
+
+def _layout(roots: Sequence[Path]) -> Layout:
+    return {path: path.relative_to(root).parts for root in roots for path in list_files(root)}
+
+
+def _without_masks(images: Layout) -> Layout:
+    masks = find_masks(images.values())
+    return {path: parts for path, parts in images.items() if parts not in masks}
+
+
+def _labelled(layouts: Mapping[str, Layout], split: str, folder: Path, num_samples: int | None) -> Source:
+    """The images of a split, with the class that the folders of all splits give them."""
+    layout, names = choose_split(layouts, split, folder), _class_names(layouts, folder)
+    if names and _is_flat(layout):
         logger.warning("%s: the images of split %r lie in no folder of a class; they have no label", folder, split)
         names = []
+    chosen = [path for path, parts in layout.items() if not names or len(parts) == 2]
+    strays = [path for path in layout if names and len(layout[path]) != 2]
+    if strays:
+        logger.warning(
+            "%s: %d of %d images do not lie in a folder of a class and are left out: %s",
+            folder,
+            len(strays),
+            len(layout),
+            summarise(strays),
+        )
     paths = chosen[:num_samples]
     if names and num_samples is not None:  # sorted by class: the first ones would be of one class
         paths = [chosen[index * len(chosen) // len(paths)] for index in range(len(paths))]
@@ -69,46 +115,52 @@ def open_imagefolder(folder: Path, split: str, *, num_samples: int | None = None
     }
     if names:
         features["label"] = datasets.ClassLabel(names=names)
-        columns["label"] = features["label"].str2int([path.parent.name for path in paths])
+        columns["label"] = features["label"].str2int([_class_of(layout[path]) for path in paths])
     table = pa.Table.from_pydict(columns, schema=features.arrow_schema)
     return Source(dataset=indexed_stream(TableReader(table), len(table), features), num_examples=len(table))
 
 
-def find_images(folder: Path) -> list[Path]:
-    """All images below a folder, sorted; hidden files and folders are left out."""
-    if not isinstance(folder, Path):  # a remote one, which lists all at once; its walk would ask for each file
-        start = len(folder.path.rstrip("/")) + 1
-        names = [name[start:] for name in folder.fs.find(folder.path)]
-        names = [name for name in names if _is_image(name) and not _is_hidden(name)]
-        return [folder / name for name in sorted(names, key=lambda name: name.split("/"))]
-    found = []
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not _is_hidden(name)]
-        found += [Path(parent, name) for name in files if _is_image(name) and not _is_hidden(name)]
-    return sorted(found)
+def _class_names(layouts: Mapping[str, Layout], folder: Path) -> list[str]:
+    """Names of the classes of all splits; empty where the folders are no classes."""
+    depths = [parts for layout in layouts.values() if not _is_flat(layout) for parts in layout.values()]
+    names = sorted({_class_of(parts) for parts in depths if len(parts) == 2})
+    strays = [parts for parts in depths if len(parts) != 2]
+    if len(names) > 1 and len(strays) > MAX_STRAY_FRACTION * len(depths):
+        logger.warning(
+            "%s: images have no label: %s would be classes, but %d of %d images do not lie in such a folder: %s",
+            folder,
+            summarise(names),
+            len(strays),
+            len(depths),
+            summarise("/".join(parts) for parts in strays),
+        )
+        return []
+    return names if len(names) > 1 else []
 
 
-def _is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
+def _class_of(parts: tuple[str, ...]) -> str:
+    return unicodedata.normalize("NFC", parts[0])  # one name may be stored in two forms
 
 
-def _is_hidden(path: str) -> bool:
-    return any(part.startswith((".", "__MACOSX")) for part in path.split("/"))
+def _is_flat(layout: Layout) -> bool:
+    return all(len(parts) == 1 for parts in layout.values())
 
 
-def _class_names(layouts: Mapping[str, Sequence[Path]]) -> list[str]:
-    """Names of the classes, given the paths in each split; empty where the folders are no classes."""
-    paths = [path for layout in layouts.values() if not _is_flat(layout) for path in layout]
-    names = sorted({path.parts[0] for path in paths})
-    return names if len(names) > 1 and all(len(path.parts) == 2 for path in paths) else []
-
-
-def _is_flat(layout: Sequence[Path]) -> bool:
-    return all(len(path.parts) == 1 for path in layout)
-
-
-def _warn_of_others(folder: Path, roots: Mapping[str, Path]) -> None:
-    others = [path for path in sorted(folder.iterdir()) if path.is_dir() and path.name not in roots]
-    ignored = [path.name for path in others if find_images(path)]
+def _warn_of_others(folder: Path, roots: Sequence[Path], others: Collection[Path]) -> None:
+    """Name what is not read: images outside the splits, and files that are no images."""
+    beside = [path for path in sorted(folder.iterdir()) if path not in roots] if roots else []
+    ignored = [path.name for path in beside if (find_images(path) if path.is_dir() else is_image(path.name))]
     if ignored:
-        logger.warning("%s has the splits %s; images in %s are ignored", folder, summarise(roots), summarise(ignored))
+        names = summarise(root.name for root in roots)
+        logger.warning("%s has the splits %s; images in %s are ignored", folder, names, summarise(ignored))
+    unread = sorted(path for path in others if not path.name.lower().startswith(NO_ANNOTATIONS))
+    if unread:
+        suffixes = Counter(path.suffix.lower() or path.name for path in unread)
+        kinds = ", ".join(f"{suffix} ({count})" for suffix, count in suffixes.most_common(5))
+        logger.warning(
+            "%s: %d files are no images and are not read, %s: %s",
+            folder,
+            len(unread),
+            kinds,
+            summarise(path.name for path in unread),
+        )

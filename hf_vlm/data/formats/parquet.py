@@ -1,9 +1,8 @@
 """Parquet files on disk."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,18 +14,19 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hf_vlm.data.formats.annotations import check_boxes, check_labels
+from hf_vlm.data.formats.box_conventions import as_xywh, warn_of_convention
+from hf_vlm.data.formats.categories import Categories, make_categories, read_categories
 from hf_vlm.data.formats.columns import (
+    ANNOTATION_NAMES,
     POSITION,
-    Categories,
     ColumnMap,
     RowReader,
+    category_feature,
     find_columns,
-    make_categories,
-    object_fields,
-    read_categories,
 )
 from hf_vlm.data.formats.splits import choose_split, common_folder, describe_folder, group_by_split
 from hf_vlm.data.io.cells import check_names, rows_of_group
+from hf_vlm.data.io.decode import image_size
 from hf_vlm.data.io.files import is_folder, is_remote, open_binary
 from hf_vlm.data.io.indexed import generated_stream
 from hf_vlm.data.io.messages import error_text, redact_url, summarise
@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 Array = np.ndarray[Any, Any]
 
 BATCH_SIZE = 64  # rows read at a time
+SAMPLE_SIZE = 64  # images whose sizes are read where no column gives them
+SAMPLE_BUFFER = 2**22  # bytes read at a time of these images
 
 
 def open_parquet(source: Path | Sequence[Path], split: str, *, num_samples: int | None = None) -> Source:
@@ -60,7 +62,7 @@ def open_parquet(source: Path | Sequence[Path], split: str, *, num_samples: int 
     parts = files.parts(num_samples)
     columns = _without_repeated_ids(files, find_columns(files.features, name), name)
     label = _check_labels(files, splits, columns, name)
-    category, is_clean, max_objects = _check_objects(files, splits, columns, name)
+    category, is_clean, max_objects = _check_objects(files, splits, columns, name, str(root))
     reader = RowReader(
         map=columns,
         label=label,
@@ -93,11 +95,11 @@ def find_parquet_files(folder: Path) -> list[Path]:
 
 
 def _read_rows(
-    parts: list[tuple[str, int, int, int]], leaves: tuple[str, ...]
+    parts: list[tuple[str, int, int, int]], leaves: tuple[str, ...], buffer_size: int = 0
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Rows of row groups, given as (path, row group, position of its first row, rows to read)."""
     for path, group, first, num_rows in parts:
-        with _open(path) as file:
+        with _open(path, buffer_size=buffer_size) as file:
             rows = rows_of_group(file, group, leaves, batch_size=BATCH_SIZE)
             for position, row in enumerate(islice(rows, num_rows), start=first):
                 yield position, {POSITION: position, **row}
@@ -109,10 +111,7 @@ class _Files:
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = paths
         self.metadata = [_read_metadata(path) for path in paths]
-        try:
-            self.features = datasets.Features.from_arrow_schema(self.metadata[0].schema.to_arrow_schema())
-        except Exception as error:  # any type: what `datasets` writes of itself into a file may be damaged
-            raise ValueError(f"{redact_url(paths[0])} has columns that make no sense: {error!r}") from error
+        self.features = _read_features(self.metadata[0], paths[0])
 
     def parts(self, num_samples: int | None) -> list[tuple[str, int, int, int]]:
         """What `_read_rows` takes, for all rows or the first few."""
@@ -130,20 +129,35 @@ class _Files:
 
     def leaves(self, columns: ColumnMap) -> tuple[str, ...]:
         """Paths of the leaves to read: the columns of the map, and only the known fields of objects."""
-        objects, fields = columns.columns.get("objects"), set(columns.objects.values())
-        types_of: dict[Path, dict[str, str]] = {}
+        objects, fields = columns.columns.get("objects"), {*columns.objects.values(), *columns.sides}
+        read, types_of = columns.source_names, dict[Path, dict[str, str]]()
         for path, metadata in zip(self.paths, self.metadata):
             types_of[path] = {}
             for leaf in map(metadata.schema.column, range(metadata.num_columns)):
                 name, *inner = leaf.path.split(".")
-                if name in columns.source_names and (name != objects or fields & set(inner)):
+                # Annotations that the first file lacks would be left out, too.
+                if (name in read or name.lower() in ANNOTATION_NAMES) and (name != objects or fields & set(inner)):
                     types_of[path][leaf.path] = leaf.physical_type
         first = types_of[self.paths[0]]
         for path, types in types_of.items():
             differing = {leaf.split(".")[0] for leaf, _ in types.items() ^ first.items()}
             if differing:
                 raise ValueError(f"{path} and {self.paths[0]} differ in their columns {summarise(sorted(differing))}")
-        return tuple(first)
+        return tuple(leaf for leaf in first if leaf.split(".")[0] in read)
+
+    def declared_categories(self, feature_of: Callable[[datasets.Features], Any]) -> Categories | None:
+        """The classes that the type of a column declares, the same in all files; None where it declares none."""
+        found = [
+            read_categories(feature_of(_read_features(meta, path))) for meta, path in zip(self.metadata, self.paths)
+        ]
+        for path, categories in zip(self.paths, found):
+            if categories != found[0]:
+                names = (summarise(other.names) if other else "no names" for other in (found[0], categories))
+                raise ValueError(
+                    f"{self.paths[0]} and {path} number their classes differently: {next(names)}, and {next(names)}; "
+                    "write the files of a split with the same ClassLabel"
+                )
+        return found[0]
 
     def column(self, name: str, *, leaves: Sequence[str] | None = None) -> pa.Array:
         """All values of a column, or of the leaves of it."""
@@ -158,8 +172,12 @@ class _Files:
 
     def object_field(self, columns: ColumnMap, field: str) -> tuple[pa.Array, Array]:
         """A field of all objects one after the other, and the number of objects of each row."""
-        name, inner = columns.columns["objects"], columns.objects[field]
-        leaves = [leaf for leaf in self.leaves(columns) if leaf.split(".")[0] == name and inner in leaf.split(".")]
+        if columns.is_flat:
+            return _as_objects(self.column(field), is_box=field == columns.objects.get("bbox"))
+        name, inner = columns.columns["objects"], field
+        schema = self.metadata[0].schema
+        paths = [schema.column(index).path for index in range(len(schema.names))]
+        leaves = [path for path in paths if path.split(".")[0] == name and inner in path.split(".")]
         objects = self.column(name, leaves=leaves)
         is_struct = pa.types.is_struct(objects.type)
         lists = pc.struct_field(objects, inner) if is_struct else objects
@@ -167,22 +185,48 @@ class _Files:
         return lists.flatten() if is_struct else pc.struct_field(lists.flatten(), inner), counts
 
 
+def _as_objects(values: pa.Array, *, is_box: bool) -> tuple[pa.Array, Array]:
+    """What `_Files.object_field` returns of a column of its own, with a list per row or with one object per row."""
+    is_list = pa.types.is_list(values.type) or pa.types.is_large_list(values.type)
+    is_list |= pa.types.is_fixed_size_list(values.type) and not is_box
+    if is_list and not (is_box and not _is_nested_list(values.type)):
+        return values.flatten(), pc.fill_null(pc.list_value_length(values), 0).to_numpy(zero_copy_only=False)
+    return values.drop_null(), pc.is_valid(values).to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def _is_nested_list(kind: pa.DataType) -> bool:
+    return pa.types.is_nested(kind.value_type)
+
+
 @contextmanager
-def _open(path: object) -> Iterator[pq.ParquetFile]:
+def _open(path: object, *, buffer_size: int = 0) -> Iterator[pq.ParquetFile]:
     """Open a file; one on disk by its path, which Arrow reads fastest itself.
+
+    Args:
+        buffer_size: Bytes to read at a time; 0 for whole row groups.
 
     Raises:
         ValueError: It is no Parquet or is damaged, then or while it is read.
     """
     try:
         if is_remote(path):  # without reading ahead: Arrow knows which bytes it wants
-            with open_binary(path, read_ahead=False) as remote, pq.ParquetFile(remote) as file:
+            with (
+                open_binary(path, read_ahead=False) as remote,
+                pq.ParquetFile(remote, buffer_size=buffer_size) as file,
+            ):
                 yield file
         else:
-            with pq.ParquetFile(str(path)) as file:
+            with pq.ParquetFile(str(path), buffer_size=buffer_size) as file:
                 yield file
     except (pa.ArrowException, OSError, ValueError) as error:
         raise ValueError(f"{redact_url(path)} cannot be read as Parquet: {error_text(error)}") from error
+
+
+def _read_features(metadata: pq.FileMetaData, path: Path) -> datasets.Features:
+    try:
+        return datasets.Features.from_arrow_schema(metadata.schema.to_arrow_schema())
+    except Exception as error:  # any type: what `datasets` writes of itself into a file may be damaged
+        raise ValueError(f"{redact_url(path)} has columns that make no sense: {error!r}") from error
 
 
 def _read_metadata(path: Path) -> pq.FileMetaData:
@@ -210,7 +254,7 @@ def _without_repeated_ids(files: _Files, columns: ColumnMap, source: object) -> 
     if pc.count_distinct(ids).as_py() == len(ids):
         return columns
     logger.warning("%s: the column %r is not unique; the image_id is the position instead", source, name)
-    return replace(columns, columns={key: value for key, value in columns.columns.items() if key != "image_id"})
+    return columns.without("image_id")
 
 
 def _check_labels(
@@ -221,11 +265,17 @@ def _check_labels(
     if name is None:
         return None
     values = files.column(name)
-    categories = read_categories(files.features[name])
-    if categories is None:
-        categories = make_categories(pc.unique(_files_with(name, splits).column(name)).drop_null().to_pylist())
+    categories = files.declared_categories(lambda features: features[name])
+    try:
+        categories = categories or make_categories(pc.unique(_files_with(name, splits).column(name)).to_pylist())
+    except ValueError as error:
+        logger.warning("%s: the column %r is left out: %s", source, name, error)
+        return None
+    indices = _indices(values, categories)
+    if columns.label_is_category and (indices < 0).any():
+        return None
     has_labels = check_labels(
-        _is_known(values, categories),
+        (indices >= 0) & (indices < len(categories.names)),
         class_names=categories.names,
         name_of=lambda row: f"{values[row]} in row {row}",
         column=name,
@@ -235,33 +285,39 @@ def _check_labels(
 
 
 def _check_objects(
-    files: _Files, splits: Mapping[str, Sequence[Path]], columns: ColumnMap, source: object
+    files: _Files, splits: Mapping[str, Sequence[Path]], columns: ColumnMap, source: object, folder: str
 ) -> tuple[Categories | None, bool, int | None]:
     """Categories and most objects of a row, None without objects; between them, whether nothing is to be dropped."""
-    if "objects" not in columns.columns:
+    if not columns.objects:
         return None, True, None
-    name = columns.columns["objects"]
-    boxes, counts = files.object_field(columns, "bbox")
-    values, category_counts = files.object_field(columns, "category")
-    if not len(boxes):
-        logger.warning("%s: no row has an object; the column %r is left out", source, name)
+    values, counts = files.object_field(columns, columns.objects["category"])
+    boxes = [files.object_field(columns, name) for name in columns.sides or [columns.objects["bbox"]]]
+    if not any(len(numbers) for numbers, _ in boxes):
+        logger.warning("%s: no row has an object; the column %r is left out", source, columns.objects_name)
         return None, True, None
-    _check_counts(counts, category_counts, columns.objects["category"], source)
+    for _, box_counts in boxes:
+        _check_counts(box_counts, counts, columns.objects["category"], source)
     for field in {"area", "iscrowd"} & columns.objects.keys():
-        _, field_counts = files.object_field(columns, field)
+        _, field_counts = files.object_field(columns, columns.objects[field])
         _check_counts(counts, np.where(field_counts == 0, counts, field_counts), columns.objects[field], source)
-    feature = object_fields(files.features[name])[columns.objects["category"]]
-    categories = read_categories(feature)
+    categories = files.declared_categories(lambda features: category_feature(features, columns))
     if categories is None:
-        everything, _ = _files_with(name, splits).object_field(columns, "category")
-        categories = make_categories(pc.unique(everything).drop_null().to_pylist())
+        field = columns.objects["category"]
+        everything, _ = _files_with(columns.columns.get("objects", field), splits).object_field(columns, field)
+        try:
+            categories = make_categories(pc.unique(everything).to_pylist())
+        except ValueError as error:
+            raise ValueError(f"{source}: {field!r} of objects: {error}") from error
     rows = np.repeat(np.arange(len(counts)), counts)
-    width, height = (_sides(files, columns.columns.get(side), len(counts))[rows] for side in ("width", "height"))
+    width, height = (_sides(files, columns.columns.get(side), len(counts)) for side in ("width", "height"))
+    stored = _as_boxes([numbers for numbers, _ in boxes], columns.convention, rows, source)
+    if not np.isfinite(width).any():
+        warn_of_convention(stored, _sample_sizes(files, columns, counts, folder)[:, rows], source)
     keep = check_boxes(
-        _as_boxes(boxes, rows, source),
-        np.array([categories.index(value) for value in values.to_pylist()]),
-        width=width,
-        height=height,
+        stored,
+        _indices(values, categories),
+        width=width[rows],
+        height=height[rows],
         class_names=categories.names,
         name_of=lambda index: f"row {rows[index]}",
         source=source,
@@ -277,6 +333,19 @@ def _sides(files: _Files, name: str | None, num_rows: int) -> Array:
     return np.where(sides > 0, sides, np.inf)
 
 
+def _sample_sizes(files: _Files, columns: ColumnMap, counts: Array, folder: str) -> Array:
+    """Widths and heights (2, num_rows) of the first images, which show what boxes are; infinity for all others."""
+    sizes, reader = np.full((2, len(counts)), np.inf), RowReader(map=columns, folder=folder)
+    leaves = [leaf for leaf in files.leaves(columns) if leaf.split(".")[0] == columns.columns["image"]]
+    for position, row in _read_rows(files.parts(SAMPLE_SIZE), tuple(leaves), SAMPLE_BUFFER):
+        image = reader.encoded_image(row)
+        if counts[position] and (image["bytes"] is not None or not is_remote(image["path"])):
+            size = image_size(image)
+            if size is not None:
+                sizes[:, position] = size[::-1]
+    return sizes
+
+
 def _check_counts(num_boxes: Array, num_values: Array, field: str, source: object) -> None:
     """Refuse rows of which a list is not as long as that of the boxes."""
     unequal = np.flatnonzero(num_boxes != num_values).tolist()
@@ -285,14 +354,20 @@ def _check_counts(num_boxes: Array, num_values: Array, field: str, source: objec
         raise ValueError(f"{source}: {len(unequal)} rows have not one {field} per box: {examples}")
 
 
-def _is_known(values: pa.Array, categories: Categories) -> Array:
-    if categories.index_of is not None:
-        return pc.is_valid(values).to_numpy(zero_copy_only=False)
-    numbers = pc.fill_null(values, -1).to_numpy(zero_copy_only=False)
-    return (numbers >= 0) & (numbers < len(categories.names))
+def _indices(values: pa.Array, categories: Categories) -> Array:
+    """Index of the class of each value (n,); -1 for missing ones."""
+    encoded = values.dictionary_encode()
+    known = np.array([*(categories.index(value) for value in encoded.dictionary.to_pylist()), -1], dtype=np.int64)
+    indices: Array = known[pc.fill_null(encoded.indices, -1).to_numpy(zero_copy_only=False)]
+    return indices
 
 
-def _as_boxes(boxes: pa.Array, rows: Array, source: object) -> Array:
+def _as_boxes(numbers: Sequence[pa.Array], convention: str, rows: Array, source: object) -> Array:
+    """Boxes (n, 4) as x, y, width, height, from one array of them or from four of their numbers."""
+    if len(numbers) == 4:
+        sides = [side.to_numpy(zero_copy_only=False).astype(np.float64) for side in numbers]
+        return as_xywh(np.stack(sides, axis=1), convention)
+    (boxes,) = numbers
     lengths = pc.fill_null(pc.list_value_length(boxes), 0).to_numpy(zero_copy_only=False)
     is_short = lengths != 4
     # A side may be null, too.

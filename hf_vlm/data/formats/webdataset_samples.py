@@ -8,7 +8,6 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from hf_vlm.data.formats.annotations import normalise_objects
 from hf_vlm.data.formats.columns import ColumnMap
 from hf_vlm.data.formats.imagefolder import IMAGE_EXTENSIONS
 from hf_vlm.data.io.decode import MAX_ENCODED_BYTES
@@ -90,7 +89,7 @@ def read_fields(sample: Sample) -> Row:
         if not isinstance(fields, dict):
             raise LabelError("it is no json object")
         if "cls" in sample.texts:
-            text = sample.texts["cls"].decode().strip()
+            text = sample.texts["cls"].decode("utf-8-sig").strip()
             fields["cls"] = int(text) if re.fullmatch(r"-?[0-9]+", text) else text or None
         return fields
     except ValueError as error:
@@ -106,13 +105,16 @@ def labels_of(sample: Sample, columns: ColumnMap, name: str) -> Row:
         row[role] = {"bytes": None, "path": path}
     if type(row.get("image_id")) is not int or abs(row["image_id"]) >= MAX_ID:
         row["image_id"] = _identity(name, sample.key)
-    if not isinstance(row.get("label"), int | str | None):
-        raise LabelError(f"the label {row['label']!r} is neither a number nor a name")
+    label = row.get("label")
+    if isinstance(label, float) and label.is_integer():
+        row["label"] = int(label)
+    elif not isinstance(label, int | str | None):
+        raise LabelError(f"the label {label!r} is neither a whole number nor a name")
     for side in ("width", "height"):
         row[side] = row[side] if isinstance(row.get(side), int) and 0 < row[side] < MAX_ID else np.inf
-    if "objects" in columns.columns:
+    if columns.objects:
         try:
-            row["objects"] = normalise_objects(row["objects"], columns.objects, "json")
+            row["objects"] = columns.read_objects(fields, "json")
         except ValueError as error:
             raise LabelError(str(error)) from error
     return row

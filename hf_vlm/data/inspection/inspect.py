@@ -8,16 +8,23 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-import datasets
 import numpy as np
 
 from hf_vlm.data.boxes import MIN_BOX_SIDE, clean_boxes
 from hf_vlm.data.formats.annotations import TOLERANCE
 from hf_vlm.data.inspection.duplicates import exact_duplicates, near_duplicates, perceptual_hash
-from hf_vlm.data.inspection.report import BoxReport, Issue, MinMedianMax, Report, Unreadable, format_report
-from hf_vlm.data.io.decode import BadImageError, decode_image, read_image_bytes
+from hf_vlm.data.inspection.report import (
+    BoxReport,
+    ExampleSummary,
+    Issue,
+    MinMedianMax,
+    Report,
+    Unreadable,
+    format_report,
+)
+from hf_vlm.data.io.decode import BadImageError, decode_image, image_size, read_image_bytes
 from hf_vlm.data.io.image_header import read_header
-from hf_vlm.data.io.messages import shown_path
+from hf_vlm.data.io.messages import collect_warnings, redact_url, shown_path
 from hf_vlm.data.source import Source
 
 __all__ = ["Report", "format_report", "image_name", "inspect_source"]
@@ -31,6 +38,8 @@ THUMBNAIL_SIZE = (
 )  # pixels that suffice: JPEGs are decoded at an eighth of their size where that leaves as many
 NUM_THREADS = 8  # waiting for files, and decoders outside Python's lock
 BATCH_SIZE = 64  # encoded images held at a time
+NUM_EXAMPLES = 50  # that the report holds
+DARK_LEVELS = 64  # of 256; an image that uses fewer is stored in a part of its range
 BLANK_DEVIATION = 2.0  # levels of 255, below which an image is of one colour
 TINY_SIDE = 2.0  # pixels
 SMALL_AREA, LARGE_AREA = 32**2, 96**2  # COCO's
@@ -39,6 +48,7 @@ SMALLEST_FRACTION = 0.1  # of the boxes, which are then taken as the small ones
 
 IMAGE_DTYPE = np.dtype(
     [
+        ("position", "i8"),  # in the source, of which unreadable images are no rows
         ("height", "i4"),
         ("width", "i4"),
         ("num_bytes", "i8"),
@@ -47,6 +57,7 @@ IMAGE_DTYPE = np.dtype(
         ("colors", "u1", (2, 2, 3)),
         ("has_structure", "?"),
         ("is_blank", "?"),
+        ("largest", "u1"),  # value of the decoded image
         ("is_turned", "?"),  # by EXIF, by a quarter
         ("label", "i8"),
     ]
@@ -64,13 +75,14 @@ class Accumulator:
     formats: Counter[str] = field(default_factory=Counter)
     unreadable: list[Unreadable] = field(default_factory=list)
     bad_masks: list[str] = field(default_factory=list)
+    examples: list[ExampleSummary] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class ImageStats:
     """Statistics of one image."""
 
-    row: tuple[Any, ...]  # an IMAGE_DTYPE
+    row: tuple[Any, ...]  # an IMAGE_DTYPE without its position
     format: str
     has_bad_mask: bool
 
@@ -94,7 +106,7 @@ def inspect_source(
         raise ValueError(f"num_examples={num_examples} must be positive")
     accumulator = Accumulator()
     examples = iter(source)
-    with ThreadPoolExecutor(NUM_THREADS) as pool:
+    with collect_warnings() as findings, ThreadPoolExecutor(NUM_THREADS) as pool:
         for batch in _batches(itertools.islice(examples, num_examples)):
             results = list(pool.map(_image_stats, batch))
             _accumulate(accumulator, batch, results)
@@ -105,7 +117,7 @@ def inspect_source(
     if not accumulator.names and not accumulator.unreadable:
         raise ValueError("the data holds no example; check its path and its split")
     is_complete = num_examples is None or next(examples, None) is None
-    return _report(accumulator, source.features, is_complete=is_complete)
+    return _report(accumulator, source, [*source.findings, *findings], is_complete=is_complete)
 
 
 def image_name(example: Example) -> str:
@@ -138,20 +150,13 @@ def _image_stats(example: Example) -> ImageStats | str:
         colors,
         has_structure,
         array.std(axis=(0, 1)).max() < BLANK_DEVIATION,
+        array.max(),
         header is not None and header.orientation >= 5,
         example.get("label", -1),
     )
     masks = (example[name] for name in ("mask", "instance_mask") if name in example)
-    bad_mask = any(_size_of(mask) != (height, width) for mask in masks)
+    bad_mask = any(image_size(mask) != (height, width) for mask in masks)
     return ImageStats(row, f"{header.format} {header.mode}".strip() if header is not None else "other", bad_mask)
-
-
-def _size_of(mask: Any) -> tuple[int, int] | None:
-    try:
-        header = read_header(read_image_bytes(mask))
-    except Exception:  # Pillow raises anything for broken headers
-        return None
-    return None if header is None else (header.height, header.width)
 
 
 def _accumulate(accumulator: Accumulator, batch: list[Example], results: list[ImageStats | str]) -> None:
@@ -163,31 +168,45 @@ def _accumulate(accumulator: Accumulator, batch: list[Example], results: list[Im
             continue
         objects = example.get("objects", {"category": [], "bbox": []})
         boxes += [(len(accumulator.names), *box) for box in zip(objects["category"], objects["bbox"], strict=True)]
-        rows.append(result.row)
+        rows.append((len(accumulator.names) + len(accumulator.unreadable), *result.row))
         accumulator.names.append(name)
         accumulator.formats[result.format] += 1
+        if len(accumulator.examples) < NUM_EXAMPLES:
+            accumulator.examples.append(_summary(example, *result.row[:2]))
         if result.has_bad_mask:
             accumulator.bad_masks.append(name)
     accumulator.images.append(np.array(rows, dtype=IMAGE_DTYPE))
     accumulator.boxes.append(np.array(boxes, dtype=BOX_DTYPE))
 
 
-def _report(accumulator: Accumulator, features: datasets.Features, *, is_complete: bool) -> Report:
+def _summary(example: Example, height: int, width: int) -> ExampleSummary:
+    path, label, objects = example["image"].get("path"), example.get("label"), example.get("objects")
+    return ExampleSummary(
+        file=redact_url(path) if path else None,
+        width=width,
+        height=height,
+        label=label if label is not None and label >= 0 else None,
+        boxes=None if objects is None else objects["bbox"],
+        categories=None if objects is None else objects["category"],
+    )
+
+
+def _report(accumulator: Accumulator, source: Source, findings: list[str], *, is_complete: bool) -> Report:
     images = np.concatenate([np.zeros(0, IMAGE_DTYPE), *accumulator.images])
     boxes = np.concatenate([np.zeros(0, BOX_DTYPE), *accumulator.boxes])
     exact, near = _duplicates(images, accumulator.names)
-    issues = _image_issues(images, accumulator)
+    issues = _image_issues(images, accumulator) + _size_issues(images, source, accumulator.names)
     label_counts, box_report = None, None
-    if "label" in features:
-        label_counts = _counts(images["label"], features["label"].names)
+    if source.label_names is not None:
+        label_counts = _counts(images["label"], source.label_names)
         issues += _label_issues(images, label_counts, accumulator.names)
-    if "objects" in features:
-        box_report = _box_report(images, boxes, features["objects"]["category"].feature.names)
+    if source.object_names is not None:
+        box_report = _box_report(images, boxes, source.object_names)
         issues += _box_issues(images, boxes, box_report, accumulator.names)
     return Report(
         num_images=len(images),
         is_complete=is_complete,
-        columns=list(features),
+        columns=list(source.features),
         formats=dict(accumulator.formats),
         median_bytes=float(np.median(images["num_bytes"])) if len(images) else None,
         total_bytes=int(images["num_bytes"].sum()),
@@ -201,6 +220,10 @@ def _report(accumulator: Accumulator, features: datasets.Features, *, is_complet
         near_duplicates=near,
         unreadable=accumulator.unreadable,
         issues=issues,
+        findings=list(dict.fromkeys(findings)),
+        label_names=source.label_names,
+        class_names=source.object_names,
+        examples=accumulator.examples,
     )
 
 
@@ -224,11 +247,34 @@ def _counts(indices: Array, names: list[str]) -> dict[str, int]:
 
 def _image_issues(images: Array, accumulator: Accumulator) -> list[Issue]:
     blank = [accumulator.names[index] for index in np.flatnonzero(images["is_blank"]).tolist()]
+    is_dark = ~images["is_blank"] & (images["largest"] < DARK_LEVELS)
+    levels = int(images["largest"][is_dark].max(initial=0)) + 1
+    dark = (
+        f"images that use the darkest {levels} of 256 levels, as 12 bits stored in 16 do and masks; scale their "
+        "values to the whole range of the file's type"
+    )
     found = {
+        dark: [accumulator.names[index] for index in np.flatnonzero(is_dark).tolist()],
         "images of one colour": blank,
         "images whose mask is not of their size, or cannot be read": accumulator.bad_masks,
     }
     return [Issue(what, len(where), where) for what, where in found.items() if where]
+
+
+def _size_issues(images: Array, source: Source, names: list[str]) -> list[Issue]:
+    """Images of another size than their annotation says; opening a source looks at a sample alone."""
+    if source.annotated_sizes is None:
+        return []
+    annotated = source.annotated_sizes[images["position"]]  # (images, 2)
+    differs = np.isfinite(annotated).all(axis=1) & (
+        annotated != np.column_stack([images["width"], images["height"]])
+    ).any(1)
+    where = [
+        f"{names[index]}: annotated {annotated[index, 0]:g} x {annotated[index, 1]:g}, "
+        f"the file {images['width'][index]} x {images['height'][index]}"
+        for index in np.flatnonzero(differs).tolist()
+    ]
+    return [Issue("images of another size than their annotation says", len(where), where)] if where else []
 
 
 def _label_issues(images: Array, counts: dict[str, int], names: list[str]) -> list[Issue]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from hf_vlm.data.io.messages import one_line
 
-__all__ = ["BoxReport", "Issue", "MinMedianMax", "Report", "Unreadable", "format_report"]
+__all__ = ["BoxReport", "ExampleSummary", "Issue", "MinMedianMax", "Report", "Unreadable", "format_report"]
 
 PATCH_SIZES = (16, 8)
 MIN_PATCHES = 2  # that an object should span, along its side
@@ -72,6 +72,18 @@ class BoxReport:
 
 
 @dataclass(frozen=True)
+class ExampleSummary:
+    """An image as it is decoded, with its labels."""
+
+    file: str | None  # its path, where it has one
+    width: int
+    height: int
+    label: int | None  # index of `label_names`
+    boxes: list[list[float]] | None  # x, y, width, height in pixels
+    categories: list[int] | None  # indices of `class_names`
+
+
+@dataclass(frozen=True)
 class Report:
     """What `inspect_source` found. Sizes are in pixels, of upright images; names of images are paths or ids."""
 
@@ -91,6 +103,11 @@ class Report:
     near_duplicates: list[list[str]]  # without those of which every byte is equal
     unreadable: list[Unreadable]
     issues: list[Issue]
+
+    findings: list[str]  # what was logged as a warning when the source was opened and read
+    label_names: list[str] | None
+    class_names: list[str] | None  # of boxes
+    examples: list[ExampleSummary]  # the first that can be read
 
     def as_json(self) -> dict[str, Any]:
         """As values that `json` can write."""
@@ -181,7 +198,7 @@ def _class_lines(counts: Mapping[str, int], unit: str) -> Lines:
 
 
 def _issue_lines(report: Report) -> Lines:
-    lines = []
+    lines = [("warning", finding) for finding in report.findings]
     if report.unreadable:
         lines.append((f"{len(report.unreadable):,}", "images that cannot be read; training skips them"))
         lines += _where(f"{image.name}: {image.reason}" for image in report.unreadable)

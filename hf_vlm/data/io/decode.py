@@ -15,13 +15,14 @@ from hf_vlm.data.io.files import read_bytes
 from hf_vlm.data.io.image_header import ImageHeader, open_image, read_header, read_tiff_size
 from hf_vlm.data.io.messages import error_text, shown_path
 
-__all__ = ["BadImageError", "decode_image", "read_image_bytes"]
+__all__ = ["BadImageError", "decode_image", "image_size", "read_image_bytes"]
 
 Array = np.ndarray[Any, Any]
 
 EncodedImage = dict[str, Any] | bytes | str | os.PathLike[str]
 
 MAX_ENCODED_BYTES = 2**29  # of one image; a larger file is none, and would fill the memory of every worker
+BITS_TAG = 0x0102  # of a TIFF
 NUM_WAITS = 3  # for an image's own server: lists of URLs name many that are gone for good
 IMAGE_SECONDS = 60.0  # after which nothing more is asked of it
 
@@ -88,6 +89,17 @@ def read_image_bytes(image: EncodedImage) -> bytes:
     return data
 
 
+def image_size(image: EncodedImage) -> tuple[int, int] | None:
+    """Height and width of an image in pixels, after its orientation is applied; None where its header is broken."""
+    try:
+        header = read_header(read_image_bytes(image))
+    except Exception:  # Pillow raises anything for broken headers
+        return None
+    if header is None:
+        return None
+    return (header.width, header.height) if header.orientation >= 5 else (header.height, header.width)
+
+
 def _decode(data: bytes, num_channels: int, at_least: tuple[int, int] | None) -> tuple[Array, tuple[int, int]]:
     header = read_header(data)
     if header is None:  # opencv alone knows some TIFFs, as with colours of 32 bits
@@ -103,11 +115,14 @@ def _decode(data: bytes, num_channels: int, at_least: tuple[int, int] | None) ->
     _check_size((header.height, header.width))
     # libtiff turns some TIFFs by itself, depending on how they are stored.
     is_turned_tiff = header.format == "TIFF" and header.orientation != 1
-    if header.mode in OPENCV_MODES and not header.has_alpha and not is_turned_tiff:
+    is_read_by_opencv = header.mode in OPENCV_MODES and not header.has_alpha and not is_turned_tiff
+    if is_read_by_opencv and header.format != "PPM":  # of which opencv ignores the largest value
         array = _decode_with_opencv(data, header, num_channels, at_least)
         if array is not None:
             return array, (header.width, header.height) if header.orientation >= 5 else (header.height, header.width)
     array = _decode_with_pillow(data, num_channels)
+    if header.format == "JPEG2000":
+        array = _oriented(array, header.orientation)
     return array, array.shape[:2]
 
 
@@ -163,15 +178,26 @@ def _oriented(array: Array, orientation: int) -> Array:
 def _decode_with_pillow(data: bytes, num_channels: int) -> Array:
     with open_image(data) as file:
         file.load()  # before the transposition: it turns a TIFF itself
+        num_bits = _num_bits(file)
         image: Image.Image = ImageOps.exif_transpose(file)
-    if image.mode in ("I", "F"):
+    if num_bits is not None:
+        image = Image.fromarray((np.asarray(image) >> (num_bits - 8)).astype(np.uint8))
+    elif image.mode in ("I", "F"):
         raise BadImageError("pixels of 32 bits have no known range; store them as 8 or 16 bits")
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return np.array(image.convert("L" if num_channels == 1 else "RGB"))  # a copy, which may be written to
+
+
+def _num_bits(image: Image.Image) -> int | None:
+    """Bits of the values of a grey image as Pillow gives them; None where they are none of 9 to 16 bits."""
+    if image.mode == "I":  # scaled to 16 bits in PGM, unknown elsewhere
+        return 16 if image.format == "PPM" else None
+    if not image.mode.startswith("I;16"):
+        return None
+    stored: tuple[int, ...] = getattr(image, "tag_v2", {}).get(BITS_TAG, (16,))
+    return stored[0]  # TIFFs of 12 bits are not scaled
 
 
 def _name(image: object) -> str:

@@ -37,8 +37,10 @@ __all__ = [
     "open_binary",
     "read_beginning",
     "read_bytes",
+    "read_lines",
     "retried",
     "siblings",
+    "walk",
 ]
 
 logger = logging.getLogger(__name__)
@@ -144,6 +146,19 @@ def existing_paths(paths: Iterable[Path]) -> set[Path]:
 def siblings(path: Path) -> list[str]:
     """The content of the folder that a missing path would be in."""
     return [str(sibling) for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
+
+
+def walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """Each folder below one on disk, with the names of its files; without hidden ones, and following links once."""
+    seen = {folder.resolve()}
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in [name for name in folders if os.path.islink(os.path.join(parent, name))]:
+            target = Path(parent, name).resolve()
+            if target in seen or Path(parent).resolve().is_relative_to(target):  # a loop
+                folders.remove(name)
+            seen.add(target)
+        yield parent, [name for name in files if not name.startswith(".")]
 
 
 def join(folder: str, name: str) -> str:
@@ -255,6 +270,19 @@ def _open_regular(path: str) -> IO[bytes]:
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise OSError(f"{path} is a pipe, a device or a socket, and no regular file")
     return open(path, "rb")
+
+
+def read_lines(path: object) -> list[str]:
+    """Lines of a text file with their ends stripped.
+
+    Raises:
+        OSError: It is not there or cannot be reached.
+        ValueError: It is not UTF-8.
+    """
+    try:
+        return [line.strip() for line in read_bytes(path).decode("utf-8-sig").split("\n")]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8: {error}") from error
 
 
 def map_files(function: Callable[[Item], Result], items: Sequence[Item], description: str) -> list[Result]:

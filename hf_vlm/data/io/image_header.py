@@ -13,6 +13,7 @@ __all__ = ["ImageHeader", "open_image", "read_header", "read_tiff_size"]
 PILLOW_FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 
 WIDTH_TAG, HEIGHT_TAG, ORIENTATION_TAG = 0x0100, 0x0101, 0x0112
+JP2_START, JP2_EXIF = b"\0\0\0\x0c", b"JpgTiffExif->JP2"  # of the file; of a box with EXIF, its uuid
 LONG = 4  # type of a tag's value that fills its four bytes; that of a SHORT is the first two
 # JPEG markers that start a frame and hold its size; DHT (C4), JPG (C8) and DAC (CC) lie among them.
 FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -58,6 +59,8 @@ def read_header(data: bytes) -> ImageHeader | None:
     # Asking for EXIF that is not at the front makes Pillow decode a PNG.
     has_exif = "exif" in image.info or image.format == "TIFF"
     orientation = image.getexif().get(ORIENTATION_TAG, 1) if has_exif else 1
+    if image.format == "JPEG2000":
+        orientation = _read_tags(_find_jp2_exif(data)).get(ORIENTATION_TAG, 1)
     return ImageHeader(
         format=str(image.format),
         mode=image.mode,
@@ -87,6 +90,22 @@ def _read_jpeg_header(data: bytes) -> ImageHeader | None:
             orientation = _read_tags(data[position + 10 : position + 2 + length]).get(ORIENTATION_TAG, 1)
         position += 2 + length
     return None
+
+
+def _find_jp2_exif(data: bytes) -> bytes:
+    """The EXIF of a JPEG 2000, a TIFF structure in a box of its own, which Pillow does not read; empty without one."""
+    position = 0
+    while position + 8 <= len(data) and data[:4] == JP2_START:
+        length, kind = struct.unpack_from(">I4s", data, position)
+        start = position + (16 if length == 1 else 8)
+        if length == 1 and start <= len(data):
+            (length,) = struct.unpack_from(">Q", data, position + 8)
+        if kind == b"uuid" and data[start : start + 16] == JP2_EXIF:
+            return data[start + 16 : position + length]
+        if length < start - position:  # 0 is the last box, which is the image
+            break
+        position += length
+    return b""
 
 
 def read_tiff_size(data: bytes) -> tuple[int, int] | None:

@@ -7,11 +7,13 @@ import difflib
 import logging
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 __all__ = [
     "OutsideError",
     "PrintableFormatter",
     "UnreachableError",
+    "collect_warnings",
     "did_you_mean",
     "error_causes",
     "error_text",
@@ -34,6 +36,28 @@ CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202
 
 class UnreachableError(OSError):
     """A server did not give a file in any of several attempts; the message is complete in itself."""
+
+
+class _Collector(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+        if not logging.getLogger("hf_vlm").hasHandlers() and logging.lastResort is not None:
+            logging.lastResort.handle(record)  # as without this handler
+
+
+@contextmanager
+def collect_warnings() -> Iterator[list[str]]:
+    """A list that gets the text of every warning that `hf_vlm.data` logs meanwhile; they are logged all the same."""
+    collector, logger = _Collector(), logging.getLogger("hf_vlm.data")
+    logger.addHandler(collector)
+    try:
+        yield collector.messages
+    finally:
+        logger.removeHandler(collector)
 
 
 class OutsideError(ValueError):

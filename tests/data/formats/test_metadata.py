@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from hf_vlm.data.formats.imagefolder import find_images, open_imagefolder
-from hf_vlm.data.io.decode import decode_image
+from hf_vlm.data.io.decode import BadImageError, decode_image
 
 BOXES = [
     {"file_name": "b.png", "objects": {"bbox": [[1, 2, 3.5, 4], [0, 0, 5, 6]], "categories": [2, 0]}},
@@ -105,7 +105,14 @@ def test_metadata_in_the_root_serve_all_splits(root):
 
 
 @pytest.mark.parametrize(
-    ("labels", "classes", "expected"), [(("3", "0"), ["0", "1", "2", "3"], [3, 0]), (("3", "x"), ["3", "x"], [0, 1])]
+    ("labels", "classes", "expected"),
+    [
+        (("3", "0"), ["0", "1", "2", "3"], [3, 0]),
+        (("3", "x"), ["3", "x"], [0, 1]),
+        (("07", "7"), ["07", "7"], [0, 1]),  # codes, not numbers
+        (("30023", "17"), ["17", "30023"], [1, 0]),
+        (("1.5", "x"), ["1.5", "x"], [0, 1]),
+    ],
 )
 def test_csv(root, labels, classes, expected):
     text = f'\ufefffile_name,label,text\r\nb.png,{labels[0]},"two\nlines"\r\nsub/a.png,{labels[1]},\r\n'
@@ -113,6 +120,83 @@ def test_csv(root, labels, classes, expected):
     source = open_imagefolder(root, "train")
     assert source.label_names == classes
     assert [example["label"] for example in source] == expected
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_rows_of_one_box_each_are_the_objects_of_their_image(root, encoding, delimiter, caplog):
+    lines = [
+        "filename,width,height,class,xmin,ymin,xmax,ymax",
+        "b.png,16,12,bee,1,2,4.5,6",
+        "sub\\a.png,16,12,ant,0,0,5,6",
+        "b.png,16,12,ant,3,3,5,7",
+    ]
+    write(root, names=("b.png", "sub/a.png", "c.png"))
+    text = "\r\n".join([*lines, "c.png,16,12,,,,,"]).replace(",", delimiter)
+    (root / "_annotations.csv").write_bytes(text.encode(encoding))
+    source = open_imagefolder(root, "train")
+    assert names_of(source, root) == ["b.png", "c.png", "sub/a.png"]
+    assert source.object_names == ["ant", "bee"]
+    assert [example["objects"]["bbox"] for example in source] == [[[1, 2, 3.5, 4], [3, 3, 2, 4]], [], [[0, 0, 5, 6]]]
+    assert [example["objects"]["category"] for example in source] == [[1, 0], [], [0]]
+    assert set(source.features) == {"image", "image_id", "objects"}
+    assert source.max_objects == 2
+    assert not caplog.messages
+
+
+def test_cells_of_csv_may_be_json(root):
+    write(root, 'file_name,bbox,category\nb.png,"[1.5, 2, 3, 4]",cat\nsub/a.png,,\n', metadata="metadata.csv")
+    assert [example["objects"]["bbox"] for example in open_imagefolder(root, "train")] == [[[1.5, 2, 3, 4]], []]
+    (root / "metadata.csv").write_text('file_name,bbox,category\nb.png,"[1.5, 2",cat\n')
+    with pytest.raises(ValueError, match=r"metadata\.csv, line 2, 'bbox': it is not json"):
+        open_imagefolder(root, "train")
+
+
+def test_objects_may_have_sides(root):
+    objects = [
+        {"label": "ant", "label_id": 3, "xmin": 1, "ymin": 2, "xmax": 4, "ymax": 7},
+        {"label": "bee", "label_id": 4, "xmin": 0, "ymin": 0, "xmax": 2, "ymax": 2},
+    ]
+    write(root, [{"file_name": "b.png", "objects": objects}, {"file_name": "sub/a.png"}])
+    first, second = open_imagefolder(root, "train")
+    assert first["objects"]["bbox"] == [[1, 2, 3, 5], [0, 0, 2, 2]]
+    assert second["objects"]["bbox"] == []
+    objects[0]["xmax"] = None
+    write(root, [{"file_name": "b.png", "objects": objects}])
+    with pytest.raises(ValueError, match=r"line 1: 1 objects make no sense: object 0 has no bbox"):
+        open_imagefolder(root, "train")
+
+
+def test_a_missing_image_is_one_that_cannot_be_read(root, caplog):
+    write(root / "train", [{"file_name": name, "label": name[0]} for name in ("b.png", "no.png", "sub/a.png")])
+    write(root / "val", [{"file_name": "b.png", "label": "b"}])
+    source = open_imagefolder(root, "train")
+    assert names_of(source, root) == ["train/b.png", "train/sub/a.png", "train/no.png"]
+    assert "1 of 4 images that metadata name do not exist and count as images that cannot be read" in caplog.text
+    assert "train/no.png in" in caplog.text
+    with pytest.raises(BadImageError, match=r"no\.png"):
+        values_of(source)
+    assert names_of(open_imagefolder(root, "validation"), root) == ["val/b.png"]
+
+
+def test_names_of_images_in_another_unicode_form_are_found(root, caplog):
+    write(root, [{"file_name": "e\u0301.png", "label": 0}], names=["\u00e9.png"])
+    assert names_of(open_imagefolder(root, "train"), root) == ["\u00e9.png"]
+    assert not caplog.messages
+
+
+def test_fractions_are_no_classes(root, caplog):
+    write(root, [{"file_name": "b.png", "label": 0.5}, {"file_name": "sub/a.png", "label": 1.0}])
+    assert "label" not in open_imagefolder(root, "train").features
+    assert "the column 'label' is left out: numbers with fractions, such as 0.5, are no classes" in caplog.text
+
+
+def test_boxes_without_a_size_are_judged_by_that_of_the_images(tmp_path):
+    names = [f"{row}.png" for row in range(12)]
+    rows = [{"file_name": name, "objects": {"bbox": [[8, 6, 14, 11]], "categories": [0]}} for name in names]
+    write(tmp_path, rows, names)
+    with pytest.raises(ValueError, match=r"12 of 12 boxes do not lie in their image .* as corners"):
+        open_imagefolder(tmp_path, "train")
 
 
 def test_masks_are_named_too(root, caplog):
@@ -171,10 +255,18 @@ GOOD = '{"file_name": "b.png", "label": 1}\n'
         (GOOD + "\n{broken", r"metadata\.jsonl, line 3: it is not json: Expecting property name"),
         (GOOD + "[1, 2]", r"metadata\.jsonl, line 2: it is no json object but '\[1, 2\]'"),
         ('{"label": 1, "image": "b.png"}', r"metadata\.jsonl, line 1: there is no 'file_name'; there is image, label"),
-        (GOOD + '{"file_name": "no.png"}', r"1 images that metadata name do not exist: .*no\.png in .*line 2"),
+        ('{"file_name": "no.png"}', r"metadata\.jsonl names none of the 2 images of the split"),
+        (
+            GOOD + '{"file_name": "../a.png"}',
+            r"1 images that metadata name are not in the folder of the data: .*line 2",
+        ),
+        (
+            GOOD + '{"file_name": "/no/a.png"}',
+            r"1 images that metadata name are not in the folder of the data: .*line 2",
+        ),
         (
             '{"file_name": "b.png", "mask_file_name": "m.png"}',
-            r"1 images that metadata name do not exist: .*m\.png in .*line 1",
+            r"1 masks that metadata name do not exist: .*m\.png in .*line 1",
         ),
         (GOOD + GOOD, r"metadata\.jsonl, line 2: .*b\.png was named before, in .*line 1"),
         (GOOD + '{"file_name": "sub/a.png", "label": "x"}', r"the column 'label' of the metadata mixes types"),

@@ -17,7 +17,7 @@ from sample_data import (
     write_parquet,
 )
 
-from hf_vlm.data.schema import image_feature
+from hf_vlm.data.schema import image_feature, objects_feature
 from hf_vlm.data.sources import open_source
 
 
@@ -140,7 +140,7 @@ def test_boxes_that_look_like_corners_are_doubted(tmp_path, caplog):
     write_parquet(tmp_path / "a.parquet", columns)
     with caplog.at_level(logging.WARNING):
         open_source(tmp_path)
-    assert "may be corners; a bbox must be [x, y, width, height]" in caplog.text
+    assert "2 of 3 boxes do not lie in their image as x, y, width, height, while 100% do as corners" in caplog.text
 
 
 def test_hidden_labels_and_no_objects_leave_the_columns_out(tmp_path, caplog):
@@ -160,14 +160,145 @@ def test_hidden_labels_and_no_objects_leave_the_columns_out(tmp_path, caplog):
 
 
 def test_a_label_column_of_another_type_is_not_left_out_in_silence(tmp_path, caplog):
-    features = {"image": image_feature(), "label": datasets.Value("bool")}
-    rows = {"image": [{"bytes": png(0), "path": None}] * 2, "label": [True, False]}
-    write_parquet(tmp_path / "a.parquet", rows, features)
+    rows = {"image": [png(0)] * 2, "label": [[1], [0, 2]], "xmin": [0, 1], "keypoints": [[0.5], [1.5]]}
+    write_parquet(tmp_path / "a.parquet", rows)
     with caplog.at_level(logging.WARNING):
         assert set(open_source(tmp_path).features) == {"image", "image_id"}
-    assert "the column 'label' is left out: a label is one integer or text per image, these are Value('bool')" in (
-        caplog.text
+    assert "3 columns that look like annotations are not read: 'label', List(Value('int64')), 'xmin'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("values", "names", "expected"),
+    [
+        ([True, False], ["False", "True"], [1, 0]),
+        ([2.0, 0.0], ["0", "1", "2"], [2, 0]),
+        ([30045, 30023], ["30023", "30045"], [1, 0]),
+        (["e\u0301", "\u00e9"], ["\u00e9"], [0, 0]),
+    ],
+)
+def test_labels_of_any_type_are_classes(tmp_path, values, names, expected):
+    write_parquet(tmp_path / "a.parquet", {"image": [png(0)] * 2, "label": values})
+    source = open_source(tmp_path)
+    assert source.label_names == names
+    assert [example["label"] for example in source] == expected
+
+
+def test_hidden_labels_are_none_beside_wide_holes(tmp_path):
+    write_parquet(tmp_path / "train.parquet", {"image": [png(0)] * 2, "label": [30045, 30023]})
+    write_parquet(tmp_path / "test.parquet", {"image": [png(0)], "label": [-1]})
+    assert open_source(tmp_path).label_names == ["30023", "30045"]
+    assert open_source(tmp_path, "test").label_names is None
+
+
+def test_numbers_with_fractions_are_no_labels(tmp_path, caplog):
+    write_parquet(tmp_path / "a.parquet", {"image": [png(0)] * 2, "label": [0.5, 1.0]})
+    assert open_source(tmp_path).label_names is None
+    assert "the column 'label' is left out: numbers with fractions, such as 0.5, are no classes" in caplog.text
+
+
+def test_texts_are_preferred_to_numbers(tmp_path, caplog):
+    box = {"bbox": [1.0, 1.0, 4.0, 2.0]}
+    objects = [[{**box, "category_id": 7, "label": "bee"}, {**box, "category_id": 2, "label": "ant"}]]
+    write_parquet(tmp_path / "a.parquet", {"image": [png(0)], "label": [3], "class_name": ["x"], "objects": objects})
+    source = open_source(tmp_path)
+    assert (source.object_names, source.label_names) == (["ant", "bee"], ["x"])
+    assert next(iter(source))["objects"]["category"] == [1, 0]
+    assert "not read: 'label'" in caplog.text
+
+
+FLAT = {
+    "lists": {"boxes": [[[1.0, 2.0, 3.0, 4.0], [0.0, 0.0, 2.0, 2.0]], []], "labels": [["bee", "ant"], []]},
+    "sides": {
+        "XMin": [[1.0, 0.0], []],
+        "YMin": [[2.0, 0.0], []],
+        "XMax": [[4.0, 2.0], []],
+        "YMax": [[6.0, 2.0], []],
+        "category": [["bee", "ant"], []],
+    },
+    "nested": {
+        "objects": [
+            [
+                {"x": 1.0, "y": 2.0, "width": 3.0, "height": 4.0, "name": "bee"},
+                {"x": 0.0, "y": 0.0, "width": 2.0, "height": 2.0, "name": "ant"},
+            ],
+            [],
+        ]
+    },
+    "centres": {
+        "objects": [
+            {
+                "x_center": [2.5, 1.0],
+                "y_center": [4.0, 1.0],
+                "width": [3.0, 2.0],
+                "height": [4.0, 2.0],
+                "class": ["bee", "ant"],
+            },
+            {"x_center": [], "y_center": [], "width": [], "height": [], "class": []},
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("columns", FLAT.values(), ids=FLAT)
+def test_boxes_in_other_columns_are_the_same(tmp_path, columns, caplog):
+    write_parquet(tmp_path / "a.parquet", {"image": [png(0), png(1)], **columns})
+    source = open_source(tmp_path)
+    assert source.object_names == ["ant", "bee"]
+    assert source.max_objects == 2
+    first, second = (example["objects"] for example in source)
+    expected = {"bbox": [[1, 2, 3, 4], [0, 0, 2, 2]], "category": [1, 0], "area": [12, 4], "iscrowd": [0, 0]}
+    assert (first, second["bbox"]) == (expected, [])
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"bbox": [[1.0, 2.0, 3.0, 4.0], None], "label": [1, None]},
+        {"x1": [1, None], "y1": [2, None], "x2": [4, None], "y2": [6, None], "label": [1, None], "width": [WIDTH] * 2},
+    ],
+)
+def test_rows_may_have_one_object_each(tmp_path, columns):
+    write_parquet(tmp_path / "a.parquet", {"image": [png(0), png(1)], **columns})
+    source = open_source(tmp_path)
+    assert source.object_names == ["0", "1"]
+    first, second = (example["objects"] for example in source)
+    assert first == {"bbox": [[1, 2, 3, 4]], "category": [1], "area": [12], "iscrowd": [0]}
+    assert second["bbox"] == []
+
+
+@pytest.mark.parametrize("is_path", [True, False])
+def test_boxes_without_a_size_are_judged_by_that_of_the_images(tmp_path, is_path):
+    write_images(tmp_path, ["a.png"])
+    images = ["a.png" if is_path else png(0)] * 12
+    write_parquet(
+        tmp_path / "a.parquet", {"image": images, "boxes": [[[8.0, 6.0, 14.0, 11.0]]] * 12, "labels": [[0]] * 12}
     )
+    with pytest.raises(ValueError, match=r"12 of 12 boxes do not lie in their image .* as corners"):
+        open_source(tmp_path)
+
+
+def test_files_of_a_split_must_number_their_classes_alike(tmp_path):
+    for shard, names in enumerate((["ant", "bee"], ["bee", "ant"])):
+        label = {"image": image_feature(), "label": datasets.ClassLabel(names=names)}
+        rows = {"image": [{"bytes": png(0), "path": None}], "label": [0]}
+        write_parquet(tmp_path / "labels" / f"train-{shard}.parquet", rows, label)
+        boxes = {"image": image_feature(), "objects": objects_feature(names)}
+        box = {"bbox": [[0, 0, 2, 2]], "category": [0], "area": [4], "iscrowd": [0]}
+        rows = {"image": [{"bytes": png(0), "path": None}], "objects": [box]}
+        write_parquet(tmp_path / "boxes" / f"train-{shard}.parquet", rows, boxes)
+    for folder in ("labels", "boxes"):
+        with pytest.raises(
+            ValueError, match=r"train-0.* and .*train-1.* number their classes differently: ant, bee, and bee"
+        ):
+            open_source(tmp_path / folder)
+
+
+def test_annotations_that_the_first_file_lacks_are_not_lost(tmp_path):
+    write_parquet(tmp_path / "train-0.parquet", {"image": [png(0)]})
+    write_parquet(tmp_path / "train-1.parquet", {"image": [png(0)], "label": [1]})
+    with pytest.raises(ValueError, match=r"train-1\.parquet and .*train-0\.parquet differ in their columns label"):
+        open_source(tmp_path)
 
 
 def test_repeated_ids_become_positions(tmp_path, caplog):

@@ -159,8 +159,8 @@ def test_tars_with_the_same_name_have_different_ids(tmp_path, write_tar, png):
 
 def test_files_of_macos_do_not_part_a_sample(tmp_path, write_tar, png):
     write_tar(tmp_path / "0.tar", [("._0.png", b"x"), ("0.png", png(4)), ("._0.cls", b"x"), ("0.cls", b"3")])
-    (example,) = open_source(tmp_path)
-    assert (value_of(example), example["label"]) == ({"value": 4}, 3)
+    (example,) = source = open_source(tmp_path)
+    assert (value_of(example), source.label_names[example["label"]]) == ({"value": 4}, "3")
 
 
 @pytest.mark.parametrize("as_list", [True, False])
@@ -362,7 +362,7 @@ def test_samples_without_an_image_are_skipped_and_counted(tmp_path, caplog, writ
         ),
         (("0.json", b'{"objects": {"bbox": [], "category": [1]}}'), "an object needs one value of each field"),
         (("0.json", b'{"objects": [{"bbox": [1, 2, 3, 4], "category": {}}]}'), "neither a number nor a name"),
-        (("0.json", b'{"label": 1.5}'), "the label 1.5 is neither a number nor a name"),
+        (("0.json", b'{"label": 1.5}'), "the label 1.5 is neither a whole number nor a name"),
         (("0.cls", b"\xff"), "0.tar: the labels of 0 cannot be read: 'utf-8' codec"),
         (("0.cls", b"-3"), "1 labels are none of the"),
     ],
@@ -405,3 +405,55 @@ def test_no_tars_and_tars_without_a_common_folder_are_refused():
         open_webdataset([], "train")
     with pytest.raises(ValueError, match="have no folder in common"):
         open_webdataset([UPath("http://a.invalid/0.tar"), UPath("http://b.invalid/0.tar")], "train")
+
+
+OBJECT = {"bbox": [1, 1, 4, 2], "category": "bee"}
+
+
+LATE = [
+    ({"caption": "x"}, {"objects": [OBJECT]}),
+    ({"objects": []}, {"objects": [OBJECT]}),
+    ({"caption": "label"}, {"boxes": [[1, 1, 4, 2]], "labels": ["bee"]}),
+    ({}, {"objects": [{"xmin": 1, "ymin": 1, "xmax": 5, "ymax": 3, "name": "bee", "id": 4}]}),
+]
+LABELLED = ({"label": 1}, {"label": 0, "annotations": {"bbox": [[1, 1, 4, 2]], "category": ["bee"]}})
+
+
+@pytest.mark.parametrize(
+    ("early", "late", "has_classes"),
+    [*((*case, True) for case in LATE), *((*case, False) for case in [*LATE, LABELLED])],
+)
+def test_objects_that_come_late_are_found(tmp_path, write_tar, png, early, late, has_classes):
+    texts = [json.dumps(early).encode()] * 101 + [json.dumps(late).encode()]
+    for shard in range(2):
+        members = [
+            (f"{i:03d}.{end}", data) for i, text in enumerate(texts) for end, data in (("png", png(0)), ("json", text))
+        ]
+        write_tar(tmp_path / f"train-{shard}.tar", members[: 202 if shard == 0 else None])
+    if has_classes:
+        (tmp_path / "classes.txt").write_text("ant\nbee\n")
+    source = open_source(tmp_path)
+    assert source.object_names == (["ant", "bee"] if has_classes else ["bee"])
+    objects = [example["objects"] for example in source]
+    assert [len(o["bbox"]) for o in objects] == [0] * 202 + [1]
+    assert objects[-1]["bbox"] == [[1, 1, 4, 2]]
+    assert source.object_names[objects[-1]["category"][0]] == "bee"
+
+
+def test_texts_in_json_are_preferred_to_numbers(tmp_path, write_tar, png):
+    fields = {"label": 3, "class_name": "x", "objects": [{"bbox": [1, 1, 4, 2], "category_id": 7, "label": "bee"}]}
+    write_tar(tmp_path / "0.tar", [("0.png", png(0)), ("0.json", json.dumps(fields).encode("utf-8-sig"))])
+    source = open_source(tmp_path)
+    assert (source.label_names, source.object_names) == (["x"], ["bee"])
+
+
+def test_boxes_without_a_size_are_judged_by_that_of_the_images(tmp_path, write_tar, png):
+    fields = {"objects": [{"bbox": [5, 4, 9, 7], "category": "bee"}]}
+    members = [
+        (f"{i}.{end}", data)
+        for i in range(12)
+        for end, data in (("png", png(0)), ("json", json.dumps(fields).encode()))
+    ]
+    write_tar(tmp_path / "0.tar", members)
+    with pytest.raises(ValueError, match=r"12 of 12 boxes do not lie in their image .* as corners"):
+        open_source(tmp_path)

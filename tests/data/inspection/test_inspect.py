@@ -128,6 +128,14 @@ def test_equal_files_and_near_duplicates_are_distinguished():
     assert "original.png = again.jpg = small.png" in text
 
 
+def test_images_that_use_a_small_part_of_their_range_are_named():
+    noise = np.random.default_rng(0).integers(0, 2**12, (40, 40)).astype(np.uint16)
+    files = [encoded(Image.fromarray(noise)), encoded(Image.fromarray(noise << 4)), encoded(picture(1))]
+    ((what, (count, where)),) = found(inspect_source(source_of(files))).items()
+    assert (count, where) == (1, ["0.png"])
+    assert "use the darkest 16 of 256 levels, as 12 bits stored in 16" in what
+
+
 def test_images_of_one_colour_are_named_and_no_duplicates_of_each_other():
     dot = Image.new("RGB", (64, 64), "black")
     dot.paste("white", (10, 10, 14, 14))

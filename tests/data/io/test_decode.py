@@ -285,3 +285,89 @@ def test_broken_exif_is_ignored(pixels):
         segment = b"Exif\0\0" + tiff
         data = plain[:2] + b"\xff\xe1" + (len(segment) + 2).to_bytes(2, "big") + segment + plain[2:]
         assert decode_image(data)[0].shape == (61, 84, 3)
+
+
+RAMP = np.tile(np.linspace(0, 1, 64), (48, 1))
+
+
+def netpbm(values, largest, magic):
+    body = values.astype("u1" if largest < 256 else ">u2").tobytes()
+    if magic == "P2":
+        body = " ".join(map(str, values.ravel().tolist())).encode()
+    return f"{magic}\n64 48\n{largest}\n".encode() + body
+
+
+@pytest.mark.parametrize("largest", [1, 15, 100, 255, 1023, 4095, 65535])
+@pytest.mark.parametrize("magic", ["P2", "P5", "P6"])
+def test_values_of_netpbm_have_the_range_of_the_file(largest, magic):
+    values = np.round(RAMP * largest).astype(int)
+    stored = np.repeat(values[..., None], 3, axis=2) if magic == "P6" else values
+    image, _ = decode_image(netpbm(stored, largest, magic), num_channels=1)
+    assert np.abs(image[..., 0] - np.round(values / largest * 255)).max() <= 1
+
+
+def packed_tiff(num_bits, values):
+    """A TIFF of grey values of some bits, one after the other."""
+    bits = (values[:, :, None] >> np.arange(num_bits - 1, -1, -1)) & 1
+    data = np.packbits(bits.reshape(len(values), -1).astype(np.uint8), axis=1).tobytes()
+    entries = {
+        256: 64,
+        257: 48,
+        258: num_bits,
+        259: 1,
+        262: 1,
+        273: 8 + 2 + 12 * 9 + 4,
+        277: 1,
+        278: 48,
+        279: len(data),
+    }
+    directory = b"".join(struct.pack("<HHII", tag, 4 if tag in (273, 279) else 3, 1, entries[tag]) for tag in entries)
+    return struct.pack("<2sHIH", b"II", 42, 8, len(entries)) + directory + bytes(4) + data
+
+
+@pytest.mark.parametrize("num_bits", [1, 2, 4, 8, 12])
+def test_values_of_tiff_have_the_range_of_their_bits(num_bits):
+    values = np.round(RAMP * (2**num_bits - 1)).astype(int)
+    image, _ = decode_image(packed_tiff(num_bits, values), num_channels=1)
+    assert np.abs(image[..., 0] - values / (2**num_bits - 1) * 255).max() <= 1
+
+
+def jpeg_2000(image, **options):
+    return encode(image, "JPEG2000", irreversible=False, num_resolutions=3, **options)
+
+
+@pytest.mark.parametrize("num_bits", [10, 12, 16])
+def test_values_of_jpeg_2000_have_the_range_of_their_bits(num_bits):
+    values = np.round(RAMP * (2**num_bits - 1)).astype(int)
+    # Written as 16 bits, whose values are those of fewer about the middle, which the number of bits gives.
+    data = bytearray(jpeg_2000(Image.fromarray((values + 2**15 - 2 ** (num_bits - 1)).astype(np.uint16))))
+    for name, offset in ((b"ihdr", 14), (b"\xff\x51", 40)):
+        data[data.index(name) + offset] = num_bits - 1
+    image, _ = decode_image(bytes(data), num_channels=1)
+    assert np.abs(image[..., 0] - values / (2**num_bits - 1) * 255).max() <= 1
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+@pytest.mark.parametrize("long_box", [False, True])
+def test_exif_of_jpeg_2000_turns_the_image(pixels, orientation, mode, long_box):
+    stored = Image.fromarray(pixels).convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = b"JpgTiffExif->JP2" + exif.tobytes().removeprefix(b"Exif\0\0")
+    head = (
+        struct.pack(">I4sQ", 1, b"uuid", 16 + len(content))
+        if long_box
+        else struct.pack(">I4s", 8 + len(content), b"uuid")
+    )
+    plain = jpeg_2000(stored)
+    start = plain.index(b"jp2c") - 4  # after the header, before the image
+    data = plain[:start] + head + content + plain[start:]
+    stored.info["exif"] = exif.tobytes()
+    expected = ImageOps.exif_transpose(stored).convert("RGB")
+    image, size = decode_image(data)
+    np.testing.assert_array_equal(image, np.asarray(expected))
+    assert size == expected.size[::-1]
+    assert read_header(data).orientation == orientation
+    for cut in range(start, start + len(head) + 30, 3):
+        read_header(plain[:start] + (head + content)[: cut - start] + plain[start:])

@@ -1,0 +1,239 @@
+"""Which parts of the samples of tars are labels, and the classes that these have."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from tqdm.auto import tqdm
+
+from hf_vlm.data.formats.annotations import check_boxes
+from hf_vlm.data.formats.box_conventions import warn_of_convention
+from hf_vlm.data.formats.categories import Categories, make_categories
+from hf_vlm.data.formats.columns import COLUMN_NAMES, OBJECT_NAMES, SIDE_NAMES, ColumnMap, find_objects
+from hf_vlm.data.formats.webdataset_samples import (
+    LabelError,
+    Sample,
+    labels_of,
+    read_fields,
+    read_member,
+    walk_samples,
+)
+from hf_vlm.data.io.decode import image_size
+from hf_vlm.data.io.files import is_remote, open_binary, read_bytes
+from hf_vlm.data.io.messages import error_text, redact_url, summarise
+
+__all__ = ["Shard", "find_classes", "roles_of"]
+
+logger = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+Size = tuple[float, float]  # width and height in pixels
+Shard = tuple[Path, str]  # a tar and its name in paths of images
+
+UNKNOWN_SIZE = (np.inf, np.inf)
+SAMPLE_SIZE = 64  # images whose sizes are read where json gives none
+CLASSES_FILE = "classes.txt"
+LABEL_NAMES = ("cls", *COLUMN_NAMES["label"])
+ANNOTATIONS = {  # names in json that show that there are some
+    "label": LABEL_NAMES,
+    "objects": (*COLUMN_NAMES["objects"], *OBJECT_NAMES["bbox"], *(names[0] for _, names in SIDE_NAMES)),
+}
+
+
+def roles_of(columns: ColumnMap) -> set[str]:
+    """What to read of samples."""
+    return {source if source in ("image", "mask", "cls") else "json" for source in columns.source_names}
+
+
+def _find_columns(samples: Sequence[tuple[Sample, Shard]]) -> ColumnMap:
+    """The parts and fields of samples that hold the columns of the schema."""
+    rows = [_as_value_error(read_fields, sample, shard) for sample, shard in samples]
+    columns = {"image": "image"}
+    types = {"label": int | float | str, "objects": dict | list, "width": int, "height": int}
+    for column, value_type in types.items():
+        aliases = LABEL_NAMES if column == "label" else COLUMN_NAMES[column]
+        names = [name for name in aliases if any(isinstance(row.get(name), value_type) for row in rows)]
+        texts = [name for name in names if any(isinstance(row.get(name), str) for row in rows)]
+        if names:
+            columns[column] = (texts or names)[0]
+    ids = [row.get("image_id") for row in rows]
+    if all(type(image_id) is int for image_id in ids) and len(set(ids)) == len(ids):
+        columns["image_id"] = "image_id"
+    if any("mask" in sample.images for sample, _ in samples):
+        columns["mask"] = "mask"
+    objects, sides, convention = find_objects(_object_fields(row.get(columns.get("objects", "")) for row in rows))
+    if not objects:
+        columns.pop("objects", None)
+        lists = ({name: value for name, value in row.items() if isinstance(value, list)} for row in rows)
+        objects, sides, convention = find_objects(_object_fields(lists))
+    if not objects:
+        return ColumnMap({name: source for name, source in columns.items() if name not in ("width", "height")})
+    # Later samples may have an area or iscrowd.
+    return ColumnMap(columns, {"area": "area", "iscrowd": "iscrowd", **objects}, sides, convention)
+
+
+def _object_fields(values: Iterable[Any]) -> dict[str, Any]:
+    """Types by name of the fields of objects, given as json objects of lists or as lists of json objects."""
+    fields: dict[str, Any] = {}
+    items = (item for value in values for item in (value if isinstance(value, list) else [value]))
+    for name, value in ((name, value) for item in items if isinstance(item, dict) for name, value in item.items()):
+        is_text = isinstance(value, str) or (isinstance(value, list) and any(isinstance(v, str) for v in value))
+        if is_text or name not in fields:
+            fields[name] = datasets.Value("string" if is_text else "int64")
+    return fields
+
+
+def _may_hold(sample: Sample, shard: Shard, columns: Collection[str]) -> bool:
+    """Whether labels or objects may be in a sample; its text is searched first, since most samples have none."""
+    if "label" in columns and "cls" in sample.texts:
+        return True
+    names = [name for column in columns for name in ANNOTATIONS[column]]
+    if not any(f'"{name}"'.encode() in sample.texts.get("json", b"") for name in names):
+        return False
+    return not _as_value_error(read_fields, sample, shard).keys().isdisjoint(names)
+
+
+def _as_value_error(read: Callable[..., Row], sample: Sample, shard: Shard, *args: Any) -> Row:
+    """What is read of a sample, with its tar and key in the message of an error."""
+    try:
+        return read(sample, *args)
+    except LabelError as error:
+        raise LabelError(f"{redact_url(shard[0])}: the labels of {sample.key} cannot be read: {error}") from error
+
+
+def find_classes(
+    first: Sequence[tuple[Sample, Shard]], tars: Sequence[Shard], folders: Sequence[Path]
+) -> tuple[ColumnMap, Categories | None, Categories | None]:
+    """Columns, and classes of labels and of objects, from `classes.txt` or from all tars on disk."""
+    columns = _find_columns(first)
+    missing = {"label", "objects"} - {*columns.columns, *(["objects"] if columns.objects else [])}
+    if len(missing) == 2 and (is_remote(tars[0][0]) or not any(sample.texts for sample, _ in first)):
+        return columns, None, None
+    names = _read_class_names(folders)
+    if not names and is_remote(tars[0][0]):
+        logger.warning("%s: labels are left out, since there is no %s beside it", redact_url(tars[0][0]), CLASSES_FILE)
+        return columns, None, None
+    labels = _Labels(names, redact_url(folders[-1]))
+    roles = {*roles_of(columns), "cls", "json"} if missing else roles_of(columns)
+    for sample, shard in first if names and len(missing) < 2 else _scan(tars, roles):
+        if missing and _may_hold(sample, shard, missing):
+            more = [*first, (sample, shard)]
+            if len(_find_columns(more).source_names) > len(columns.source_names):
+                return find_classes(more, tars, folders)
+        row = _as_value_error(labels_of, sample, shard, columns, shard[1])
+        if labels.wants_size(row) and not is_remote(shard[0]):
+            row["sampled"] = _image_size(sample, shard)
+        labels.add(row, f"{sample.key} in {shard[1]}")
+    return (
+        columns,
+        labels.classes("labels") if "label" in columns.columns else None,
+        labels.classes("categories") if columns.objects else None,
+    )
+
+
+def _read_class_names(folders: Sequence[Path]) -> list[str]:
+    """The names in the first `classes.txt` of the folders; none where there is none."""
+    for folder in dict.fromkeys(folders):
+        try:
+            lines = read_bytes(folder / CLASSES_FILE).decode("utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{redact_url(folder / CLASSES_FILE)} is not text in UTF-8: {error}") from error
+        except Exception as error:  # servers have errors of their own types
+            if isinstance(error, FileNotFoundError):
+                continue
+            raise ValueError(f"{redact_url(folder / CLASSES_FILE)} cannot be read: {error_text(error)}") from error
+        return [line.strip() for line in lines if line.strip()]
+    return []
+
+
+def _scan(tars: Sequence[Shard], roles: Collection[str]) -> Iterator[tuple[Sample, Shard]]:
+    """All samples with an image, up to damage, of tars on disk; no image is read."""
+    for path, name in tqdm(tars, desc="Reading labels", disable=len(tars) < 10 or None):
+        try:
+            with open_binary(path) as file:
+                for sample in walk_samples(file, roles, reads_images=False):
+                    if "image" in sample.images:
+                        yield sample, (path, name)
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
+        except ValueError as error:
+            logger.warning("%s: labels are read up to a damage: %s", path, error)
+
+
+def _image_size(sample: Sample, shard: Shard) -> Size | None:
+    """Width and height of an image in pixels; None where its header is broken."""
+    with open_binary(shard[0]) as file:
+        size = image_size(read_member(file, sample.images["image"][0]))
+    return None if size is None else (size[1], size[0])
+
+
+class _Labels:
+    """Labels and boxes of samples, and the classes they make."""
+
+    def __init__(self, names: Sequence[str], source: str) -> None:
+        self.names, self.source = names, source
+        self.counts: dict[str, Counter[int | str]] = {"labels": Counter(), "categories": Counter()}
+        self.first_of: dict[tuple[str, int | str], str] = {}
+        self.boxes: list[tuple[list[float], Size, Size, int | str, str]] = []
+        self.num_sampled = 0
+
+    def wants_size(self, row: Row) -> bool:
+        """Whether the size of the image is to be read, to see by some of them what the boxes are."""
+        return self.num_sampled < SAMPLE_SIZE and row["width"] == np.inf and bool(row.get("objects", {}).get("bbox"))
+
+    def add(self, row: Row, sample: str) -> None:
+        objects = row.get("objects", {"bbox": [], "category": []})
+        for what, values in (("labels", [row.get("label")]), ("categories", objects["category"])):
+            for value in values:
+                if value is not None:
+                    self.counts[what][value] += 1
+                    self.first_of.setdefault((what, value), sample)
+        for box, category in zip(objects["bbox"], objects["category"]):
+            size = row["width"], row["height"]
+            self.boxes.append((box, size, row.get("sampled") or UNKNOWN_SIZE, category, sample))
+        self.num_sampled += "sampled" in row
+
+    def classes(self, what: str) -> Categories | None:
+        """The named classes, which may be given by their positions too; without names those that occur."""
+        counts = self.counts[what]
+        if not counts and not self.names:
+            logger.warning("%s: no sample has %s; they are left out", self.source, what)
+            return None
+        classes = _named(self.names) if self.names else make_categories(counts)
+        known = range(len(classes.names)) if classes.index_of is None else classes.index_of
+        unknown = [value for value in counts if value not in known or classes.index(value) < 0]
+        if unknown:
+            raise ValueError(
+                f"{self.source}: {sum(counts[value] for value in unknown)} {what} are none of the "
+                f"{len(classes.names)} classes: {summarise(f'{v!r} of {self.first_of[what, v]}' for v in unknown)}"
+            )
+        if what == "categories" and self.boxes:
+            self._check_boxes(classes)
+        return classes
+
+    def _check_boxes(self, classes: Categories) -> None:
+        boxes, sizes, sampled, values, samples = zip(*self.boxes)
+        # Only of classes that occur: other samples may have the others.
+        occurring, categories = np.unique([classes.index(value) for value in values], return_inverse=True)
+        width, height = np.array(sizes, dtype=np.float64).T
+        if not np.isfinite(width).any():
+            warn_of_convention(np.array(boxes, dtype=np.float64), np.array(sampled, dtype=np.float64).T, self.source)
+        check_boxes(
+            np.array(boxes, dtype=np.float64),
+            categories,
+            width=width,
+            height=height,
+            class_names=[classes.names[index] for index in occurring],
+            name_of=samples.__getitem__,
+            source=self.source,
+        )
+
+
+def _named(names: Sequence[str]) -> Categories:
+    """Classes that may be given by name or by number."""
+    numbers: dict[Any, int] = {index: index for index in range(len(names))}
+    return Categories(tuple(names), numbers | {name: index for index, name in enumerate(names)})
