@@ -20,7 +20,8 @@ def split_issues(source: Source, name_of_digest: Mapping[int, str], other: Sourc
     The images of the other split are read, but not decoded.
     """
     with ThreadPoolExecutor(NUM_THREADS) as pool:
-        shared = [name_of_digest[d] for d in dict.fromkeys(pool.map(_digest, _images(other))) if d in name_of_digest]
+        found = dict.fromkeys(name_of_digest.get(digest) for digest in pool.map(_digest, _images(other)))
+    shared = [name for name in found if name is not None]
     issues = [Issue(f"images that split {other.split!r} holds too, byte for byte", len(shared), shared)]
     for what, own, others in (
         ("labels", source.label_names, other.label_names),
@@ -39,8 +40,8 @@ def _images(source: Source) -> Iterator[Any]:
     return (example["image"] for example in source)
 
 
-def _digest(image: Any) -> int | None:
+def _digest(image: Any) -> int:
     try:
         return image_digest(read_image_bytes(image))
     except BadImageError:
-        return None
+        return -1  # the digest of none
