@@ -115,6 +115,32 @@ def assert_coco_examples(stream, num_images=10):
         assert stream.features.encode_example(example) == example
 
 
+def write_devkit(folder):
+    """Pascal VOC: one object in each of two images."""
+    boxes = {"a": (2, 3, 9, 8), "b": (1, 1, 4, 4)}
+    write_images(folder / "JPEGImages", [f"{name}.png" for name in boxes])
+    (folder / "Annotations").mkdir()
+    for name, corners in boxes.items():
+        tags = zip(("xmin", "ymin", "xmax", "ymax"), corners)
+        box = "".join(f"<{tag}>{value}</{tag}>" for tag, value in tags)
+        text = f"<annotation><object><name>ant</name><bndbox>{box}</bndbox></object></annotation>"
+        (folder / "Annotations" / f"{name}.xml").write_text(text)
+
+
+def write_yolo(folder):
+    """YOLO: one object in each of two images."""
+    lines = {"a": "0 0.5 0.5 0.25 0.5\n", "b": "1 0.25 0.5 0.1 0.2\n"}
+    write_images(folder / "images", [f"{name}.png" for name in lines])
+    (folder / "labels").mkdir()
+    for name, text in lines.items():
+        (folder / "labels" / f"{name}.txt").write_text(text)
+
+
+def write_json(path, **content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
 @contextmanager
 def on_remote(folder, name):
     """The files of a folder, copied to `memory://NAME`."""

@@ -26,6 +26,7 @@ DATA_LEVELS = {
     "boxes": 1,
     "source": 2,
     "stream": 2,
+    "loader": 2,
     "formats": 3,
     "transforms": 3,
     "scenes": 3,

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hf_vlm.cli.options import add_allow_outside
 from hf_vlm.cli.outputs import prepare_file, prepare_picture
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("data", help="folder, file, Hub id or scenes")
     parser.add_argument("--split", default="train")
     parser.add_argument("--format", help="format of the source, guessed when not given")
+    add_allow_outside(parser)
     parser.add_argument("--num_examples", type=int, help="read the first N images only")
     parser.add_argument("--save", type=Path, default="contact_sheet.png", help="picture of 24 examples to write")
     parser.add_argument(
@@ -39,13 +41,16 @@ def run(argv: Sequence[str]) -> None:
     from tqdm.auto import tqdm
 
     from hf_vlm.data.inspection.inspect import format_report, inspect_source
+    from hf_vlm.data.io.messages import one_line
     from hf_vlm.data.sources import open_source
     from hf_vlm.viz.contact_sheet import Reservoir, example_sheet
 
     prepare_picture(arguments.save, like="contact_sheet.png")
     if arguments.json is not None:
         prepare_file(arguments.json)
-    source = open_source(arguments.data, arguments.split, format=arguments.format)
+    source = open_source(
+        arguments.data, arguments.split, format=arguments.format, allow_outside=arguments.allow_outside
+    )
     num_examples = images_to_read(source.format, arguments.num_examples)
     reservoir = Reservoir(24)
     with tqdm(desc="Inspecting", total=num_examples, unit=" images", disable=None) as bar:
@@ -57,7 +62,7 @@ def run(argv: Sequence[str]) -> None:
         others = [] if num_examples is not None else other_splits(source, arguments.data, arguments.format)
         report = inspect_source(source, num_examples, on_example, others)
 
-    print(f"{source.name}: {source.format}, split {arguments.split}\n")
+    print(f"{one_line(source.name)}: {source.format}, split {arguments.split}\n")
     text = format_report(report)
     print(text)
     if arguments.json is not None:
@@ -70,7 +75,7 @@ def run(argv: Sequence[str]) -> None:
         print(f"Examples to look at:   {arguments.save}")
         print("\nTo train on it:")
         for command in _training_commands(arguments, source):
-            print(f"  {command}")
+            print(f"  {one_line(command)}")
 
 
 def other_splits(source: "Source", data: str, format: str | None) -> "list[Source]":
@@ -98,6 +103,8 @@ def _training_commands(arguments: argparse.Namespace, source: "Source") -> list[
     options = ["--data", source.name]
     if arguments.format is not None:
         options += ["--format", arguments.format]
+    if arguments.allow_outside:
+        options += ["--allow_outside", "true"]
     if arguments.split != "train":
         options += ["--train_split", arguments.split]
     data = shlex.join(options)

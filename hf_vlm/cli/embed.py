@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_vlm.cli.data import images_to_read
+from hf_vlm.cli.options import add_allow_outside
 from hf_vlm.cli.outputs import prepare_file, prepare_picture
 
 
@@ -29,7 +30,13 @@ def run(argv: Sequence[str]) -> None:
     to_best_device(encoder)
     format = arguments.format or guess_format(arguments.data)
     num_examples = images_to_read(format, arguments.num_examples)
-    source = open_source(arguments.data, arguments.split, format=format, num_samples=num_examples)
+    source = open_source(
+        arguments.data,
+        arguments.split,
+        format=format,
+        num_samples=num_examples,
+        allow_outside=arguments.allow_outside,
+    )
     queries = arguments.queries
     if queries and num_examples is not None and max(queries) >= num_examples:
         raise ValueError(f"--queries {max(queries)}: only {num_examples} images are read, numbered from 0 on")
@@ -86,6 +93,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("run", help="folder of an encoder or of a model that contains one, or its name on the Hub")
     parser.add_argument("--data", required=True, help="images: folder, file, Hub id or scenes")
     parser.add_argument("--format", help="format of the source, guessed when not given")
+    add_allow_outside(parser)
     parser.add_argument("--split", default="train")
     parser.add_argument("--num_examples", type=int, help="use the first N images, or N spread over class folders")
     parser.add_argument("--save", type=Path, help="Parquet file for the features")

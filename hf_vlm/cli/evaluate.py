@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from hf_vlm.cli.options import add_allow_outside
 from hf_vlm.cli.outputs import prepare_file, prepare_picture
 
 
@@ -17,6 +18,7 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("run", help="folder of a model, or its name on the Hub")
     parser.add_argument("--data", required=True, help="labelled images: folder, file, Hub id or scenes")
     parser.add_argument("--format", help="format of the source, guessed when not given")
+    add_allow_outside(parser)
     parser.add_argument("--split", default="test")
     parser.add_argument("--num_examples", type=int, help="use the first N images, or N spread over class folders")
     parser.add_argument("--max_bad_fraction", type=float, default=0.01, help="fraction of unreadable images to accept")
@@ -24,6 +26,7 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("--plot", type=Path, help="picture of the confusion matrix, for tasks that have one")
     arguments = parser.parse_args(argv)
 
+    from hf_vlm.data.io.messages import one_line
     from hf_vlm.tasks.evaluation import evaluate_run
     from hf_vlm.training.record import as_json
     from hf_vlm.training.run import quiet_libraries
@@ -40,11 +43,12 @@ def run(argv: Sequence[str]) -> None:
         arguments.split,
         format=arguments.format,
         num_examples=arguments.num_examples,
+        allow_outside=arguments.allow_outside,
         max_bad_fraction=arguments.max_bad_fraction,
         needs_confusion=arguments.plot is not None,
     )
     width = max(map(len, evaluation.metrics))
-    print("\n".join(f"{name:<{width}}  {value:.4f}" for name, value in evaluation.metrics.items()))
+    print("\n".join(f"{one_line(name):<{width}}  {value:.4f}" for name, value in evaluation.metrics.items()))
     if arguments.save:
         arguments.save.write_text(as_json(evaluation.metrics) + "\n")
     if arguments.plot and evaluation.confusion is not None:

@@ -1,6 +1,7 @@
 """The command `hf-vlm`: one visible list of commands, each a file of this folder with `run(argv)`."""
 
 import importlib
+import io
 import logging
 import os
 import sys
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"hf-vlm: there is no command {command!r}. There are: {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    _escape_output()
     for library in (
         "httpx",
         "datasets",
@@ -54,15 +55,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         if os.environ.get("HF_VLM_TRACEBACK"):
             raise
-        from hf_vlm.data.io.messages import redact
+        from hf_vlm.data.io.messages import printable, redact
 
-        print(f"hf-vlm {command}: {redact(str(error))}", file=sys.stderr)
+        print(f"hf-vlm {command}: {printable(redact(str(error)))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\nhf-vlm {command}: stopped.{RESUME if command in RESUMABLE else ''}", file=sys.stderr)
         return 130
     leave_process_group()
     return 0
+
+
+def _escape_output() -> None:
+    """Log entries and text as what they are: names come from data, and may hold codes that act on a terminal."""
+    from hf_vlm.data.io.messages import PrintableFormatter
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(PrintableFormatter("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what it cannot encode would end the command
+            stream.reconfigure(errors="backslashreplace")
 
 
 def leave_process_group() -> None:

@@ -7,6 +7,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 import datasets
+import numpy as np
 
 from hf_vlm.data.schema import objects_feature
 
@@ -26,6 +27,8 @@ class Source:
         max_objects: Largest number of objects of an image; None where there are none, or they are not known without
             reading all images.
         mask_class_names: Names of the values 0, 1, 2, ... of `mask`; None where they are not known.
+        annotated_sizes: (num_examples, 2), width and height in pixels that the annotations give for each image, not
+            finite where they give none; None where the format has no such thing.
         findings: What was found when it was opened and logged as warnings: what is left out, and what looks wrong.
     """
 
@@ -36,6 +39,7 @@ class Source:
     split: str = ""
     max_objects: int | None = None
     mask_class_names: tuple[str, ...] | None = None
+    annotated_sizes: np.ndarray[Any, Any] | None = None
     findings: tuple[str, ...] = ()
 
     @property

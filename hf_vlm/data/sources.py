@@ -1,15 +1,17 @@
 """Open anything as a source of one schema: one table of the formats, and how each is recognised."""
 
+import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import aiohttp
-from upath import UPath
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from hf_vlm.data.formats.coco import find_coco_files, open_coco
 from hf_vlm.data.formats.hub import open_hub
@@ -20,12 +22,15 @@ from hf_vlm.data.formats.splits import canonical_split, describe_folder
 from hf_vlm.data.formats.voc import looks_like_voc, open_voc
 from hf_vlm.data.formats.webdataset import open_webdataset
 from hf_vlm.data.formats.yolo import looks_like_yolo, open_yolo
-from hf_vlm.data.io.files import can_list, find_paths, is_remote, siblings
-from hf_vlm.data.io.messages import collect_warnings, did_you_mean, error_text, redact, redact_url
+from hf_vlm.data.io.files import as_path, can_list, find_paths, is_remote, open_binary, siblings
+from hf_vlm.data.io.messages import collect_warnings, did_you_mean, error_text, redact, redact_url, summarise
+from hf_vlm.data.io.trust import outside_allowed
 from hf_vlm.data.scenes.stream import scenes_source
 from hf_vlm.data.source import Source
 
 __all__ = ["FORMATS", "guess_format", "open_source"]
+
+logger = logging.getLogger(__name__)
 
 
 class FileFormat(NamedTuple):
@@ -33,18 +38,47 @@ class FileFormat(NamedTuple):
 
     open: Callable[..., Source]
     suffixes: tuple[str, ...]  # of a file that is a source by itself
-    is_in: Callable[[Path, set[str]], Any]  # whether a folder holds it, given also the suffixes of all files in there
+    is_in: Callable[[Path, Collection[str]], Any]  # whether a folder holds it, given also the suffixes of its files
     takes_several: bool = False  # whether several files make one source, on disk or remote
 
 
-# In the order in which a folder is asked: folders with annotations hold images too.
+def _has_images(suffixes: Collection[str]) -> bool:
+    return not IMAGE_EXTENSIONS.isdisjoint(suffixes)
+
+
+def _holds_parquet(folder: Path, suffixes: Collection[str]) -> bool:
+    """Whether a folder has Parquet files that are more than features, which `embed` may have left beside images."""
+    if ".parquet" not in suffixes or not _has_images(suffixes):
+        return ".parquet" in suffixes
+    paths = [path for path in folder.rglob("*.parquet") if "/." not in path.relative_to(folder).as_posix()]
+    return not all(map(_are_features, paths))
+
+
+def _are_features(path: Path) -> bool:
+    try:
+        with open_binary(path, read_ahead=False) as file:
+            return {"image_id", "features"} <= set(pq.read_schema(file).names)
+    except (pa.ArrowException, OSError):
+        return False  # opening it says what is wrong
+
+
+# In the order in which a folder is asked: annotations beside images decide, whatever else lies there; and folders with
+# annotations hold images too.
 FILE_FORMATS = {
-    "parquet": FileFormat(open_parquet, (".parquet",), lambda folder, found: ".parquet" in found, takes_several=True),
+    "coco": FileFormat(
+        open_coco,
+        (".json",),
+        lambda folder, found: ".json" in found and _has_images(found) and find_coco_files(folder),
+    ),
+    "voc": FileFormat(
+        open_voc, (), lambda folder, found: ".xml" in found and _has_images(found) and looks_like_voc(folder)
+    ),
+    "yolo": FileFormat(
+        open_yolo, (".yaml", ".yml", ".data"), lambda folder, found: _has_images(found) and looks_like_yolo(folder)
+    ),
+    "parquet": FileFormat(open_parquet, (".parquet",), _holds_parquet, takes_several=True),
     "webdataset": FileFormat(open_webdataset, (".tar",), lambda folder, found: ".tar" in found, takes_several=True),
-    "coco": FileFormat(open_coco, (".json",), lambda folder, found: find_coco_files(folder)),
-    "voc": FileFormat(open_voc, (), lambda folder, found: looks_like_voc(folder)),
-    "yolo": FileFormat(open_yolo, (".yaml", ".yml"), lambda folder, found: looks_like_yolo(folder)),
-    "imagefolder": FileFormat(open_imagefolder, (), lambda folder, found: found & IMAGE_EXTENSIONS),
+    "imagefolder": FileFormat(open_imagefolder, (), lambda folder, found: _has_images(found)),
 }
 FORMATS = ("scenes", *FILE_FORMATS, "hub")
 FORMAT_OF_SUFFIX = {suffix: name for name, format in FILE_FORMATS.items() for suffix in format.suffixes}
@@ -58,6 +92,7 @@ def open_source(
     num_samples: int | None = None,
     name: str | None = None,
     revision: str | None = None,
+    allow_outside: bool = False,
 ) -> Source:
     """Open a source, whose images stay encoded.
 
@@ -73,17 +108,19 @@ def open_source(
         num_samples: Number of examples to read: the first ones, but evenly spread ones of class folders; None for all.
         name: Configuration of a dataset on the Hub.
         revision: Branch, tag or commit of a dataset on the Hub.
+        allow_outside: Whether annotations and tables may name files outside of the source's folder or host.
 
     Returns:
         A source with the columns `image` ({"bytes", "path"}) and `image_id`, and as the source has them `label`,
         `objects` {bbox, category, area, iscrowd}, `mask` and `instance_mask`.
 
     Raises:
-        ValueError: There is nothing of the format, no such split, or the labels make no sense.
+        ValueError: There is nothing of the format, no such split, the labels make no sense, or the source names files
+            outside of itself and may not.
     """
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"num_samples={num_samples} must be positive")
-    with collect_warnings() as findings:
+    with outside_allowed(allow_outside), collect_warnings() as findings:
         if isinstance(source, Mapping):
             opened = _open_mixture(source, split, format=format, num_samples=num_samples)
         else:
@@ -147,13 +184,16 @@ def _open_files(source: str, split: str, *, format: str, num_samples: int | None
 
 @contextmanager
 def _as_value_error(source: str) -> Iterator[None]:
-    """Errors of a remote source as ValueError, without passwords and keys in URLs."""
+    """Errors of files and servers as ValueError, without passwords and keys in URLs."""
     try:
         yield
     except (OSError, ImportError, aiohttp.ClientError) as error:  # no server, a status, a protocol without its package
-        if not is_remote(source):
-            raise
         raise ValueError(f"{redact_url(source)} cannot be read: {error_text(error)}") from error
+    except UnicodeEncodeError as error:
+        name = error.object[max(error.start - 40, 0) : error.end + 40]
+        raise ValueError(f"{redact_url(source)} holds a name that is no Unicode text, {name!r}: rename it") from error
+    except (RecursionError, OverflowError) as error:
+        raise ValueError(f"{redact_url(source)} holds what nests too deep, or a number too large: {error}") from error
     except ValueError as error:
         if redact(str(error)) == str(error):
             raise
@@ -174,11 +214,12 @@ def guess_format(source: str | Path) -> str:
         if is_pattern or not can_list(text):
             raise ValueError(f"the format of {redact_url(text)} cannot be guessed from its name; give the format")
         with _as_value_error(text):
-            return _format_of_folder(cast(Path, UPath(text)))
+            return _format_of_folder(as_path(text))
     if text == "scenes" or text.startswith("scenes:"):
         return "scenes"
     if path.is_dir():
-        return _format_of_folder(path)
+        with _as_value_error(text):
+            return _format_of_folder(path)
     if path.is_file():
         if path.suffix.lower() not in FORMAT_OF_SUFFIX:
             raise ValueError(
@@ -196,18 +237,50 @@ def _suffix(source: str) -> str:
 
 def _format_of_folder(folder: Path) -> str:
     """The format of what a folder holds, on disk or remote."""
-    if isinstance(folder, Path):
-        names = [name for _, _, files in os.walk(folder) for name in files]
-    else:  # a remote one
-        names = folder.fs.find(folder.path)
+    names = _file_names(folder)
     suffixes = {os.path.splitext(name)[1].lower() for name in names}
-    if not suffixes and not folder.exists():
+    if not names and not folder.exists():
         raise ValueError(f"{folder} does not exist")
-    for name, format in FILE_FORMATS.items():
-        if format.is_in(folder, suffixes):
-            return name
+    formats = [name for name, format in FILE_FORMATS.items() if format.is_in(folder, suffixes)]
+    if formats:
+        _warn_of_unread(folder, formats, names)
+        return formats[0]
     raise ValueError(
         f"{folder} holds no Parquet files, no tars, no COCO json (annotations/*.json, _annotations.coco.json or a "
         "json beside the images), no xml of Pascal VOC, no data.yaml or labels/ of YOLO, and no images; "
         f"{describe_folder(folder)}"
     )
+
+
+def _file_names(folder: Path) -> list[str]:
+    """Names of all files below a folder but hidden ones, as caches hold them."""
+    if not isinstance(folder, Path):  # a remote one
+        start = len(folder.path.rstrip("/")) + 1
+        names = [name[start:] for name in folder.fs.find(folder.path)]
+        return [name.rpartition("/")[2] for name in names if "/." not in f"/{name}"]
+    found = []
+    for _, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [name for name in files if not name.startswith(".")]
+    return found
+
+
+def _warn_of_unread(folder: Path, formats: Sequence[str], names: Sequence[str]) -> None:
+    """Name what a folder holds beside the format that it is opened as."""
+    format, *others = formats
+    if others := [name for name in others if name != "imagefolder"]:
+        logger.warning(
+            "%s is opened as %s; what it also holds of %s is not read (give the format to read that)",
+            folder,
+            format,
+            summarise(others),
+        )
+    images = [name for name in names if os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS]
+    if images and format in ("parquet", "webdataset"):
+        logger.warning(
+            "%s is opened as %s; %d image files beside that are not read: %s",
+            folder,
+            format,
+            len(images),
+            summarise(images),
+        )

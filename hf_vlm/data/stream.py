@@ -29,7 +29,7 @@ import torch
 from datasets.distributed import split_dataset_by_node
 
 from hf_vlm.data.io.decode import BadImageError
-from hf_vlm.data.io.messages import redact_url
+from hf_vlm.data.io.messages import shown_path
 
 __all__ = ["ExampleStream", "Transform"]
 
@@ -290,7 +290,7 @@ class ExampleStream(torch.utils.data.IterableDataset[dict[str, Any]]):
 def _name(example: dict[str, Any]) -> str:
     image = example.get("image")
     path = image.get("path") if isinstance(image, dict) else None
-    return redact_url(path) if path else f"image_id {example.get('image_id')}"
+    return shown_path(path) if path else f"image_id {example.get('image_id')}"
 
 
 def _has_fixed_order(source: datasets.IterableDataset) -> bool:

@@ -11,6 +11,8 @@ import jinja2
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
+from hf_vlm.data.io.messages import printable
+from hf_vlm.deploy.markdown import code_span, fence_of, markdown
 from hf_vlm.training.provenance import is_hub_id, recorded_origins
 
 if TYPE_CHECKING:
@@ -27,7 +29,8 @@ CARD_MARKER = "<!-- Written by hf_vlm from the run's files. Delete this line to 
 def write_model_card(run_dir: str | Path, *, repo_id: str | None = None, license: str | None = None) -> Path:
     """Write `README.md` into a run folder from its `config.json`, `recipe.yaml`, `run.json` and weights.
 
-    Sentences and sections whose values no file holds are left out.
+    Sentences and sections whose values no file holds are left out. Names from the files, as of classes, are escaped:
+    whoever made the data wrote them.
 
     Args:
         repo_id: Name on the Hub from which the model can be loaded once pushed; by default the recipe's
@@ -51,8 +54,8 @@ def write_model_card(run_dir: str | Path, *, repo_id: str | None = None, license
     repo_id = repo_id or recipe.get("hub_model_id")  # where the Trainer pushes to
     task = _task(config)
     values = _values(run_dir, config, recipe, run, task) | {
-        "model_path": repo_id or f"./{run_dir.resolve().name}",
-        "model_name": (repo_id or run_dir.resolve().name).split("/")[-1],
+        "model_path": json.dumps(repo_id or f"./{run_dir.resolve().name}", ensure_ascii=False)[1:-1],  # in quotes
+        "model_name": markdown((repo_id or run_dir.resolve().name).split("/")[-1]),
         "license": license or (None if recorded_origins(run) else "apache-2.0"),
     }
     if task.name not in TRAINABLE_TASKS:  # an encoder, to be fine-tuned
@@ -67,9 +70,10 @@ def write_model_card(run_dir: str | Path, *, repo_id: str | None = None, license
         lstrip_blocks=True,
         autoescape=False,
     )
+    environment.filters["code"] = code_span
     text = environment.get_template(task.card).render(values)
     path = run_dir / "README.md"
-    path.write_text(re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n", encoding="utf-8")
+    path.write_text(re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n", encoding="utf-8", errors="backslashreplace")
     return path
 
 
@@ -81,7 +85,7 @@ def _read_config(run_dir: Path) -> "PreTrainedConfig":
 
     import hf_vlm.registry  # noqa: F401  AutoConfig has to know the package's classes
 
-    return AutoConfig.from_pretrained(run_dir)
+    return AutoConfig.from_pretrained(run_dir, trust_remote_code=False)  # else it asks on the terminal
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -114,11 +118,14 @@ def _values(
     size = _read(run_dir / "preprocessor_config.json").get("size")
     data = run.get("data") or {}
     source = _source(data)
+    recipe_text = yaml.safe_dump(recipe, sort_keys=True).strip() if recipe else None
+    auto_map = getattr(config, "auto_map", None) or {}
+    class_names = data.get("class_names") or [config.id2label[i] for i in sorted(config.id2label)]
     return {
         "config": config,
-        "class_names": data.get("class_names") or [config.id2label[i] for i in sorted(config.id2label)],
+        "class_names": list(map(markdown, class_names)),
         "method": _method_name(run.get("method")),
-        "auto_class": _auto_class(getattr(config, "auto_map", None) or {}),
+        "auto_class": _auto_class({name: code for name, code in auto_map.items() if name.isidentifier()}),
         "encoder": _describe_encoder(run["encoder"]) if run.get("encoder") else None,
         "origins": _describe_models(recorded_origins(run)),
         "from_scratch": "encoder" in run and not run["encoder"],
@@ -129,8 +136,11 @@ def _values(
         "num_examples": f"{data['num_examples']:,}" if data.get("num_examples") else None,
         "fingerprint": data.get("fingerprint"),
         "training": _describe_training(run),
-        "recipe": yaml.safe_dump(recipe, sort_keys=True).strip() if recipe else None,
-        "versions": sorted((run.get("versions") or {}).items()),
+        "recipe": recipe_text,
+        "fence": fence_of(recipe_text or ""),
+        "versions": [
+            (markdown(name), markdown(version)) for name, version in sorted((run.get("versions") or {}).items())
+        ],
         "image_size": _size((size["height"], size["width"]) if size else encoder.image_size),
         "patch_size": _size(encoder.patch_size),
         "num_parameters": _num_parameters(run_dir),
@@ -192,22 +202,22 @@ def _source(data: Mapping[str, Any]) -> str | None:
 def _describe_data(source: str) -> str:
     if source.split(":")[0] == "scenes":
         return (
-            f"the built-in scenes of hf_vlm (`{source}`), composed from the handwritten digits and photographs that "
-            "scikit-learn ships"
+            f"the built-in scenes of hf_vlm ({code_span(source)}), composed from the handwritten digits and "
+            "photographs that scikit-learn ships"
         )
     if is_hub_id(source):
         return f"the data set [{source}](https://huggingface.co/datasets/{source})"
-    return f"a data set of the publisher (`{Path(source).name}`)"  # the folders above it are private
+    return f"a data set of the publisher ({code_span(Path(source).name)})"  # the folders above it are private
 
 
 def _describe_encoder(encoder: str) -> str:
     if is_hub_id(encoder):
         return f"the pretrained encoder [{encoder}](https://huggingface.co/{encoder})"
-    return f"the publisher's own pretrained encoder (`{Path(encoder).name}`)"
+    return f"the publisher's own pretrained encoder ({code_span(Path(encoder).name)})"
 
 
 def _describe_models(names: list[str]) -> str:
-    return " and ".join(f"[{n}](https://huggingface.co/{n})" if is_hub_id(n) else f"`{n}`" for n in names)
+    return " and ".join(f"[{n}](https://huggingface.co/{n})" if is_hub_id(n) else code_span(n) for n in names)
 
 
 def _describe_training(run: dict[str, Any]) -> str | None:
@@ -219,13 +229,15 @@ def _describe_training(run: dict[str, Any]) -> str | None:
     if run.get("seconds"):
         parts.append(_duration(run["seconds"]))
     if run.get("machine"):
-        parts.append(f"on {run['machine']}")
+        parts.append(f"on {markdown(run['machine'])}")
     if _is_number(run.get("train_loss")):
         parts.append(f"mean training loss {run['train_loss']:.4g}")
     if _is_number(rank := (run.get("probe") or {}).get("probe_effective_rank")):
         parts.append(f"effective rank of the features {rank:.1f}")
     if (run.get("git") or {}).get("commit"):
-        parts.append(f"code at commit `{run['git']['commit']}`" + (" with changes" if run["git"].get("dirty") else ""))
+        parts.append(
+            f"code at commit {code_span(run['git']['commit'])}" + (" with changes" if run["git"].get("dirty") else "")
+        )
     return ", ".join(parts) + "." if parts else None
 
 
@@ -236,14 +248,14 @@ def _duration(seconds: float) -> str:
 
 
 def _metric_rows(metrics: Mapping[str, Any], task: "Task") -> list[tuple[str, str]]:
-    return [(_metric_name(key, task), f"{value:.3f}") for key, value in metrics.items() if _is_number(value)]
+    return [(markdown(_metric_name(key, task)), f"{value:.3f}") for key, value in metrics.items() if _is_number(value)]
 
 
 def _metric_name(key: str, task: "Task") -> str:
     """The task's name of a metric; keys such as `ap/cat` also name the class."""
     metric, slash, class_name = key.partition("/")
     name = task.metric_names.get(metric + slash, metric)
-    return f"{name} of {class_name}" if slash else name
+    return printable(f"{name} of {class_name}" if slash else name)
 
 
 def _is_number(value: Any) -> bool:
@@ -252,7 +264,7 @@ def _is_number(value: Any) -> bool:
 
 def _size(size: Any) -> str:
     height, width = (size, size) if isinstance(size, int) else size
-    return f"{height} x {width}"
+    return markdown(f"{height} x {width}")
 
 
 def _num_parameters(run_dir: Path) -> str | None:

@@ -94,7 +94,7 @@ def read_own_config(source: str | Path) -> dict[str, Any]:
     """A checkpoint's configuration.
 
     Raises:
-        ValueError: There is none, it has to be converted first, or it is of another package.
+        ValueError: There is none, it has to be converted first, is of another package, or names code to run.
     """
     name = str(source)
     config = read_config(name)
@@ -107,7 +107,20 @@ def read_own_config(source: str | Path) -> dict[str, Any]:
         )
     if not is_ours(config):
         raise ValueError(f"{name} holds no model of hf_vlm, but one of type {model_type!r}.")
+    if kernels := sorted(_named_kernels(config)):
+        raise ValueError(
+            f"{name} names code on the Hub in its configuration, {', '.join(kernels)}, which would be run: remove it."
+        )
     return config
+
+
+def _named_kernels(config: dict[str, Any]) -> Iterator[str]:
+    """Repositories of kernels that a configuration names, whose code transformers would download and run."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _named_kernels(value)
+        elif key.endswith("_implementation") and isinstance(value, str) and "/" in value:
+            yield value
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ def evaluate_run(
     *,
     format: str | None = None,
     num_examples: int | None = None,
+    allow_outside: bool = False,
     max_bad_fraction: float = 0.01,
     needs_confusion: bool = False,
 ) -> Evaluation:
@@ -43,7 +44,7 @@ def evaluate_run(
         )
     streams = {}
     for name in ("train", split) if task.fits_on_train else (split,):
-        source = open_source(data, name, format=format, num_samples=num_examples)
+        source = open_source(data, name, format=format, num_samples=num_examples, allow_outside=allow_outside)
         names = task.class_names(source)
         if not task.fits_on_train:
             source = match_class_names(source, names, loaded.class_names, f"the model {run_dir}")

@@ -40,6 +40,9 @@ class VisionTrainingArguments(TrainingArguments):
         default="", metadata={"help": "Source of images: folder, file, URL, Hub id, scenes, or {source: weight, ...}."}
     )
     format: str | None = field(default=None, metadata={"help": "Format of the source; guessed when not given."})
+    allow_outside: bool = field(
+        default=False, metadata={"help": "Follow what the data name outside of their own folder or host."}
+    )
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     eval_split: str = field(default="validation", metadata={"help": "Split to evaluate on."})
     num_train_examples: int | None = field(

@@ -212,11 +212,17 @@ def open_probe_source(args: VisionTrainingArguments, source: Source) -> Source:
     """
     data, format = (args.probe_data, None) if args.probe_data else (args.data, args.format)
     try:
-        return open_source(data, args.eval_split, format=format, num_samples=args.num_eval_examples)
+        return open_source(
+            data,
+            args.eval_split,
+            format=format,
+            num_samples=args.num_eval_examples,
+            allow_outside=args.allow_outside,
+        )
     except ValueError as error:
         # A copy (one shard of one) with its own position: iterating changes that of a stream.
         if args.probe_data:
-            images = open_source(data, args.train_split)
+            images = open_source(data, args.train_split, allow_outside=args.allow_outside)
         else:
             images = replace(source, dataset=source.dataset.shard(num_shards=1, index=0))
         logger.info("Probes use images of the split %r: %s", args.train_split, error)

@@ -192,7 +192,9 @@ def open_recipe_source(args: VisionTrainingArguments, split: str, num_examples: 
     """A split of the recipe's data; ValueError where the recipe names no data."""
     if not args.data:
         raise ValueError("No data: name a folder, a file, a Hub id or scenes with --data or in the recipe.")
-    return open_source(args.data, split, format=args.format, num_samples=num_examples)
+    return open_source(
+        args.data, split, format=args.format, num_samples=num_examples, allow_outside=args.allow_outside
+    )
 
 
 def train_stream(

@@ -16,6 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
+from hf_vlm.data.loader import StreamLoader
 from hf_vlm.data.stream import ExampleStream
 from hf_vlm.features.device import use_fast_cpu_matmul
 from hf_vlm.tasks.task import Evaluation
@@ -85,7 +86,7 @@ class VisionTrainer(Trainer):
         if not isinstance(self.train_dataset, ExampleStream):
             return super().get_train_dataloader()
         num_workers = self.args.dataloader_num_workers
-        self._stream_loader = StatefulDataLoader(
+        self._stream_loader = StreamLoader(
             self.train_dataset,
             batch_size=self._train_batch_size,
             collate_fn=self.data_collator,

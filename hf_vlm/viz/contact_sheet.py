@@ -1,6 +1,5 @@
 """Examples of a stream on one picture, with their labels, boxes and masks."""
 
-import io
 from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any
@@ -11,6 +10,7 @@ from PIL import Image
 
 from hf_vlm.data.inspection.inspect import image_name
 from hf_vlm.data.io.decode import decode_image, read_image_bytes
+from hf_vlm.data.io.image_header import open_image
 from hf_vlm.viz.detections import render_detections
 from hf_vlm.viz.sheets import PAPER, captioned, class_color, contact_sheet, legend
 
@@ -117,7 +117,7 @@ def _with_boxes(
 def _tinted(picture: Image.Image, mask: Any) -> Image.Image:
     """The picture tinted with the colours of its mask where that is not 0; unchanged where the mask is unreadable."""
     try:
-        with Image.open(io.BytesIO(read_image_bytes(mask))) as file:
+        with open_image(read_image_bytes(mask)) as file:
             values = np.asarray(file).astype(np.int32)  # for palettes these are the indices
     except Exception:  # Pillow raises anything for broken files
         return picture

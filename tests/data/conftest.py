@@ -1,10 +1,12 @@
 """Tars and a web server for the tests of sources."""
 
+import contextlib
 import functools
 import io
 import re
 import tarfile
 import threading
+import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -85,8 +87,18 @@ class RangeHandler(BaseHTTPRequestHandler):
         if failure == "close":
             self.close_connection = True
             return
+        if failure == "silent":
+            self.rfile.read(1)  # until the client is gone
+            self.close_connection = True
+            return
         if isinstance(failure, int):
             self.send_error(failure)
+            return
+        if failure is not None and failure.startswith("http"):
+            self.send_response(302)
+            self.send_header("Location", failure)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
             return
         path = Path(self.folder, self.path.partition("?")[0].lstrip("/"))
         if path.name.startswith("forbidden") or not path.is_file():
@@ -105,7 +117,17 @@ class RangeHandler(BaseHTTPRequestHandler):
         if send_body:
             self.counts["requests"] += 1
             self.counts["bytes"] += len(body)
-            self.wfile.write(body[: len(body) // 2] if failure == "half" else body)
+            if failure == "slow":
+                self.drip(body)
+            else:
+                self.wfile.write(body[: len(body) // 2] if failure == "half" else body)
+
+    def drip(self, body):
+        """Send a byte every 10 ms, as long as somebody waits for them."""
+        with contextlib.suppress(OSError):
+            for byte in body:
+                self.wfile.write(bytes([byte]))
+                time.sleep(0.01)
 
     def log_message(self, *args):
         pass
@@ -129,6 +151,7 @@ def serve_fixture():
     """`with serve(folder, failures) as (url, counts)`: a web server of a folder, that counts what it sends.
 
     `failures(number)` gives how the request of a number, counted from 1, fails: by a status, by a connection that is
-    "close"d at once or after "half" of the file; None where it does not.
+    "close"d at once or after "half" of the file, by a server that is "silent" or "slow", or by a redirect to a URL;
+    None where it does not.
     """
     return serve

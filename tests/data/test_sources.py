@@ -2,11 +2,22 @@
 
 import json
 import pickle
+import shutil
 
 import pytest
-from sample_data import write_coco, write_detection_parquet, write_images
+from sample_data import (
+    make_coco,
+    png,
+    write_coco,
+    write_detection_parquet,
+    write_devkit,
+    write_images,
+    write_parquet,
+    write_yolo,
+)
 from torch.utils.data import DataLoader
 
+from hf_vlm.data.inspection.inspect import format_report, inspect_source
 from hf_vlm.data.scenes.stream import scenes_source
 from hf_vlm.data.sources import guess_format, open_source
 
@@ -123,6 +134,88 @@ def test_the_format_is_guessed(folders, tmp_path):
     assert guess_format(tmp_path / "parquet") == "parquet"
 
 
+ANNOTATED = {
+    "coco": lambda folder: write_coco(folder / "instances_train.json", folder, num_images=2),
+    "voc": write_devkit,
+    "yolo": write_yolo,
+}
+
+
+@pytest.mark.parametrize("format", ANNOTATED)
+def test_annotations_beat_stray_files(format, tmp_path, caplog):
+    """The features of our own `embed --save` in a labelled folder, and a tar of somebody."""
+    ANNOTATED[format](tmp_path)
+    write_parquet(tmp_path / "features.parquet", {"image_id": [0], "features": [[0.0]]})
+    assert guess_format(tmp_path) == format
+    assert not caplog.text
+    write_parquet(tmp_path / "train.parquet", {"image": [png(0)]})
+    (tmp_path / "backup.tar").touch()
+    assert guess_format(tmp_path) == format
+    assert f"is opened as {format}; what it also holds of parquet, webdataset is not read" in caplog.text
+    assert open_source(tmp_path).object_names
+
+
+def test_features_beside_images_are_no_data(tmp_path, caplog):
+    write_images(tmp_path, ["cat/a.png", "dog/b.png"])
+    write_parquet(tmp_path / "features.parquet", {"image_id": [0], "features": [[0.0]]})
+    source = open_source(tmp_path)
+    assert (source.format, source.label_names) == ("imagefolder", ["cat", "dog"])
+    assert "1 files are no images and are not read, .parquet (1): features.parquet" in source.findings[0]
+    for path in (tmp_path / "cat", tmp_path / "dog"):
+        shutil.rmtree(path)
+    assert guess_format(tmp_path) == "parquet"
+
+
+def test_hidden_files_do_not_count(tmp_path):
+    write_images(tmp_path, ["a.png"])
+    for name in (".cache/x.parquet", ".ipynb_checkpoints/data.json", ".DS_Store.tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"PAR1")
+    assert open_source(tmp_path).format == "imagefolder"
+    assert open_source(tmp_path).num_examples == 1
+
+
+def test_annotations_of_other_tools_are_named(tmp_path):
+    """labelme, VIA and CVAT for images, whose formats are none of ours."""
+    write_images(tmp_path, ["a.png", "b.png"])
+    for name in ("a.json", "b.json"):
+        (tmp_path / name).write_text('{"shapes": [], "imagePath": "a.png"}')
+    (tmp_path / "via_region_data.csv").write_text("filename,region_shape_attributes")
+    (tmp_path / "annotations.xml").write_text("<annotations/>")
+    source = open_source(tmp_path)
+    assert source.format == "imagefolder"
+    (finding,) = source.findings
+    assert "4 files are no images and are not read, .json (2), .xml (1), .csv (1): a.json, annotations.xml" in finding
+    assert finding in format_report(inspect_source(source))
+
+
+def test_images_beside_parquet_are_named(tmp_path):
+    write_detection_parquet(tmp_path / "train.parquet")
+    write_images(tmp_path, ["assets/logo.png"])
+    (tmp_path / "dataset_infos.json").write_text('{"default": {"features": {"images": {"_type": "Image"}}}}')
+    source = open_source(tmp_path)
+    assert source.format == "parquet"
+    assert "1 image files beside that are not read: logo.png" in source.findings[0]
+
+
+def test_several_files_of_coco_are_read_or_named(tmp_path):
+    for split in ("train", "val"):
+        write_coco(tmp_path / "annotations" / f"instances_{split}.json", tmp_path / split, num_images=2)
+    write_coco(tmp_path / "annotations" / "captions_train.json", tmp_path / "train", num_images=2)
+    (finding,) = open_source(tmp_path).findings
+    assert finding.endswith("json files that are not read: captions_train.json")
+
+
+def test_what_opening_warns_of_is_kept_with_the_source(tmp_path):
+    write_coco(tmp_path / "a" / "instances_train.json", tmp_path / "a", make_coco(2, annotations=[]), num_images=2)
+    source = open_source(tmp_path / "a")
+    assert [finding.rpartition(" has ")[2] for finding in source.findings] == [
+        "no annotations: its images are used without labels"
+    ]
+    assert open_source({tmp_path / "a": 1.0}).findings == source.findings
+    assert open_source("scenes", num_samples=2).findings == ()
+
+
 def test_scenes_by_name():
     for source, preset in (("scenes", "easy"), ("scenes:easy", "easy"), ("scenes:hard", "hard")):
         expected = next(iter(scenes_source(preset, "validation")))
@@ -139,7 +232,7 @@ def test_mistakes_in_the_source_are_named(tmp_path, folders):
         open_source("data.parquet")
     with pytest.raises(ValueError, match=r"notes\.txt is neither Parquet, a tar, a COCO json nor a data.yaml"):
         open_source(tmp_path / "notes.txt")
-    with pytest.raises(ValueError, match=r"unknown format 'vok'; the formats are scenes, parquet, .*hub"):
+    with pytest.raises(ValueError, match=r"unknown format 'vok'; the formats are scenes, coco, .*hub"):
         open_source(folders["coco"], format="vok")
     with pytest.raises(ValueError, match=r"unknown preset of scenes 'hrad'; there are easy, hard"):
         open_source("scenes:hrad")

@@ -13,7 +13,7 @@ from typing import Any, TypedDict
 import numpy as np
 
 from hf_vlm.data.boxes import MIN_BOX_SIDE, clean_boxes
-from hf_vlm.data.formats.box_conventions import check_convention
+from hf_vlm.data.formats.box_conventions import XYWH, as_stored, check_convention
 from hf_vlm.data.io.messages import summarise
 
 __all__ = [
@@ -172,6 +172,7 @@ def check_boxes(
     class_names: Sequence[str],
     name_of: Callable[[int], str],
     source: object,
+    convention: str = XYWH,
 ) -> Array:
     """Check all boxes of a source, and log one warning that sums up what was found.
 
@@ -183,6 +184,7 @@ def check_boxes(
         class_names: Names of the categories.
         name_of: Name of the box at an index, for messages.
         source: Name of the source, for messages.
+        convention: Which of the conventions of `box_conventions` the format stores boxes by.
 
     Returns:
         (n,) bool, false for the boxes of which nothing remains in their image.
@@ -197,13 +199,14 @@ def check_boxes(
             f"{source}: {len(unknown)} boxes have a category outside 0..{len(class_names) - 1}, which number the "
             f"{len(class_names)} classes: {examples}"
         )
-    convention = check_convention(boxes, width=width, height=height, source=source)
+    stored = as_stored(boxes, convention)
+    doubt = check_convention(stored, width=width, height=height, source=source, declared=convention)
     _, keep = clean_boxes(boxes, width=width, height=height)
     with np.errstate(invalid="ignore"):  # boxes that are not finite are dropped anyway
         low, high = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
         size = np.stack([width, height], axis=-1) + TOLERANCE
         outside = keep & ((low < -TOLERANCE).any(axis=1) | (high > size).any(axis=1))
-    findings = [convention] if convention is not None else []
+    findings = [] if doubt is None else [doubt]
     if not keep.all():
         examples = summarise(f"{name_of(index)} {boxes[index].tolist()}" for index in np.flatnonzero(~keep).tolist())
         findings.append(

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["CENTERS", "CORNERS", "XYWH", "as_xywh", "check_convention", "warn_of_convention"]
+__all__ = ["CENTERS", "CORNERS", "XYWH", "as_stored", "as_xywh", "check_convention", "warn_of_convention"]
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +70,14 @@ def check_convention(
     return f"{finding}: if they are that, convert them to {declared}"
 
 
+def as_stored(boxes: Array, convention: str) -> Array:
+    """The numbers (n, 4) by which a convention stores boxes x, y, width, height (n, 4)."""
+    if convention == XYWH:
+        return boxes
+    low, sides = boxes[:, :2], boxes[:, 2:]
+    return np.concatenate([low, low + sides] if convention == CORNERS else [low + sides / 2, sides], axis=1)
+
+
 def warn_of_convention(boxes: Array, sizes: Array, source: object) -> None:
     """Log what `check_convention` finds of boxes whose images have known sizes (2, n), width and height, in a sample.
 
@@ -89,7 +97,7 @@ def as_xywh(values: Array, convention: str) -> Array:
 
 
 def _are_fractions(values: Array) -> bool:
-    return values.any() and bool((np.abs(values) <= 1 + SLACK).all(axis=1).mean() >= MIN_FIT)
+    return bool(values.any()) and bool((np.abs(values) <= 1 + SLACK).all(axis=1).mean() >= MIN_FIT)
 
 
 def _as_corners(values: Array, convention: str) -> Array:
@@ -105,8 +113,7 @@ def _fit(corners: Array, size: Array, in_pixels: bool) -> Array:
     """(n,) bool, which boxes have an area and lie in their image."""
     low, high = corners[:, :2], corners[:, 2:]
     slack = SLACK * size + in_pixels
-    fits: Array = ((high >= low) & (low >= -slack) & (high <= size + slack)).all(axis=1)
-    return fits
+    return np.asarray(((high >= low) & (low >= -slack) & (high <= size + slack)).all(axis=1))
 
 
 def _scale_finding(corners: Array, size: Array) -> str | None:

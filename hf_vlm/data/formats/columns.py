@@ -15,6 +15,7 @@ from hf_vlm.data.formats.box_conventions import CENTERS, CORNERS, XYWH, as_xywh
 from hf_vlm.data.formats.categories import Categories
 from hf_vlm.data.io.files import join
 from hf_vlm.data.io.messages import summarise
+from hf_vlm.data.io.trust import check_inside, outside_is_allowed
 from hf_vlm.data.schema import image_feature, objects_feature
 
 __all__ = [
@@ -293,6 +294,7 @@ class RowReader:
     source: str = "the source"  # for messages
     folder: str | None = None  # base of relative paths of images
     cleans_boxes: bool = False
+    allow_outside: bool = field(default_factory=outside_is_allowed)
 
     @property
     def features(self) -> datasets.Features:
@@ -330,6 +332,7 @@ class RowReader:
             data, path = (None, value) if isinstance(value, str) else (value, None)
         if data is None and path is not None and self.folder is not None:
             path = join(self.folder, path)
+            check_inside([path], self.folder, self.source, allowed=self.allow_outside)
         return {"bytes": data, "path": path}
 
     def _position(self, row: Row, example: Row) -> int:

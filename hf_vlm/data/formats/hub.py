@@ -53,6 +53,7 @@ def open_hub(
         label=_declared(features, columns, "label", source),
         category=_declared(features, columns, "objects", source),
         source=source,
+        folder=f"hf://datasets/{source}" if revision is None else f"hf://datasets/{source}@{revision}",
     )
     declared = (stream.info.splits or {}).get(str(stream.split))
     if num_samples is not None:

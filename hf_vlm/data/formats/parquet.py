@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from hf_vlm.data.formats.columns import (
     find_columns,
 )
 from hf_vlm.data.formats.splits import choose_split, common_folder, describe_folder, group_by_split
+from hf_vlm.data.io.cells import check_names, rows_of_group
 from hf_vlm.data.io.decode import image_size
 from hf_vlm.data.io.files import is_folder, is_remote, open_binary
 from hf_vlm.data.io.indexed import generated_stream
@@ -99,9 +100,7 @@ def _read_rows(
     """Rows of row groups, given as (path, row group, position of its first row, rows to read)."""
     for path, group, first, num_rows in parts:
         with _open(path, buffer_size=buffer_size) as file:
-            # Without threads: the reader may run in a forked worker.
-            batches = file.iter_batches(BATCH_SIZE, row_groups=[group], columns=list(leaves), use_threads=False)
-            rows = chain.from_iterable(batch.to_pylist() for batch in batches)
+            rows = rows_of_group(file, group, leaves, batch_size=BATCH_SIZE)
             for position, row in enumerate(islice(rows, num_rows), start=first):
                 yield position, {POSITION: position, **row}
 
@@ -165,6 +164,7 @@ class _Files:
         parts: list[pa.ChunkedArray] = []
         for path in self.paths:
             with _open(path) as file:
+                check_names(file, leaves or [name])
                 parts.append(file.read(columns=list(leaves or [name]), use_threads=False).column(name))
             if parts[-1].type != parts[0].type:
                 raise ValueError(f"{path} and {self.paths[0]} differ in their columns {name}")
@@ -218,7 +218,7 @@ def _open(path: object, *, buffer_size: int = 0) -> Iterator[pq.ParquetFile]:
         else:
             with pq.ParquetFile(str(path), buffer_size=buffer_size) as file:
                 yield file
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise ValueError(f"{redact_url(path)} cannot be read as Parquet: {error_text(error)}") from error
 
 

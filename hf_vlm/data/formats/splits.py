@@ -1,7 +1,7 @@
 """Which split a file belongs to, by its name."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import TypeVar
 
@@ -13,6 +13,7 @@ __all__ = [
     "choose_split",
     "common_folder",
     "describe_folder",
+    "folder_split_of",
     "group_by_split",
     "split_of",
 ]
@@ -39,9 +40,9 @@ def split_of(path: PurePath) -> str | None:
     >>> split_of(PurePath("data/train-00000-of-00002.parquet")), split_of(PurePath("instances_val2017.json"))
     ('train', 'validation')
     """
-    for folder in path.parts[:-1]:
-        if folder.lower() in CANONICAL:
-            return canonical_split(folder)
+    split = folder_split_of(path)
+    if split is not None:
+        return split
     for word in re.split(r"[^a-z]+", path.stem.lower()):
         if word in CANONICAL:
             return canonical_split(word)
@@ -49,8 +50,15 @@ def split_of(path: PurePath) -> str | None:
     return shard[1] if shard else None
 
 
-def group_by_split(files: Sequence[Path], root: Path) -> dict[str, list[Path]]:
-    """Files by their split; where none of them names one, they are all `train`.
+def folder_split_of(path: PurePath) -> str | None:
+    """The split that a folder of a path names; names of images and their labels may hold such words by chance."""
+    return next((canonical_split(folder) for folder in path.parts[:-1] if folder.lower() in CANONICAL), None)
+
+
+def group_by_split(
+    files: Sequence[Path], root: Path, split_of: Callable[[PurePath], str | None] = split_of
+) -> dict[str, list[Path]]:
+    """Files by their split, as a function of their path in a folder says; where none names one, they are all `train`.
 
     Raises:
         ValueError: Some files name a split and others do not.

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +10,7 @@ from typing import Any
 
 from hf_vlm.data.formats.columns import NUMBER_NAMES, TABLE_NAMES
 from hf_vlm.data.io.files import read_bytes
+from hf_vlm.data.io.parsing import parse_json
 
 __all__ = ["FILE_NAMES", "read_csv", "read_json_lines"]
 
@@ -93,6 +93,6 @@ def _read_text(file: Path) -> str:
 
 def _read_json(text: str, location: str) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError as error:
         raise ValueError(f"{location}: it is not json: {error}") from error

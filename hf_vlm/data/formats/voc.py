@@ -1,6 +1,5 @@
 """Pascal VOC: one xml file per image."""
 
-import logging
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import NamedTuple
@@ -8,20 +7,17 @@ from typing import NamedTuple
 import numpy as np
 
 from hf_vlm.data.formats.annotations import OBJECT_FIELDS, normalise_objects
+from hf_vlm.data.formats.box_conventions import CORNERS
 from hf_vlm.data.formats.boxed_images import BoxedImages, boxed_images_source
-from hf_vlm.data.formats.imagefolder import IMAGE_EXTENSIONS, find_images
-from hf_vlm.data.formats.splits import CANONICAL, canonical_split, choose_split, describe_folder, group_by_split
+from hf_vlm.data.formats.splits import choose_split
+from hf_vlm.data.formats.voc_files import find_splits, looks_like_voc, pair_images
 from hf_vlm.data.io.files import map_files, read_bytes
 from hf_vlm.data.io.messages import summarise
 from hf_vlm.data.source import Source
 
 __all__ = ["looks_like_voc", "open_voc"]
 
-logger = logging.getLogger(__name__)
-
-ANNOTATIONS = ("Annotations", "annotations")
-IMAGE_FOLDERS = ("JPEGImages", "images", "Images")
-CORNERS = ("xmin", "ymin", "xmax", "ymax")
+CORNER_TAGS = ("xmin", "ymin", "xmax", "ymax")
 
 
 class VocObject(NamedTuple):
@@ -37,28 +33,31 @@ class VocImage(NamedTuple):
 
     size: tuple[float, float]  # width, height; infinity where it is not given
     objects: list[VocObject]
+    file_name: str  # of the image; empty where it is not given
 
 
 def open_voc(source: Path, split: str, *, num_samples: int | None = None) -> Source:
     """Stream the images and boxes of Pascal VOC annotations, in the order of their names.
 
-    Layouts: `Annotations/*.xml` beside `JPEGImages` or `images`, with the splits in `ImageSets/Main/<split>.txt`, also
-    in a folder `VOC20xx` or several of them; or xml files beside their images, in one folder per split or one for all.
+    Layouts: `Annotations/.../*.xml` beside `JPEGImages` or `images`, with the splits in `ImageSets/Main/<split>.txt`,
+    also in a folder `VOC20xx` or several of them; or xml files beside their images, in one folder per split or one for
+    all. An xml file belongs to the image of its path there, else to the one that it names.
     Corners are pixels counted from 1 and belong to the box: x = xmin - 1, width = xmax - xmin + 1. Objects marked as
     difficult have `iscrowd` 1: evaluation ignores them. Classes are in alphabetical order, those of all splits.
 
-    So difficult objects are neither trained on nor counted as errors. Images without an xml file are left out.
+    So difficult objects are neither trained on nor counted as errors. Images without an xml file are left out; xml
+    files without an image stay, as images that cannot be read.
 
     Raises:
-        ValueError: There are no xml files or no such split; or a file cannot be read, lacks its image, or has a box
-            that is not four numbers.
+        ValueError: There are no xml files, no such split or no images; a file cannot be read, may belong to several
+            images, or has a box that is not four numbers; or the boxes are of another convention or of other images.
     """
-    splits = _find_splits(source)
+    splits = find_splits(source)
     files = choose_split(splits, split, source)
     every = sorted({file for group in splits.values() for file in group})
     parsed = _parse_all(every, source)
     names = sorted({item.name for image in parsed.values() for item in image.objects})
-    paths = _find_images(files, every, source)[:num_samples]
+    paths = pair_images({file: image.file_name for file, image in parsed.items()}, files, source)[:num_samples]
     found = [(row, file, item) for row, file in enumerate(files) for item in parsed[file].objects]
     index_of = {name: index for index, name in enumerate(names)}
     stored = [
@@ -68,86 +67,11 @@ def open_voc(source: Path, split: str, *, num_samples: int | None = None) -> Sou
         class_names=names,
         objects=normalise_objects(stored, OBJECT_FIELDS, source),
         rows=np.array([row for row, _, _ in found], dtype=np.int64),
-        sizes=np.array([parsed[file].size for _, file, _ in found], dtype=np.float64).reshape(-1, 2),
+        sizes=np.array([parsed[file].size for file in files], dtype=np.float64).reshape(-1, 2),
         name_of=lambda index: f"{found[index][2].name} of {found[index][1].name}",
+        convention=CORNERS,
     )
     return boxed_images_source(paths, range(len(paths)), boxes if names else None, source)
-
-
-def looks_like_voc(folder: Path) -> bool:
-    """Whether a folder holds xml files where `open_voc` looks for them."""
-    roots = [folder, *_years(folder)]
-    if any(next(annotations.glob("*.xml"), None) for annotations in map(_annotations, roots) if annotations):
-        return True
-    splits = [path for path in folder.iterdir() if path.name.lower() in CANONICAL and path.is_dir()]
-    for parent in (folder, *splits):  # files that lie beside an image of their name
-        xmls = {path.stem for path in parent.glob("*.xml")}
-        if xmls and any(path.stem in xmls for path in parent.iterdir() if path.suffix.lower() in IMAGE_EXTENSIONS):
-            return True
-    return False
-
-
-def _annotations(root: Path) -> Path | None:
-    return next((root / name for name in ANNOTATIONS if (root / name).is_dir()), None)
-
-
-def _years(folder: Path) -> list[Path]:
-    """Folders VOC2007, VOC2012 and so on, also within VOCdevkit."""
-    found = [path for pattern in ("VOC20*", "VOC*/VOC20*", "*/VOCdevkit/VOC20*") for path in folder.glob(pattern)]
-    return [path for path in sorted(found) if _annotations(path)]
-
-
-def _find_splits(source: Path) -> dict[str, list[Path]]:
-    """The xml files of each split."""
-    roots = [source] if _annotations(source) else _years(source)
-    if not roots:
-        files = sorted(path for path in source.rglob("*.xml") if not path.name.startswith("."))
-        if not files:
-            raise ValueError(f"{source} holds no xml files of Pascal VOC; {describe_folder(source)}")
-        return group_by_split(files, source)
-    splits: dict[str, list[Path]] = {}
-    for root in roots:
-        annotations = _annotations(root) or root
-        there = sorted(annotations.glob("*.xml"))
-        # Files such as car_train.txt list the images of one class.
-        lists = [path for path in sorted((root / "ImageSets" / "Main").glob("*.txt")) if "_" not in path.stem]
-        for path in lists:
-            names = [line.split()[0] for line in read_bytes(path).decode().splitlines() if line.strip()]
-            files = [annotations / f"{name}.xml" for name in names]
-            missing = sorted(set(files) - set(there))
-            # Test sets come without annotations.
-            if files and len(missing) < len(files):
-                if missing:
-                    raise ValueError(f"{path} lists {len(missing)} images without annotations: {summarise(missing)}")
-                splits.setdefault(canonical_split(path.stem), []).extend(files)
-        if not lists:
-            splits.setdefault("train", []).extend(there)
-    return splits
-
-
-def _find_images(files: list[Path], every: list[Path], source: Path) -> list[Path]:
-    """The image of each xml file: of the same name, beside it or in a folder of images beside its folder."""
-    folders: dict[Path, dict[str, Path]] = {}
-    images, missing = [], []
-    for file in files:
-        if file.parent not in folders:
-            beside = [file.parent.parent / name for name in IMAGE_FOLDERS] if file.parent.name in ANNOTATIONS else []
-            parents = [folder for folder in beside if folder.is_dir()] or [file.parent]
-            folders[file.parent] = {path.stem: path for folder in parents for path in find_images(folder)}
-        image = folders[file.parent].get(file.stem)
-        if image is None:
-            missing.append(file)
-        else:
-            images.append(image)
-    stems = {file.stem for file in every}
-    left_out = [path.name for found in folders.values() for stem, path in found.items() if stem not in stems]
-    if left_out:
-        logger.warning(
-            "%s: %d images without an xml file are left out: %s", source, len(left_out), summarise(left_out)
-        )
-    if missing:
-        raise ValueError(f"{source}: {len(missing)} of {len(files)} xml files have no image: {summarise(missing)}")
-    return images
 
 
 class _Builder(ET.TreeBuilder):
@@ -176,19 +100,28 @@ def _parse(file: Path) -> VocImage:
     root = ET.fromstring(read_bytes(file), ET.XMLParser(target=_Builder()))
     if root.tag != "annotation":
         raise ValueError(f"its root is <{root.tag}>, not <annotation>")
-    width, height = (float(root.findtext(f"size/{side}") or "inf") for side in ("width", "height"))
-    # Zero is what tools write that do not know the size.
-    return VocImage((width or np.inf, height or np.inf), [_parse_object(item) for item in root.iter("object")])
+    width, height = (_side(root.findtext(f"size/{side}")) for side in ("width", "height"))
+    objects = [parsed for item in root.iter("object") for parsed in _parse_object(item)]
+    return VocImage((width, height), objects, (root.findtext("filename") or "").strip())
 
 
-def _parse_object(item: ET.Element) -> VocObject:
+def _side(text: str | None) -> float:
+    """Width or height of an image; infinity where it is not given: zero is what tools write that do not know it."""
+    side = float((text or "").strip() or 0)
+    return side if 0 < side < np.inf else np.inf
+
+
+def _parse_object(item: ET.Element) -> list[VocObject]:
+    """An object of each box of an xml object; it has several where a tool joins those of a class."""
     name = (item.findtext("name") or "").strip()
     if not name:
         raise ValueError("an object has no name")
-    texts = [item.findtext(f"bndbox/{corner}") for corner in CORNERS]
-    try:
-        left, top, right, bottom = (float(text or "") for text in texts)
-    except ValueError:
-        raise ValueError(f"the bndbox of {name} needs {', '.join(CORNERS)}, has {texts}") from None
     is_difficult = (item.findtext("difficult") or "0").strip() == "1"
-    return VocObject(name, (left - 1, top - 1, right - left + 1, bottom - top + 1), is_difficult)
+    found = []
+    for texts in [[box.findtext(corner) for corner in CORNER_TAGS] for box in item.findall("bndbox")] or [[None] * 4]:
+        try:
+            left, top, right, bottom = (float(text or "") for text in texts)
+        except ValueError:
+            raise ValueError(f"the bndbox of {name} needs {', '.join(CORNER_TAGS)}, has {texts}") from None
+        found.append(VocObject(name, (left - 1, top - 1, right - left + 1, bottom - top + 1), is_difficult))
+    return found

@@ -1,7 +1,6 @@
 """Samples of a WebDataset tar: files that follow each other and have one name, and the labels among them."""
 
 import hashlib
-import json
 import re
 from collections.abc import Collection, Iterator
 from itertools import groupby
@@ -12,11 +11,14 @@ import numpy as np
 from hf_vlm.data.formats.columns import ColumnMap
 from hf_vlm.data.formats.imagefolder import IMAGE_EXTENSIONS
 from hf_vlm.data.io.decode import MAX_ENCODED_BYTES
+from hf_vlm.data.io.parsing import MAX_TEXT_BYTES, parse_json
 from hf_vlm.data.io.tars import TarMember, walk_tar
 
 __all__ = ["ROLES", "LabelError", "Sample", "check_images", "labels_of", "read_fields", "read_member", "walk_samples"]
 
 Row = dict[str, Any]
+
+MAX_ID = 2**63  # of an integer in a table
 
 ROLES = {".cls": "cls", ".json": "json", ".mask.png": "mask", ".seg.png": "mask"} | dict.fromkeys(
     IMAGE_EXTENSIONS, "image"
@@ -50,7 +52,7 @@ def walk_samples(file: IO[bytes], roles: Collection[str], *, reads_images: bool)
             if role is None or role not in roles or role in sample.texts or role in sample.images:
                 continue
             if role in ("cls", "json"):
-                sample.texts[role] = read_member(file, member)
+                sample.texts[role] = read_member(file, member, limit=MAX_TEXT_BYTES + 1)  # one more shows
             else:
                 is_read = reads_images and member.size <= MAX_ENCODED_BYTES
                 sample.images[role] = member, read_member(file, member) if is_read else None
@@ -71,15 +73,19 @@ def _split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, (dot + extension).lower()
 
 
-def read_member(file: IO[bytes], member: TarMember) -> bytes:
+def read_member(file: IO[bytes], member: TarMember, *, limit: int | None = None) -> bytes:
+    """The bytes of a member, or the first of them up to a limit."""
     file.seek(member.offset)
-    return file.read(member.size)
+    return file.read(member.size if limit is None else min(member.size, limit))
 
 
 def read_fields(sample: Sample) -> Row:
     """The content of `json` and `cls`, unchanged."""
+    too_long = [role for role, text in sample.texts.items() if len(text) > MAX_TEXT_BYTES]
+    if too_long:
+        raise LabelError(f"its {too_long[0]} has more than the {MAX_TEXT_BYTES:,} bytes that are read")
     try:
-        fields: Row = json.loads(sample.texts["json"]) if "json" in sample.texts else {}
+        fields: Row = parse_json(sample.texts["json"]) if "json" in sample.texts else {}
         if not isinstance(fields, dict):
             raise LabelError("it is no json object")
         if "cls" in sample.texts:
@@ -104,7 +110,7 @@ def labels_of(sample: Sample, columns: ColumnMap, name: str, fields: Row | None 
     for role in ("image", "mask"):
         path = f"{name}/{sample.images[role][0].name}" if role in sample.images else None
         row[role] = {"bytes": None, "path": path}
-    if type(row.get("image_id")) is not int:
+    if type(row.get("image_id")) is not int or abs(row["image_id"]) >= MAX_ID:
         row["image_id"] = _identity(name, sample.key)
     label = row.get("label")
     if isinstance(label, float) and label.is_integer():
@@ -112,7 +118,7 @@ def labels_of(sample: Sample, columns: ColumnMap, name: str, fields: Row | None 
     elif not isinstance(label, int | str | None):
         raise LabelError(f"the label {label!r} is neither a whole number nor a name")
     for side in ("width", "height"):
-        row[side] = row[side] if isinstance(row.get(side), int) and row[side] > 0 else np.inf
+        row[side] = row[side] if isinstance(row.get(side), int) and 0 < row[side] < MAX_ID else np.inf
     if columns.objects:
         try:
             row["objects"] = columns.read_objects(fields, "json")

@@ -25,7 +25,7 @@ from hf_vlm.data.inspection.report import (
 from hf_vlm.data.inspection.splits import split_issues
 from hf_vlm.data.io.decode import BadImageError, decode_image, image_size, read_image_bytes
 from hf_vlm.data.io.image_header import read_header
-from hf_vlm.data.io.messages import collect_warnings, redact_url
+from hf_vlm.data.io.messages import collect_warnings, redact_url, shown_path
 from hf_vlm.data.source import Source
 
 __all__ = ["Report", "format_report", "image_name", "inspect_source"]
@@ -49,6 +49,7 @@ SMALLEST_FRACTION = 0.1  # of the boxes, which are then taken as the small ones
 
 IMAGE_DTYPE = np.dtype(
     [
+        ("position", "i8"),  # in the source, of which unreadable images are no rows
         ("height", "i4"),
         ("width", "i4"),
         ("num_bytes", "i8"),
@@ -82,7 +83,7 @@ class Accumulator:
 class ImageStats:
     """Statistics of one image."""
 
-    row: tuple[Any, ...]  # an IMAGE_DTYPE
+    row: tuple[Any, ...]  # an IMAGE_DTYPE without its position
     format: str
     has_bad_mask: bool
 
@@ -129,7 +130,7 @@ def inspect_source(
 def image_name(example: Example) -> str:
     """The path of an example's image, or its id where it has none."""
     path = example["image"].get("path")
-    return redact_url(path) if path else f"image_id {example['image_id']}"
+    return shown_path(path) if path else f"image_id {example['image_id']}"
 
 
 def _batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
@@ -174,7 +175,7 @@ def _accumulate(accumulator: Accumulator, batch: list[Example], results: list[Im
             continue
         objects = example.get("objects", {"category": [], "bbox": []})
         boxes += [(len(accumulator.names), *box) for box in zip(objects["category"], objects["bbox"], strict=True)]
-        rows.append(result.row)
+        rows.append((len(accumulator.names) + len(accumulator.unreadable), *result.row))
         accumulator.names.append(name)
         accumulator.formats[result.format] += 1
         if len(accumulator.examples) < NUM_EXAMPLES:
@@ -201,7 +202,7 @@ def _report(accumulator: Accumulator, source: Source, findings: list[str], *, is
     images = np.concatenate([np.zeros(0, IMAGE_DTYPE), *accumulator.images])
     boxes = np.concatenate([np.zeros(0, BOX_DTYPE), *accumulator.boxes])
     exact, near = _duplicates(images, accumulator.names)
-    issues = _image_issues(images, accumulator)
+    issues = _image_issues(images, accumulator) + _size_issues(images, source, accumulator.names)
     label_counts, box_report = None, None
     if source.label_names is not None:
         label_counts = _counts(images["label"], source.label_names)
@@ -270,6 +271,22 @@ def _image_issues(images: Array, accumulator: Accumulator) -> list[Issue]:
         "images whose mask is not of their size, or cannot be read": accumulator.bad_masks,
     }
     return [Issue(what, len(where), where) for what, where in found.items() if where]
+
+
+def _size_issues(images: Array, source: Source, names: list[str]) -> list[Issue]:
+    """Images of another size than their annotation says; opening a source looks at a sample alone."""
+    if source.annotated_sizes is None:
+        return []
+    annotated = source.annotated_sizes[images["position"]]  # (images, 2)
+    differs = np.isfinite(annotated).all(axis=1) & (
+        annotated != np.column_stack([images["width"], images["height"]])
+    ).any(1)
+    where = [
+        f"{names[index]}: annotated {annotated[index, 0]:g} x {annotated[index, 1]:g}, "
+        f"the file {images['width'][index]} x {images['height'][index]}"
+        for index in np.flatnonzero(differs).tolist()
+    ]
+    return [Issue("images of another size than their annotation says", len(where), where)] if where else []
 
 
 def _label_issues(images: Array, counts: dict[str, int], names: list[str]) -> list[Issue]:

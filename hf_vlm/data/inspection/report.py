@@ -8,6 +8,8 @@ from typing import Any, Self
 
 import numpy as np
 
+from hf_vlm.data.io.messages import one_line
+
 __all__ = ["BoxReport", "ExampleSummary", "Issue", "MinMedianMax", "Report", "Unreadable", "format_report"]
 
 PATCH_SIZES = (16, 8)
@@ -123,7 +125,7 @@ def format_report(report: Report) -> str:
     lines = []
     for title, entries in sections.items():
         if entries:
-            lines += [title, *(f"  {name:<14}  {text}".rstrip() for name, text in entries), ""]
+            lines += [title, *(one_line(f"  {name:<14}  {text}".rstrip()) for name, text in entries), ""]
     return "\n".join(lines)
 
 

@@ -4,7 +4,6 @@ Whatever the file holds, the result is 8-bit RGB or grey, upright: the EXIF orie
 scaled, palettes and CMYK are converted, and transparent images are laid on white, as a browser shows them.
 """
 
-import io
 import os
 from typing import Any
 
@@ -13,8 +12,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from hf_vlm.data.io.files import read_bytes
-from hf_vlm.data.io.image_header import ImageHeader, read_header, read_tiff_size
-from hf_vlm.data.io.messages import error_text, redact_url
+from hf_vlm.data.io.image_header import ImageHeader, open_image, read_header, read_tiff_size
+from hf_vlm.data.io.messages import error_text, shown_path
 
 __all__ = ["BadImageError", "decode_image", "image_size", "read_image_bytes"]
 
@@ -25,6 +24,7 @@ EncodedImage = dict[str, Any] | bytes | str | os.PathLike[str]
 MAX_ENCODED_BYTES = 2**29  # of one image; a larger file is none, and would fill the memory of every worker
 BITS_TAG = 0x0102  # of a TIFF
 NUM_WAITS = 3  # for an image's own server: lists of URLs name many that are gone for good
+IMAGE_SECONDS = 60.0  # after which nothing more is asked of it
 
 # Modes that opencv decodes as Pillow does; it drops alpha and reads the colours of CMYK differently.
 OPENCV_MODES = frozenset({"1", "L", "P", "RGB", "I;16", "I;16B"})
@@ -81,7 +81,7 @@ def read_image_bytes(image: EncodedImage) -> bytes:
     data = (image.get("bytes") or image.get("path")) if isinstance(image, dict) else image
     if isinstance(data, str | os.PathLike):
         try:
-            data = read_bytes(data, limit=MAX_ENCODED_BYTES, num_waits=NUM_WAITS)
+            data = read_bytes(data, limit=MAX_ENCODED_BYTES, num_waits=NUM_WAITS, seconds=IMAGE_SECONDS)
         except Exception as error:  # file systems raise their own types
             raise BadImageError(f"{_name(image)}: {error_text(error)}") from error
     if not data:
@@ -102,12 +102,15 @@ def image_size(image: EncodedImage) -> tuple[int, int] | None:
 
 def _decode(data: bytes, num_channels: int, at_least: tuple[int, int] | None) -> tuple[Array, tuple[int, int]]:
     header = read_header(data)
-    if header is None:  # opencv alone knows some, as TIFF with colours of 32 bits
-        _check_size(read_tiff_size(data) or (0, 0))
-        array = _read_with_opencv(data, READ_FLAGS[num_channels])
+    if header is None:  # opencv alone knows some TIFFs, as with colours of 32 bits
+        size = read_tiff_size(data)
+        if size is not None:
+            _check_size(size)
+        # Of other formats, as HDR and PFM, a header of a few bytes would make opencv take gigabytes.
+        array = None if size is None else _read_with_opencv(data, READ_FLAGS[num_channels])
         if array is None:
             raise BadImageError("not an image of a known format")
-        _check_size(array.shape[:2])  # opencv, which refuses 2**30 pixels itself, alone knows that of other formats
+        _check_size(array.shape[:2])
         return array, array.shape[:2]
     _check_size((header.height, header.width))
     # libtiff turns some TIFFs by itself, depending on how they are stored.
@@ -173,7 +176,7 @@ def _oriented(array: Array, orientation: int) -> Array:
 
 
 def _decode_with_pillow(data: bytes, num_channels: int) -> Array:
-    with Image.open(io.BytesIO(data)) as file:
+    with open_image(data) as file:
         file.load()  # before the transposition: it turns a TIFF itself
         num_bits = _num_bits(file)
         image: Image.Image = ImageOps.exif_transpose(file)
@@ -200,7 +203,7 @@ def _num_bits(image: Image.Image) -> int | None:
 def _name(image: object) -> str:
     """Path of an image for messages, or its first bytes where it has no path."""
     if isinstance(image, dict):
-        return redact_url(image["path"]) if image.get("path") else _name(image.get("bytes"))
+        return shown_path(image["path"]) if image.get("path") else _name(image.get("bytes"))
     if isinstance(image, bytes):
         return f"image of {len(image)} bytes beginning with {image[:8]!r}"
-    return "image without bytes and path" if image is None else redact_url(image)
+    return "image without bytes and path" if image is None else shown_path(image)

@@ -2,10 +2,13 @@
 
 import functools
 import io
+import itertools
 import logging
+import math
 import os
 import posixpath
 import re
+import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,8 +21,10 @@ from tqdm.auto import tqdm
 from upath import UPath
 
 from hf_vlm.data.io.messages import UnreachableError, error_causes, error_text, redact_url, server_status
+from hf_vlm.data.io.remote import REQUEST_BYTES, file_system, http_options
 
 __all__ = [
+    "as_path",
     "can_list",
     "existing_paths",
     "exists",
@@ -30,7 +35,9 @@ __all__ = [
     "join",
     "map_files",
     "open_binary",
+    "read_beginning",
     "read_bytes",
+    "read_lines",
     "retried",
     "siblings",
 ]
@@ -42,6 +49,8 @@ Result = TypeVar("Result")
 
 # Seconds between attempts; together they outlast the restart of a server.
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+READ_SECONDS = 120.0  # after which a read is not tried again: a silent server takes half a minute each time
+MAX_REMOTE_BYTES = 2**31  # of a file that is read whole; a server may send without end
 BRACES = re.compile(r"\{([^{}]*)\}")
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
@@ -73,35 +82,37 @@ def _may_pass(error: Exception) -> bool:
     )
 
 
-def retried(path: object, read: Callable[[], Result], *, num_waits: int | None = None) -> Result:
+def retried(
+    path: object, read: Callable[[], Result], *, num_waits: int | None = None, seconds: float | None = None
+) -> Result:
     """What a function reads of a URL; errors of the network that may pass are waited for.
 
     Args:
         path: Name of the file in the log and in the error.
         read: The function, called again after each wait.
         num_waits: Number of waits, the first of `WAITS`; None for all.
+        seconds: Time from the beginning after which it is not called again; None for `READ_SECONDS`.
 
     Raises:
-        UnreachableError: The last attempt failed too.
+        UnreachableError: The last attempt failed too; the message has the time that all took.
     """
-    waits = WAITS[:num_waits]
-    for wait in waits:
+    limit = READ_SECONDS if seconds is None else seconds
+    start, waits = time.monotonic(), iter(WAITS[:num_waits])
+    for attempt in itertools.count(1):
         try:
             return read()
         except Exception as error:  # any type: file systems have their own
             if not _may_pass(error):
                 raise
+            elapsed, wait = time.monotonic() - start, next(waits, math.inf)
+            if elapsed + wait > limit or wait == math.inf:
+                raise UnreachableError(
+                    f"{error_text(error)}, {attempt} times in {elapsed:.0f} s; see whether the server and the network "
+                    "are up, then start again"
+                ) from error
             logger.warning("%s: %s; trying again in %g s", redact_url(path), error_text(error), wait)
             time.sleep(wait)
-    try:
-        return read()
-    except Exception as error:
-        if not _may_pass(error):
-            raise
-        raise UnreachableError(
-            f"{error_text(error)}, {len(waits) + 1} times in {sum(waits):g} s; see whether the server and the network "
-            "are up, then start again"
-        ) from error
+    raise AssertionError("the loop has no end")
 
 
 def is_folder(path: Path) -> bool:
@@ -115,9 +126,9 @@ def exists(path: Path) -> bool:
     """Whether a path or URL is there. `Path.exists` is false, too, where a web server is busy."""
     if can_list(path):
         return path.exists()
-    file_system, inner = fsspec.url_to_fs(str(path))
+    system, inner = file_system(path)
     try:
-        return bool(retried(path, lambda: file_system.info(inner)))
+        return bool(retried(path, lambda: system.info(inner)))
     except FileNotFoundError:
         return False
 
@@ -159,6 +170,11 @@ def expand_braces(text: str) -> Iterator[str]:
         yield from expand_braces(text[: found.start()] + choice + text[found.end() :])
 
 
+def as_path(name: str) -> Path:
+    """A path on disk or remote, whose requests to web servers have an end."""
+    return cast(Path, UPath(name, **http_options(name)))
+
+
 def find_paths(source: str) -> list[Path]:
     """The path or URL that a source names, or several that it names by braces or stars.
 
@@ -166,12 +182,12 @@ def find_paths(source: str) -> list[Path]:
         ValueError: Nothing matches the stars.
     """
     names = [os.path.expanduser(name) for name in expand_braces(source)]
-    paths = [cast(Path, UPath(name)) for name in names if "*" not in name]
+    paths = [as_path(name) for name in names if "*" not in name]
     for pattern in (name for name in names if "*" in name):
-        file_system, path = fsspec.core.url_to_fs(pattern)
+        system, path = file_system(pattern)
         paths += [
-            cast(Path, UPath(file_system.unstrip_protocol(found)) if is_remote(pattern) else UPath(found))
-            for found in sorted(retried(pattern, functools.partial(file_system.glob, path)))
+            as_path(system.unstrip_protocol(found) if is_remote(pattern) else found)
+            for found in sorted(retried(pattern, functools.partial(system.glob, path)))
         ]
     if not paths:
         raise ValueError(f"no file matches {redact_url(source)}")
@@ -187,25 +203,72 @@ def open_binary(path: object, *, read_ahead: bool = True) -> IO[bytes]:
     Raises:
         OSError: It is not there or cannot be reached.
     """
-    return cast(IO[bytes], _RemoteFile(str(path), read_ahead)) if is_remote(path) else open(str(path), "rb")
+    path = _on_disk(path)
+    return cast(IO[bytes], _RemoteFile(str(path), read_ahead)) if is_remote(path) else _open_regular(str(path))
 
 
-def read_bytes(path: object, *, limit: int | None = None, num_waits: int | None = None) -> bytes:
+def read_bytes(
+    path: object, *, limit: int | None = None, num_waits: int | None = None, seconds: float = math.inf
+) -> bytes:
     """All bytes of a file on disk or behind a URL.
 
     Args:
-        limit: Largest number of bytes it may have; None for any.
+        limit: Largest number of bytes it may have; None for any on disk, and `MAX_REMOTE_BYTES` behind a URL.
         num_waits: Number of waits for a server; see `retried`.
+        seconds: Time after which nothing more is asked of a server.
+
+    Raises:
+        OSError: It is not there, cannot be reached, or is no regular file.
+        ValueError: It has more bytes than the limit.
+    """
+    path = _on_disk(path)
+    if is_remote(path):
+        deadline = time.monotonic() + seconds
+        read = functools.partial(_read_remote, str(path), MAX_REMOTE_BYTES if limit is None else limit, deadline)
+        return retried(path, read, num_waits=num_waits, seconds=seconds)
+    with _open_regular(str(path)) as file:
+        _check_size(os.fstat(file.fileno()).st_size, limit)
+        return file.read()
+
+
+def read_beginning(path: object, num_bytes: int) -> bytes:
+    """The first bytes of a file on disk or behind a URL; all of a shorter one.
+
+    Raises:
+        OSError: It is not there, cannot be reached, or is no regular file.
+    """
+    path = _on_disk(path)
+    if is_remote(path):  # opened, it would fetch megabytes ahead
+        system, inner = file_system(path)
+        return bytes(retried(path, lambda: system.cat_file(inner, start=0, end=num_bytes)))
+    with _open_regular(str(path)) as file:
+        return file.read(num_bytes)
+
+
+def _on_disk(path: object) -> object:
+    """A URL of the protocol `file` as the path that it is, so that the same checks hold."""
+    return str(path).removeprefix("file://") if str(path).startswith("file:///") else path
+
+
+def _open_regular(path: str) -> IO[bytes]:
+    """Open a file on disk; not a pipe, a device or a socket, of which reading may wait for ever or never end."""
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError(f"{path} is a pipe, a device or a socket, and no regular file")
+    return open(path, "rb")
+
+
+def read_lines(path: object) -> list[str]:
+    """Lines of a text file with their ends stripped.
 
     Raises:
         OSError: It is not there or cannot be reached.
-        ValueError: It has more bytes than the limit.
+        ValueError: It is not UTF-8.
     """
-    if is_remote(path):
-        return retried(path, lambda: _read_remote(str(path), limit), num_waits=num_waits)
-    with open(str(path), "rb") as file:
-        _check_size(os.fstat(file.fileno()).st_size, limit)
-        return file.read()
+    try:
+        return [line.strip() for line in read_bytes(path).decode("utf-8-sig").split("\n")]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8: {error}") from error
 
 
 def map_files(function: Callable[[Item], Result], items: Sequence[Item], description: str) -> list[Result]:
@@ -222,14 +285,16 @@ def map_files(function: Callable[[Item], Result], items: Sequence[Item], descrip
     return results
 
 
-def _read_remote(path: str, limit: int | None) -> bytes:
+def _read_remote(path: str, limit: int, deadline: float) -> bytes:
     with _open_remote(path, "readahead") as file:
         size = getattr(file, "size", None)
         _check_size(size or 0, limit)
         content = bytearray()
-        while chunk := file.read(-1 if limit is None else BLOCK_SIZE if size is None else size):
+        while chunk := file.read(BLOCK_SIZE if size is None else min(size, REQUEST_BYTES)):
             content += chunk
             _check_size(len(content), limit)
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{len(content)} bytes when its time was over")
     _check_complete(len(content), size or 0)
     return bytes(content)
 
@@ -246,7 +311,7 @@ def _check_complete(num_read: int, num_expected: int) -> None:
 
 
 def _open_remote(path: str, cache: str) -> Any:
-    return fsspec.open(path, "rb", cache_type=cache, block_size=BLOCK_SIZE).open()
+    return fsspec.open(path, "rb", cache_type=cache, block_size=BLOCK_SIZE, **http_options(path)).open()
 
 
 class _RemoteFile(io.RawIOBase):
@@ -270,8 +335,14 @@ class _RemoteFile(io.RawIOBase):
         return int(self.file.seek(offset, whence))
 
     def read(self, size: int = -1) -> bytes:
-        position = self.tell()
-        return retried(self.path, lambda: self._read_at(position, size))
+        content = bytearray()
+        while size < 0 or len(content) < size:
+            wanted = REQUEST_BYTES if size < 0 else min(size - len(content), REQUEST_BYTES)
+            chunk = retried(self.path, functools.partial(self._read_at, self.tell(), wanted))
+            content += chunk
+            if not chunk:  # a server that gives no length sends pieces of any size
+                break
+        return bytes(content)
 
     def _read_at(self, position: int, size: int) -> bytes:
         if self.is_broken:
@@ -280,7 +351,7 @@ class _RemoteFile(io.RawIOBase):
         self.is_broken = True
         content: bytes = self.file.read(size)
         remaining = max((getattr(self.file, "size", None) or 0) - position, 0)
-        _check_complete(len(content), remaining if size < 0 else min(size, remaining))
+        _check_complete(len(content), min(size, remaining))
         self.is_broken = False
         return content
 

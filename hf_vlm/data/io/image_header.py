@@ -6,7 +6,11 @@ from dataclasses import dataclass
 
 from PIL import Image, UnidentifiedImageError
 
-__all__ = ["ImageHeader", "read_header", "read_tiff_size"]
+__all__ = ["ImageHeader", "open_image", "read_header", "read_tiff_size"]
+
+# What Pillow may open. It knows some fifty formats by their content, whatever the extension: for EPS it runs
+# Ghostscript, and the decoders of rare ones are little tried.
+PILLOW_FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 
 WIDTH_TAG, HEIGHT_TAG, ORIENTATION_TAG = 0x0100, 0x0101, 0x0112
 JP2_START, JP2_EXIF = b"\0\0\0\x0c", b"JpgTiffExif->JP2"  # of the file; of a box with EXIF, its uuid
@@ -28,6 +32,15 @@ class ImageHeader:
     has_alpha: bool = False
 
 
+def open_image(data: bytes) -> Image.Image:
+    """The image that Pillow reads from bytes, not yet decoded.
+
+    Raises:
+        UnidentifiedImageError: It is of none of `PILLOW_FORMATS`.
+    """
+    return Image.open(io.BytesIO(data), formats=PILLOW_FORMATS)
+
+
 def read_header(data: bytes) -> ImageHeader | None:
     """The header of an encoded image, or None where Pillow does not know the format.
 
@@ -40,7 +53,7 @@ def read_header(data: bytes) -> ImageHeader | None:
     if header is not None:
         return header
     try:
-        image = Image.open(io.BytesIO(data))
+        image = open_image(data)
     except UnidentifiedImageError:
         return None
     # Asking for EXIF that is not at the front makes Pillow decode a PNG.

@@ -1,4 +1,7 @@
-"""What messages show: names in short, the nearest name to a mistyped one, URLs without secrets, errors of servers."""
+"""What messages show: names in short, the nearest name to a mistyped one, URLs without secrets, errors of servers.
+
+Names come from data and may hold anything: `printable` is what may reach a terminal of them.
+"""
 
 import difflib
 import logging
@@ -7,18 +10,28 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 __all__ = [
+    "OutsideError",
+    "PrintableFormatter",
     "UnreachableError",
     "collect_warnings",
     "did_you_mean",
     "error_causes",
     "error_text",
+    "one_line",
+    "printable",
     "redact",
     "redact_url",
     "server_status",
+    "shown_path",
     "summarise",
 ]
 
-URL = re.compile(r"(\w[\w+.-]*://)(?:[^/?#]*@)?([^?#]*).*", re.DOTALL)  # without user and password; without query
+AUTHORITY = re.compile(r"[^/?#]*")  # of a URL, after its "://": user, password, host and port
+MAX_NAME = 1000  # characters; a path is shorter, and a cell of bytes taken for one may have millions
+
+# What moves the cursor, colours or hides text, or turns its direction; and halves of characters, which cannot be
+# encoded. Newlines and tabs are layout of ours.
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class UnreachableError(OSError):
@@ -47,9 +60,30 @@ def collect_warnings() -> Iterator[list[str]]:
         logger.removeHandler(collector)
 
 
+class OutsideError(ValueError):
+    """Data name a file or address outside of their own place; the message is complete in itself."""
+
+
+class PrintableFormatter(logging.Formatter):
+    """Formats log entries without what would act on a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+def printable(text: str) -> str:
+    """A text in which control characters and halves of surrogate pairs are written as escapes, such as `\\x1b`."""
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode("ascii"), text)
+
+
+def one_line(name: object) -> str:
+    """A name in one line and without what would act on a terminal."""
+    return printable(str(name)).replace("\n", "\\n").replace("\t", "\\t")
+
+
 def summarise(names: Iterable[object], *, num_shown: int = 5) -> str:
     """The first few names, and how many more there are."""
-    texts = [str(name) for name in names]
+    texts = list(map(one_line, names))
     more = f" and {len(texts) - num_shown} more" if len(texts) > num_shown else ""
     return ", ".join(texts[:num_shown]) + more
 
@@ -62,18 +96,48 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
 
 def redact_url(path: object) -> str:
     """A path or URL for messages and records: without a password, and without the query, which may hold a key."""
-    return ", ".join(map(redact_url, path)) if isinstance(path, list) else URL.sub(r"\1\2", str(path))
+    if isinstance(path, list):
+        return ", ".join(map(redact_url, path))
+    return "::".join(map(_redact_one, str(path).split("::")))  # zip://a.jpg::https://host/b.zip holds two URLs
+
+
+def shown_path(path: object) -> str:
+    """A path or URL that data name, as messages show it: redacted, and cut where no path is as long."""
+    text = one_line(redact_url(path))
+    return text if len(text) <= MAX_NAME else f"{text[: MAX_NAME // 4]}... ({len(text):,} characters)"
+
+
+def _redact_one(text: str) -> str:
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        return text
+    authority = AUTHORITY.match(rest)
+    assert authority is not None  # it may be empty
+    host = authority[0].rpartition("@")[2]
+    return scheme + separator + re.split("[?#]", host + rest[authority.end() :], maxsplit=1)[0]
 
 
 def redact(text: str) -> str:
-    """A text whose URLs are shown as `redact_url` shows them."""
-    return re.sub(r"\w+://\S+", lambda found: redact_url(found[0]), text)
+    """A text whose URLs are shown as `redact_url` shows them, and whose longest words are cut."""
+    if "://" not in text and len(text) <= MAX_NAME:
+        return text
+    words = re.split(r"(\s+)", text)
+    return "".join(shown_path(word) if "://" in word or len(word) > MAX_NAME else word for word in words)
 
 
 def error_text(error: Exception) -> str:
     """The message of a file system's error, with its URLs redacted; the status where a server answered with one."""
-    status = None if isinstance(error, UnreachableError) else server_status(error)
-    text = str(error) if status is None else f"the server answers with the status {status}"
+    causes = list(error_causes(error))
+    complete = next((cause for cause in causes if isinstance(cause, OutsideError | UnreachableError)), None)
+    status = server_status(error)
+    if complete is not None:
+        text = str(complete)
+    elif status is not None:
+        text = f"the server answers with the status {status}"
+    elif any(isinstance(cause, TimeoutError) for cause in causes):
+        text = "the server gives no answer, or a slow one"
+    else:
+        text = str(error)
     return redact(text or type(error).__name__)
 
 

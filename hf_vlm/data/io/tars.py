@@ -9,6 +9,7 @@ from typing import IO, NamedTuple
 __all__ = ["TarMember", "walk_tar"]
 
 BLOCK = 512
+MAX_HEADER_BYTES = 2**20  # of a long name or of fields, which are held in memory
 REGULAR = (b"0", b"\0", b"7")
 LONG_NAME, LONG_LINK = b"L", b"K"  # GNU: the next header's name, as data
 WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices and folders, whatever size they give
@@ -40,7 +41,7 @@ def walk_tar(file: IO[bytes]) -> Iterator[TarMember]:
         size = _check(header, position)
         typeflag, data = header[156:157], position + BLOCK
         if typeflag == LONG_NAME or typeflag in (PAX, PAX_GLOBAL):
-            content = file.read(size)
+            content = _read_header(file, size, position)
             if typeflag == LONG_NAME:
                 long_name = content.rstrip(b"\0").decode("utf-8", "replace")
             elif typeflag == PAX:  # a global one holds no names and sizes
@@ -56,6 +57,13 @@ def walk_tar(file: IO[bytes]) -> Iterator[TarMember]:
                 yield TarMember(name, data, size)
             long_name, pax = None, {}
         position = data + -(-size // BLOCK) * BLOCK
+
+
+def _read_header(file: IO[bytes], size: int, position: int) -> bytes:
+    """The data of a header that names the next file."""
+    if size > MAX_HEADER_BYTES:
+        raise ValueError(f"the header at byte {position} has {size} bytes, more than {MAX_HEADER_BYTES}")
+    return file.read(size)
 
 
 def _check(header: bytes, position: int) -> int:

@@ -118,7 +118,7 @@ def test_images_whose_server_is_gone_are_counted_and_skipped(tmp_path, serve, ca
         rows = [{"image_path": f"{url}/a.png"}, {"image_path": f"{gone}/a.png?key=secret"}]
         Dataset.from_list(rows).to_parquet(tmp_path / "0.parquet")
         stream = ExampleStream(
-            open_source(tmp_path / "0.parquet").dataset,
+            open_source(tmp_path / "0.parquet", allow_outside=True).dataset,
             lambda example, generator: {"pixels": decode_image(example["image"])[0]},
             repeat=False,
             max_bad_fraction=1.0,
@@ -132,18 +132,28 @@ def test_images_whose_server_is_gone_are_counted_and_skipped(tmp_path, serve, ca
 
 def test_waits_grow_and_other_errors_pass_at_once(monkeypatch):
     monkeypatch.undo()
-    waits = []
-    monkeypatch.setattr(files.time, "sleep", waits.append)
+    waits, clock = [], [100.0]
 
-    def fail():
-        raise ConnectionResetError("reset")
+    def sleep(seconds):
+        waits.append(seconds)
+        clock[0] += seconds
 
+    def fail(error, seconds=0):
+        clock[0] += seconds
+        raise error
+
+    monkeypatch.setattr(files.time, "sleep", sleep)
+    monkeypatch.setattr(files.time, "monotonic", lambda: clock[0])
     with pytest.raises(UnreachableError, match=r"reset, 7 times in 63 s"):
-        files.retried("s3://a/b", fail)
+        files.retried("s3://a/b", lambda: fail(ConnectionResetError("reset")))
     assert waits == [1, 2, 4, 8, 16, 32]
+    # Half a minute of silence each time, until two minutes are over: the message has the time that passed.
+    with pytest.raises(UnreachableError, match=r"no answer, or a slow one, 4 times in 127 s"):
+        files.retried("s3://a/b", lambda: fail(TimeoutError(), seconds=30))
+    assert waits[6:] == [1, 2, 4]
     with pytest.raises(ZeroDivisionError):
         files.retried("s3://a/b", lambda: 1 / 0)
-    assert len(waits) == 6
+    assert len(waits) == 9
 
 
 def test_a_connection_that_ends_early_is_no_end_of_file(monkeypatch):

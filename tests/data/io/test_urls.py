@@ -118,7 +118,7 @@ def test_images_by_url_are_decoded_and_missing_ones_counted(tmp_path, caplog, se
         rows = [{"image_path": f"{url}/a.png"}] * 3 + [{"image_path": f"{url}/b.png"}]
         Dataset.from_list(rows).to_parquet(tmp_path / "0.parquet")
         stream = ExampleStream(
-            open_source(tmp_path / "0.parquet").dataset,
+            open_source(tmp_path / "0.parquet", allow_outside=True).dataset,
             lambda example, generator: {"pixels": decode_image(example["image"])[0]},
             repeat=False,
             max_bad_fraction=1.0,
@@ -194,7 +194,8 @@ def test_relative_paths_of_images_start_from_the_folder_of_their_rows(tmp_path, 
             f"{url}/rows/0.parquet",
             "memory://remote/rows/*.parquet",
         ):
-            images = [decode_image(example["image"])[0] for example in open_source(source, format="parquet")]
+            opened = open_source(source, format="parquet", allow_outside=True)
+            images = [decode_image(example["image"])[0] for example in opened]
             assert [image[0, 0, 0] for image in images] == [1, 2, 2, 2]
 
 
