@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,7 +58,8 @@ def run(argv: Sequence[str]) -> None:
             reservoir.add(example)
             bar.update()
 
-        report = inspect_source(source, num_examples, on_example)
+        others = [] if num_examples is not None else other_splits(source, arguments.data, arguments.format)
+        report = inspect_source(source, num_examples, on_example, others)
 
     print(f"{one_line(source.name)}: {source.format}, split {arguments.split}\n")
     text = format_report(report)
@@ -73,6 +75,24 @@ def run(argv: Sequence[str]) -> None:
         print("\nTo train on it:")
         for command in _training_commands(arguments, source):
             print(f"  {one_line(command)}")
+
+
+def other_splits(source: "Source", data: str, format: str | None) -> "list[Source]":
+    """The other splits of data on disk, opened without a word: they have a report of their own."""
+    from hf_vlm.data.formats.splits import SPLIT_ALIASES, canonical_split
+    from hf_vlm.data.sources import open_source
+
+    opened: list[Source] = []
+    if not Path(data).is_dir():
+        return opened
+    logging.disable(logging.WARNING)
+    try:
+        for split in SPLIT_ALIASES.keys() - {canonical_split(source.split)}:
+            with contextlib.suppress(ValueError):
+                opened.append(open_source(data, split, format=format))
+    finally:
+        logging.disable(logging.NOTSET)
+    return sorted(opened, key=lambda other: other.split)
 
 
 def _training_commands(arguments: argparse.Namespace, source: "Source") -> list[str]:

@@ -96,7 +96,7 @@ class Source:
         """
         if not 0.0 < fraction < 1.0:
             raise ValueError(f"holdout={fraction} must be between 0 and 1")
-        sides = tuple(
+        kept, apart = (
             replace(
                 self,
                 dataset=self.dataset.filter(_IsHeldOut(fraction, is_held_out)),
@@ -106,7 +106,7 @@ class Source:
             for is_held_out in (False, True)
         )
         if self.num_examples is None or self.format in ("scenes", "hub") or "://" in self.name:
-            return sides
+            return kept, apart
         held_out = sum(map(_IsHeldOut(fraction, True), self))
         counts = self.num_examples - held_out, held_out
         if not all(counts):
@@ -114,7 +114,7 @@ class Source:
                 f"{self.name}: holdout={fraction} of {self.num_examples} images leaves {counts[0]} to train on and "
                 f"{counts[1]} to hold out; choose another fraction, or name a validation split"
             )
-        return tuple(replace(side, num_examples=count) for side, count in zip(sides, counts))
+        return replace(kept, num_examples=counts[0]), replace(apart, num_examples=counts[1])
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return iter(self.dataset)

@@ -114,3 +114,21 @@ def test_json_of_images_without_labels(folder, tmp_path):
     saved = json.loads((tmp_path / "data.json").read_text())
     assert saved["class_names"] is saved["label_names"] is None
     assert {(e["label"], e["boxes"], e["categories"]) for e in saved["examples"]} == {(None, None, None)}
+
+
+def test_images_and_classes_of_other_splits_are_compared(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for split, names in {"train": ["x/a", "x/b", "y/c"], "val": ["x/a", "y/e"], "test": ["d"]}.items():
+        for name in names:
+            path = tmp_path / "data" / split / f"{name}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes((folder / f"{path.stem}.png").read_bytes())
+    assert main(["data", "data", "--json", "data.json"]) == 0
+    printed = capsys.readouterr()
+    assert "images that split 'validation' holds too, byte for byte" in printed.out
+    issues = {issue["what"]: issue["where"] for issue in json.loads((tmp_path / "data.json").read_text())["issues"]}
+    assert issues == {
+        f"images that split {split!r} holds too, byte for byte": ["data/train/x/a.png"]
+        for split in ("test", "validation")
+    }
+    assert "lie in no folder of a class" not in printed.err  # which is said of the test split when that is opened

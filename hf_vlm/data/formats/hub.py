@@ -4,10 +4,13 @@ import logging
 from pathlib import Path
 
 import datasets
+import numpy as np
 
+from hf_vlm.data.formats.box_conventions import warn_of_convention
 from hf_vlm.data.formats.categories import Categories, read_categories
 from hf_vlm.data.formats.columns import ColumnMap, RowReader, category_feature, find_columns
 from hf_vlm.data.formats.splits import choose_split
+from hf_vlm.data.io.decode import image_size
 from hf_vlm.data.io.files import siblings
 from hf_vlm.data.io.messages import did_you_mean
 from hf_vlm.data.source import Source
@@ -15,6 +18,8 @@ from hf_vlm.data.source import Source
 __all__ = ["open_hub"]
 
 logger = logging.getLogger(__name__)
+
+SAMPLE_SIZE = 32  # images whose sizes are read to see what boxes are
 
 
 def open_hub(
@@ -32,7 +37,8 @@ def open_hub(
         revision: Branch, tag or commit of the dataset.
 
     Raises:
-        ValueError: There is no such dataset or split, it cannot be reached, or it has no column of images.
+        ValueError: There is no such dataset or split, it cannot be reached, it has no column of images, or its boxes
+            are of another convention.
     """
     # A stream that is closed early would sleep for seconds; nothing here needs that.
     datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
@@ -60,6 +66,8 @@ def open_hub(
         stream = stream.take(num_samples)
     raw = list(columns.source_names)
     examples = stream.select_columns(raw).map(reader, remove_columns=raw, features=reader.features)
+    if reader.category is not None:
+        _judge_boxes(examples, source)
     num_examples = (declared.num_examples if declared is not None else None) or None
     if num_examples is not None and num_samples is not None:
         num_examples = min(num_examples, num_samples)
@@ -71,6 +79,17 @@ def _place(source: str, revision: str | None) -> str:
     if Path(source).exists():
         return source
     return f"hf://datasets/{source}" if revision is None else f"hf://datasets/{source}@{revision}"
+
+
+def _judge_boxes(examples: datasets.IterableDataset, source: str) -> None:
+    """See by the first images whether boxes are what they should be; others are not read to open a data set."""
+    boxes, sizes = list[list[float]](), list[tuple[float, float]]()
+    for example in examples.take(SAMPLE_SIZE):
+        height, width = image_size(example["image"]) or (np.inf, np.inf)
+        boxes += example["objects"]["bbox"]
+        sizes += [(width, height)] * len(example["objects"]["bbox"])
+    if boxes:
+        warn_of_convention(np.array(boxes, dtype=np.float64), np.array(sizes, dtype=np.float64).T, source)
 
 
 def _declared(features: datasets.Features, columns: ColumnMap, column: str, source: str) -> Categories | None:

@@ -164,6 +164,9 @@ def _find(file: Path, name: str, paths: Mapping[str, str]) -> str:
 
     Names in another Unicode form are found, and with the separators of Windows.
     """
+    direct = posixpath.join(str(file.parent), posixpath.normpath(name))
+    if paths.get(direct) == direct:
+        return direct
     joined = [posixpath.join(str(file.parent), posixpath.normpath(name)) for name in (name, name.replace("\\", "/"))]
     found = (paths.get(unicodedata.normalize("NFC", path)) for path in joined)
     return next((path for path in found if path is not None), joined[0])

@@ -8,6 +8,7 @@ from typing import TypeVar
 from hf_vlm.data.io.messages import redact_url, summarise
 
 __all__ = [
+    "SPLIT_ALIASES",
     "canonical_split",
     "choose_split",
     "common_folder",

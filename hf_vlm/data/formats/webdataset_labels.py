@@ -87,16 +87,6 @@ def _object_fields(values: Iterable[Any]) -> dict[str, Any]:
     return fields
 
 
-def _may_hold(sample: Sample, shard: Shard, columns: Collection[str]) -> bool:
-    """Whether labels or objects may be in a sample; its text is searched first, since most samples have none."""
-    if "label" in columns and "cls" in sample.texts:
-        return True
-    names = [name for column in columns for name in ANNOTATIONS[column]]
-    if not any(f'"{name}"'.encode() in sample.texts.get("json", b"") for name in names):
-        return False
-    return not _as_value_error(read_fields, sample, shard).keys().isdisjoint(names)
-
-
 def _as_value_error(read: Callable[..., Row], sample: Sample, shard: Shard, *args: Any) -> Row:
     """What is read of a sample, with its tar and key in the message of an error."""
     try:
@@ -120,11 +110,12 @@ def find_classes(
     labels = _Labels(names, redact_url(folders[-1]))
     roles = {*roles_of(columns), "cls", "json"} if missing else roles_of(columns)
     for sample, shard in first if names and len(missing) < 2 else _scan(tars, roles):
-        if missing and _may_hold(sample, shard, missing):
+        fields = _as_value_error(read_fields, sample, shard)
+        if any(not fields.keys().isdisjoint(ANNOTATIONS[column]) for column in missing):
             more = [*first, (sample, shard)]
             if len(_find_columns(more).source_names) > len(columns.source_names):
                 return find_classes(more, tars, folders)
-        row = _as_value_error(labels_of, sample, shard, columns, shard[1])
+        row = _as_value_error(labels_of, sample, shard, columns, shard[1], fields)
         if labels.wants_size(row) and not is_remote(shard[0]):
             row["sampled"] = _image_size(sample, shard)
         labels.add(row, f"{sample.key} in {shard[1]}")

@@ -96,9 +96,16 @@ def read_fields(sample: Sample) -> Row:
         raise LabelError(str(error)) from error
 
 
-def labels_of(sample: Sample, columns: ColumnMap, name: str) -> Row:
-    """A sample as a row with the columns of the schema; what is missing is None."""
-    fields = read_fields(sample)
+def labels_of(sample: Sample, columns: ColumnMap, name: str, fields: Row | None = None) -> Row:
+    """A sample as a row with the columns of the schema; what is missing is None.
+
+    Args:
+        sample: The sample.
+        columns: Names of its fields.
+        name: Name of its tar, in paths of images.
+        fields: What `read_fields` gives, where it is known.
+    """
+    fields = read_fields(sample) if fields is None else fields
     row: Row = {column: fields.get(source) for column, source in columns.columns.items()}
     for role in ("image", "mask"):
         path = f"{name}/{sample.images[role][0].name}" if role in sample.images else None

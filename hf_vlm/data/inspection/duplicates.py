@@ -1,5 +1,6 @@
 """Images that occur more than once: equal bytes, and near-duplicates by perceptual hash."""
 
+import hashlib
 import itertools
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-__all__ = ["exact_duplicates", "near_duplicates", "perceptual_hash"]
+__all__ = ["exact_duplicates", "image_digest", "near_duplicates", "perceptual_hash"]
 
 Array = np.ndarray[Any, Any]
 
@@ -17,6 +18,11 @@ MAX_COLOR_DIFFERENCE = 12  # levels of 255, in any quarter; small smooth picture
 MIN_STEPS = 16  # neighbouring cells of 64 that must differ, or a hash is meaningless
 NUM_BANDS = 4  # one more than two flipped bits can touch, and one to spare: see `_close_pairs`
 MAX_NEIGHBORS = 256
+
+
+def image_digest(data: bytes) -> int:
+    """64 bits that are the same for equal bytes alone."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
 
 
 def perceptual_hash(image: Array) -> tuple[int, Array, bool]:

@@ -1,18 +1,18 @@
 """One quick look at every image of a source: what is there, and what is wrong with it."""
 
-import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from hf_vlm.data.boxes import MIN_BOX_SIDE, clean_boxes
 from hf_vlm.data.formats.annotations import TOLERANCE
-from hf_vlm.data.inspection.duplicates import exact_duplicates, near_duplicates, perceptual_hash
+from hf_vlm.data.formats.box_conventions import check_convention
+from hf_vlm.data.inspection.duplicates import exact_duplicates, image_digest, near_duplicates, perceptual_hash
 from hf_vlm.data.inspection.report import (
     BoxReport,
     ExampleSummary,
@@ -22,6 +22,7 @@ from hf_vlm.data.inspection.report import (
     Unreadable,
     format_report,
 )
+from hf_vlm.data.inspection.splits import split_issues
 from hf_vlm.data.io.decode import BadImageError, decode_image, image_size, read_image_bytes
 from hf_vlm.data.io.image_header import read_header
 from hf_vlm.data.io.messages import collect_warnings, redact_url, shown_path
@@ -91,6 +92,7 @@ def inspect_source(
     source: Source,
     num_examples: int | None = None,
     on_example: Callable[[Example], None] | None = None,
+    other_splits: Sequence[Source] = (),
 ) -> Report:
     """Read every image of a source once, decoded small, and report on images, labels and boxes.
 
@@ -98,6 +100,7 @@ def inspect_source(
         source: Source of the images.
         num_examples: Number of images to read, from the first on; None for all.
         on_example: Function called with each example whose image can be read, in their order.
+        other_splits: Other splits of the same data, which should have none of its images.
 
     Raises:
         ValueError: The source gives no example, or num_examples is not positive.
@@ -117,7 +120,11 @@ def inspect_source(
     if not accumulator.names and not accumulator.unreadable:
         raise ValueError("the data holds no example; check its path and its split")
     is_complete = num_examples is None or next(examples, None) is None
-    return _report(accumulator, source, [*source.findings, *findings], is_complete=is_complete)
+    report = _report(accumulator, source, [*source.findings, *findings], is_complete=is_complete)
+    digests = np.concatenate([images["digest"] for images in accumulator.images]).tolist()
+    names = dict(zip(digests, accumulator.names, strict=True))
+    shared = [issue for other in other_splits for issue in split_issues(source, names, other)]
+    return replace(report, issues=[*report.issues, *shared])
 
 
 def image_name(example: Example) -> str:
@@ -145,7 +152,7 @@ def _image_stats(example: Example) -> ImageStats | str:
         height,
         width,
         len(data),
-        int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big"),
+        image_digest(data),
         bits,
         colors,
         has_structure,
@@ -202,6 +209,11 @@ def _report(accumulator: Accumulator, source: Source, findings: list[str], *, is
         issues += _label_issues(images, label_counts, accumulator.names)
     if source.object_names is not None:
         box_report = _box_report(images, boxes, source.object_names)
+        finding, is_certain = _convention(images, boxes, source.name)
+        if finding is not None:
+            issues.append(Issue(f"boxes; {finding}", len(boxes), []))
+        if is_certain:  # sizes of boxes that are something else say nothing
+            box_report = replace(box_report, small_relative_size=None)
         issues += _box_issues(images, boxes, box_report, accumulator.names)
     return Report(
         num_images=len(images),
@@ -307,6 +319,18 @@ def _box_report(images: Array, boxes: Array, class_names: list[str]) -> BoxRepor
         relative_size=MinMedianMax.of(relative),
         small_relative_size=float(np.median(judged)) if len(judged) else None,
     )
+
+
+def _convention(images: Array, boxes: Array, source: str) -> tuple[str | None, bool]:
+    """What boxes look like where they seem to be of another convention, as corners, and whether they certainly are.
+
+    Opening a source may have known the size of few images or of none.
+    """
+    height, width = (images[side][boxes["image"]].astype(np.float64) for side in ("height", "width"))
+    try:
+        return check_convention(boxes["box"], width=width, height=height, source=source), False
+    except ValueError as error:
+        return str(error), True
 
 
 def _box_issues(images: Array, boxes: Array, report: BoxReport, names: list[str]) -> list[Issue]:

@@ -32,6 +32,13 @@ def test_hub_streams_have_the_schema(tmp_path, monkeypatch):
         open_source("my-org/cells", "test")
 
 
+def test_hub_boxes_are_judged_by_the_first_images(tmp_path):
+    objects = {"bbox": [[8.0, 6.0, 14.0, 11.0]], "category": [0], "area": [48.0], "iscrowd": [0]}
+    write_detection_parquet(tmp_path / "train-00000-of-00001.parquet", num_rows=12, objects=[objects] * 12)
+    with pytest.raises(ValueError, match=r"12 of 12 boxes do not lie in their image .* as corners"):
+        open_source(tmp_path, format="hub")
+
+
 def test_hub_rows_without_id_get_one_from_their_content(tmp_path, caplog):
     rows = {"image": [{"bytes": png(row), "path": None} for row in range(6)], "label": ["a"] * 6}
     features = {"image": image_feature(), "label": datasets.Value("string")}

@@ -288,3 +288,29 @@ def test_the_report_is_plain_json(tmp_path):
     assert content == report.as_json()
     assert content["width"] == {"min": 48, "median": 48, "max": 48}
     assert sum(content["boxes"]["class_counts"].values()) == content["boxes"]["num_boxes"]
+
+
+def test_boxes_of_another_convention_are_named_instead_of_an_advice():
+    corners = [[60 + row, 40.0, 76.0, 56.0] for row in range(12)]
+    files = [encoded(picture(row)) for row in range(12)]
+    features = {"objects": objects_feature(["a"])}
+    report = inspect_source(source_of(files, features, objects=[objects_of((0, box)) for box in corners]))
+    (what,) = [what for what in found(report) if "while 100% do as corners" in what]
+    assert found(report)[what] == (12, [])
+    assert "patches" not in format_report(report)
+    right = [[x, y, right - x, bottom - y] for x, y, right, bottom in corners]
+    report = inspect_source(source_of(files, features, objects=[objects_of((0, box)) for box in right]))
+    assert "patches" in format_report(report)
+    assert not report.issues
+
+
+def test_classes_of_another_split_are_compared():
+    files = [encoded(picture(row)) for row in range(2)]
+    make = lambda names: source_of(files[:1], {"label": datasets.ClassLabel(names=names)}, label=[0])  # noqa: E731
+    for names, what, where in (
+        (["b", "a"], "classes of labels that are in another order in split ''", ["b", "a"]),
+        (["a", "c"], "classes of labels that are not the same in split ''", ["b", "c"]),
+    ):
+        report = inspect_source(make(["a", "b"]), other_splits=[make(names)])
+        assert found(report)[what] == (2, where)
+        assert found(report)["images that split '' holds too, byte for byte"] == (1, ["0.png"])
