@@ -1,6 +1,7 @@
 """`hf-vlm data SOURCE [--save sheet.png]`"""
 
 import argparse
+import contextlib
 import json
 import logging
 import shlex

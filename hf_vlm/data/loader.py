@@ -1,5 +1,6 @@
 """The loader of batches: its workers may not keep training waiting for ever, and their errors read as they were."""
 
+import contextlib
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -39,7 +40,9 @@ class StreamLoader(StatefulDataLoader[Any]):
             if "timed out after" not in str(error):
                 raise
             for worker in iterator._workers:
-                worker.kill()  # one that is stopped would keep this process from ending
+                with contextlib.suppress(RuntimeError):  # by which torch's signal handler reports a killed worker
+                    worker.kill()  # one that is stopped would keep this process from ending
+                    worker.join(10)
             raise ValueError(
                 f"The data workers gave no batch for {self.timeout:g} s: one was stopped, or waits for a disk or "
                 "server that hangs. See whether the data can be read, then resume from the last checkpoint."

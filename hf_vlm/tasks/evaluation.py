@@ -13,7 +13,7 @@ from hf_vlm.features.loading import load_model
 from hf_vlm.tasks import TASKS
 from hf_vlm.tasks.task import Evaluation
 
-__all__ = ["check_class_names", "eval_stream", "evaluate_run", "match_class_names"]
+__all__ = ["eval_stream", "evaluate_run", "match_class_names"]
 
 logger = logging.getLogger(__name__)
 
@@ -84,16 +84,6 @@ def match_class_names(source: Source, found: Sequence[str], expected: Sequence[s
             without,
         )
     return source.with_classes(expected)
-
-
-def check_class_names(source: Source, found: Sequence[str], expected: Sequence[str], owner: str) -> None:
-    """ValueError where the classes of the data are not, in their order, the expected ones of `owner`."""
-    if list(found) != list(expected):
-        order = ", in another order: use the same order in both" if set(found) == set(expected) else ""
-        raise ValueError(
-            f"Split {source.split!r} of {source.name} has the classes {list(found)}, but {owner} has {list(expected)}"
-            f"{order}."
-        )
 
 
 def eval_stream(source: Source, transform: Any, *, max_bad_fraction: float, **ranks: int) -> ExampleStream:

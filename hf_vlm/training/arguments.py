@@ -65,6 +65,10 @@ class VisionTrainingArguments(TrainingArguments):
     )
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     eval_split: str = field(default="validation", metadata={"help": "Split to evaluate on."})
+    holdout: float | None = field(
+        default=None,
+        metadata={"help": "In place of eval_split: fraction of the training images that fine-tuning holds out."},
+    )
     num_train_examples: int | None = field(
         default=None,
         metadata={"help": "Number of images to train on: the first N, or N evenly spread over class folders."},

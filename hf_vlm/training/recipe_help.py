@@ -16,7 +16,17 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "attn_implementation",
     ),
     "Data": (
-        *("data", "format", "train_split", "eval_split", "num_train_examples", "num_eval_examples", "image_size"),
+        *(
+            "data",
+            "format",
+            "train_split",
+            "eval_split",
+            "holdout",
+            "allow_outside",
+            "num_train_examples",
+            "num_eval_examples",
+            "image_size",
+        ),
         *("views", "views_on", "augmentation", "shuffle_block", "max_bad_fraction", "dataloader_num_workers"),
     ),
     "Length and batch": (

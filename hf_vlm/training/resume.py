@@ -41,7 +41,7 @@ def _names(text: str) -> frozenset[str]:
 FIXED = _names(
     """
     method encoder_preset encoder_config model_config encoder resize_encoder image_size neftune_noise_alpha
-    data format train_split num_train_examples views augmentation shuffle_block seed data_seed
+    data format train_split holdout num_train_examples views augmentation shuffle_block seed data_seed
     per_device_train_batch_size gradient_accumulation_steps auto_find_batch_size accelerator_config
     reference_batch_size optim optim_args optim_target_modules patch_projection_lr_multiplier
     metric_for_best_model greater_is_better
@@ -59,8 +59,8 @@ SCHEDULE = _names(
 FREE = _names(
     """
     output_dir overwrite_output_dir resume_from_checkpoint rewind_to restart_schedule approximate_resume
-    ignore_data_skip max_bad_fraction eval_split num_eval_examples probe_steps probe_data num_probe_examples
-    on_collapse views_on attn_implementation num_train_epochs
+    ignore_data_skip max_bad_fraction allow_outside eval_split num_eval_examples probe_steps probe_data
+    num_probe_examples on_collapse views_on attn_implementation num_train_epochs
     bf16 fp16 bf16_full_eval fp16_full_eval tf32 use_cpu full_determinism torch_compile torch_compile_backend
     torch_compile_mode use_liger_kernel liger_kernel_config use_cache torch_empty_cache_steps
     activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs

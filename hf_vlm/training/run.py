@@ -4,6 +4,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 from hf_vlm.registry import find_model
 from hf_vlm.tasks import TASKS, TRAINABLE_TASKS, Task
-from hf_vlm.tasks.evaluation import check_class_names, eval_stream
+from hf_vlm.tasks.evaluation import eval_stream, match_class_names
 from hf_vlm.training.alarms import CollapseAlarm
 from hf_vlm.training.arguments import VisionTrainingArguments
 from hf_vlm.training.build import build_model, build_processor
@@ -152,18 +153,38 @@ def finetune(recipe: dict[str, Any], *, write_card: Callable[[Path], Any] | None
     set_seed(args.seed)
     task = TASKS[find_model(args.method, TRAINABLE_TASKS).task]
     _check_best_metric(args, task)
-    source = open_recipe_source(args, args.train_split, args.num_train_examples)
+    source, held_out = _labelled_sources(args)
     args.set_steps_for(source.num_examples)
     if finished := finished_run(args):
         return finished
     with _run_folder(args):
-        return _finetune(args, recipe, source, task, write_card)
+        return _finetune(args, recipe, source, held_out, task, write_card)
+
+
+def _labelled_sources(args: VisionTrainingArguments) -> tuple[Source, Source]:
+    """The images to fine-tune on, and those to evaluate on: a split of their own, or a fraction that is held out."""
+    source = open_recipe_source(args, args.train_split, args.num_train_examples)
+    if args.holdout is None:
+        try:
+            return source, open_recipe_source(args, args.eval_split, args.num_eval_examples)
+        except ValueError as error:
+            raise ValueError(
+                f"{error} (Images to evaluate on are needed: name their split with --eval_split, or hold out a tenth "
+                "of the training images with --holdout 0.1.)"
+            ) from error
+    source, held_out = source.holdout(args.holdout)
+    if args.num_eval_examples is not None:
+        held_out = replace(held_out, dataset=held_out.dataset.take(args.num_eval_examples), num_examples=None)
+    counts = [part.num_examples or "an unknown number of" for part in (source, held_out)]
+    logger.info("Holding out a fraction of %g: %s images to train on, %s to evaluate on.", args.holdout, *counts)
+    return source, held_out
 
 
 def _finetune(
     args: VisionTrainingArguments,
     recipe: dict[str, Any],
     source: Source,
+    held_out: Source,
     task: Task,
     write_card: Callable[[Path], Any] | None,
 ) -> dict[str, Any]:
@@ -178,8 +199,7 @@ def _finetune(
     )
     processor = build_processor(args, entry.processor_class, model.config.backbone_config.num_channels)
     options = {"class_names": names, "augmentation": args.augmentation}
-    held_out = open_recipe_source(args, args.eval_split, args.num_eval_examples)
-    check_class_names(held_out, task.class_names(held_out), names, f"split {args.train_split!r}")
+    held_out = match_class_names(held_out, task.class_names(held_out), names, f"split {args.train_split!r}")
     record = RunRecord(args, recipe, source, write_card, class_names=names)
     trainer = VisionTrainer(
         model=model,

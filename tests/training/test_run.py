@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import math
+import re
 import time
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from sample_data import write_coco
 from transformers import TrainerCallback
 
 from hf_vlm.data.io.durable import write_manifest
@@ -420,6 +422,20 @@ def test_there_are_more_queries_than_objects(make_recipe, caplog):
     fields = DETECTION.minimum_fields(Source(dataset=None, max_objects=40))
     assert build_model(args, entry, class_names=["x"], minimum_fields=fields).config.num_queries == 60
     assert not caplog.text
+
+
+def test_a_fraction_is_held_out_where_there_is_no_split_to_evaluate_on(make_recipe, tmp_path, caplog):
+    write_coco(tmp_path / "data" / "annotations.json", tmp_path / "data", num_images=40)
+    recipe = make_recipe("detection", data=str(tmp_path / "data"), max_steps=1)
+    with pytest.raises(ValueError, match=r"(?s)validation.*--eval_split.*--holdout 0\.1"):
+        finetune(recipe)
+    with caplog.at_level("INFO", logger="hf_vlm"):
+        summary = finetune(recipe | {"holdout": 0.25, "num_train_examples": None, "num_eval_examples": None})
+    num_train, num_held_out = map(int, re.search(r"0\.25: (\d+) images to train on, (\d+) to", caplog.text).groups())
+    assert num_train + num_held_out == 40
+    assert 4 <= num_held_out <= 16
+    assert "ap" in summary["metrics"]
+    assert yaml.safe_load((tmp_path / "detection" / "recipe.yaml").read_text())["holdout"] == 0.25
 
 
 def test_an_encoder_of_another_patch_size_is_refused_unless_asked_for(make_recipe, tmp_path, caplog):
