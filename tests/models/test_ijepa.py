@@ -183,6 +183,7 @@ def test_a_collapse_shows_in_the_spread_of_the_targets():
     assert model(images).feature_std.item() == pytest.approx(spread, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_compiled_step_takes_masks_of_any_size():
     """Masks are sampled outside the graph; once both sizes have changed they are variables and nothing recompiles."""
     torch._dynamo.reset()

@@ -313,6 +313,7 @@ def test_activation_checkpointing_gives_the_same_gradients():
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.slow
 def test_compiles_without_graph_breaks():
     model = build(position_embedding_type="rope", num_register_tokens=1)
     images = torch.randn(2, 3, 32, 32)

@@ -196,6 +196,7 @@ def check_stops(make_recipe, tmp_path, popen, *, num_ranks, num_workers, stops, 
     assert all(torch.equal(value, weights[name]) for name, value in broken.weights().items())
 
 
+@pytest.mark.slow
 def test_stopped_twice_at_random_moments(make_recipe, tmp_path, fork_server):
     stops = [(signal.SIGTERM, main_process), (signal.SIGINT, main_process)]
     check_stops(make_recipe, tmp_path, fork_server.popen, num_ranks=1, num_workers=0, stops=stops, seed=0)
