@@ -74,7 +74,8 @@ def run(argv: Sequence[str]) -> None:
         example_sheet(reservoir.examples, source.features).save(arguments.save)
         print(f"Examples to look at:   {arguments.save}")
         print("\nTo train on it:")
-        for command in _training_commands(arguments, source):
+        is_alone = num_examples is None and Path(arguments.data).exists() and not _has_validation(others)
+        for command in _training_commands(arguments, source, holdout=is_alone):
             print(f"  {one_line(command)}")
 
 
@@ -96,8 +97,17 @@ def other_splits(source: "Source", data: str, format: str | None) -> "list[Sourc
     return sorted(opened, key=lambda other: other.split)
 
 
-def _training_commands(arguments: argparse.Namespace, source: "Source") -> list[str]:
-    """Commands for this machine that pretrain on the source, and fine-tune on it for each task of its labels."""
+def _has_validation(splits: "list[Source]") -> bool:
+    from hf_vlm.data.formats.splits import canonical_split
+
+    return any(canonical_split(split.split) == "validation" for split in splits)
+
+
+def _training_commands(arguments: argparse.Namespace, source: "Source", *, holdout: bool) -> list[str]:
+    """Commands for this machine that pretrain on the source, and fine-tune on it for each task of its labels.
+
+    With `holdout` they evaluate on a tenth of the images, where there is no split for it.
+    """
     from hf_vlm.deploy.next_steps import fitting_preset, fitting_tasks, pretraining_recipe
 
     options = ["--data", source.name]
@@ -111,7 +121,8 @@ def _training_commands(arguments: argparse.Namespace, source: "Source") -> list[
     commands = [f"hf-vlm pretrain {pretraining_recipe()[0]} {data}"]
     for task in fitting_tasks(source):
         recipe = task.recipes[fitting_preset(task.recipes)[0]]
-        commands.append(f"hf-vlm finetune {recipe} {data} --encoder runs/pretrain")
+        evaluation = " --holdout 0.1" if holdout else ""
+        commands.append(f"hf-vlm finetune {recipe} {data}{evaluation} --encoder runs/pretrain")
     return commands
 
 

@@ -6,6 +6,7 @@ import shlex
 import numpy as np
 import pytest
 from PIL import Image
+from sample_data import write_coco
 
 from hf_vlm.cli.main import main
 from hf_vlm.training.recipe import load_recipe
@@ -60,6 +61,17 @@ def test_the_commands_for_boxes_parse_and_name_what_was_given(tmp_path, capsys):
         resolved = load_recipe(recipe, overrides)
         assert (resolved["data"], resolved["format"], resolved["train_split"]) == ("scenes:easy", "scenes", "test")
     assert resolved["encoder"] == load_recipe(commands[0][2], [])["output_dir"]
+
+
+@pytest.mark.parametrize("has_validation", [False, True])
+def test_commands_hold_images_out_where_there_is_no_split_for_it(has_validation, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "val")[: 1 + has_validation]:
+        write_coco(tmp_path / "data" / split / "_annotations.coco.json", tmp_path / "data" / split, num_images=4)
+    assert main(["data", "data"]) == 0
+    for _, command, recipe, *overrides in commands_in(capsys.readouterr().out):
+        expected = 0.1 if command == "finetune" and not has_validation else None
+        assert load_recipe(recipe, overrides).get("holdout") == expected
 
 
 @pytest.mark.parametrize(
