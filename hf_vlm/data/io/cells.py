@@ -1,5 +1,6 @@
 """Cells of Parquet files within bounds: a file of kilobytes may name one cell of megabytes in each of its rows."""
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -23,9 +24,7 @@ def rows_of_group(
     Raises:
         ValueError: Large cells repeat so often that they are many times what the file stores.
     """
-    metadata = file.metadata.row_group(group)
-    chunks = [metadata.column(index) for index in range(metadata.num_columns)]
-    stored = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema in leaves)
+    stored = file.metadata.row_group(group).total_byte_size
     num_rows = min(max(BATCH_BYTES // max(stored, 1), 1), batch_size)
     num_large = 0
     # Without threads: the reader may run in a forked worker.
@@ -56,15 +55,19 @@ def check_names(file: pq.ParquetFile, leaves: Sequence[str]) -> None:
     Raises:
         ValueError: A cell has more than `MAX_NAME_BYTES`, or all have more than `MAX_REPEATED`.
     """
-    total = 0
-    for group in range(file.num_row_groups):
-        metadata = file.metadata.row_group(group)
-        for chunk in map(metadata.column, range(metadata.num_columns)):
-            name, largest = chunk.path_in_schema, chunk.total_uncompressed_size  # no cell is larger than its chunk
-            if not _is_one_of(name, leaves) or chunk.physical_type != "BYTE_ARRAY":
-                continue
-            if largest * chunk.num_values <= BATCH_BYTES:
-                continue
+    total, columns = 0, [file.schema.column(index) for index in range(len(file.schema))]
+    texts = [
+        index
+        for index, column in enumerate(columns)
+        if _is_one_of(column.path, leaves) and column.physical_type == "BYTE_ARRAY"
+    ]
+    for group, index in itertools.product(range(file.num_row_groups), texts):
+        name, metadata = columns[index].path, file.metadata.row_group(group)
+        # Reading with a damaged footer raises; to ask for the metadata of a chunk at once would end the process.
+        next(file.iter_batches(1, row_groups=[group], columns=[name], use_threads=False), None)
+        chunk = metadata.column(index)
+        largest = chunk.total_uncompressed_size  # no cell is larger than its chunk
+        if largest * chunk.num_values > BATCH_BYTES:
             num_rows = max(BATCH_BYTES // largest * metadata.num_rows // chunk.num_values, 1)
             for batch in file.iter_batches(num_rows, row_groups=[group], columns=[name], use_threads=False):
                 longest, total = _longest(batch.column(0)), total + batch.nbytes
