@@ -1,6 +1,7 @@
 """`hf-vlm convert SOURCE OUTPUT_DIR [--to dinov2]`"""
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,7 +27,6 @@ def run(argv: Sequence[str]) -> None:
         raise ValueError(f"{folder} holds a model already (config.json): name another folder, or delete it")
 
     import hf_vlm.registry  # noqa: F401  marks the code for being saved beside the weights
-    from hf_vlm.deploy.next_steps import next_command
     from hf_vlm.features.loading import quiet_transformers
     from hf_vlm.models.convert_vlm_vit import convert_checkpoint
     from hf_vlm.training.provenance import write_origins
@@ -41,5 +41,5 @@ def run(argv: Sequence[str]) -> None:
     if arguments.to is None:
         # Continued pretraining that keeps the features as good as they are: heads first, then small steps.
         options = ["--frozen_encoder_steps", "0.1", "--layer_decay", "0.75", "--encoder_lr_multiplier", "0.13"]
-        options = ["--data", "YOUR_IMAGES", "--encoder", str(folder), *options]
-        print(f"Next: {next_command('simclr/vit_small.yaml', options)}")
+        words = ["hf-vlm", "pretrain", "simclr/vit_small.yaml", "--data", "YOUR_IMAGES", "--encoder", str(folder)]
+        print(f"Next: {shlex.join([*words, *options])}")

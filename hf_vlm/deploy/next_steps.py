@@ -3,7 +3,7 @@
 import contextlib
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,32 +12,23 @@ from hf_vlm.data.source import Source
 from hf_vlm.data.sources import open_source
 from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
 from hf_vlm.models.convert_vlm_vit import read_config
-from hf_vlm.registry import find_model
 from hf_vlm.tasks import TASKS, TRAINABLE_TASKS, Task
-from hf_vlm.training.recipe import load_recipe
 
 __all__ = [
     "finetune_command",
     "finetuning_recipe",
     "fitting_preset",
     "fitting_tasks",
-    "next_command",
     "pretraining_recipe",
 ]
 
 PRETRAINING_RECIPES = {"nano": "mae/vit_nano_cpu.yaml", "small": "mae/vit_small.yaml"}  # by encoder preset
 
 
-def next_command(recipe: str, options: Sequence[str]) -> str:
-    """The command that trains by a shipped recipe."""
-    command = "pretrain" if find_model(load_recipe(recipe)["method"]).task == "pretraining" else "finetune"
-    return shlex.join(["hf-vlm", command, recipe, *options])
-
-
 def finetune_command(task: Task, config: VLMViTConfig, encoder: str, data: str) -> str:
     """The command that fine-tunes an encoder for a task, with the recipe for encoders of the nearest width."""
     preset, _ = fitting_preset(task.recipes, config.hidden_size)
-    return next_command(task.recipes[preset], ["--data", data, "--encoder", encoder])
+    return shlex.join(["hf-vlm", "finetune", task.recipes[preset], "--data", data, "--encoder", encoder])
 
 
 def fitting_preset(recipes: Mapping[str, str], encoder_width: int | None = None) -> tuple[str, str]:
