@@ -59,7 +59,7 @@ def run(argv: Sequence[str]) -> None:
             reservoir.add(example)
             bar.update()
 
-        others = [] if num_examples is not None else other_splits(source, arguments.data)
+        others = [] if num_examples is not None else other_splits(source, arguments.data, arguments.allow_outside)
         report = inspect_source(source, num_examples, on_example, others)
 
     print(f"{one_line(source.name)}: {source.format}, split {arguments.split}\n")
@@ -79,7 +79,7 @@ def run(argv: Sequence[str]) -> None:
             print(f"  {one_line(command)}")
 
 
-def other_splits(source: "Source", data: str) -> "list[Source]":
+def other_splits(source: "Source", data: str, allow_outside: bool) -> "list[Source]":
     """The other splits of data on disk, opened without a word: they have a report of their own."""
     from hf_vlm.data.formats.splits import SPLIT_ALIASES, canonical_split
     from hf_vlm.data.sources import open_source
@@ -91,7 +91,7 @@ def other_splits(source: "Source", data: str) -> "list[Source]":
     try:
         for split in SPLIT_ALIASES.keys() - {canonical_split(source.split)}:
             with contextlib.suppress(ValueError):
-                opened.append(open_source(data, split, format=source.format))
+                opened.append(open_source(data, split, format=source.format, allow_outside=allow_outside))
     finally:
         logging.disable(logging.NOTSET)
     return sorted(opened, key=lambda other: other.split)

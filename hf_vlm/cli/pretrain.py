@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from hf_vlm.cli.recipes import print_recipe_help, read_recipe
+from hf_vlm.cli.recipes import help_if_asked, read_recipe
 
 
 def run(argv: Sequence[str]) -> None:
@@ -16,14 +16,7 @@ def run(argv: Sequence[str]) -> None:
         "--encoder starts from weights, --resume_from_checkpoint last resumes a run that was stopped, and auto begins "
         "or resumes it.",
     )
-    parser.add_argument(
-        "recipe",
-        nargs="?",
-        help="a YAML file, or the name of a shipped recipe such as mae/vit_small.yaml; by default one that fits data, "
-        "encoder and machine",
-    )
-    if not argv or {"-h", "--help"} & set(argv):
-        print_recipe_help(parser)
+    help_if_asked(parser, argv, example="mae/vit_small.yaml", fits="data, encoder and machine")
 
     from accelerate import PartialState
 

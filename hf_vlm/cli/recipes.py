@@ -5,8 +5,25 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 
-def print_recipe_help(parser: argparse.ArgumentParser) -> NoReturn:
-    """Prints the help of a command with every key of a recipe, and ends it."""
+def help_if_asked(parser: argparse.ArgumentParser, argv: Sequence[str], *, example: str, fits: str) -> None:
+    """Prints the help of a command that takes a recipe, and ends it, where it is asked for or nothing is given.
+
+    Args:
+        parser: Parser of the command, without arguments.
+        argv: Words of the command.
+        example: Name of a shipped recipe.
+        fits: What the recipe is chosen by where none is named.
+    """
+    parser.add_argument(
+        "recipe",
+        nargs="?",
+        help=f"a YAML file, or the name of a shipped recipe such as {example}; by default one that fits {fits}",
+    )
+    if not argv or {"-h", "--help"} & set(argv):
+        _print_recipe_help(parser)
+
+
+def _print_recipe_help(parser: argparse.ArgumentParser) -> NoReturn:
     from hf_vlm.training.recipe_help import format_keys
 
     parser.print_help()
@@ -40,7 +57,9 @@ def read_recipe(argv: Sequence[str], *, command: str) -> dict[str, Any]:
             name, reason = pretraining_recipe(given.get("encoder"))
         else:
             name, reason = finetuning_recipe(
-                given["data"], given.get("train_split", "train"), given.get("format"), given.get("encoder")
+                given["data"],
+                given.get("train_split", "train"),
+                **{name: given[name] for name in ("format", "allow_outside", "encoder") if name in given},
             )
         PartialState().print(f"Recipe: {name}, as {reason}. Another: hf-vlm {command} RECIPE --data ...")
     return load_recipe(name, overrides)

@@ -48,14 +48,20 @@ def pretraining_recipe(encoder: str | None = None) -> tuple[str, str]:
 
 
 def finetuning_recipe(
-    data: Any, split: str = "train", format: str | None = None, encoder: str | None = None
+    data: Any,
+    split: str = "train",
+    *,
+    format: str | None = None,
+    allow_outside: bool = False,
+    encoder: str | None = None,
 ) -> tuple[str, str]:
     """The recipe to fine-tune with where none is named, for the first task that the labels serve; and why.
 
     Raises:
         ValueError: if the data cannot be opened, or have labels for no task.
     """
-    task = next(iter(fitting_tasks(source := open_source(data, split, format=format))), None)
+    source = open_source(data, split, format=format, allow_outside=allow_outside)
+    task = next(iter(fitting_tasks(source)), None)
     if task is None:
         raise ValueError(f"{source.name} has neither boxes nor labels in split {split!r}: there is nothing to learn.")
     preset, reason = fitting_preset(task.recipes, _width(encoder))

@@ -51,6 +51,16 @@ def test_the_recipe_follows_the_encoder(data, capsys):
     )
 
 
+def test_the_data_are_opened_as_the_run_will(data):
+    file = data / "boxes" / "annotations.json"
+    write_images(data, ["0.png"])
+    file.write_text(file.read_text().replace('"0.png"', '"../0.png"'))
+    words = ["--data", str(file), "--format", "coco"]
+    with pytest.raises(ValueError, match=r"outside of .*--allow_outside"):
+        read_recipe(words, command="finetune")
+    assert read_recipe([*words, "--allow_outside", "true"], command="finetune")["method"] == "detection"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
