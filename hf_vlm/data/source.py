@@ -69,7 +69,7 @@ class Source:
         return replace(self, dataset=self.dataset.select_columns(["image", "image_id"]))
 
     def with_classes(self, names: Sequence[str]) -> "Source":
-        """The source with the classes `names`, where its own are some of them or stand in another order.
+        """The source with the classes `names`, where its own are some of them or are in another order.
 
         Labels and objects are mapped by name, each where all its classes are among the names.
         """

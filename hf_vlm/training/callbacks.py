@@ -50,7 +50,7 @@ class WeightDecaySchedule(TrainerCallback):
 class RunFolder(TrainerCallback):
     """Takes out of the run's folder what is not of this run, once everything is ready for its first step.
 
-    `continues` says whether the run goes on from a checkpoint of its own folder.
+    `continues` says whether the run continues from a checkpoint of its own folder.
     """
 
     continues = False
@@ -72,7 +72,7 @@ class RunFolder(TrainerCallback):
 class LogFile(TrainerCallback):
     """Appends each log entry as a line of JSON to `log.jsonl` in the run's folder.
 
-    Entries for which there is no space wait in memory for the next one; training goes on.
+    Entries for which there is no space wait in memory for the next one; training continues.
     """
 
     name = "log.jsonl"
@@ -115,7 +115,7 @@ class LogFile(TrainerCallback):
                 with contextlib.suppress(OSError):
                     os.truncate(path, size)  # no half line, to which the next would be appended
             if not self._has_warned:
-                logger.warning("%s cannot be written: %s. Training goes on; its entries wait.", path, error.strerror)
+                logger.warning("%s cannot be written: %s. Training continues; its entries wait.", path, error.strerror)
             self._has_warned = True
         else:
             self._waiting.clear()

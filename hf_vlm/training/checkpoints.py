@@ -225,7 +225,7 @@ def rotate_checkpoints(folder: Path, limit: int | None, *, keep: Collection[Path
 
 
 def abandon_later_checkpoints(folder: Path, step: int) -> None:
-    """Renames checkpoints after `step`, where training goes on: they belong to a branch that it leaves."""
+    """Renames checkpoints after `step`, where training continues: they belong to a branch that it leaves."""
     for path in checkpoints(folder):
         if step_of(path) > step:
             aside = path.with_name(f"abandoned-{path.name}")
@@ -235,7 +235,7 @@ def abandon_later_checkpoints(folder: Path, step: int) -> None:
                 aside = path.with_name(f"abandoned-{path.name}-{number}")
             path.replace(aside)
             logger.warning(
-                "Training goes on from step %d: %s of an earlier branch is now %s. Delete it if it is not needed.",
+                "Training continues from step %d: %s of an earlier branch is now %s. Delete it if it is not needed.",
                 step,
                 path,
                 aside.name,

@@ -241,7 +241,7 @@ class VisionTrainer(CommittingTrainer):
         return self.upload(self.args.output_dir, commit_message or "End of training", blocking=blocking)
 
     def push_checkpoint(self, checkpoint: Path) -> None:
-        """Publishes a checkpoint without its training state, while training goes on."""
+        """Publishes a checkpoint without its training state, while training continues."""
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
         if self.push_in_progress is not None and not self.push_in_progress.is_done():

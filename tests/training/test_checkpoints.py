@@ -434,7 +434,7 @@ def test_a_full_disk_does_not_end_the_log_nor_the_run(tmp_path, caplog):
         write(3)
         assert [entry["step"] for entry in read_log(path)] == [1]
         assert path.read_text().endswith("}\n")
-    assert caplog.text.count("cannot be written: File too large. Training goes on") == 1
+    assert caplog.text.count("cannot be written: File too large. Training continues") == 1
     write(4)
     assert read_log(path) == [{"step": step, "loss": 0.5} for step in (1, 2, 3, 4)]
 

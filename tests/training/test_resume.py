@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 import yaml
+from killed_run import KillAt, KilledError
 from safetensors.torch import load_file
 from sample_data import write_images
 from torch.optim import AdamW
@@ -271,19 +272,6 @@ def test_auto_begins_where_there_is_nothing_to_resume(make_recipe, tmp_path):
     assert pretrain(recipe | {"max_steps": 2})["num_steps"] == 2
     with pytest.raises(ValueError, match=r"holds no complete checkpoint"):
         pretrain(recipe | {"resume_from_checkpoint": "last", "output_dir": str(tmp_path / "none")})
-
-
-class KilledError(Exception):
-    pass
-
-
-class KillAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise KilledError
 
 
 def test_a_rewound_run_leaves_its_later_checkpoints_aside(make_recipe, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Whole runs on CPU: what they leave, and that a run that was killed goes on as if it had not been."""
+"""Whole runs on CPU: what they leave, and that a run that was killed continues as if it had not been."""
 
 import dataclasses
 import json
@@ -9,9 +9,9 @@ import time
 import pytest
 import torch
 import yaml
+from killed_run import KillAt, KilledError
 from safetensors.torch import load_file
 from sample_data import write_coco
-from transformers import TrainerCallback
 
 from hf_vlm.data.io.durable import write_manifest
 from hf_vlm.data.source import Source
@@ -34,19 +34,6 @@ from hf_vlm.training.recipe import parse_arguments
 from hf_vlm.training.record import RunRecord, fingerprint
 from hf_vlm.training.run import finetune, pretrain
 from hf_vlm.training.trainer import VisionTrainer
-
-
-class KilledError(Exception):
-    pass
-
-
-class KillAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise KilledError
 
 
 @pytest.fixture

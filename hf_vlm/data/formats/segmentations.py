@@ -50,7 +50,7 @@ def _box_of_runs(size: Any, counts: Any) -> list[float] | None:
     if not len(starts):
         return None
     left, right = starts[0] // height, (stops[-1] - 1) // height
-    # A run that goes on in the next column reaches the lower edge of its first one and the upper edge of that.
+    # A run that continues in the next column reaches the lower edge of its first one and the upper edge of that.
     is_whole = starts // height != (stops - 1) // height
     top = 0 if is_whole.any() else (starts % height).min()
     bottom = height - 1 if is_whole.any() else ((stops - 1) % height).max()
