@@ -97,12 +97,12 @@ def open_source(
     """Open a source, whose images stay encoded.
 
     Args:
-        source: `scenes`, `scenes:easy` or `scenes:hard` (the built-in images); a Parquet file, a WebDataset tar, or a
-            folder of these; a COCO json or a folder with one; a folder of Pascal VOC; a data.yaml of YOLO or its
-            folder; a folder of images; or the id of a dataset on the Hub. Files and folders may also be URLs of any
-            protocol that fsspec knows (https, s3, gs, ...), with credentials from its configuration; web servers alone
-            have no folders. `{00..31}` and `*` name several Parquet files or tars. A mapping of sources to
-            weights mixes them (see `mix_sources`).
+        source: `scenes`, `scenes:easy`, `scenes:hard` or `scenes:symbols` (the built-in images); a Parquet
+            file, a WebDataset tar, or a folder of these; a COCO json or a folder with one; a folder of Pascal VOC; a
+            data.yaml of YOLO or its folder; a folder of images; or the id of a dataset on the Hub. Files and folders
+            may also be URLs of any protocol that fsspec knows (https, s3, gs, ...), with credentials from its
+            configuration; web servers alone have no folders. `{00..31}` and `*` name several Parquet files or tars. A
+            mapping of sources to weights mixes them (see `mix_sources`).
         split: Name of the split; `val` and `valid` are `validation`.
         format: One of `FORMATS`; None to guess it.
         num_samples: Number of examples to read: the first ones, but evenly spread ones of class folders; None for all.

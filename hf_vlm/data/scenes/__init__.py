@@ -1,1 +1,1 @@
-"""The built-in images: handwritten digits in photographs, rendered on the fly, offline."""
+"""The built-in images: objects pasted into pictures, rendered on the fly, offline."""

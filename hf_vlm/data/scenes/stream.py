@@ -8,16 +8,14 @@ import datasets
 import numpy as np
 
 from hf_vlm.data.io.indexed import indexed_stream
-from hf_vlm.data.scenes.canvas import DIGITS, load_pictures
-from hf_vlm.data.scenes.render import NUM_SAMPLES, SceneSettings, render_scene, scene_settings
+from hf_vlm.data.scenes.render import NUM_SAMPLES, SceneSettings, load_material, render_scene, scene_settings
 from hf_vlm.data.schema import image_feature, objects_feature
 from hf_vlm.data.source import Source
 
-__all__ = ["SEMANTIC_CLASSES", "scenes_source"]
+__all__ = ["scenes_source"]
 
 Array = np.ndarray[Any, Any]
 
-SEMANTIC_CLASSES = ("background", *DIGITS)  # names of the values of a semantic mask
 JPEG_OPTIONS = (
     cv2.IMWRITE_JPEG_QUALITY,
     92,
@@ -47,11 +45,11 @@ def scenes_source(
         ValueError: There is no such preset or split, or num_samples is not positive.
     """
     settings = scene_settings(preset)
-    load_pictures(split)  # checks the split; and workers that are forked later share the pictures
+    load_material(settings, split)  # checks the split; and workers that are forked later share the pictures
     num_samples = NUM_SAMPLES[split] if num_samples is None else num_samples
     if num_samples < 1:
         raise ValueError(f"num_samples={num_samples} must be positive")
-    names = DIGITS[: settings.num_classes]
+    names = settings.class_names
     features = datasets.Features(
         {
             "image": image_feature(),
@@ -66,8 +64,8 @@ def scenes_source(
     return Source(
         dataset=indexed_stream(render, num_samples, features),
         num_examples=num_samples,
-        max_objects=settings.max_digits,
-        mask_class_names=SEMANTIC_CLASSES[: len(names) + 1] if masks else None,
+        max_objects=settings.max_objects,
+        mask_class_names=("background", *names) if masks else None,
     )
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from hf_vlm.data.scenes.render import PRESETS, render_scene
 from hf_vlm.data.scenes.stream import scenes_source
+from hf_vlm.data.scenes.symbols import SYMBOLS
 
 
 def test_stream_holds_what_the_scenes_hold():
@@ -30,6 +31,14 @@ def test_stream_holds_what_the_scenes_hold():
     assert source.num_examples == 70
     # The stored form must be the one that the declared features have, or saving and casting would fail.
     assert source.features.encode_example(examples[0]) == examples[0]
+
+
+def test_symbols_have_names():
+    source = scenes_source("symbols", "test", num_samples=2)
+    assert source.object_names == source.label_names == list(SYMBOLS)
+    assert source.mask_names == ["background", *SYMBOLS]
+    assert source.max_objects == 4
+    assert source.features.encode_example(next(iter(source))) == next(iter(source))
 
 
 def test_stream_without_masks_and_without_labels():
