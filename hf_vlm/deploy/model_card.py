@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from hf_vlm.data.io.durable import replace_text
 from hf_vlm.data.io.messages import printable
 from hf_vlm.data.io.parsing import parse_json, parse_yaml
+from hf_vlm.data.scenes.render import PRESETS
 from hf_vlm.deploy.markdown import code_span, fence_of, markdown
 from hf_vlm.training.provenance import is_hub_id, recorded_origins
 
@@ -201,11 +202,11 @@ def _source(data: Mapping[str, Any]) -> str | None:
 
 
 def _describe_data(source: str) -> str:
-    if source.split(":")[0] == "scenes":
-        return (
-            f"the built-in scenes of hf_vlm ({code_span(source)}), composed from the handwritten digits and "
-            "photographs that scikit-learn ships"
-        )
+    name, _, preset = source.partition(":")
+    if name == "scenes":
+        settings = PRESETS.get(preset or "easy")  # None for a mixture
+        composed = f", composed from {settings.origin}" if settings else ""
+        return f"the built-in scenes of hf_vlm ({code_span(source)}){composed}"
     if is_hub_id(source):
         return f"the data set [{source}](https://huggingface.co/datasets/{source})"
     return f"a data set of the publisher ({code_span(Path(source).name)})"  # the folders above it are private

@@ -223,3 +223,19 @@ def test_a_broken_record_is_named(detector_run):
     (detector_run / "run.json").write_text("[]")
     with pytest.raises(ValueError, match=r"run\.json must hold a mapping, but holds a list"):
         write_model_card(detector_run)
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("scenes", "(`scenes`), composed from handwritten digits that scikit-learn ships and photographs"),
+        ("scenes:hard", "(`scenes:hard`), composed from handwritten digits that scikit-learn ships and photographs"),
+        ("scenes:symbols", "(`scenes:symbols`), composed from symbols of DejaVu Sans, which matplotlib ships, and "),
+        ({"scenes:easy": 0.5, "scenes:symbols": 0.5}, "(`scenes:easy, scenes:symbols`)"),
+    ],
+)
+def test_the_card_says_what_scenes_are_composed_from(encoder_run, source, text):
+    change(encoder_run, data={"source": source, "split": "train"})
+    card = " ".join(write_model_card(encoder_run).read_text().split())
+    assert f"the built-in scenes of hf_vlm {text}" in card
+    check_form(write_model_card(encoder_run).read_text())
