@@ -58,14 +58,14 @@ def check_convention(
         return None
     fits = {name: _fit(_as_corners(values, name), size, in_pixels) for name in (declared, CORNERS, XYWH, CENTERS)}
     num_misfits = np.count_nonzero(~fits[declared])
-    likely = max(fits, key=lambda name: fits[name].mean())  # the first one where several do
-    if num_misfits < MIN_MISFIT * len(values) or fits[likely].mean() < MIN_FIT:
+    likely = [name for name in fits if name != declared and fits[name].mean() >= MIN_FIT]  # of few boxes, several
+    if num_misfits < MIN_MISFIT * len(values) or not likely:
         return _scale_finding(_as_corners(values, declared), size)
     finding = (
         f"{num_misfits} of {len(values)} boxes do not lie in their image as {declared}, while "
-        f"{fits[likely].mean():.0%} do as {likely}"
+        f"{max(fits[name].mean() for name in likely):.0%} do as {' or '.join(likely)}"
     )
-    num_certain = CERTAIN_SHIFTED if {declared, likely} == {XYWH, CENTERS} else CERTAIN_MISFIT * len(values)
+    num_certain = CERTAIN_SHIFTED if {declared, *likely} == {XYWH, CENTERS} else CERTAIN_MISFIT * len(values)
     if num_misfits >= num_certain and len(values) >= MIN_CERTAIN:
         raise ValueError(f"{source}: {finding}, which they therefore are; convert them to {declared}")
     return f"{finding}: if they are that, convert them to {declared}"

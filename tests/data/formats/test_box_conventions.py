@@ -64,6 +64,14 @@ def test_centres_are_certain_by_three_boxes():
         judge(values)
 
 
+def test_all_conventions_are_named_that_boxes_may_be_of():
+    values = np.tile([100.0, 50, 40, 20], (12, 1))  # in the middle, where centres and low corners fit alike
+    with pytest.raises(
+        ValueError, match=f"12 of 12 boxes .* as {CORNERS}, while 100% do as {XYWH} or {CENTERS}, which"
+    ):
+        judge(values, CORNERS)
+
+
 def test_large_boxes_of_which_some_stick_out_are_no_corners():
     """They would all lie inside as corners, as images turned by a quarter have them."""
     values = np.tile([20.0, 10, 160, 80], (40, 1))
