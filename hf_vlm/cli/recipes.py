@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     from hf_vlm.data.source import Source
 
-# Keys that say which images are trained on, and what `open_source` calls them. Recipes to choose from leave them to the
-# command, so that the images that they are chosen by are those of the run.
+# Keys that say which images are trained on, and what `open_source` calls them. Recipes to choose from leave them to
+# the command, so that the images that they are chosen by are those of the run.
 OPENED_BY = {
     "data": "source",
     "train_split": "split",
