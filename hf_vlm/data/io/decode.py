@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
-from hf_vlm.data.io.files import read_bytes
+from hf_vlm.data.io.files import is_remote, read_bytes
 from hf_vlm.data.io.image_header import ImageHeader, open_image, read_header, read_tiff_size
 from hf_vlm.data.io.messages import error_text, shown_path
 from hf_vlm.data.io.trust import redirects_are_allowed
@@ -90,7 +90,7 @@ def read_image_bytes(image: EncodedImage) -> bytes:
                 limit=MAX_ENCODED_BYTES,
                 num_waits=NUM_WAITS,
                 seconds=IMAGE_SECONDS,
-                same_server=is_row and not redirects_are_allowed(data),
+                same_server=is_row and is_remote(data) and not redirects_are_allowed(data),
             )
         except Exception as error:  # file systems raise their own types
             raise BadImageError(f"{_name(image)}: {error_text(error)}") from error
