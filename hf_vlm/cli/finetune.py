@@ -24,8 +24,9 @@ def run(argv: Sequence[str]) -> None:
     from hf_vlm.training.run import finetune, quiet_libraries
 
     quiet_libraries()
-    recipe = read_recipe(argv, command="finetune")
-    metrics, folder = finetune(recipe, write_card=write_model_card)["metrics"], recipe["output_dir"]
+    recipe, source = read_recipe(argv, command="finetune")
+    metrics = finetune(recipe, source, write_card=write_model_card)["metrics"]
+    folder = recipe["output_dir"]
     task = TASKS[find_model(recipe["method"]).task]
     headline = ", ".join(f"{label} {metrics[name]:.3f}" for name, label in task.headline.items() if name in metrics)
     print0 = PartialState().print  # once, not by every rank

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"hf-vlm: there is no command {command!r}. There are: {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
-    _escape_output()
+    _set_up_output()
     for library in (
         "httpx",
         "datasets",
@@ -82,12 +82,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _escape_output() -> None:
-    """Log entries and text as what they are: names come from data, and may hold codes that act on a terminal."""
-    from hf_vlm.data.io.messages import PrintableFormatter
+def _set_up_output() -> None:
+    """Log entries and text as what they are: names come from data, and may hold codes that act on a terminal.
+
+    What is found in data is shown once, however many of their splits a command opens.
+    """
+    from hf_vlm.data.io.messages import FindingsOnce, PrintableFormatter
 
     handler = logging.StreamHandler()
     handler.setFormatter(PrintableFormatter("%(message)s"))
+    handler.addFilter(FindingsOnce())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what it cannot encode would end the command

@@ -2,7 +2,20 @@
 
 import argparse
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from hf_vlm.data.source import Source
+
+# Keys that say which images are trained on, and what `open_source` calls them. Recipes to choose from leave them to
+# the command, so that the images that they are chosen by are those of the run.
+OPENED_BY = {
+    "data": "source",
+    "train_split": "split",
+    "format": "format",
+    "num_train_examples": "num_samples",
+    "allow_outside": "allow_outside",
+}
 
 
 def help_if_asked(parser: argparse.ArgumentParser, argv: Sequence[str], *, example: str, fits: str) -> None:
@@ -37,29 +50,34 @@ def split_recipe(argv: Sequence[str]) -> tuple[str | None, list[str]]:
     return (None, words) if not words or words[0].startswith("-") else (words[0], words[1:])
 
 
-def read_recipe(argv: Sequence[str], *, command: str) -> dict[str, Any]:
+def read_recipe(argv: Sequence[str], *, command: str) -> "tuple[dict[str, Any], Source | None]":
     """The recipe that the words of a command name or, with `--data` alone, leave open, with their overrides.
 
+    Returns:
+        The recipe, and the images to train on where the recipe was chosen by them, opened as it says.
+
     Raises:
-        ValueError: if the recipe cannot be read, or neither recipe nor data are named.
+        ValueError: if the recipe cannot be read, or neither recipe nor data are named, or data to choose it by cannot
+            be opened.
     """
     from accelerate import PartialState
 
+    from hf_vlm.data.sources import open_source
     from hf_vlm.deploy.next_steps import finetuning_recipe, pretraining_recipe
-    from hf_vlm.training.recipe import load_recipe, parse_overrides
+    from hf_vlm.training.recipe import check_recipe, load_recipe, parse_overrides
 
     name, overrides = split_recipe(argv)
-    if name is None:
-        given = dict(parse_overrides(overrides))
-        if not given.get("data"):
-            raise ValueError(f"Name images, or a recipe too: hf-vlm {command} --data ./my-images")
-        if command == "pretrain":
-            name, reason = pretraining_recipe(given.get("encoder"))
-        else:
-            name, reason = finetuning_recipe(
-                given["data"],
-                given.get("train_split", "train"),
-                **{name: given[name] for name in ("format", "allow_outside", "encoder") if name in given},
-            )
-        PartialState().print(f"Recipe: {name}, as {reason}. Another: hf-vlm {command} RECIPE --data ...")
-    return load_recipe(name, overrides)
+    if name is not None:
+        return load_recipe(name, overrides), None
+    given = {key: value for key, value in parse_overrides(overrides) if key in (*OPENED_BY, "encoder")}
+    given = check_recipe(given, f"hf-vlm {command}")
+    if not given.get("data"):
+        raise ValueError(f"Name images, or a recipe too: hf-vlm {command} --data ./my-images")
+    source = None
+    if command == "pretrain":
+        name, reason = pretraining_recipe(given.get("encoder"))
+    else:
+        source = open_source(**{OPENED_BY[key]: value for key, value in given.items() if key in OPENED_BY})
+        name, reason = finetuning_recipe(source, given.get("encoder"))
+    PartialState().print(f"Recipe: {name}, as {reason}. Another: hf-vlm {command} RECIPE --data ...")
+    return load_recipe(name, overrides), source

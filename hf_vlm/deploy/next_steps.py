@@ -4,12 +4,10 @@ import contextlib
 import math
 import shlex
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
 from hf_vlm.data.source import Source
-from hf_vlm.data.sources import open_source
 from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
 from hf_vlm.models.convert_vlm_vit import read_config
 from hf_vlm.tasks import TASKS, TRAINABLE_TASKS, Task
@@ -47,23 +45,17 @@ def pretraining_recipe(encoder: str | None = None) -> tuple[str, str]:
     return PRETRAINING_RECIPES[preset], reason
 
 
-def finetuning_recipe(
-    data: Any,
-    split: str = "train",
-    *,
-    format: str | None = None,
-    allow_outside: bool = False,
-    encoder: str | None = None,
-) -> tuple[str, str]:
+def finetuning_recipe(source: Source, encoder: str | None = None) -> tuple[str, str]:
     """The recipe to fine-tune with where none is named, for the first task that the labels serve; and why.
 
     Raises:
-        ValueError: if the data cannot be opened, or have labels for no task.
+        ValueError: if the source has labels for no task.
     """
-    source = open_source(data, split, format=format, allow_outside=allow_outside)
     task = next(iter(fitting_tasks(source)), None)
     if task is None:
-        raise ValueError(f"{source.name} has neither boxes nor labels in split {split!r}: there is nothing to learn.")
+        raise ValueError(
+            f"{source.name} has neither boxes nor labels in split {source.split!r}: there is nothing to learn."
+        )
     preset, reason = fitting_preset(task.recipes, _width(encoder))
     return task.recipes[preset], f"the labels serve {task.name} and {reason}"
 

@@ -140,11 +140,17 @@ def _save_pretrained(
         trainer.upload(output_dir, "End of training")
 
 
-def finetune(recipe: dict[str, Any], *, write_card: Callable[[Path], Any] | None = None) -> dict[str, Any]:
+def finetune(
+    recipe: dict[str, Any], source: Source | None = None, *, write_card: Callable[[Path], Any] | None = None
+) -> dict[str, Any]:
     """Fine-tunes a model for the task of the recipe's method, from `encoder` or from random initialisation.
 
     Leaves in `output_dir` the model with its image processor, the recipe, `log.jsonl` and `run.json`, which holds the
     metrics on `eval_split`. Returns the content of `run.json`.
+
+    Args:
+        source: The images to train on where they are open already, as the recipe says; None to open them.
+        write_card: Function that writes the card into a folder with a saved model.
 
     Raises:
         ValueError: for a recipe, an encoder or data that cannot be used, with what to do about it.
@@ -153,7 +159,7 @@ def finetune(recipe: dict[str, Any], *, write_card: Callable[[Path], Any] | None
     set_seed(args.seed)
     task = TASKS[find_model(args.method, TRAINABLE_TASKS).task]
     _check_best_metric(args, task)
-    source, held_out = _labelled_sources(args)
+    source, held_out = _labelled_sources(args, source)
     args.set_steps_for(source.num_examples)
     if finished := finished_run(args):
         return finished
@@ -161,9 +167,9 @@ def finetune(recipe: dict[str, Any], *, write_card: Callable[[Path], Any] | None
         return _finetune(args, recipe, source, held_out, task, write_card)
 
 
-def _labelled_sources(args: VisionTrainingArguments) -> tuple[Source, Source]:
+def _labelled_sources(args: VisionTrainingArguments, source: Source | None) -> tuple[Source, Source]:
     """The images to fine-tune on, and those to evaluate on: a split of their own, or a fraction that is held out."""
-    source = open_recipe_source(args, args.train_split, args.num_train_examples)
+    source = source or open_recipe_source(args, args.train_split, args.num_train_examples)
     if args.holdout is None:
         try:
             return source, open_recipe_source(args, args.eval_split, args.num_eval_examples)

@@ -1,6 +1,7 @@
 """Commands as a user types them."""
 
 import json
+import logging
 import shlex
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 from full_disk import no_file_above
 from PIL import Image
 from safetensors.torch import load_file
+from sample_data import write_images
 
 from hf_vlm.cli.main import COMMANDS, main
 from hf_vlm.training.callbacks import read_log
@@ -168,3 +170,27 @@ def test_outputs_that_cannot_be_written_end_in_a_message(tmp_path, capsys):
     with no_file_above(100):
         assert main(["data", "scenes:easy", "--num_examples", "2", "--save", str(tmp_path / "sheet.png")]) == 2
     assert capsys.readouterr().err.endswith("data: File too large; free space there, or write elsewhere.\n")
+
+
+@pytest.fixture
+def log_as_commands(monkeypatch):
+    """A function after which the next command sets up its log, as in a process of its own."""
+    level = logging.root.level
+    yield lambda: monkeypatch.setattr(logging.root, "handlers", [])
+    logging.root.setLevel(level)
+
+
+def test_what_is_found_in_data_is_shown_once_by_commands_that_open_two_splits(tmp_path, capsys, log_as_commands):
+    for split in ("train", "val"):
+        write_images(tmp_path / "data", [f"{split}/{row % 2}/{row}.png" for row in range(8)])
+    write_images(tmp_path / "data", ["cover.png"])
+    words = [*SHORT[:-6], "--data", str(tmp_path / "data"), "--shuffle_block", "8", "--num_probe_examples", "8"]
+    encoder, labels = str(tmp_path / "encoder"), ["--data", str(tmp_path / "data"), "--split", "validation"]
+    for command in (
+        ["pretrain", "lejepa/vit_nano_cpu.yaml", *words, "--output_dir", encoder],
+        ["finetune", *words[len(ENCODER) :], "--encoder", encoder, "--output_dir", str(tmp_path / "classifier")],
+        ["evaluate", encoder, *labels],
+    ):
+        log_as_commands()
+        assert main(command) == 0
+        assert capsys.readouterr().err.count("images in cover.png are ignored") == 1

@@ -1,5 +1,6 @@
 """Sizes of image files, read from their headers."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ import numpy as np
 from hf_vlm.data.io.files import is_remote, map_files, read_beginning, read_bytes
 from hf_vlm.data.io.image_header import ImageHeader, read_header
 from hf_vlm.data.io.messages import UnreachableError
+from hf_vlm.data.io.trust import outside_is_allowed
 
 __all__ = ["FileSizes", "read_file_sizes", "sample_images"]
 
@@ -42,7 +44,8 @@ def read_file_sizes(images: Sequence[Path]) -> FileSizes:
     Raises:
         UnreachableError: A server did not answer; without its size, an image could lose its boxes.
     """
-    headers = map_files(_read_header, images, "Reading sizes")
+    read = functools.partial(_read_header, same_server=not outside_is_allowed())  # asked here, not in the threads
+    headers = map_files(read, images, "Reading sizes")
     shown = [(np.inf, np.inf) if header is None else _shown_size(header) for header in headers]
     orientation = [1 if header is None else header.orientation for header in headers]
     return FileSizes(np.array(shown, dtype=np.float64).reshape(-1, 2), np.array(orientation, dtype=np.int64))
@@ -52,10 +55,11 @@ def _shown_size(header: ImageHeader) -> tuple[int, int]:
     return (header.height, header.width) if header.orientation >= 5 else (header.width, header.height)
 
 
-def _read_header(image: Path) -> ImageHeader | None:
+def _read_header(image: Path, same_server: bool) -> ImageHeader | None:
     """None for what cannot be read: the stream will name the image and skip it."""
     try:
-        return _parse(read_beginning(image, HEADER_BYTES)) or _parse(read_bytes(image))
+        beginning = read_beginning(image, HEADER_BYTES, same_server=same_server)
+        return _parse(beginning) or _parse(read_bytes(image, same_server=same_server))
     except UnreachableError:
         raise
     except OSError:

@@ -106,7 +106,8 @@ def _count(paths: Sequence[Path], root: Path) -> int:
         return 0
     if can_list(paths[0]):
         return len(find_files(paths))
-    return len(paths) if any(map(exists, paths[:NUM_ASKED])) else 0
+    same_server = not outside_is_allowed()
+    return len(paths) if any(exists(path, same_server=same_server) for path in paths[:NUM_ASKED]) else 0
 
 
 def path_parts(name: str) -> list[str]:

@@ -9,10 +9,19 @@ import numpy as np
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-__all__ = ["exact_duplicates", "image_digest", "near_duplicates", "perceptual_hash"]
+__all__ = ["FINGERPRINT", "THUMBNAIL_SIZE", "exact_duplicates", "fingerprint", "image_digest", "near_duplicates"]
 
 Array = np.ndarray[Any, Any]
 
+# Pixels, height and width, that suffice: JPEGs are decoded at an eighth of their size where that leaves as many.
+THUMBNAIL_SIZE = (64, 64)
+# Fields of an array of images by which those that occur more than once are found.
+FINGERPRINT = [
+    ("digest", "u8"),  # of the encoded bytes
+    ("hash", "u8"),
+    ("colors", "u1", (2, 2, 3)),
+    ("has_structure", "?"),
+]
 MAX_DISTANCE = 2  # bits of 64 by which the hashes of one picture, stored twice, may differ
 MAX_COLOR_DIFFERENCE = 12  # levels of 255, in any quarter; small smooth pictures share hashes by chance
 MIN_STEPS = 16  # neighbouring cells of 64 that must differ, or a hash is meaningless
@@ -25,7 +34,17 @@ def image_digest(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
 
 
-def perceptual_hash(image: Array) -> tuple[int, Array, bool]:
+def fingerprint(data: bytes, image: Array) -> tuple[int, int, Array, bool]:
+    """One row of `FINGERPRINT`.
+
+    Args:
+        data: Encoded image.
+        image: The same decoded, (height, width, 3) uint8, each side of `THUMBNAIL_SIZE` or more where it has as many.
+    """
+    return image_digest(data), *_perceptual_hash(image)
+
+
+def _perceptual_hash(image: Array) -> tuple[int, Array, bool]:
     """What near-duplicates are compared by.
 
     Args:
@@ -53,8 +72,8 @@ def near_duplicates(hashes: Array, colors: Array) -> list[list[int]]:
     """Indices of near-duplicates, one list per connected group.
 
     Args:
-        hashes: (n,) uint64 of `perceptual_hash`.
-        colors: (n, 2, 2, 3) uint8 of `perceptual_hash`.
+        hashes: (n,) uint64, the field `hash` of `FINGERPRINT`.
+        colors: (n, 2, 2, 3) uint8, its field `colors`.
     """
     # The frames of a still scene, of one hash and nearly one colour, are one entry to the search.
     entries = np.zeros(len(hashes), dtype=[("hash", "u8"), ("colors", "u1", 12)])

@@ -13,7 +13,13 @@ import numpy as np
 from hf_vlm.data.boxes import MIN_BOX_SIDE, clean_boxes
 from hf_vlm.data.formats.annotations import TOLERANCE
 from hf_vlm.data.formats.box_conventions import check_convention
-from hf_vlm.data.inspection.duplicates import exact_duplicates, image_digest, near_duplicates, perceptual_hash
+from hf_vlm.data.inspection.duplicates import (
+    FINGERPRINT,
+    THUMBNAIL_SIZE,
+    exact_duplicates,
+    fingerprint,
+    near_duplicates,
+)
 from hf_vlm.data.inspection.report import (
     BoxReport,
     ExampleSummary,
@@ -34,10 +40,6 @@ __all__ = ["Report", "format_report", "image_name", "inspect_source"]
 Array = np.ndarray[Any, Any]
 Example = dict[str, Any]
 
-THUMBNAIL_SIZE = (
-    64,
-    64,
-)  # pixels that suffice: JPEGs are decoded at an eighth of their size where that leaves as many
 NUM_THREADS = 8  # waiting for files, and decoders outside Python's lock
 BATCH_SIZE = 64  # encoded images held at a time
 NUM_EXAMPLES = 50  # that the report holds
@@ -54,10 +56,7 @@ IMAGE_DTYPE = np.dtype(
         ("height", "i4"),
         ("width", "i4"),
         ("num_bytes", "i8"),
-        ("digest", "u8"),  # of the encoded bytes
-        ("hash", "u8"),
-        ("colors", "u1", (2, 2, 3)),
-        ("has_structure", "?"),
+        *FINGERPRINT,
         ("is_blank", "?"),
         ("largest", "u1"),  # value of the decoded image
         ("is_turned", "?"),  # by EXIF, by a quarter
@@ -122,9 +121,8 @@ def inspect_source(
         raise ValueError("the data holds no example; check its path and its split")
     is_complete = num_examples is None or next(examples, None) is None
     report = _report(accumulator, source, [*source.findings, *findings], is_complete=is_complete)
-    digests = np.concatenate([images["digest"] for images in accumulator.images]).tolist()
-    names = dict(zip(digests, accumulator.names, strict=True))
-    shared = [issue for other in other_splits for issue in split_issues(source, names, other)]
+    images = np.concatenate(accumulator.images)
+    shared = [issue for other in other_splits for issue in split_issues(source, images, accumulator.names, other)]
     return replace(report, issues=[*report.issues, *shared])
 
 
@@ -148,15 +146,11 @@ def _image_stats(example: Example) -> ImageStats | str:
     except BadImageError as error:
         return str(error.__cause__ or error).removeprefix(f"{image_name(example)}: ")
     header = read_header(data)
-    bits, colors, has_structure = perceptual_hash(array)
     row = (
         height,
         width,
         len(data),
-        image_digest(data),
-        bits,
-        colors,
-        has_structure,
+        *fingerprint(data, array),
         cv2.meanStdDev(array)[1].max() < BLANK_DEVIATION,  # 30 times as fast as numpy
         array.max(),
         header is not None and header.orientation >= 5,

@@ -11,9 +11,10 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
-from hf_vlm.data.io.files import read_bytes
+from hf_vlm.data.io.files import is_remote, read_bytes
 from hf_vlm.data.io.image_header import ImageHeader, open_image, read_header, read_tiff_size
 from hf_vlm.data.io.messages import error_text, shown_path
+from hf_vlm.data.io.trust import redirects_are_allowed
 
 __all__ = ["BadImageError", "decode_image", "image_size", "read_image_bytes"]
 
@@ -75,13 +76,22 @@ def decode_image(
 def read_image_bytes(image: EncodedImage) -> bytes:
     """The encoded bytes of an image, read from its file or URL where they are not given.
 
+    A dict is a row of data: its server may redirect to others only where the source was opened with `allow_outside`.
+
     Raises:
         BadImageError: There are none, or more than `MAX_ENCODED_BYTES`.
     """
+    is_row = isinstance(image, dict)  # of data, and not a URL that the user gives
     data = (image.get("bytes") or image.get("path")) if isinstance(image, dict) else image
     if isinstance(data, str | os.PathLike):
         try:
-            data = read_bytes(data, limit=MAX_ENCODED_BYTES, num_waits=NUM_WAITS, seconds=IMAGE_SECONDS)
+            data = read_bytes(
+                data,
+                limit=MAX_ENCODED_BYTES,
+                num_waits=NUM_WAITS,
+                seconds=IMAGE_SECONDS,
+                same_server=is_row and is_remote(data) and not redirects_are_allowed(data),
+            )
         except Exception as error:  # file systems raise their own types
             raise BadImageError(f"{_name(image)}: {error_text(error)}") from error
     if not data:

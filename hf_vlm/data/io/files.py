@@ -20,7 +20,7 @@ import fsspec
 from tqdm.auto import tqdm
 from upath import UPath
 
-from hf_vlm.data.io.messages import UnreachableError, error_causes, error_text, redact_url, server_status
+from hf_vlm.data.io.messages import OutsideError, UnreachableError, error_causes, error_text, redact_url, server_status
 from hf_vlm.data.io.remote import REQUEST_BYTES, file_system, http_options
 
 __all__ = [
@@ -123,14 +123,24 @@ def is_folder(path: Path) -> bool:
     return path.is_dir()
 
 
-def exists(path: Path) -> bool:
-    """Whether a path or URL is there. `Path.exists` is false, too, where a web server is busy."""
+def exists(path: Path, *, same_server: bool = False) -> bool:
+    """Whether a path or URL is there. `Path.exists` is false, too, where a web server is busy.
+
+    Args:
+        same_server: See `http_options`.
+
+    Raises:
+        OutsideError: Its server redirects to where it may not.
+    """
     if can_list(path):
         return path.exists()
-    system, inner = file_system(path)
+    system, inner = file_system(path, same_server=same_server)
     try:
         return bool(retried(path, lambda: system.info(inner)))
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        refused = [cause for cause in error_causes(error) if isinstance(cause, OutsideError)]
+        if refused:  # which is not to be missing
+            raise refused[0] from error
         return False
 
 
@@ -222,7 +232,12 @@ def open_binary(path: object, *, read_ahead: bool = True) -> IO[bytes]:
 
 
 def read_bytes(
-    path: object, *, limit: int | None = None, num_waits: int | None = None, seconds: float = math.inf
+    path: object,
+    *,
+    limit: int | None = None,
+    num_waits: int | None = None,
+    seconds: float = math.inf,
+    same_server: bool = False,
 ) -> bytes:
     """All bytes of a file on disk or behind a URL.
 
@@ -230,6 +245,7 @@ def read_bytes(
         limit: Largest number of bytes it may have; None for any on disk, and `MAX_REMOTE_BYTES` behind a URL.
         num_waits: Number of waits for a server; see `retried`.
         seconds: Time after which nothing more is asked of a server.
+        same_server: See `http_options`.
 
     Raises:
         OSError: It is not there, cannot be reached, or is no regular file.
@@ -238,22 +254,26 @@ def read_bytes(
     path = _on_disk(path)
     if is_remote(path):
         deadline = time.monotonic() + seconds
-        read = functools.partial(_read_remote, str(path), MAX_REMOTE_BYTES if limit is None else limit, deadline)
+        most = MAX_REMOTE_BYTES if limit is None else limit
+        read = functools.partial(_read_remote, str(path), most, deadline, same_server)
         return retried(path, read, num_waits=num_waits, seconds=seconds)
     with _open_regular(str(path)) as file:
         _check_size(os.fstat(file.fileno()).st_size, limit)
         return file.read()
 
 
-def read_beginning(path: object, num_bytes: int) -> bytes:
+def read_beginning(path: object, num_bytes: int, *, same_server: bool = False) -> bytes:
     """The first bytes of a file on disk or behind a URL; all of a shorter one.
+
+    Args:
+        same_server: See `http_options`.
 
     Raises:
         OSError: It is not there, cannot be reached, or is no regular file.
     """
     path = _on_disk(path)
     if is_remote(path):  # opened, it would fetch megabytes ahead
-        system, inner = file_system(path)
+        system, inner = file_system(path, same_server=same_server)
         return bytes(retried(path, lambda: system.cat_file(inner, start=0, end=num_bytes)))
     with _open_regular(str(path)) as file:
         return file.read(num_bytes)
@@ -299,8 +319,8 @@ def map_files(function: Callable[[Item], Result], items: Sequence[Item], descrip
     return results
 
 
-def _read_remote(path: str, limit: int, deadline: float) -> bytes:
-    with _open_remote(path, "readahead") as file:
+def _read_remote(path: str, limit: int, deadline: float, same_server: bool) -> bytes:
+    with _open_remote(path, "readahead", same_server) as file:
         size = getattr(file, "size", None)
         _check_size(size or 0, limit)
         content = bytearray()
@@ -324,8 +344,9 @@ def _check_complete(num_read: int, num_expected: int) -> None:
         raise ConnectionError(f"the connection ended after {num_read} of {num_expected} bytes")
 
 
-def _open_remote(path: str, cache: str) -> Any:
-    return fsspec.open(path, "rb", cache_type=cache, block_size=BLOCK_SIZE, **http_options(path)).open()
+def _open_remote(path: str, cache: str, same_server: bool = False) -> Any:
+    options = http_options(path, same_server=same_server)
+    return fsspec.open(path, "rb", cache_type=cache, block_size=BLOCK_SIZE, **options).open()
 
 
 class _RemoteFile(io.RawIOBase):

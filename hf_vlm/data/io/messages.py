@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 __all__ = [
+    "FindingsOnce",
     "OutsideError",
     "PrintableFormatter",
     "UnreachableError",
@@ -28,6 +29,7 @@ __all__ = [
 
 AUTHORITY = re.compile(r"[^/?#]*")  # of a URL, after its "://": user, password, host and port
 MAX_NAME = 1000  # characters; a path is shorter, and a cell of bytes taken for one may have millions
+FINDERS = ("hf_vlm.data.formats", "hf_vlm.data.sources")  # loggers of what opens data
 
 # What moves the cursor, colours or hides text, or turns its direction; and halves of characters, which cannot be
 # encoded. Newlines and tabs are layout of ours.
@@ -62,6 +64,25 @@ def collect_warnings() -> Iterator[list[str]]:
 
 class OutsideError(ValueError):
     """Data name a file or address outside of their own place; the message is complete in itself."""
+
+
+class FindingsOnce(logging.Filter):
+    """Of a handler: lets what is found in data pass once, for all splits are opened and share their files.
+
+    Servers that are waited for and images that are skipped are events, which may repeat.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not record.name.startswith(FINDERS):
+            return True
+        message = record.getMessage()
+        is_new = message not in self.seen
+        self.seen.add(message)
+        return is_new
 
 
 class PrintableFormatter(logging.Formatter):

@@ -10,6 +10,7 @@ import fsspec.config
 from yarl import URL
 
 from hf_vlm.data.io.messages import OutsideError, redact_url
+from hf_vlm.data.io.trust import server_of
 
 __all__ = ["REQUEST_BYTES", "file_system", "http_options"]
 
@@ -20,41 +21,67 @@ SILENT_SECONDS = 15.0  # until a connection is made, and between two pieces of a
 
 async def _check_redirect(_: Any, __: Any, request: aiohttp.TraceRequestRedirectParams) -> None:
     """Refuse a redirect to another server on this machine or in its network, which the public cannot reach itself."""
-    target = request.url.join(URL(request.response.headers.get("Location", "")))
-    if (target.host, target.port) == (request.url.host, request.url.port) or target.host is None:
-        return
-    found = await asyncio.get_running_loop().getaddrinfo(target.host, target.port)
-    addresses = [ipaddress.ip_address(str(address[0]).partition("%")[0]) for *_, address in found]
-    if not all(address.is_global for address in addresses):
+    target = _other_server(request)
+    if target is not None and not await _is_public(target):
         raise OutsideError(
             f"{redact_url(request.url)} redirects to {redact_url(target)}, a server on this machine or in its own "
             "network; if you trust it, give that address itself"
         )
 
 
-def _redirects_traced() -> aiohttp.TraceConfig:
+async def _refuse_redirect(_: Any, __: Any, request: aiohttp.TraceRequestRedirectParams) -> None:
+    """Refuse a redirect to any other server, which the data must not name either."""
+    target = _other_server(request)
+    if target is not None:
+        raise OutsideError(
+            f"{redact_url(request.url)}, named by data, redirects to {redact_url(target)}, another server; if you "
+            "trust the author of the data with every file and server that this machine reaches, add --allow_outside "
+            "true"
+        )
+
+
+def _other_server(request: aiohttp.TraceRequestRedirectParams) -> URL | None:
+    """Where a request is redirected to; None where that is on its own server."""
+    target = request.url.join(URL(request.response.headers.get("Location", "")))
+    is_own = target.host is None or server_of(str(target)) == server_of(str(request.url))
+    return None if is_own else target
+
+
+async def _is_public(url: URL) -> bool:
+    found = await asyncio.get_running_loop().getaddrinfo(url.host, url.port)
+    return all(ipaddress.ip_address(str(address[0]).partition("%")[0]).is_global for *_, address in found)
+
+
+def _redirects_traced(check: Any) -> list[aiohttp.TraceConfig]:
     trace = aiohttp.TraceConfig()
-    trace.on_request_redirect.append(_check_redirect)
-    return trace
+    trace.on_request_redirect.append(check)
+    return [trace]
 
 
-# One object: fsspec keeps a file system, with its connections, per set of options.
 CLIENT_OPTIONS = {
-    "timeout": aiohttp.ClientTimeout(total=REQUEST_SECONDS, sock_connect=SILENT_SECONDS, sock_read=SILENT_SECONDS),
-    "trace_configs": [_redirects_traced()],
+    "timeout": aiohttp.ClientTimeout(total=REQUEST_SECONDS, sock_connect=SILENT_SECONDS, sock_read=SILENT_SECONDS)
 }
+# By whether only the own server may answer. Of each one object: fsspec keeps a file system, with its connections, per
+# set of options.
+TRACES = {False: _redirects_traced(_check_redirect), True: _redirects_traced(_refuse_redirect)}
 
 
-def http_options(path: object) -> dict[str, Any]:
-    """Options of fsspec for a path or URL: limits of time and redirects for web servers; the user's own win."""
-    protocol = str(path).partition("://")[0]
+def http_options(path: object, *, same_server: bool = False) -> dict[str, Any]:
+    """Options of fsspec for a path or URL: limits of time and redirects for web servers; the user's own win.
+
+    Args:
+        same_server: Whether to refuse redirects to all other servers, and not to those alone that are not public.
+    """
+    *outer, base = str(path).split("::")  # zip://a.jpg::https://host/b.zip
+    protocol = base.partition("://")[0]
     if protocol not in ("http", "https"):
         return {}
     own = fsspec.config.conf.get(protocol, {}).get("client_kwargs", {})
-    return {"client_kwargs": {**CLIENT_OPTIONS, **own}}
+    options = {"client_kwargs": {**CLIENT_OPTIONS, "trace_configs": TRACES[same_server], **own}}
+    return {protocol: options} if outer else options
 
 
-def file_system(path: object) -> tuple[Any, str]:
+def file_system(path: object, *, same_server: bool = False) -> tuple[Any, str]:
     """The file system of a path or URL, and the path in it."""
-    system, inner = fsspec.url_to_fs(str(path), **http_options(path))
+    system, inner = fsspec.url_to_fs(str(path), **http_options(path, same_server=same_server))
     return system, inner

@@ -9,19 +9,33 @@ import posixpath
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 from yarl import URL
 
 from hf_vlm.data.io.messages import OutsideError, redact_url, shown_path, summarise
 
-__all__ = ["check_inside", "is_inside", "outside_allowed", "outside_is_allowed"]
+__all__ = [
+    "TrustedRows",
+    "check_inside",
+    "is_inside",
+    "outside_allowed",
+    "outside_is_allowed",
+    "redirects_are_allowed",
+    "server_of",
+]
 
 ARCHIVES = ("zip", "tar")  # what may be read through, as in zip://a.jpg::https://host/b.zip
 LOCAL = ("file", "local")
 # Leading parts of a path that are one owner's: a bucket or host, but hf://datasets/<owner>/<name>.
 NUM_PARTS = {"hf": 3}
 
+IMAGE_COLUMNS = ("image", "mask", "instance_mask")
+
+Server = tuple[str | None, int | None]
+
 _allowed: ContextVar[bool] = ContextVar("outside_allowed", default=False)
+_trusted_servers: set[Server] = set()  # which rows of trusted sources name, of those that this process has read
 
 
 @contextmanager
@@ -37,6 +51,25 @@ def outside_allowed(allowed: bool) -> Iterator[None]:
 def outside_is_allowed() -> bool:
     """Whether a source that is opened now may name files outside of itself."""
     return _allowed.get()
+
+
+def redirects_are_allowed(url: object) -> bool:
+    """Whether a server that data name may redirect to others: where the user trusts the author of the data."""
+    return outside_is_allowed() or server_of(str(url).rpartition("::")[2]) in _trusted_servers
+
+
+class TrustedRows:
+    """Passes rows on, and lets the servers of their images redirect to others.
+
+    A step of the stream of a source that is opened with `allow_outside`: workers that read rows learn it from them.
+    """
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        for name in IMAGE_COLUMNS:
+            path = (row.get(name) or {}).get("path")
+            if path and "://" in path:
+                _trusted_servers.add(server_of(path.rpartition("::")[2]) or (None, None))
+        return row
 
 
 def check_inside(paths: Iterable[object], root: object, named_by: object, *, allowed: bool | None = None) -> None:
@@ -71,8 +104,8 @@ def is_inside(path: str, root: str) -> bool:
     root = root.rpartition("::")[2]
     (protocol, inner), (root_protocol, root_inner) = _split(base), _split(root)
     if protocol in ("http", "https"):
-        server = _server(base)
-        return root_protocol in ("http", "https") and server is not None and server == _server(root)
+        server = server_of(base)
+        return root_protocol in ("http", "https") and server is not None and server == server_of(root)
     if protocol != root_protocol:
         return False
     if protocol == "":
@@ -89,8 +122,8 @@ def _split(path: str) -> tuple[str, str]:
     return ("", inner) if protocol.lower() in LOCAL else (protocol.lower(), inner)
 
 
-def _server(url: str) -> tuple[str | None, int | None] | None:
-    """Host and port as the client of requests reads them; None for what it refuses."""
+def server_of(url: str) -> Server | None:
+    """Host and port, as the client of requests reads them, without the usual port; None for what it refuses."""
     try:
         parsed = URL(url)
         return parsed.host, None if parsed.is_default_port() else parsed.port

@@ -47,11 +47,36 @@ def test_many_boxes_of_another_convention_are_refused_and_few_are_named(declared
     assert f"as {stored}: if they are that" in judge(values[:6], declared)
 
 
-def test_centres_and_low_corners_are_told_apart_where_boxes_are_large():
-    with pytest.raises(ValueError, match=f"while 100% do as {CENTERS}"):
-        judge(stored_as(CENTERS, sample_boxes(300)), XYWH)
-    with pytest.raises(ValueError, match=f"while 100% do as {XYWH}"):
-        judge(stored_as(XYWH, sample_boxes(300)), CENTERS)
+@pytest.mark.parametrize("max_side", [0.15, 0.5])
+@pytest.mark.parametrize(("declared", "stored"), [(XYWH, CENTERS), (CENTERS, XYWH)])
+def test_centres_and_low_corners_are_told_apart_by_the_boxes_near_edges(declared, stored, max_side):
+    values = stored_as(stored, sample_boxes(300, max_side))
+    with pytest.raises(ValueError, match=f"while 100% do as {stored}, which they therefore are"):
+        judge(values, declared)
+
+
+def test_centres_are_certain_by_three_boxes():
+    inner = np.tile([60.0, 40, 100, 60], (17, 1))  # which lie inside as centres and as low corners
+    edge = np.tile([170.0, 70, 200, 100], (3, 1))
+    values = stored_as(CENTERS, np.concatenate([inner, edge]))
+    assert f"2 of 19 boxes do not lie in their image as {XYWH}, while 100% do as {CENTERS}" in judge(values[:19])
+    with pytest.raises(ValueError, match=f"3 of 20 boxes .* as {CENTERS}, which they therefore are"):
+        judge(values)
+
+
+def test_all_conventions_are_named_that_boxes_may_be_of():
+    values = np.tile([100.0, 50, 40, 20], (12, 1))  # in the middle, where centres and low corners fit alike
+    with pytest.raises(
+        ValueError, match=f"12 of 12 boxes .* as {CORNERS}, while 100% do as {XYWH} or {CENTERS}, which"
+    ):
+        judge(values, CORNERS)
+
+
+def test_large_boxes_of_which_some_stick_out_are_no_corners():
+    """They would all lie inside as corners, as images turned by a quarter have them."""
+    values = np.tile([20.0, 10, 160, 80], (40, 1))
+    values[:8, 2] = 190
+    assert f"8 of 40 boxes do not lie in their image as {XYWH}" in judge(values)
 
 
 def test_slips_do_not_make_another_convention():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hf_vlm.data.inspection import splits
 from hf_vlm.data.inspection.duplicates import near_duplicates
 from hf_vlm.data.inspection.inspect import format_report, inspect_source
 from hf_vlm.data.schema import image_feature, objects_feature
@@ -314,3 +315,48 @@ def test_classes_of_another_split_are_compared():
         report = inspect_source(make(["a", "b"]), other_splits=[make(names)])
         assert found(report)[what] == (2, where)
         assert found(report)["images that split '' holds too, byte for byte"] == (1, ["0.png"])
+
+
+def test_images_that_another_split_holds_stored_otherwise_are_named():
+    pictures = [picture(row, 320, 240) for row in range(6)]
+    one_color = encoded(Image.new("RGB", (32, 32), "red"))
+    source = source_of([*map(encoded, pictures[:5]), one_color, encoded(pictures[3], "JPEG")])
+    other = source_of(
+        [
+            encoded(pictures[0], "JPEG", quality=60),
+            encoded(pictures[1].resize((160, 120))),
+            encoded(pictures[2].transpose(Image.Transpose.FLIP_LEFT_RIGHT)),
+            encoded(pictures[3]),
+            encoded(pictures[5]),
+            encoded(Image.new("RGB", (48, 48), "red")),
+            b"no image",
+        ]
+    )
+    assert found(inspect_source(source, other_splits=[other])) == {
+        "images of one colour": (1, ["5.png"]),
+        "images that split '' holds too, byte for byte": (1, ["3.png"]),
+        "images that look the same as images of split ''": (3, ["0.png", "1.png", "6.png"]),
+    }
+    assert len(inspect_source(source, other_splits=[source_of([b"x"])]).issues) == 1
+
+
+def test_another_split_is_held_in_memory_a_part_at_a_time(monkeypatch):
+    monkeypatch.setattr(splits, "BATCH_SIZE", 2)
+    images = [encoded(picture(row)) for row in range(40)]
+    read, most = [], []
+
+    class Other(Source):
+        def __iter__(self):
+            for example in super().__iter__():
+                read.append(example)
+                yield example
+
+    def rows(batch, original=splits._rows):
+        most.append(len(read))
+        return original(batch)
+
+    monkeypatch.setattr(splits, "_rows", rows)
+    other = Other(dataset=source_of(images).dataset)
+    report = inspect_source(source_of(images[39:]), other_splits=[other])
+    assert found(report) == {"images that split '' holds too, byte for byte": (1, ["0.png"])}
+    assert (len(read), min(most)) == (40, splits.NUM_THREADS * 2)

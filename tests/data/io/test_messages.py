@@ -7,6 +7,7 @@ import pytest
 
 from hf_vlm.data.io.decode import BadImageError, read_image_bytes
 from hf_vlm.data.io.messages import (
+    FindingsOnce,
     PrintableFormatter,
     one_line,
     printable,
@@ -55,3 +56,14 @@ def test_names_in_messages_take_one_line():
     assert summarise(["cat\n## Results", "dog\x1b[2J"]) == r"cat\n## Results, dog\x1b[2J"
     assert shown_path("a\nb") == r"a\nb"
     assert one_line("a\tb\nc") == r"a\tb\nc"
+
+
+def test_what_is_found_in_data_passes_once_and_events_each_time():
+    handler = logging.Handler()
+    handler.addFilter(FindingsOnce())
+    passed = []
+    handler.emit = lambda record: passed.append((record.name, record.getMessage()))
+    finding, other, event = ("formats.coco", "a"), ("formats.coco", "b"), ("io.files", "a")
+    for name, text in (finding, event, other, finding, event):
+        handler.handle(logging.makeLogRecord({"name": f"hf_vlm.data.{name}", "msg": "%s", "args": (text,)}))
+    assert passed == [(f"hf_vlm.data.{name}", text) for name, text in (finding, event, other, event)]

@@ -63,6 +63,13 @@ def test_a_redirect_to_a_private_server_is_refused(tmp_path, serve):
         assert counts["all"] == 0
 
 
+def test_a_redirect_to_a_private_server_is_refused_inside_archives_too(tmp_path, serve):
+    with serve(tmp_path) as (private, counts), serve(tmp_path, lambda number: f"{private}/a.zip") as (url, _):
+        with pytest.raises(BadImageError, match=rf"{url}/a\.zip redirects to {private}/a\.zip, a server on this"):
+            decode_image(f"zip://a.png::{url}/a.zip")
+        assert counts["all"] == 0
+
+
 def test_a_redirect_of_a_server_to_itself_is_followed(tmp_path, serve):
     Image.new("RGB", (4, 4), "red").save(tmp_path / "a.png")
     own: list[str] = []
@@ -86,7 +93,7 @@ def test_a_server_without_a_length_may_send_pieces_of_any_size(monkeypatch):
         def read(self, size=-1):
             return super().read(7 if size < 0 else min(size, 7))
 
-    monkeypatch.setattr(files, "_open_remote", lambda path, cache: Pieces(content))
+    monkeypatch.setattr(files, "_open_remote", lambda *_: Pieces(content))
     assert files.read_bytes("http://host/a") == content
     with files.open_binary("http://host/a") as file:
         assert file.read(50) + file.read() == content

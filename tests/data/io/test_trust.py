@@ -11,7 +11,9 @@ from datasets import Dataset
 from PIL import Image
 
 from hf_vlm.cli.main import main
-from hf_vlm.data.io import files
+from hf_vlm.data.formats.image_sizes import read_file_sizes
+from hf_vlm.data.formats.pairing import locate_names
+from hf_vlm.data.io import files, remote, trust
 from hf_vlm.data.io.decode import BadImageError, decode_image
 from hf_vlm.data.io.messages import OutsideError
 from hf_vlm.data.io.trust import check_inside, is_inside, outside_allowed
@@ -134,6 +136,62 @@ def test_rows_of_workers_remember_what_was_allowed(outside):
     source = write_parquet(outside.parent / "data", str(outside))
     allowed = pickle.loads(pickle.dumps(open_source(source, allow_outside=True).dataset))
     assert next(iter(allowed))["image"]["path"] == str(outside)
+
+
+@pytest.fixture
+def moved(outside, serve, monkeypatch):
+    """The URL of a server, a function from which on it redirects to another one, as if public, and its counts."""
+    sent: list[str] = []
+
+    async def is_public(url):
+        return True
+
+    monkeypatch.setattr(remote, "_is_public", is_public)
+    monkeypatch.setattr(trust, "_trusted_servers", set())
+    folder = outside.parent / "data"
+    with serve(folder) as (other, counts), serve(folder, lambda number: sent[0] if sent else None) as (url, _):
+        yield url, lambda: sent.append(f"{other}/own.png?key=secret"), counts
+
+
+def test_images_that_rows_name_are_redirected_to_other_servers_only_if_allowed(outside, moved):
+    url, redirect, counts = moved
+    write_parquet(outside.parent / "data", "moved.png")
+    (row,) = open_source(f"{url}/train.parquet")
+    redirect()
+    refused = (
+        rf"^{url}/moved\.png: {url}/moved\.png, named by data, redirects to http://[^?]*/own\.png, another server;"
+    )
+    with pytest.raises(BadImageError, match=refused + ".* add --allow_outside true$"):
+        decode_image(row["image"])
+    assert counts["all"] == 0
+    assert (decode_image(row["image"]["path"])[0][0, 0] == [0, 0, 255]).all()  # as the user names it
+
+
+def test_workers_that_read_rows_of_trusted_data_follow_redirects(outside, moved):
+    url, redirect, _ = moved
+    folder = outside.parent / "data"
+    write_parquet(folder, f"{url}/moved.png")  # a table on disk
+    allowed = pickle.dumps(open_source(folder / "train.parquet", allow_outside=True).dataset)
+    redirect()
+    (row,) = pickle.loads(allowed)
+    assert (decode_image(row["image"])[0][0, 0] == [0, 0, 255]).all()
+
+
+def test_redirects_are_followed_while_a_source_is_opened_only_if_allowed(moved):
+    url, redirect, counts = moved
+    redirect()
+    path = files.as_path(f"{url}/moved.png")
+    for look in (lambda: locate_names(["moved.png"], [path.parent], path.parent, "rows"), lambda: read_size(path)):
+        with pytest.raises(OutsideError, match="named by data, redirects to"):
+            look()
+        assert counts["all"] == 0
+    with outside_allowed(True):
+        assert locate_names(["moved.png"], [path.parent], path.parent, "rows") == ([path], [])
+        assert read_size(path) == [8, 6]
+
+
+def read_size(path):
+    return read_file_sizes([path]).shown[0].tolist()
 
 
 def test_the_option_of_commands(outside, capsys, monkeypatch):
