@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from hf_vlm.data.formats.annotations import check_boxes, check_labels
 from hf_vlm.data.formats.box_conventions import as_xywh, warn_of_convention
@@ -24,15 +22,16 @@ from hf_vlm.data.formats.columns import (
     category_feature,
     find_columns,
 )
+from hf_vlm.data.formats.parquet_files import find_parquet_files, open_parquet_file, read_features, read_metadata
 from hf_vlm.data.formats.splits import choose_split, common_folder, describe_folder, group_by_split
 from hf_vlm.data.io.cells import check_names, rows_of_group
 from hf_vlm.data.io.decode import image_size
-from hf_vlm.data.io.files import is_folder, is_remote, open_binary
+from hf_vlm.data.io.files import is_folder, is_remote
 from hf_vlm.data.io.indexed import generated_stream
-from hf_vlm.data.io.messages import error_text, redact_url, summarise
+from hf_vlm.data.io.messages import redact_url, summarise
 from hf_vlm.data.source import Source
 
-__all__ = ["find_parquet_files", "open_parquet"]
+__all__ = ["open_parquet"]
 
 logger = logging.getLogger(__name__)
 
@@ -88,18 +87,12 @@ def _find_paths(source: Path | Sequence[Path]) -> tuple[list[Path], Path]:
     return paths, source
 
 
-def find_parquet_files(folder: Path) -> list[Path]:
-    """All Parquet files below a folder, sorted; hidden ones are left out."""
-    found = (path for path in folder.rglob("*.parquet") if path.is_file())
-    return sorted(path for path in found if not any(part[0] == "." for part in path.relative_to(folder).parts))
-
-
 def _read_rows(
     parts: list[tuple[str, int, int, int]], leaves: tuple[str, ...], buffer_size: int = 0
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Rows of row groups, given as (path, row group, position of its first row, rows to read)."""
     for path, group, first, num_rows in parts:
-        with _open(path, buffer_size=buffer_size) as file:
+        with open_parquet_file(path, buffer_size=buffer_size) as file:
             rows = rows_of_group(file, group, leaves, batch_size=BATCH_SIZE)
             for position, row in enumerate(islice(rows, num_rows), start=first):
                 yield position, {POSITION: position, **row}
@@ -110,8 +103,8 @@ class _Files:
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = paths
-        self.metadata = [_read_metadata(path) for path in paths]
-        self.features = _read_features(self.metadata[0], paths[0])
+        self.metadata = [read_metadata(path) for path in paths]
+        self.features = read_features(self.metadata[0], paths[0])
 
     def parts(self, num_samples: int | None) -> list[tuple[str, int, int, int]]:
         """What `_read_rows` takes, for all rows or the first few."""
@@ -148,7 +141,7 @@ class _Files:
     def declared_categories(self, feature_of: Callable[[datasets.Features], Any]) -> Categories | None:
         """The classes that the type of a column declares, the same in all files; None where it declares none."""
         found = [
-            read_categories(feature_of(_read_features(meta, path))) for meta, path in zip(self.metadata, self.paths)
+            read_categories(feature_of(read_features(meta, path))) for meta, path in zip(self.metadata, self.paths)
         ]
         for path, categories in zip(self.paths, found):
             if categories != found[0]:
@@ -163,7 +156,7 @@ class _Files:
         """All values of a column, or of the leaves of it."""
         parts: list[pa.ChunkedArray] = []
         for path in self.paths:
-            with _open(path) as file:
+            with open_parquet_file(path) as file:
                 check_names(file, leaves or [name])
                 parts.append(file.read(columns=list(leaves or [name]), use_threads=False).column(name))
             if parts[-1].type != parts[0].type:
@@ -198,42 +191,6 @@ def _is_nested_list(kind: pa.DataType) -> bool:
     return pa.types.is_nested(kind.value_type)
 
 
-@contextmanager
-def _open(path: object, *, buffer_size: int = 0) -> Iterator[pq.ParquetFile]:
-    """Open a file; one on disk by its path, which Arrow reads fastest itself.
-
-    Args:
-        buffer_size: Bytes to read at a time; 0 for whole row groups.
-
-    Raises:
-        ValueError: It is no Parquet or is damaged, then or while it is read.
-    """
-    try:
-        if is_remote(path):  # without reading ahead: Arrow knows which bytes it wants
-            with (
-                open_binary(path, read_ahead=False) as remote,
-                pq.ParquetFile(remote, buffer_size=buffer_size) as file,
-            ):
-                yield file
-        else:
-            with pq.ParquetFile(str(path), buffer_size=buffer_size) as file:
-                yield file
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise ValueError(f"{redact_url(path)} cannot be read as Parquet: {error_text(error)}") from error
-
-
-def _read_features(metadata: pq.FileMetaData, path: Path) -> datasets.Features:
-    try:
-        return datasets.Features.from_arrow_schema(metadata.schema.to_arrow_schema())
-    except Exception as error:  # any type: what `datasets` writes of itself into a file may be damaged
-        raise ValueError(f"{redact_url(path)} has columns that make no sense: {error!r}") from error
-
-
-def _read_metadata(path: Path) -> pq.FileMetaData:
-    with _open(path) as file:
-        return file.metadata
-
-
 def _files_with(name: str, splits: Mapping[str, Sequence[Path]]) -> _Files:
     """The files of all splits that have a column, so that classes without declared names have equal numbers in all."""
     return _Files(
@@ -241,7 +198,7 @@ def _files_with(name: str, splits: Mapping[str, Sequence[Path]]) -> _Files:
             path
             for paths in splits.values()
             for path in paths
-            if name in _read_metadata(path).schema.to_arrow_schema().names
+            if name in read_metadata(path).schema.to_arrow_schema().names
         ]
     )
 
