@@ -192,7 +192,10 @@ def _by_image(stored: Sequence[Row], columns: ColumnMap) -> tuple[dict[str, Row]
     fields = (*columns.objects.values(), *columns.sides)
     if not columns.is_flat or any(isinstance(row.get(columns.objects["category"]), list) for row in stored):
         first, second = repeated[0][:2]
-        raise ValueError(f"{second[ROW_LOCATION]}: {second[FILE_NAME]} was named before, in {first[ROW_LOCATION]}")
+        raise ValueError(
+            f"{second[ROW_LOCATION]}: {second[FILE_NAME]} was named before, in {first[ROW_LOCATION]}; rows are joined "
+            "where each has one object, with a bbox and a category: else give an image one row"
+        )
     joined = {}
     for path, rows in groups.items():
         objects = [row for row in rows if any(row.get(name) is not None for name in fields)]

@@ -1,5 +1,6 @@
 """Parquet files on disk."""
 
+import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -23,6 +24,7 @@ from hf_vlm.data.formats.columns import (
     find_columns,
 )
 from hf_vlm.data.formats.parquet_files import find_parquet_files, open_parquet_file, read_features, read_metadata
+from hf_vlm.data.formats.repeated_images import check_repeated_images
 from hf_vlm.data.formats.splits import choose_split, common_folder, describe_folder, group_by_split
 from hf_vlm.data.io.cells import check_names, rows_of_group
 from hf_vlm.data.io.decode import image_size
@@ -40,6 +42,7 @@ Array = np.ndarray[Any, Any]
 BATCH_SIZE = 64  # rows read at a time
 SAMPLE_SIZE = 64  # images whose sizes are read where no column gives them
 SAMPLE_BUFFER = 2**22  # bytes read at a time of these images
+MAX_COMPARED = 2**26  # bytes of images that are compared: of 100 kB each the first 600, among which shuffled ones meet
 
 
 def open_parquet(source: Path | Sequence[Path], split: str, *, num_samples: int | None = None) -> Source:
@@ -53,7 +56,7 @@ def open_parquet(source: Path | Sequence[Path], split: str, *, num_samples: int 
 
     Raises:
         ValueError: There is no such split; a file is not Parquet or its columns differ from the others'; there is no
-            column of images; or labels or categories are out of range.
+            column of images; labels or categories are out of range; or an image with several objects has several rows.
     """
     paths, root = _find_paths(source)
     splits, name = group_by_split(paths, root), redact_url(source)
@@ -270,9 +273,15 @@ def _check_objects(
     stored = _as_boxes([numbers for numbers, _ in boxes], columns.convention, rows, source)
     if not np.isfinite(width).any():
         warn_of_convention(stored, _sample_sizes(files, columns, counts, folder)[:, rows], source)
+    indices = _indices(values, categories)
+    if counts.max() == 1:
+        keys, positions = _image_keys(files, columns), rows.tolist()
+        objects = zip(map(tuple, stored.tolist()), indices.tolist())
+        known = [keys[row] for row in positions if row < len(keys)]
+        check_repeated_images(known, objects, positions, columns, source)
     keep = check_boxes(
         stored,
-        _indices(values, categories),
+        indices,
         width=width[rows],
         height=height[rows],
         class_names=categories.names,
@@ -301,6 +310,24 @@ def _sample_sizes(files: _Files, columns: ColumnMap, counts: Array, folder: str)
             if size is not None:
                 sizes[:, position] = size[::-1]
     return sizes
+
+
+def _image_keys(files: _Files, columns: ColumnMap) -> list[str | bytes | None]:
+    """What identifies the images of the rows: their names where these are all there is, else digests of the first."""
+    name, total = columns.columns["image"], 0
+    leaves = [leaf for leaf in files.leaves(columns) if leaf.split(".")[0] == name]
+    digests: list[str | bytes | None] = []
+    for _, row in _read_rows(files.parts(None), tuple(leaves), SAMPLE_BUFFER):
+        image = row[name] if isinstance(row[name], dict) else {"bytes": row[name]}
+        data = image["bytes"]
+        if isinstance(data, str) or (data is None and image.get("path")):
+            names = files.column(name, leaves=[leaf for leaf in leaves if not leaf.endswith(".bytes")])
+            return list((pc.struct_field(names, "path") if pa.types.is_struct(names.type) else names).to_pylist())
+        digests.append(data and hashlib.blake2b(data, digest_size=16).digest())
+        total += len(data or b"")
+        if total > MAX_COMPARED:
+            break
+    return digests
 
 
 def _check_counts(num_boxes: Array, num_values: Array, field: str, source: object) -> None:
