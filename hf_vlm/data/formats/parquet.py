@@ -28,7 +28,7 @@ from hf_vlm.data.formats.repeated_images import check_repeated_images
 from hf_vlm.data.formats.splits import choose_split, common_folder, describe_folder, group_by_split
 from hf_vlm.data.io.cells import check_names, rows_of_group
 from hf_vlm.data.io.decode import image_size
-from hf_vlm.data.io.files import is_folder, is_remote
+from hf_vlm.data.io.files import as_path, exists, is_folder, is_remote
 from hf_vlm.data.io.indexed import generated_stream
 from hf_vlm.data.io.messages import redact_url, summarise
 from hf_vlm.data.source import Source
@@ -51,8 +51,9 @@ def open_parquet(source: Path | Sequence[Path], split: str, *, num_samples: int 
     Each row group is a shard.
 
     The names of files or folders give the split, as in `train-00000-of-00002.parquet` or `train/0.parquet`; where
-    none does, all is `train`. Columns are found by name and type (see `find_columns`). Only the
-    labels, ids and boxes of the rows are read, to check them.
+    none does, all is `train`. Columns are found by name and type (see `find_columns`). Only the labels, ids and boxes
+    of the rows are read, to check them. Names of image files are relative to the source, or to the folder of the split
+    where the first of them lies there.
 
     Raises:
         ValueError: There is no such split; a file is not Parquet or its columns differ from the others'; there is no
@@ -64,13 +65,14 @@ def open_parquet(source: Path | Sequence[Path], split: str, *, num_samples: int 
     parts = files.parts(num_samples)
     columns = _without_repeated_ids(files, find_columns(files.features, name), name)
     label = _check_labels(files, splits, columns, name)
-    category, is_clean, max_objects = _check_objects(files, splits, columns, name, str(root))
+    folder = _folder_of_names(files, columns, root)
+    category, is_clean, max_objects = _check_objects(files, splits, columns, name, folder)
     reader = RowReader(
         map=columns,
         label=label,
         category=category,
         source=name,
-        folder=str(root),
+        folder=folder,
         cleans_boxes=not is_clean,
     )
     rows = generated_stream(_read_rows, parts=parts, leaves=files.leaves(columns))
@@ -88,6 +90,18 @@ def _find_paths(source: Path | Sequence[Path]) -> tuple[list[Path], Path]:
     if not paths:
         raise ValueError(f"{source} holds no Parquet files; {describe_folder(source)}")
     return paths, source
+
+
+def _folder_of_names(files: "_Files", columns: ColumnMap, root: Path) -> str:
+    """The folder that names of images are relative to."""
+    own = common_folder(files.paths)
+    if own != root:
+        ((_, row),) = _read_rows(files.parts(1), files.image_leaves(columns), SAMPLE_BUFFER)
+        for folder in map(str, (root, own)):
+            image = RowReader(map=columns, folder=folder, allow_outside=True).encoded_image(row)
+            if image["path"] is None or (image["bytes"] is None and exists(as_path(image["path"]))):
+                return folder
+    return str(root)
 
 
 def _read_rows(
@@ -140,6 +154,10 @@ class _Files:
             if differing:
                 raise ValueError(f"{path} and {self.paths[0]} differ in their columns {summarise(sorted(differing))}")
         return tuple(leaf for leaf in first if leaf.split(".")[0] in read)
+
+    def image_leaves(self, columns: ColumnMap) -> tuple[str, ...]:
+        """Those of `leaves` that hold the images."""
+        return tuple(leaf for leaf in self.leaves(columns) if leaf.split(".")[0] == columns.columns["image"])
 
     def declared_categories(self, feature_of: Callable[[datasets.Features], Any]) -> Categories | None:
         """The classes that the type of a column declares, the same in all files; None where it declares none."""
@@ -302,8 +320,7 @@ def _sides(files: _Files, name: str | None, num_rows: int) -> Array:
 def _sample_sizes(files: _Files, columns: ColumnMap, counts: Array, folder: str) -> Array:
     """Widths and heights (2, num_rows) of the first images, which show what boxes are; infinity for all others."""
     sizes, reader = np.full((2, len(counts)), np.inf), RowReader(map=columns, folder=folder)
-    leaves = [leaf for leaf in files.leaves(columns) if leaf.split(".")[0] == columns.columns["image"]]
-    for position, row in _read_rows(files.parts(SAMPLE_SIZE), tuple(leaves), SAMPLE_BUFFER):
+    for position, row in _read_rows(files.parts(SAMPLE_SIZE), files.image_leaves(columns), SAMPLE_BUFFER):
         image = reader.encoded_image(row)
         if counts[position] and (image["bytes"] is not None or not is_remote(image["path"])):
             size = image_size(image)
@@ -314,10 +331,9 @@ def _sample_sizes(files: _Files, columns: ColumnMap, counts: Array, folder: str)
 
 def _image_keys(files: _Files, columns: ColumnMap) -> list[str | bytes | None]:
     """What identifies the images of the rows: their names where these are all there is, else digests of the first."""
-    name, total = columns.columns["image"], 0
-    leaves = [leaf for leaf in files.leaves(columns) if leaf.split(".")[0] == name]
+    name, leaves, total = columns.columns["image"], files.image_leaves(columns), 0
     digests: list[str | bytes | None] = []
-    for _, row in _read_rows(files.parts(None), tuple(leaves), SAMPLE_BUFFER):
+    for _, row in _read_rows(files.parts(None), leaves, SAMPLE_BUFFER):
         image = row[name] if isinstance(row[name], dict) else {"bytes": row[name]}
         data = image["bytes"]
         if isinstance(data, str) or (data is None and image.get("path")):

@@ -18,6 +18,7 @@ from sample_data import (
     write_parquet,
 )
 
+from hf_vlm.data.io.decode import BadImageError
 from hf_vlm.data.schema import image_feature, objects_feature
 from hf_vlm.data.sources import open_source
 
@@ -70,6 +71,23 @@ def test_parquet_columns_of_other_names_and_types(tmp_path):
     assert [value_of(example) for example in source] == [40, 41]
     assert [example["image_id"] for example in source] == [0, 1]
     assert set(source.features) == {"image", "image_id"}
+
+
+@pytest.mark.parametrize("place", ["", "train", "train/tables"])
+@pytest.mark.parametrize("names", ["", "train"])
+@pytest.mark.parametrize("is_struct", [False, True])
+def test_names_of_images_are_relative_to_the_source_or_to_the_split(tmp_path, place, names, is_struct):
+    write_images(tmp_path / "train" / "images", ["a.png", "b.png"], start=40)
+    paths = [f"{'train/' if names == '' else ''}images/{name}.png" for name in "ab"]
+    images = [{"bytes": None, "path": path} for path in paths] if is_struct else paths
+    write_parquet(tmp_path / place / "train-0.parquet", {"image": images})
+    write_parquet(tmp_path / place / "train-1.parquet", {"image": images})
+    source = open_source(tmp_path)
+    if (place, names) in {("", "train"), ("train/tables", "train")}:  # in neither
+        with pytest.raises(BadImageError):
+            value_of(next(iter(source)))
+    else:
+        assert [value_of(example) for example in source] == [40, 41] * 2
 
 
 def test_parquet_image_feature_is_not_decoded(tmp_path):
