@@ -10,19 +10,19 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import aiohttp
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from hf_vlm.data.formats.coco import find_coco_files, open_coco
 from hf_vlm.data.formats.hub import open_hub
 from hf_vlm.data.formats.imagefolder import IMAGE_EXTENSIONS, open_imagefolder
+from hf_vlm.data.formats.metadata import is_metadata
 from hf_vlm.data.formats.mixture import mix_sources
 from hf_vlm.data.formats.parquet import open_parquet
+from hf_vlm.data.formats.parquet_files import read_metadata
 from hf_vlm.data.formats.splits import canonical_split, describe_folder
 from hf_vlm.data.formats.voc import looks_like_voc, open_voc
 from hf_vlm.data.formats.webdataset import open_webdataset
 from hf_vlm.data.formats.yolo import looks_like_yolo, open_yolo
-from hf_vlm.data.io.files import as_path, can_list, find_paths, is_remote, open_binary, siblings, walk
+from hf_vlm.data.io.files import as_path, can_list, find_paths, is_remote, siblings, walk
 from hf_vlm.data.io.messages import collect_warnings, did_you_mean, error_text, redact, redact_url, summarise
 from hf_vlm.data.io.trust import TrustedRows, outside_allowed
 from hf_vlm.data.scenes.stream import scenes_source
@@ -47,18 +47,18 @@ def _has_images(suffixes: Collection[str]) -> bool:
 
 
 def _holds_parquet(folder: Path, suffixes: Collection[str]) -> bool:
-    """Whether a folder has Parquet files that are more than features, which `embed` may have left beside images."""
+    """Whether a folder has Parquet files that are more than features, which `embed` may have left beside images, and
+    more than metadata of these."""
     if ".parquet" not in suffixes or not _has_images(suffixes):
         return ".parquet" in suffixes
     paths = [path for path in folder.rglob("*.parquet") if "/." not in path.relative_to(folder).as_posix()]
-    return not all(map(_are_features, paths))
+    return not all(is_metadata(path) or _are_features(path) for path in paths)
 
 
 def _are_features(path: Path) -> bool:
     try:
-        with open_binary(path, read_ahead=False) as file:
-            return {"image_id", "features"} <= set(pq.read_schema(file).names)
-    except (pa.ArrowException, OSError):
+        return {"image_id", "features"} <= set(read_metadata(path).schema.to_arrow_schema().names)
+    except ValueError:
         return False  # opening it says what is wrong
 
 

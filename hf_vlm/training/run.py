@@ -12,6 +12,7 @@ import datasets
 import transformers
 from transformers import set_seed
 
+from hf_vlm.data.inspection.pixel_range import check_pixel_range
 from hf_vlm.data.io.durable import disk_errors
 from hf_vlm.data.source import Source
 from hf_vlm.data.sources import open_source
@@ -254,12 +255,18 @@ def view_transform(
 
 
 def open_recipe_source(args: VisionTrainingArguments, split: str, num_examples: int | None) -> Source:
-    """A split of the recipe's data; ValueError where the recipe names no data."""
+    """A split of the recipe's data.
+
+    Raises:
+        ValueError: The recipe names no data, or these cannot be used; see `open_source` and `check_pixel_range`.
+    """
     if not args.data:
         raise ValueError("No data: name a folder, a file, a Hub id or scenes with --data or in the recipe.")
-    return open_source(
+    source = open_source(
         args.data, split, format=args.format, num_samples=num_examples, allow_outside=args.allow_outside
     )
+    check_pixel_range(source)
+    return source
 
 
 def train_stream(

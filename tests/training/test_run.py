@@ -6,10 +6,12 @@ import math
 import re
 import time
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from killed_run import KillAt, KilledError
+from PIL import Image
 from safetensors.torch import load_file
 from sample_data import write_coco
 
@@ -103,6 +105,17 @@ def test_a_new_run_takes_no_folder_of_another(make_recipe, tmp_path, kill_at):
     pretrain(recipe | {"resume_from_checkpoint": "last"})
     with pytest.raises(ValueError, match=r"holds a run already"):
         pretrain(recipe | {"save_strategy": "no"})
+
+
+@pytest.mark.parametrize("train", [pretrain, finetune])
+def test_images_that_use_a_small_part_of_their_range_are_not_trained_on(make_recipe, tmp_path, train):
+    for row in range(12):
+        folder = tmp_path / "images" / f"class_{row % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((40, 40), 4000 + row, dtype=np.uint16)).save(folder / f"{row}.png")
+    recipe = make_recipe("mae" if train is pretrain else "classification", data=str(tmp_path / "images"))
+    with pytest.raises(ValueError, match=r"images: the first 12 images of 16 bits have no value above 4095"):
+        train(recipe)
 
 
 def test_parts_of_a_loss_are_logged(make_recipe, tmp_path):

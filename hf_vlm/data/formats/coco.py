@@ -190,6 +190,13 @@ def _image_folders(file: Path, root: Path, split: str) -> Iterator[Path]:
 
 def _boxes(content: Record, file: Path) -> BoxedImages:
     annotations = content["annotations"]
+    repeated = [name for name, n in Counter(image["file_name"] for image in content["images"]).items() if n > 1]
+    if repeated:
+        raise ValueError(
+            f"{file}: {len(repeated)} images are listed more than once, with other ids: {summarise(repeated)}. Each "
+            "would teach that the objects of the others are background; list an image once and give all its "
+            "annotations that id"
+        )
     row_of = {image["id"]: row for row, image in enumerate(content["images"])}
     used = {item["category_id"] for item in annotations if isinstance(item.get("category_id"), IDS)}
     names, category_of = _categories(content["categories"], used, file)

@@ -9,6 +9,7 @@ import numpy as np
 from hf_vlm.data.formats.box_conventions import warn_of_convention
 from hf_vlm.data.formats.categories import Categories, read_categories
 from hf_vlm.data.formats.columns import ColumnMap, RowReader, category_feature, find_columns
+from hf_vlm.data.formats.repeated_images import check_repeated_images
 from hf_vlm.data.formats.splits import choose_split
 from hf_vlm.data.io.decode import image_size
 from hf_vlm.data.io.files import siblings
@@ -37,8 +38,8 @@ def open_hub(
         revision: Branch, tag or commit of the dataset.
 
     Raises:
-        ValueError: There is no such dataset or split, it cannot be reached, it has no column of images, or its boxes
-            are of another convention.
+        ValueError: There is no such dataset or split, it cannot be reached, it has no column of images, its boxes are
+            of another convention, or an image with several objects has several rows.
     """
     # A stream that is closed early would sleep for seconds; nothing here needs that.
     datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
@@ -67,7 +68,7 @@ def open_hub(
     raw = list(columns.source_names)
     examples = stream.select_columns(raw).map(reader, remove_columns=raw, features=reader.features)
     if reader.category is not None:
-        _judge_boxes(examples, source)
+        _judge_boxes(examples, columns, source)
     num_examples = (declared.num_examples if declared is not None else None) or None
     if num_examples is not None and num_samples is not None:
         num_examples = min(num_examples, num_samples)
@@ -81,15 +82,20 @@ def _place(source: str, revision: str | None) -> str:
     return f"hf://datasets/{source}" if revision is None else f"hf://datasets/{source}@{revision}"
 
 
-def _judge_boxes(examples: datasets.IterableDataset, source: str) -> None:
+def _judge_boxes(examples: datasets.IterableDataset, columns: ColumnMap, source: str) -> None:
     """See by the first images whether boxes are what they should be; others are not read to open a data set."""
-    boxes, sizes = list[list[float]](), list[tuple[float, float]]()
-    for example in examples.take(SAMPLE_SIZE):
-        height, width = image_size(example["image"]) or (np.inf, np.inf)
-        boxes += example["objects"]["bbox"]
-        sizes += [(width, height)] * len(example["objects"]["bbox"])
-    if boxes:
-        warn_of_convention(np.array(boxes, dtype=np.float64), np.array(sizes, dtype=np.float64).T, source)
+    first = list(examples.take(SAMPLE_SIZE))
+    rows = [row for row, example in enumerate(first) for _ in example["objects"]["bbox"]]
+    boxes = [box for example in first for box in example["objects"]["bbox"]]
+    if not boxes:
+        return
+    if len(set(rows)) == len(rows):
+        images = (first[row]["image"] for row in rows)
+        objects = ((tuple(box), *first[row]["objects"]["category"]) for row, box in zip(rows, boxes))
+        check_repeated_images((image["bytes"] or image["path"] for image in images), objects, rows, columns, source)
+    sizes = [image_size(example["image"]) or (np.inf, np.inf) for example in first]
+    shown = np.array([sizes[row][::-1] for row in rows], dtype=np.float64).T  # (2, boxes), width and height
+    warn_of_convention(np.array(boxes, dtype=np.float64), shown, source)
 
 
 def _declared(features: datasets.Features, columns: ColumnMap, column: str, source: str) -> Categories | None:

@@ -10,7 +10,7 @@ import datasets
 import pyarrow as pa
 
 from hf_vlm.data.formats.folder_files import IMAGE_EXTENSIONS, find_images, find_masks, is_image, list_files
-from hf_vlm.data.formats.metadata import find_metadata, metadata_source
+from hf_vlm.data.formats.metadata import is_metadata, metadata_source
 from hf_vlm.data.formats.splits import CANONICAL, canonical_split, choose_split, describe_folder
 from hf_vlm.data.io.indexed import TableReader, indexed_stream
 from hf_vlm.data.io.messages import summarise
@@ -34,9 +34,9 @@ def open_imagefolder(folder: Path, split: str, *, num_samples: int | None = None
     those of a test split do whose labels are hidden. Masks and thumbnails beside the images are left out (see
     `find_masks`).
 
-    A `metadata.jsonl`, `metadata.csv` or `_annotations.csv` in the folder or in those of the splits replaces the
-    subfolders: a row has `file_name`, relative to the metadata, and columns such as `label`, a number or a name, or
-    `objects` {bbox, categories}; `mask_file_name` names a mask. Images without a row are left out.
+    A `metadata.jsonl`, `metadata.csv`, `metadata.parquet` or `_annotations.csv` in the folder or in any below replaces
+    the subfolders: a row has `file_name`, relative to the metadata, and columns such as `label`, a number or a name,
+    or `objects` {bbox, categories}; `mask_file_name` names a mask. Images without a row are left out.
 
     Raises:
         ValueError: The folder holds no images, the split is not there, or metadata make no sense.
@@ -58,7 +58,9 @@ def open_imagefolder(folder: Path, split: str, *, num_samples: int | None = None
             f"{describe_folder(folder)}"
         )
     chosen = choose_split(images, split, folder)
-    metadata = find_metadata([folder, *roots])
+    beside = [path for path in folder.iterdir() if path.is_file()] if roots else []
+    files = (path for paths in (beside, *layouts.values()) for path in paths)
+    metadata = sorted(path for path in files if is_metadata(path))
     _warn_of_others(folder, roots, choose_split(layouts, split, folder).keys() - chosen.keys() - {*metadata})
     if metadata:
         everything = {str(path) for path in find_images(folder)}

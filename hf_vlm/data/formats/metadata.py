@@ -1,9 +1,9 @@
-"""The `metadata.jsonl` or `metadata.csv` of an image folder: labels of its images by file name."""
+"""The `metadata` of an image folder, csv, jsonl or Parquet: labels of its images by file name."""
 
 import logging
 import posixpath
 import unicodedata
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from hf_vlm.data.formats.columns import (
     RowReader,
     find_columns,
 )
-from hf_vlm.data.formats.table_files import FILE_NAMES, read_csv, read_json_lines
+from hf_vlm.data.formats.table_files import FILE_NAMES, holds_file_names, read_table
 from hf_vlm.data.io.decode import image_size
 from hf_vlm.data.io.files import is_remote
 from hf_vlm.data.io.indexed import TableReader, indexed_stream
@@ -31,25 +31,26 @@ from hf_vlm.data.io.messages import summarise
 from hf_vlm.data.schema import image_feature
 from hf_vlm.data.source import Source
 
-__all__ = ["find_metadata", "metadata_source"]
+__all__ = ["is_metadata", "metadata_source"]
 
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 Array = np.ndarray[Any, Any]
 
-METADATA_FILES = ("metadata.jsonl", "metadata.csv", "_annotations.csv")
+METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "_annotations.csv")
 FILE_NAME = FILE_NAMES[0]
 KNOWN_NAMES = TABLE_NAMES | ANNOTATION_NAMES
 OBJECTS = "objects"  # of a row, in the one form
 ROW_LOCATION = "__location__"  # file and line of a row, for messages
 MASK_NAMES = (*COLUMN_NAMES["mask"], *COLUMN_NAMES["instance_mask"])
+READ_NAMES = {*FILE_NAMES, *KNOWN_NAMES, *(f"{name}_{FILE_NAME}" for name in MASK_NAMES)}
 SAMPLE_SIZE = 64  # images whose sizes are read where no column gives them
 
 
-def find_metadata(folders: Iterable[Path]) -> list[Path]:
-    """The files of metadata that lie in some folders."""
-    return [folder / name for folder in folders for name in METADATA_FILES if (folder / name).is_file()]
+def is_metadata(file: Path) -> bool:
+    """Whether a file is the metadata of the images in its folder and below."""
+    return file.name in METADATA_FILES and (file.suffix != ".parquet" or holds_file_names(file))
 
 
 def metadata_source(
@@ -137,8 +138,8 @@ def _read_rows(files: Sequence[Path], images: Collection[str]) -> list[Row]:
     paths = {unicodedata.normalize("NFC", path): path for path in images}
     unknown = []
     for file in files:
-        for line, row in read_json_lines(file) if file.suffix == ".jsonl" else read_csv(file):
-            row[ROW_LOCATION] = f"{file}, line {line}"
+        for location, row in read_table(file, READ_NAMES):
+            row[ROW_LOCATION] = f"{file}, {location}"
             name = next((row[name] for name in FILE_NAMES if name in row), None)
             if not isinstance(name, str) or not name:
                 there = summarise(sorted(row.keys() - {ROW_LOCATION}))
@@ -191,7 +192,10 @@ def _by_image(stored: Sequence[Row], columns: ColumnMap) -> tuple[dict[str, Row]
     fields = (*columns.objects.values(), *columns.sides)
     if not columns.is_flat or any(isinstance(row.get(columns.objects["category"]), list) for row in stored):
         first, second = repeated[0][:2]
-        raise ValueError(f"{second[ROW_LOCATION]}: {second[FILE_NAME]} was named before, in {first[ROW_LOCATION]}")
+        raise ValueError(
+            f"{second[ROW_LOCATION]}: {second[FILE_NAME]} was named before, in {first[ROW_LOCATION]}; rows are joined "
+            "where each has one object, with a bbox and a category: else give an image one row"
+        )
     joined = {}
     for path, rows in groups.items():
         objects = [row for row in rows if any(row.get(name) is not None for name in fields)]

@@ -1,8 +1,8 @@
 """Parquet files on disk."""
 
+import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from hf_vlm.data.formats.annotations import check_boxes, check_labels
 from hf_vlm.data.formats.box_conventions import as_xywh, warn_of_convention
@@ -24,15 +23,17 @@ from hf_vlm.data.formats.columns import (
     category_feature,
     find_columns,
 )
+from hf_vlm.data.formats.parquet_files import find_parquet_files, open_parquet_file, read_features, read_metadata
+from hf_vlm.data.formats.repeated_images import check_repeated_images
 from hf_vlm.data.formats.splits import choose_split, common_folder, describe_folder, group_by_split
 from hf_vlm.data.io.cells import check_names, rows_of_group
 from hf_vlm.data.io.decode import image_size
-from hf_vlm.data.io.files import is_folder, is_remote, open_binary
+from hf_vlm.data.io.files import as_path, exists, is_folder, is_remote
 from hf_vlm.data.io.indexed import generated_stream
-from hf_vlm.data.io.messages import error_text, redact_url, summarise
+from hf_vlm.data.io.messages import redact_url, summarise
 from hf_vlm.data.source import Source
 
-__all__ = ["find_parquet_files", "open_parquet"]
+__all__ = ["open_parquet"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ Array = np.ndarray[Any, Any]
 BATCH_SIZE = 64  # rows read at a time
 SAMPLE_SIZE = 64  # images whose sizes are read where no column gives them
 SAMPLE_BUFFER = 2**22  # bytes read at a time of these images
+MAX_COMPARED = 2**26  # bytes of images that are compared: of 100 kB each the first 600, among which shuffled ones meet
 
 
 def open_parquet(source: Path | Sequence[Path], split: str, *, num_samples: int | None = None) -> Source:
@@ -49,12 +51,13 @@ def open_parquet(source: Path | Sequence[Path], split: str, *, num_samples: int 
     Each row group is a shard.
 
     The names of files or folders give the split, as in `train-00000-of-00002.parquet` or `train/0.parquet`; where
-    none does, all is `train`. Columns are found by name and type (see `find_columns`). Only the
-    labels, ids and boxes of the rows are read, to check them.
+    none does, all is `train`. Columns are found by name and type (see `find_columns`). Only the labels, ids and boxes
+    of the rows are read, to check them. Names of image files are relative to the source, or to the folder of the split
+    where the first of them lies there.
 
     Raises:
         ValueError: There is no such split; a file is not Parquet or its columns differ from the others'; there is no
-            column of images; or labels or categories are out of range.
+            column of images; labels or categories are out of range; or an image with several objects has several rows.
     """
     paths, root = _find_paths(source)
     splits, name = group_by_split(paths, root), redact_url(source)
@@ -62,13 +65,14 @@ def open_parquet(source: Path | Sequence[Path], split: str, *, num_samples: int 
     parts = files.parts(num_samples)
     columns = _without_repeated_ids(files, find_columns(files.features, name), name)
     label = _check_labels(files, splits, columns, name)
-    category, is_clean, max_objects = _check_objects(files, splits, columns, name, str(root))
+    folder = _folder_of_names(files, columns, root)
+    category, is_clean, max_objects = _check_objects(files, splits, columns, name, folder)
     reader = RowReader(
         map=columns,
         label=label,
         category=category,
         source=name,
-        folder=str(root),
+        folder=folder,
         cleans_boxes=not is_clean,
     )
     rows = generated_stream(_read_rows, parts=parts, leaves=files.leaves(columns))
@@ -88,10 +92,16 @@ def _find_paths(source: Path | Sequence[Path]) -> tuple[list[Path], Path]:
     return paths, source
 
 
-def find_parquet_files(folder: Path) -> list[Path]:
-    """All Parquet files below a folder, sorted; hidden ones are left out."""
-    found = (path for path in folder.rglob("*.parquet") if path.is_file())
-    return sorted(path for path in found if not any(part[0] == "." for part in path.relative_to(folder).parts))
+def _folder_of_names(files: "_Files", columns: ColumnMap, root: Path) -> str:
+    """The folder that names of images are relative to."""
+    own = common_folder(files.paths)
+    if own != root:
+        ((_, row),) = _read_rows(files.parts(1), files.image_leaves(columns), SAMPLE_BUFFER)
+        for folder in map(str, (root, own)):
+            image = RowReader(map=columns, folder=folder, allow_outside=True).encoded_image(row)
+            if image["path"] is None or (image["bytes"] is None and exists(as_path(image["path"]))):
+                return folder
+    return str(root)
 
 
 def _read_rows(
@@ -99,7 +109,7 @@ def _read_rows(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Rows of row groups, given as (path, row group, position of its first row, rows to read)."""
     for path, group, first, num_rows in parts:
-        with _open(path, buffer_size=buffer_size) as file:
+        with open_parquet_file(path, buffer_size=buffer_size) as file:
             rows = rows_of_group(file, group, leaves, batch_size=BATCH_SIZE)
             for position, row in enumerate(islice(rows, num_rows), start=first):
                 yield position, {POSITION: position, **row}
@@ -110,8 +120,8 @@ class _Files:
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = paths
-        self.metadata = [_read_metadata(path) for path in paths]
-        self.features = _read_features(self.metadata[0], paths[0])
+        self.metadata = [read_metadata(path) for path in paths]
+        self.features = read_features(self.metadata[0], paths[0])
 
     def parts(self, num_samples: int | None) -> list[tuple[str, int, int, int]]:
         """What `_read_rows` takes, for all rows or the first few."""
@@ -145,10 +155,14 @@ class _Files:
                 raise ValueError(f"{path} and {self.paths[0]} differ in their columns {summarise(sorted(differing))}")
         return tuple(leaf for leaf in first if leaf.split(".")[0] in read)
 
+    def image_leaves(self, columns: ColumnMap) -> tuple[str, ...]:
+        """Those of `leaves` that hold the images."""
+        return tuple(leaf for leaf in self.leaves(columns) if leaf.split(".")[0] == columns.columns["image"])
+
     def declared_categories(self, feature_of: Callable[[datasets.Features], Any]) -> Categories | None:
         """The classes that the type of a column declares, the same in all files; None where it declares none."""
         found = [
-            read_categories(feature_of(_read_features(meta, path))) for meta, path in zip(self.metadata, self.paths)
+            read_categories(feature_of(read_features(meta, path))) for meta, path in zip(self.metadata, self.paths)
         ]
         for path, categories in zip(self.paths, found):
             if categories != found[0]:
@@ -163,7 +177,7 @@ class _Files:
         """All values of a column, or of the leaves of it."""
         parts: list[pa.ChunkedArray] = []
         for path in self.paths:
-            with _open(path) as file:
+            with open_parquet_file(path) as file:
                 check_names(file, leaves or [name])
                 parts.append(file.read(columns=list(leaves or [name]), use_threads=False).column(name))
             if parts[-1].type != parts[0].type:
@@ -198,42 +212,6 @@ def _is_nested_list(kind: pa.DataType) -> bool:
     return pa.types.is_nested(kind.value_type)
 
 
-@contextmanager
-def _open(path: object, *, buffer_size: int = 0) -> Iterator[pq.ParquetFile]:
-    """Open a file; one on disk by its path, which Arrow reads fastest itself.
-
-    Args:
-        buffer_size: Bytes to read at a time; 0 for whole row groups.
-
-    Raises:
-        ValueError: It is no Parquet or is damaged, then or while it is read.
-    """
-    try:
-        if is_remote(path):  # without reading ahead: Arrow knows which bytes it wants
-            with (
-                open_binary(path, read_ahead=False) as remote,
-                pq.ParquetFile(remote, buffer_size=buffer_size) as file,
-            ):
-                yield file
-        else:
-            with pq.ParquetFile(str(path), buffer_size=buffer_size) as file:
-                yield file
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise ValueError(f"{redact_url(path)} cannot be read as Parquet: {error_text(error)}") from error
-
-
-def _read_features(metadata: pq.FileMetaData, path: Path) -> datasets.Features:
-    try:
-        return datasets.Features.from_arrow_schema(metadata.schema.to_arrow_schema())
-    except Exception as error:  # any type: what `datasets` writes of itself into a file may be damaged
-        raise ValueError(f"{redact_url(path)} has columns that make no sense: {error!r}") from error
-
-
-def _read_metadata(path: Path) -> pq.FileMetaData:
-    with _open(path) as file:
-        return file.metadata
-
-
 def _files_with(name: str, splits: Mapping[str, Sequence[Path]]) -> _Files:
     """The files of all splits that have a column, so that classes without declared names have equal numbers in all."""
     return _Files(
@@ -241,7 +219,7 @@ def _files_with(name: str, splits: Mapping[str, Sequence[Path]]) -> _Files:
             path
             for paths in splits.values()
             for path in paths
-            if name in _read_metadata(path).schema.to_arrow_schema().names
+            if name in read_metadata(path).schema.to_arrow_schema().names
         ]
     )
 
@@ -313,9 +291,15 @@ def _check_objects(
     stored = _as_boxes([numbers for numbers, _ in boxes], columns.convention, rows, source)
     if not np.isfinite(width).any():
         warn_of_convention(stored, _sample_sizes(files, columns, counts, folder)[:, rows], source)
+    indices = _indices(values, categories)
+    if counts.max() == 1:
+        keys, positions = _image_keys(files, columns), rows.tolist()
+        objects = zip(map(tuple, stored.tolist()), indices.tolist())
+        known = [keys[row] for row in positions if row < len(keys)]
+        check_repeated_images(known, objects, positions, columns, source)
     keep = check_boxes(
         stored,
-        _indices(values, categories),
+        indices,
         width=width[rows],
         height=height[rows],
         class_names=categories.names,
@@ -336,14 +320,30 @@ def _sides(files: _Files, name: str | None, num_rows: int) -> Array:
 def _sample_sizes(files: _Files, columns: ColumnMap, counts: Array, folder: str) -> Array:
     """Widths and heights (2, num_rows) of the first images, which show what boxes are; infinity for all others."""
     sizes, reader = np.full((2, len(counts)), np.inf), RowReader(map=columns, folder=folder)
-    leaves = [leaf for leaf in files.leaves(columns) if leaf.split(".")[0] == columns.columns["image"]]
-    for position, row in _read_rows(files.parts(SAMPLE_SIZE), tuple(leaves), SAMPLE_BUFFER):
+    for position, row in _read_rows(files.parts(SAMPLE_SIZE), files.image_leaves(columns), SAMPLE_BUFFER):
         image = reader.encoded_image(row)
         if counts[position] and (image["bytes"] is not None or not is_remote(image["path"])):
             size = image_size(image)
             if size is not None:
                 sizes[:, position] = size[::-1]
     return sizes
+
+
+def _image_keys(files: _Files, columns: ColumnMap) -> list[str | bytes | None]:
+    """What identifies the images of the rows: their names where these are all there is, else digests of the first."""
+    name, leaves, total = columns.columns["image"], files.image_leaves(columns), 0
+    digests: list[str | bytes | None] = []
+    for _, row in _read_rows(files.parts(None), leaves, SAMPLE_BUFFER):
+        image = row[name] if isinstance(row[name], dict) else {"bytes": row[name]}
+        data = image["bytes"]
+        if isinstance(data, str) or (data is None and image.get("path")):
+            names = files.column(name, leaves=[leaf for leaf in leaves if not leaf.endswith(".bytes")])
+            return list((pc.struct_field(names, "path") if pa.types.is_struct(names.type) else names).to_pylist())
+        digests.append(data and hashlib.blake2b(data, digest_size=16).digest())
+        total += len(data or b"")
+        if total > MAX_COMPARED:
+            break
+    return digests
 
 
 def _check_counts(num_boxes: Array, num_values: Array, field: str, source: object) -> None:

@@ -1,27 +1,77 @@
-"""Tables in text files: csv and lines of json."""
+"""Tables beside images: csv, lines of json and Parquet."""
 
 import csv
 import io
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_vlm.data.formats.columns import NUMBER_NAMES, TABLE_NAMES
+import datasets
+
+from hf_vlm.data.formats.columns import LISTS, NUMBER_NAMES, TABLE_NAMES
+from hf_vlm.data.formats.parquet_files import open_parquet_file, read_features, read_metadata
+from hf_vlm.data.io.cells import rows_of_group
 from hf_vlm.data.io.files import read_bytes
 from hf_vlm.data.io.parsing import parse_json
 
-__all__ = ["FILE_NAMES", "read_csv", "read_json_lines"]
+__all__ = ["FILE_NAMES", "holds_file_names", "read_table"]
 
 Row = dict[str, Any]
 
 FILE_NAMES = ("file_name", "filename")  # of images, which stay text
 INTEGER = re.compile(r"-?(0|[1-9][0-9]*)")  # others, such as 007, are names
 DELIMITERS = ",;\t"  # spreadsheets write what their language has
+BATCH_SIZE = 1024  # rows of Parquet read at a time
 
 
-def read_json_lines(file: Path) -> Iterator[tuple[int, Row]]:
+def read_table(file: Path, columns: Collection[str]) -> Iterator[tuple[str, Row]]:
+    """The rows of a file by its suffix, `.csv`, `.jsonl` or `.parquet`, each with where it is, as "line 2" or "row 0".
+
+    Args:
+        columns: Names, in small letters, of the columns that matter: of Parquet, which may hold much else, only these
+            are read.
+
+    Raises:
+        ValueError: It cannot be read as that.
+    """
+    if file.suffix == ".parquet":
+        yield from ((f"row {number}", row) for number, row in enumerate(_read_parquet(file, columns)))
+    else:
+        read = _read_json_lines if file.suffix == ".jsonl" else _read_csv
+        yield from ((f"line {line}", row) for line, row in read(file))
+
+
+def holds_file_names(file: Path) -> bool:
+    """Whether a Parquet file has a column of names of images."""
+    try:
+        return not {*FILE_NAMES}.isdisjoint(read_metadata(file).schema.to_arrow_schema().names)
+    except ValueError:
+        return False  # opening it says what is wrong
+
+
+def _read_parquet(file: Path, columns: Collection[str]) -> Iterator[Row]:
+    with open_parquet_file(file) as table:
+        features = read_features(table.metadata, file)
+        read = [name for name in features if name.lower() in columns]
+        for group in range(table.num_row_groups):
+            for row in rows_of_group(table, group, read, batch_size=BATCH_SIZE):
+                yield {name: _with_names(value, features[name]) for name, value in row.items()}
+
+
+def _with_names(value: Any, feature: Any) -> Any:
+    """A value with the names of the classes that it holds by number, as its type declares them; None for NaN."""
+    if value is None or value != value:
+        return None
+    if isinstance(feature, datasets.ClassLabel):
+        return feature.int2str(value) if value >= 0 else None
+    if isinstance(feature, LISTS):
+        return [_with_names(item, feature.feature) for item in value]
+    return {name: _with_names(value[name], feature[name]) for name in value} if isinstance(feature, dict) else value
+
+
+def _read_json_lines(file: Path) -> Iterator[tuple[int, Row]]:
     """The rows of a file of one json object per line, each with the number of its line.
 
     Raises:
@@ -36,7 +86,7 @@ def read_json_lines(file: Path) -> Iterator[tuple[int, Row]]:
         yield line, row
 
 
-def read_csv(file: Path) -> Iterator[tuple[int, Row]]:
+def _read_csv(file: Path) -> Iterator[tuple[int, Row]]:
     """The rows of a csv file, each with the number of its last line, and None for empty cells.
 
     Columns of whole numbers hold numbers, but with leading zeros names; columns of annotations also hold numbers with

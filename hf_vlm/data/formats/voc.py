@@ -1,6 +1,8 @@
 """Pascal VOC: one xml file per image."""
 
+import logging
 import xml.etree.ElementTree as ET
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,14 +19,17 @@ from hf_vlm.data.source import Source
 
 __all__ = ["looks_like_voc", "open_voc"]
 
+logger = logging.getLogger(__name__)
+
 CORNER_TAGS = ("xmin", "ymin", "xmax", "ymax")
+MIN_ZEROS = 0.1  # near corners at 0 per one at 1, below which they are slips in a set that counts from 1
 
 
 class VocObject(NamedTuple):
     """An object of an xml file."""
 
     name: str
-    box: tuple[float, float, float, float]  # x, y, width, height in pixels
+    corners: tuple[float, float, float, float]  # as stored
     is_difficult: bool
 
 
@@ -42,8 +47,9 @@ def open_voc(source: Path, split: str, *, num_samples: int | None = None) -> Sou
     Layouts: `Annotations/.../*.xml` beside `JPEGImages` or `images`, with the splits in `ImageSets/Main/<split>.txt`,
     also in a folder `VOC20xx` or several of them; or xml files beside their images, in one folder per split or one for
     all. An xml file belongs to the image of its path there, else to the one that it names.
-    Corners are pixels counted from 1 and belong to the box: x = xmin - 1, width = xmax - xmin + 1. Objects marked as
-    difficult have `iscrowd` 1: evaluation ignores them. Classes are in alphabetical order, those of all splits.
+    Corners are pixels counted from 1 and belong to the box: x = xmin - 1, width = xmax - xmin + 1. Sets whose
+    corners count from 0, as some tools write them, are recognised and named in a warning. Objects marked as difficult
+    have `iscrowd` 1: evaluation ignores them. Classes are in alphabetical order, those of all splits.
 
     So difficult objects are neither trained on nor counted as errors. Images without an xml file are left out; xml
     files without an image stay, as images that cannot be read.
@@ -60,8 +66,15 @@ def open_voc(source: Path, split: str, *, num_samples: int | None = None) -> Sou
     paths = pair_images({file: image.file_name for file, image in parsed.items()}, files, source)[:num_samples]
     found = [(row, file, item) for row, file in enumerate(files) for item in parsed[file].objects]
     index_of = {name: index for index, name in enumerate(names)}
+    first, last = _counting(parsed.values(), source)
     stored = [
-        {"bbox": item.box, "category": index_of[item.name], "iscrowd": item.is_difficult} for _, _, item in found
+        {
+            "bbox": (left - first, top - first, right - left + last, bottom - top + last),
+            "category": index_of[item.name],
+            "iscrowd": item.is_difficult,
+        }
+        for _, _, item in found
+        for left, top, right, bottom in [item.corners]
     ]
     boxes = BoxedImages(
         class_names=names,
@@ -123,5 +136,33 @@ def _parse_object(item: ET.Element) -> list[VocObject]:
             left, top, right, bottom = (float(text or "") for text in texts)
         except ValueError:
             raise ValueError(f"the bndbox of {name} needs {', '.join(CORNER_TAGS)}, has {texts}") from None
-        found.append(VocObject(name, (left - 1, top - 1, right - left + 1, bottom - top + 1), is_difficult))
+        found.append(VocObject(name, (left, top, right, bottom), is_difficult))
     return found
+
+
+def _counting(images: Iterable[VocImage], source: Path) -> tuple[int, int]:
+    """How corners count: the number of the first pixel, and 1 where far corners are pixels of the box, 0 where edges.
+
+    Counted from 1 no coordinate is 0, and boxes that are cut off by an edge begin at 1. Counted from 0, no pixel has
+    the width or height of its image as its number: a far corner that has is an edge.
+
+    Args:
+        images: Those of all splits, for a few boxes may not show it.
+        source: Name of the source, for messages.
+    """
+    found = [(item.corners, image.size) for image in images for item in image.objects]
+    corners = np.array([corners for corners, _ in found], dtype=np.float64).reshape(-1, 4)
+    sizes = np.array([size for _, size in found], dtype=np.float64).reshape(-1, 2)
+    zeros, ones = (int((corners[:, :2] == value).sum()) for value in (0, 1))
+    if not zeros or zeros < MIN_ZEROS * ones:
+        return 1, 1
+    are_edges = bool((corners[:, 2:] == sizes).any())
+    logger.warning(
+        "%s: corners of boxes are read as counted from 0, and not from 1 as in Pascal VOC: %d of %d xmin and ymin are "
+        "0; xmax and ymax are taken as %s",
+        source,
+        zeros,
+        2 * len(corners),
+        "edges, since some are the width or height of their image" if are_edges else "pixels of the box",
+    )
+    return 0, 0 if are_edges else 1

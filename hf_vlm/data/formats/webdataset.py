@@ -1,7 +1,7 @@
 """WebDataset: tar files in which the files of a sample follow each other and have one name."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,12 +12,14 @@ from hf_vlm.data.formats.categories import Categories
 from hf_vlm.data.formats.columns import ColumnMap, RowReader
 from hf_vlm.data.formats.imagefolder import IMAGE_EXTENSIONS
 from hf_vlm.data.formats.splits import choose_split, common_folder, describe_folder, group_by_split
-from hf_vlm.data.formats.webdataset_labels import Shard, find_classes, roles_of
+from hf_vlm.data.formats.webdataset_labels import Shard, annotations_in, find_classes, missing_columns, roles_of
 from hf_vlm.data.formats.webdataset_samples import (
     ROLES,
+    LabelError,
     Sample,
     check_images,
     labels_of,
+    read_fields,
     read_member,
     walk_samples,
 )
@@ -46,8 +48,8 @@ def open_webdataset(source: Path | Sequence[Path], split: str, *, num_samples: i
     of remote tars are left out. The split is given by names, as for Parquet files.
 
     While streaming, samples without an image or with labels that make no sense, and what follows damage in a tar, are
-    skipped with a warning. Resuming walks the headers of one tar; of a remote tar it reads what precedes the
-    position.
+    skipped with a warning; another counts the samples with labels or objects where opening saw none. Resuming walks
+    the headers of one tar; of a remote tar it reads what precedes the position.
 
     Raises:
         ValueError: There are no tars, or none of this split; the first of them cannot be read or holds no image; or
@@ -61,7 +63,12 @@ def open_webdataset(source: Path | Sequence[Path], split: str, *, num_samples: i
     everything = [shard for tars in splits.values() for shard in _with_names(tars, root)]
     columns, label, category = find_classes(first, everything, [shards[0][0].parent, root])
     found = {"label": label, "objects": category}
-    reader = _Reader(columns.without(*(name for name, classes in found.items() if classes is None)), label, category)
+    reader = _Reader(
+        columns.without(*(name for name, classes in found.items() if classes is None)),
+        label,
+        category,
+        frozenset(missing_columns(columns)),
+    )
     samples = generated_stream(reader, shards=[(str(path), name) for path, name in shards])
     names = ["file", "images", "example"]
     examples = samples.map(_with_images, input_columns=names, remove_columns=names, features=reader.rows.features)
@@ -102,6 +109,7 @@ class _Reader:
     columns: ColumnMap
     label: Categories | None
     category: Categories | None
+    missing: frozenset[str]  # of `label` and `objects`, which opening saw none of; samples that have some are named
 
     @property
     def rows(self) -> RowReader:
@@ -110,38 +118,57 @@ class _Reader:
         return RowReader(map=columns, label=self.label, category=self.category, cleans_boxes=True)
 
     def __call__(self, shards: list[tuple[str, str]]) -> Iterator[tuple[int, Row]]:
-        rows, roles = self.rows, roles_of(self.columns)
+        rows, wanted = self.rows, roles_of(self.columns)
+        roles = wanted | ({"json"} if self.missing else set()) | ({"cls"} if "label" in self.missing else set())
         for path, name in shards:
-            without_image: list[str] = []
-            wrong: list[str] = []
+            skipped: dict[str, list[str]] = {}
+            unread: list[str] = []
             try:
                 with open_binary(path) as file:
                     for sample in walk_samples(file, roles, reads_images=is_remote(path)):
                         if "image" not in sample.images:
-                            without_image.append(sample.key)
+                            skipped.setdefault("without an image", []).append(sample.key)
                             continue
                         try:
                             check_images(sample)
-                            example = rows(labels_of(sample, self.columns, name))
-                        except KeyError as error:
-                            wrong.append(f"{sample.key} ({error} is no class)")
+                            fields = _read_fields(sample, wanted)
+                            example = rows(labels_of(sample, self.columns, name, fields))
+                        except (KeyError, ValueError) as error:
+                            problem = f"{error} is no class" if isinstance(error, KeyError) else error
+                            what = "whose labels or images make no sense"
+                            skipped.setdefault(what, []).append(f"{sample.key} ({problem})")
                             continue
-                        except ValueError as error:
-                            wrong.append(f"{sample.key} ({error})")
-                            continue
+                        if self.missing and annotations_in(fields, self.missing):
+                            unread.append(sample.key)
                         yield example["image_id"], {"file": file, "images": sample.images, "example": example}
             except OSError as error:  # not damage of this tar: to skip it would drop what a server has
                 raise ValueError(f"{redact_url(path)} cannot be read: {error_text(error)}") from error
             except ValueError as error:
                 logger.warning("%s: the rest of this tar is skipped: %s", redact_url(path), error_text(error))
-            for keys, problem in (
-                (without_image, "without an image"),
-                (wrong, "whose labels or images make no sense"),
-            ):
-                if keys:
-                    logger.warning(
-                        "%s: %d samples %s are skipped: %s", redact_url(path), len(keys), problem, summarise(keys)
-                    )
+            for problem, keys in skipped.items():
+                logger.warning(
+                    "%s: %d samples %s are skipped: %s", redact_url(path), len(keys), problem, summarise(keys)
+                )
+            if unread:
+                logger.warning(
+                    "%s: %d samples have %s, which are not read, since the first %d samples of the first tar have "
+                    "none: %s. Write one that has some among these",
+                    redact_url(path),
+                    len(unread),
+                    " or ".join(sorted(self.missing)),
+                    NUM_FIRST,
+                    summarise(unread),
+                )
+
+
+def _read_fields(sample: Sample, wanted: Collection[str]) -> Row:
+    """The fields of a sample; those of the wanted roles alone where others cannot be read."""
+    try:
+        return read_fields(sample)
+    except LabelError:
+        return read_fields(
+            sample._replace(texts={role: sample.texts[role] for role in sample.texts if role in wanted})
+        )
 
 
 def _with_images(file: IO[bytes], images: dict[str, tuple[TarMember, bytes | None]], example: Row) -> Row:

@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from hf_vlm.data.io.decode import image_size
 from hf_vlm.data.io.files import is_remote, open_binary, read_bytes
 from hf_vlm.data.io.messages import error_text, redact_url, summarise
 
-__all__ = ["Shard", "find_classes", "roles_of"]
+__all__ = ["Shard", "annotations_in", "find_classes", "missing_columns", "roles_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,11 +50,28 @@ def roles_of(columns: ColumnMap) -> set[str]:
     return {source if source in ("image", "mask", "cls") else "json" for source in columns.source_names}
 
 
+def missing_columns(columns: ColumnMap) -> set[str]:
+    """Which of `label` and `objects` there are no columns for."""
+    return {"label", "objects"} - {*columns.columns, *(["objects"] if columns.objects else [])}
+
+
+def annotations_in(fields: Row, columns: Collection[str]) -> set[str]:
+    """Which of some columns the fields of one sample hold, as far as names and types show."""
+    named = {column for column in columns if not fields.keys().isdisjoint(ANNOTATIONS[column])}
+    return named - missing_columns(_columns_of([fields])) if named else named
+
+
 def _find_columns(samples: Sequence[tuple[Sample, Shard]]) -> ColumnMap:
     """The parts and fields of samples that hold the columns of the schema."""
-    rows = [_as_value_error(read_fields, sample, shard) for sample, shard in samples]
+    columns = _columns_of([_as_value_error(read_fields, sample, shard) for sample, shard in samples])
+    if any("mask" in sample.images for sample, _ in samples):
+        return replace(columns, columns={**columns.columns, "mask": "mask"})
+    return columns
+
+
+def _columns_of(rows: Sequence[Row]) -> ColumnMap:
     columns = {"image": "image"}
-    types = {"label": int | float | str, "objects": dict | list, "width": int, "height": int}
+    types = {"label": int | float | str, "width": int, "height": int}
     for column, value_type in types.items():
         aliases = LABEL_NAMES if column == "label" else COLUMN_NAMES[column]
         names = [name for name in aliases if any(isinstance(row.get(name), value_type) for row in rows)]
@@ -63,17 +81,15 @@ def _find_columns(samples: Sequence[tuple[Sample, Shard]]) -> ColumnMap:
     ids = [row.get("image_id") for row in rows]
     if all(type(image_id) is int for image_id in ids) and len(set(ids)) == len(ids):
         columns["image_id"] = "image_id"
-    if any("mask" in sample.images for sample, _ in samples):
-        columns["mask"] = "mask"
-    objects, sides, convention = find_objects(_object_fields(row.get(columns.get("objects", "")) for row in rows))
-    if not objects:
-        columns.pop("objects", None)
-        lists = ({name: value for name, value in row.items() if isinstance(value, list)} for row in rows)
-        objects, sides, convention = find_objects(_object_fields(lists))
+    lists = ({name: value for name, value in row.items() if isinstance(value, list)} for row in rows)
+    nested = {name: find_objects(_object_fields(row.get(name) for row in rows)) for name in COLUMN_NAMES["objects"]}
+    named = [name for name, (objects, *_) in nested.items() if objects]
+    objects, sides, convention = nested[named[0]] if named else find_objects(_object_fields(lists))
     if not objects:
         return ColumnMap({name: source for name, source in columns.items() if name not in ("width", "height")})
     # Later samples may have an area or iscrowd.
-    return ColumnMap(columns, {"area": "area", "iscrowd": "iscrowd", **objects}, sides, convention)
+    fields = {"area": "area", "iscrowd": "iscrowd", **objects}
+    return ColumnMap(columns | ({"objects": named[0]} if named else {}), fields, sides, convention)
 
 
 def _object_fields(values: Iterable[Any]) -> dict[str, Any]:
@@ -100,7 +116,7 @@ def find_classes(
 ) -> tuple[ColumnMap, Categories | None, Categories | None]:
     """Columns, and classes of labels and of objects, from `classes.txt` or from all tars on disk."""
     columns = _find_columns(first)
-    missing = {"label", "objects"} - {*columns.columns, *(["objects"] if columns.objects else [])}
+    missing = missing_columns(columns)
     if len(missing) == 2 and (is_remote(tars[0][0]) or not any(sample.texts for sample, _ in first)):
         return columns, None, None
     names = _read_class_names(folders)
@@ -111,10 +127,8 @@ def find_classes(
     roles = {*roles_of(columns), "cls", "json"} if missing else roles_of(columns)
     for sample, shard in first if names and len(missing) < 2 else _scan(tars, roles):
         fields = _as_value_error(read_fields, sample, shard)
-        if any(not fields.keys().isdisjoint(ANNOTATIONS[column]) for column in missing):
-            more = [*first, (sample, shard)]
-            if len(_find_columns(more).source_names) > len(columns.source_names):
-                return find_classes(more, tars, folders)
+        if annotations_in(fields, missing):
+            return find_classes([*first, (sample, shard)], tars, folders)
         row = _as_value_error(labels_of, sample, shard, columns, shard[1], fields)
         if labels.wants_size(row) and not is_remote(shard[0]):
             row["sampled"] = _image_size(sample, shard)

@@ -20,6 +20,7 @@ from hf_vlm.data.inspection.duplicates import (
     fingerprint,
     near_duplicates,
 )
+from hf_vlm.data.inspection.pixel_range import MAX_DARK_BITS
 from hf_vlm.data.inspection.report import (
     BoxReport,
     ExampleSummary,
@@ -30,7 +31,7 @@ from hf_vlm.data.inspection.report import (
     format_report,
 )
 from hf_vlm.data.inspection.splits import split_issues
-from hf_vlm.data.io.decode import BadImageError, decode_image, image_size, read_image_bytes
+from hf_vlm.data.io.decode import BadImageError, decode_image, image_size, read_image_bytes, used_bits
 from hf_vlm.data.io.image_header import read_header
 from hf_vlm.data.io.messages import collect_warnings, redact_url, shown_path
 from hf_vlm.data.source import Source
@@ -59,6 +60,7 @@ IMAGE_DTYPE = np.dtype(
         *FINGERPRINT,
         ("is_blank", "?"),
         ("largest", "u1"),  # value of the decoded image
+        ("used_bits", "u1"),  # of 16; 0 for images of other bits
         ("is_turned", "?"),  # by EXIF, by a quarter
         ("label", "i8"),
     ]
@@ -153,6 +155,7 @@ def _image_stats(example: Example) -> ImageStats | str:
         *fingerprint(data, array),
         cv2.meanStdDev(array)[1].max() < BLANK_DEVIATION,  # 30 times as fast as numpy
         array.max(),
+        used_bits(data) or 0,
         header is not None and header.orientation >= 5,
         example.get("label", -1),
     )
@@ -253,8 +256,10 @@ def _counts(indices: Array, names: list[str]) -> dict[str, int]:
 
 
 def _image_issues(images: Array, accumulator: Accumulator) -> list[Issue]:
-    blank = [accumulator.names[index] for index in np.flatnonzero(images["is_blank"]).tolist()]
-    is_dark = ~images["is_blank"] & (images["largest"] < DARK_LEVELS)
+    # Few levels may look like one colour, but where there are 16 bits these show.
+    is_dark = (images["used_bits"] > 0) & (images["used_bits"] <= MAX_DARK_BITS)
+    is_dark |= ~images["is_blank"] & (images["used_bits"] == 0) & (images["largest"] < DARK_LEVELS)
+    blank = [accumulator.names[index] for index in np.flatnonzero(images["is_blank"] & ~is_dark).tolist()]
     levels = int(images["largest"][is_dark].max(initial=0)) + 1
     dark = (
         f"images that use the darkest {levels} of 256 levels, as 12 bits stored in 16 do and masks; scale their "

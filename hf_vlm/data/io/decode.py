@@ -12,18 +12,17 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from hf_vlm.data.io.files import is_remote, read_bytes
-from hf_vlm.data.io.image_header import ImageHeader, open_image, read_header, read_tiff_size
+from hf_vlm.data.io.image_header import BITS_TAG, ImageHeader, open_image, read_header, read_tiff_size
 from hf_vlm.data.io.messages import error_text, shown_path
 from hf_vlm.data.io.trust import redirects_are_allowed
 
-__all__ = ["BadImageError", "decode_image", "image_size", "read_image_bytes"]
+__all__ = ["BadImageError", "decode_image", "image_size", "read_image_bytes", "used_bits"]
 
 Array = np.ndarray[Any, Any]
 
 EncodedImage = dict[str, Any] | bytes | str | os.PathLike[str]
 
 MAX_ENCODED_BYTES = 2**29  # of one image; a larger file is none, and would fill the memory of every worker
-BITS_TAG = 0x0102  # of a TIFF
 NUM_WAITS = 3  # for an image's own server: lists of URLs name many that are gone for good
 IMAGE_SECONDS = 60.0  # after which nothing more is asked of it
 
@@ -108,6 +107,25 @@ def image_size(image: EncodedImage) -> tuple[int, int] | None:
     if header is None:
         return None
     return (header.width, header.height) if header.orientation >= 5 else (header.height, header.width)
+
+
+def used_bits(data: bytes) -> int | None:
+    """Bits of the largest value of a PNG or TIFF whose values have 16, of its colours; None of other images.
+
+    Values of 12 bits in such a file, as cameras and microscopes write them, are decoded by the range of 16, to nearly
+    black: a single image does not show that they are not dark.
+    """
+    try:
+        header = read_header(data)
+        if header is None or header.num_bits != 16:
+            return None
+        _check_size((header.height, header.width))
+        array = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), cv2.IMREAD_UNCHANGED)
+    except Exception:  # Pillow raises anything for broken headers, and opencv its own error for broken images
+        return None
+    if array is None or array.dtype != np.uint16:
+        return None
+    return int((array[..., :3] if array.ndim == 3 else array).max()).bit_length()
 
 
 def _decode(data: bytes, num_channels: int, at_least: tuple[int, int] | None) -> tuple[Array, tuple[int, int]]:

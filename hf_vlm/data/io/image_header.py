@@ -6,13 +6,15 @@ from dataclasses import dataclass
 
 from PIL import Image, UnidentifiedImageError
 
-__all__ = ["ImageHeader", "open_image", "read_header", "read_tiff_size"]
+__all__ = ["BITS_TAG", "ImageHeader", "open_image", "read_header", "read_tiff_size"]
 
 # What Pillow may open. It knows some fifty formats by their content, whatever the extension: for EPS it runs
 # Ghostscript, and the decoders of rare ones are little tried.
 PILLOW_FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 
 WIDTH_TAG, HEIGHT_TAG, ORIENTATION_TAG = 0x0100, 0x0101, 0x0112
+BITS_TAG = 0x0102
+PNG_BITS = 24  # position of the number in the header, which comes first
 JP2_START, JP2_EXIF = b"\0\0\0\x0c", b"JpgTiffExif->JP2"  # of the file; of a box with EXIF, its uuid
 LONG = 4  # type of a tag's value that fills its four bytes; that of a SHORT is the first two
 # JPEG markers that start a frame and hold its size; DHT (C4), JPG (C8) and DAC (CC) lie among them.
@@ -30,6 +32,7 @@ class ImageHeader:
     width: int
     orientation: int = 1  # EXIF's, 1..8
     has_alpha: bool = False
+    num_bits: int = 8  # of a value in the file, where that is PNG or TIFF
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -68,7 +71,15 @@ def read_header(data: bytes) -> ImageHeader | None:
         width=image.width,
         orientation=orientation if orientation in range(1, 9) else 1,
         has_alpha=image.has_transparency_data,
+        num_bits=_num_bits(image, data),
     )
+
+
+def _num_bits(image: Image.Image, data: bytes) -> int:
+    if image.format == "PNG":
+        return data[PNG_BITS]
+    bits: tuple[int, ...] = getattr(image, "tag_v2", {}).get(BITS_TAG, (8,))
+    return bits[0]
 
 
 def _read_jpeg_header(data: bytes) -> ImageHeader | None:

@@ -115,6 +115,7 @@ def change(content, key, index, **values):
             r"annotation 5 has the bbox \[1, 2, 3\]; it needs",
         ),
         (change(make_coco(), "images", 1, id=50), r"1 image ids are used more than once: 50"),
+        (change(make_coco(), "images", 1, file_name="0.png"), r"1 images are listed more than once, .*: 0\.png\. "),
         (change(make_coco(), "images", 1, id=None), r"every image needs 'id' and 'file_name'; one has file_name"),
         (change(make_coco(), "annotations", 2, category_id=[1]), r"1 annotations have a category_id .* ids 3"),
         (change(make_coco(), "images", 1, id=[1]), r"every image needs 'id' and 'file_name'; one has id: \[1\]"),

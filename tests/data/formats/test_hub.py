@@ -39,6 +39,14 @@ def test_hub_boxes_are_judged_by_the_first_images(tmp_path):
         open_source(tmp_path, format="hub")
 
 
+def test_hub_rows_that_repeat_an_image_for_each_object_are_refused(tmp_path):
+    objects = [{"bbox": [[row, 1.0, 4.0, 3.0]], "category": [0], "area": [12.0], "iscrowd": [0]} for row in range(6)]
+    images = [{"bytes": png(row // 2), "path": None} for row in range(6)]
+    write_detection_parquet(tmp_path / "train.parquet", num_rows=6, objects=objects, image=images)
+    with pytest.raises(ValueError, match=r"3 repeat the image of an earlier row: row 1 that of row 0, row 3 that of"):
+        open_source(tmp_path, format="hub")
+
+
 def test_hub_rows_without_id_get_one_from_their_content(tmp_path, caplog):
     rows = {"image": [{"bytes": png(row), "path": None} for row in range(6)], "label": ["a"] * 6}
     features = {"image": image_feature(), "label": datasets.Value("string")}

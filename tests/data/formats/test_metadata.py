@@ -4,12 +4,16 @@ import io
 import json
 import logging
 
+import datasets
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from hf_vlm.data.formats.imagefolder import find_images, open_imagefolder
 from hf_vlm.data.io.decode import BadImageError, decode_image
+from hf_vlm.data.sources import guess_format
 
 BOXES = [
     {"file_name": "b.png", "objects": {"bbox": [[1, 2, 3.5, 4], [0, 0, 5, 6]], "categories": [2, 0]}},
@@ -24,13 +28,29 @@ def png(value):
 
 
 def write(root, rows=None, names=("b.png", "sub/a.png"), metadata="metadata.jsonl"):
-    """Images, the first of value 0, and rows of metadata, or their text."""
+    """Images, the first of value 0, and rows of metadata, or their content."""
     for value, name in enumerate(names):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(png(value))
     if rows is not None:
-        text = rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows)
-        (root / metadata).write_text(text)
+        (root / metadata).write_bytes(rows if isinstance(rows, bytes) else as_table(rows, metadata).encode())
+
+
+def as_table(rows, metadata):
+    """The text of metadata, from it or from rows."""
+    if isinstance(rows, str):
+        return rows
+    if metadata.endswith(".csv"):
+        lines = [rows[0].keys(), *(row.values() for row in rows)]
+        return "".join(",".join("" if cell is None else str(cell) for cell in line) + "\n" for line in lines)
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def as_parquet(rows, features=None):
+    schema = features and datasets.Features(features).arrow_schema
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), buffer, row_group_size=2)
+    return buffer.getvalue()
 
 
 def names_of(stream, root):
@@ -102,6 +122,51 @@ def test_metadata_in_the_root_serve_all_splits(root):
     assert [example["label"] for example in open_imagefolder(root, "train")] == [2, 1]
     assert open_imagefolder(root, "test").label_names == ["0", "1", "2"]
     assert len(list(open_imagefolder(root, "train", num_samples=1))) == 1
+
+
+ROWS = [
+    {"file_name": "b.png", "x1": 1.0, "y1": 2.0, "x2": 4.0, "y2": 6.0, "label": "bee"},
+    {"file_name": "sub/a.png", "x1": 0.0, "y1": 0.0, "x2": 5.0, "y2": 6.0, "label": "ant"},
+    {"file_name": "b.png", "x1": 3.0, "y1": 3.0, "x2": 5.0, "y2": 7.0, "label": "ant"},
+    {"file_name": "c.png", "x1": None, "y1": None, "x2": None, "y2": None, "label": None},
+]
+
+
+@pytest.mark.parametrize("folder", ["", "train", "train/2024", "2024"])
+@pytest.mark.parametrize("metadata", ["metadata.jsonl", "metadata.csv", "metadata.parquet"])
+def test_names_are_relative_to_the_metadata_wherever_they_lie(root, folder, metadata):
+    rows = as_parquet(ROWS) if metadata.endswith(".parquet") else ROWS
+    write(root / folder, rows, ("b.png", "sub/a.png", "c.png"), metadata)
+    assert guess_format(str(root)) == "imagefolder"
+    source = open_imagefolder(root, "train")
+    assert names_of(source, root / folder) == ["b.png", "c.png", "sub/a.png"]
+    assert values_of(source) == [0, 2, 1]
+    boxes = [example["objects"]["bbox"] for example in source]
+    assert boxes == [[[1, 2, 3, 4], [3, 3, 2, 4]], [], [[0, 0, 5, 6]]]
+    assert [example["objects"]["category"] for example in source] == [[1, 0], [], [0]]
+    assert source.object_names == ["ant", "bee"]
+
+
+def test_metadata_in_parquet_keep_the_names_of_their_classes(root):
+    names = datasets.ClassLabel(names=["dog", "cat"])
+    objects = {"bbox": datasets.List(datasets.List(datasets.Value("float32"))), "category": datasets.List(names)}
+    features = {"file_name": datasets.Value("string"), "label": names, "objects": objects}
+    box = {"bbox": [[1, 2, 3, 4]], "category": [0]}
+    rows = [{"file_name": "b.png", "label": 1, "objects": box}, {"file_name": "sub/a.png", "label": 0, "objects": box}]
+    write(root, as_parquet(rows, features), metadata="metadata.parquet")
+    source = open_imagefolder(root, "train")
+    assert source.label_names == ["cat", "dog"]
+    assert [example["label"] for example in source] == [0, 1]
+    assert (source.object_names, next(iter(source))["objects"]["category"]) == (["dog"], [0])
+
+
+def test_parquet_of_another_kind_is_no_metadata(tmp_path):
+    write(tmp_path, as_parquet([{"image": png(3)}]), metadata="metadata.parquet")
+    assert guess_format(tmp_path) == "parquet"
+    (tmp_path / "metadata.parquet").write_bytes(as_parquet(ROWS))
+    assert guess_format(tmp_path) == "imagefolder"
+    (tmp_path / "train.parquet").write_bytes(as_parquet([{"image": png(3)}]))
+    assert guess_format(tmp_path) == "parquet"
 
 
 @pytest.mark.parametrize(

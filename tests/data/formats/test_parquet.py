@@ -3,6 +3,7 @@
 import logging
 
 import datasets
+import pandas as pd
 import pyarrow as pa
 import pytest
 from sample_data import (
@@ -17,6 +18,7 @@ from sample_data import (
     write_parquet,
 )
 
+from hf_vlm.data.io.decode import BadImageError
 from hf_vlm.data.schema import image_feature, objects_feature
 from hf_vlm.data.sources import open_source
 
@@ -69,6 +71,23 @@ def test_parquet_columns_of_other_names_and_types(tmp_path):
     assert [value_of(example) for example in source] == [40, 41]
     assert [example["image_id"] for example in source] == [0, 1]
     assert set(source.features) == {"image", "image_id"}
+
+
+@pytest.mark.parametrize("place", ["", "train", "train/tables"])
+@pytest.mark.parametrize("names", ["", "train"])
+@pytest.mark.parametrize("is_struct", [False, True])
+def test_names_of_images_are_relative_to_the_source_or_to_the_split(tmp_path, place, names, is_struct):
+    write_images(tmp_path / "train" / "images", ["a.png", "b.png"], start=40)
+    paths = [f"{'train/' if names == '' else ''}images/{name}.png" for name in "ab"]
+    images = [{"bytes": None, "path": path} for path in paths] if is_struct else paths
+    write_parquet(tmp_path / place / "train-0.parquet", {"image": images})
+    write_parquet(tmp_path / place / "train-1.parquet", {"image": images})
+    source = open_source(tmp_path)
+    if (place, names) in {("", "train"), ("train/tables", "train")}:  # in neither
+        with pytest.raises(BadImageError):
+            value_of(next(iter(source)))
+    else:
+        assert [value_of(example) for example in source] == [40, 41] * 2
 
 
 def test_parquet_image_feature_is_not_decoded(tmp_path):
@@ -136,7 +155,8 @@ def test_empty_boxes_are_dropped_with_one_warning(tmp_path, caplog):
 def test_boxes_that_look_like_corners_are_doubted(tmp_path, caplog):
     corners = [[4.0, 4.0, 15.0, 11.0], [8.0, 6.0, 14.0, 10.0], [0.0, 0.0, 3.0, 3.0]]
     objects = [{"bbox": [box], "category": [0]} for box in corners]
-    columns = {"image": [png(0)] * 3, "width": [WIDTH] * 3, "height": [HEIGHT] * 3, "objects": objects}
+    images = [png(value) for value in range(3)]
+    columns = {"image": images, "width": [WIDTH] * 3, "height": [HEIGHT] * 3, "objects": objects}
     write_parquet(tmp_path / "a.parquet", columns)
     with caplog.at_level(logging.WARNING):
         open_source(tmp_path)
@@ -265,6 +285,57 @@ def test_rows_may_have_one_object_each(tmp_path, columns):
     first, second = (example["objects"] for example in source)
     assert first == {"bbox": [[1, 2, 3, 4]], "category": [1], "area": [12], "iscrowd": [0]}
     assert second["bbox"] == []
+
+
+def one_object_per_row(images):
+    """Rows of one object each, none of them equal."""
+    numbers = range(len(images))
+    sides = {"x": [float(row % 7) for row in numbers], "y": [0.5 * (row // 7) for row in numbers]}
+    return {
+        "image": images,
+        **sides,
+        "w": [2.0] * len(images),
+        "h": [2.0] * len(images),
+        "label": ["ant"] * len(images),
+    }
+
+
+@pytest.mark.parametrize("order", [[0, 0, 1, 1, 1], [0, 1, 2, 3, 4, 5, 0]])
+@pytest.mark.parametrize("form", ["bytes", "struct", "name", "struct of names", "lists"])
+def test_an_image_with_several_objects_has_one_row(tmp_path, order, form):
+    write_images(tmp_path / "images", [f"{value}.png" for value in range(6)])
+    images = {
+        "bytes": [png(value) for value in order],
+        "struct": [{"bytes": png(value), "path": "same.png"} for value in order],
+        "name": [f"images/{value}.png" for value in order],
+        "struct of names": [{"bytes": None, "path": f"images/{value}.png"} for value in order],
+        "lists": [png(value) for value in order],
+    }[form]
+    table = one_object_per_row(images)
+    if form == "lists":
+        table = {name: [[value] for value in values] if name != "image" else values for name, values in table.items()}
+    write_parquet(tmp_path / "a.parquet", table, row_group_size=3)
+    last = f"row {len(order) - 1} that of row {order.index(order[-1])}"
+    with pytest.raises(
+        ValueError, match=rf"{sum(order.count(v) - 1 for v in set(order))} repeat the image .*{last}\. "
+    ):
+        open_source(tmp_path / "a.parquet")
+    if "struct" not in form:  # what the message advises
+        frame = pd.DataFrame(table)
+        if form == "lists":
+            frame = frame.explode(["x", "y", "w", "h", "label"])
+        joined = frame.groupby("image")[["label", "x", "y", "w", "h"]].agg(list).reset_index()
+        joined.to_parquet(tmp_path / "a.parquet")
+        source = open_source(tmp_path / "a.parquet")
+        assert sorted(len(example["objects"]["bbox"]) for example in source) == sorted(map(order.count, set(order)))
+
+
+def test_copies_of_rows_and_other_images_are_no_objects_of_one(tmp_path):
+    copies = {name: [values[0]] * 3 for name, values in one_object_per_row([png(0)] * 3).items()}
+    others = one_object_per_row([{"bytes": png(value), "path": "0.png"} for value in range(3)])
+    for name, table in {"copies": copies, "others": others}.items():
+        write_parquet(tmp_path / name / "a.parquet", table)
+        assert [len(example["objects"]["bbox"]) for example in open_source(tmp_path / name)] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("is_path", [True, False])

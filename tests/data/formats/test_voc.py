@@ -1,5 +1,7 @@
 """Pascal VOC folders: layouts, boxes, and what is wrong in them."""
 
+import re
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -327,3 +329,28 @@ def test_boxes_of_a_smaller_copy_are_scaled(tmp_path, caplog):
         write_image(tmp_path / "JPEGImages" / f"{name}.jpg", (80, 60))
     assert content(tmp_path)["a"]["bbox"] == [[0, 0, 80, 60], [20, 10, 20, 20]]
     assert "3 of 3 images are not of the size that their annotation says; their boxes are scaled" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("corners", "expected", "words"),
+    [
+        ([(0, 5, 19, 28), (3, 1, 38, 29)], [[0, 5, 20, 24], [3, 1, 36, 29]], "1 of 4 xmin .* are 0.*pixels of"),
+        (
+            [(0, 5, 20, 29), (3, 1, 39, 30)],
+            [[0, 5, 20, 24], [3, 1, 36, 29]],
+            "1 of 4 xmin .* are 0.*edges, since",
+        ),
+        ([(3, 2, 40, 29), (3, 1, 39, 30)], [[2, 1, 38, 28], [2, 0, 37, 30]], None),
+        ([(0, 5, 20, 29), *[(1, 1, 9, 9)] * 6], [[-1, 4, 21, 25], *[[0, 0, 9, 9]] * 6], None),  # one slip
+    ],
+)
+def test_corners_that_count_from_0_are_recognised_by_all_splits(tmp_path, caplog, corners, expected, words):
+    for index, box in enumerate(corners):
+        split = "train" if index else "val"  # the box at 0 is in the other one
+        write_image(tmp_path / split / f"{index}.jpg")
+        write_xml(tmp_path / split / f"{index}.xml", [("dog", box, 0)])
+    boxes = [example["objects"]["bbox"] for split in ("val", "train") for example in open_source(tmp_path, split)]
+    assert boxes == [[box] for box in expected]
+    findings = [finding for finding in open_source(tmp_path).findings if "counted from 0" in finding]
+    assert len(findings) == (words is not None)
+    assert words is None or re.search(words, findings[0])

@@ -411,6 +411,7 @@ OBJECT = {"bbox": [1, 1, 4, 2], "category": "bee"}
 
 
 LATE = [
+    ({"objects": []}, {"annotations": [OBJECT]}),
     ({"caption": "x"}, {"objects": [OBJECT]}),
     ({"objects": []}, {"objects": [OBJECT]}),
     ({"caption": "label"}, {"boxes": [[1, 1, 4, 2]], "labels": ["bee"]}),
@@ -438,6 +439,48 @@ def test_objects_that_come_late_are_found(tmp_path, write_tar, png, early, late,
     assert [len(o["bbox"]) for o in objects] == [0] * 202 + [1]
     assert objects[-1]["bbox"] == [[1, 1, 4, 2]]
     assert source.object_names[objects[-1]["category"][0]] == "bee"
+
+
+@pytest.fixture(params=["disk", "memory"])
+def folder(request, tmp_path):
+    """An empty folder, on disk or remote."""
+    yield tmp_path if request.param == "disk" else UPath("memory://late")
+    fsspec.filesystem("memory").store.clear()
+
+
+@pytest.mark.parametrize(
+    ("early", "late", "unseen", "features"),
+    [
+        ([], [("cls", b"bee")], "label or objects", set()),
+        ([], [("json", json.dumps({"objects": [OBJECT]}).encode())], "label or objects", set()),
+        ([("cls", b"bee")], [("json", json.dumps({"objects": [OBJECT]}).encode())], "objects", {"label"}),
+        ([("cls", b"bee"), ("json", b"{}")], [("cls", b"ant"), ("json", b"no json")], None, {"label"}),
+        ([("json", json.dumps({"objects": [OBJECT]}).encode())], [("cls", b"ant")], "label", {"objects"}),
+    ],
+)
+def test_what_comes_after_the_samples_that_opening_reads_is_named(
+    folder, tmp_path, write_tar, png, caplog, early, late, unseen, features
+):
+    members = [(f"{index:03d}", "png", png(0)) for index in range(103)]
+    members = [
+        (f"{key}.{end}", data)
+        for row, (key, *image) in enumerate(members)
+        for end, data in [tuple(image), *(late if row > 100 else early)]
+    ]
+    path = write_tar(tmp_path / "train-0.tar", members)
+    (folder / "train-0.tar").write_bytes(path.read_bytes())
+    (folder / "classes.txt").write_text("ant\nbee\n")
+    source = open_webdataset(folder, "train")
+    examples = list(source)
+    assert len(examples) == 103
+    assert set(source.features) == {"image", "image_id", *features}
+    if "label" in features:
+        assert [example["label"] for example in examples[:101]] == [1] * 101
+    named = [message for message in caplog.messages if "not read" in message]
+    assert len(named) == (unseen is not None)
+    if named:
+        assert f"train-0.tar: 2 samples have {unseen}, which are not read, since the first 100 samples" in named[0]
+        assert "101, 102" in named[0]
 
 
 def test_texts_in_json_are_preferred_to_numbers(tmp_path, write_tar, png):

@@ -129,12 +129,14 @@ def test_equal_files_and_near_duplicates_are_distinguished():
     assert "original.png = again.jpg = small.png" in text
 
 
-def test_images_that_use_a_small_part_of_their_range_are_named():
-    noise = np.random.default_rng(0).integers(0, 2**12, (40, 40)).astype(np.uint16)
-    files = [encoded(Image.fromarray(noise)), encoded(Image.fromarray(noise << 4)), encoded(picture(1))]
-    ((what, (count, where)),) = found(inspect_source(source_of(files))).items()
+@pytest.mark.parametrize(("num_bits", "levels"), [(10, 4), (12, 16), (14, 64)])
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_images_that_use_a_small_part_of_their_range_are_named(num_bits, levels, format):
+    noise = np.random.default_rng(0).integers(0, 2**num_bits, (40, 40)).astype(np.uint16)
+    files = [encoded(Image.fromarray(noise), format), encoded(Image.fromarray(noise << (16 - num_bits)), format)]
+    ((what, (count, where)),) = found(inspect_source(source_of([*files, encoded(picture(1))]))).items()
     assert (count, where) == (1, ["0.png"])
-    assert "use the darkest 16 of 256 levels, as 12 bits stored in 16" in what
+    assert f"use the darkest {levels} of 256 levels, as 12 bits stored in 16" in what
 
 
 def test_images_of_one_colour_are_named_and_no_duplicates_of_each_other():

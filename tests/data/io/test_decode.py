@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from hf_vlm.data.io.decode import BadImageError, decode_image
+from hf_vlm.data.io.decode import BadImageError, decode_image, used_bits
 from hf_vlm.data.io.image_header import read_header, read_tiff_size
 
 
@@ -330,6 +330,23 @@ def test_values_of_tiff_have_the_range_of_their_bits(num_bits):
     values = np.round(RAMP * (2**num_bits - 1)).astype(int)
     image, _ = decode_image(packed_tiff(num_bits, values), num_channels=1)
     assert np.abs(image[..., 0] - values / (2**num_bits - 1) * 255).max() <= 1
+
+
+@pytest.mark.parametrize("extension", [".png", ".tiff"])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("num_bits", [0, 10, 12, 14, 16])
+def test_bits_that_values_of_16_use(extension, channels, num_bits):
+    values = np.full((5, 6, channels), 2**num_bits - 1, dtype=np.uint16)
+    values[..., 3:] = 2**16 - 1  # alpha
+    assert used_bits(cv2.imencode(extension, values)[1].tobytes()) == num_bits
+
+
+def test_only_values_of_16_bits_are_looked_at(pixels):
+    data = encode(Image.fromarray((RAMP * 4095).astype(np.uint16)), "PNG")
+    others = [encode(Image.fromarray(pixels), format) for format in ("PNG", "TIFF", "JPEG")]
+    others += [packed_tiff(12, np.full(RAMP.shape, 7)), netpbm(np.full(RAMP.shape, 7), 4095, b"P5")]
+    assert [used_bits(other) for other in (*others, data[:40], b"", b"no image")] == [None] * 8
+    assert used_bits(data) == 12
 
 
 def jpeg_2000(image, **options):
