@@ -17,9 +17,12 @@ class ModelOnEncoder(VLMViTPreTrainedModel):
 
     Attributes:
         other_model_types: Types of saved models, beside its own, that the class loads as they are.
+        head_shape: Fields of the configuration that the weights of the head depend on, its class layers aside: a
+            pretrained head brings them. Empty where all of the head is class layers.
     """
 
     other_model_types: ClassVar[tuple[str, ...]] = ()
+    head_shape: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
         self._check_type(config.model_type, "The configuration", "the encoder's folder")
@@ -81,6 +84,10 @@ class ModelOnEncoder(VLMViTPreTrainedModel):
         if found is not None:
             cls._check_type(found, f"{source}", repr(str(source)))
         return super().from_pretrained(source, *args, **kwargs)
+
+    def class_layers(self) -> set[str]:
+        """Names of the parameters that belong to certain classes, which no other data have."""
+        return set()
 
     @classmethod
     def _check_type(cls, found: str, what: str, encoder: str) -> None:

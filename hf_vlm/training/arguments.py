@@ -56,6 +56,9 @@ class VisionTrainingArguments(TrainingArguments):
     resize_encoder: bool = field(
         default=False, metadata={"help": "Load the encoder weights that fit and initialise the others."}
     )
+    load_head: bool = field(
+        default=True, metadata={"help": "Load the head too, but its class layers, where the encoder comes with one."}
+    )
     data: Any = field(
         default="", metadata={"help": "Source of images: folder, file, URL, Hub id, scenes, or {source: weight, ...}."}
     )

@@ -2,19 +2,26 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from transformers.modeling_utils import PreTrainedModel
 
 from hf_vlm.data.io.messages import summarise
-from hf_vlm.features.loading import find_encoder, image_statistics
+from hf_vlm.features.loading import (
+    find_encoder,
+    find_head,
+    image_statistics,
+    quiet_transformers,
+    read_own_config,
+    refuse_missing,
+)
 from hf_vlm.models.configuration_vlm_vit import PRESETS, VLMViTConfig
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 from hf_vlm.models.ssl_frozen import nearest_hw
 from hf_vlm.models.ssl_model import SSLConfig
-from hf_vlm.registry import MODELS, ModelEntry
+from hf_vlm.registry import MODELS, ModelEntry, find_model_type
 from hf_vlm.training.arguments import VisionTrainingArguments
 from hf_vlm.training.finite import not_finite_weights
 from hf_vlm.training.scaling import scaled_momentum
@@ -53,6 +60,9 @@ def build_model(
         ValueError: if its configuration is refused or contradicts the data, or the encoder does not fit.
     """
     encoder = load_encoder(args) if args.encoder else None
+    head = find_head(str(args.encoder), entry.model_class) if encoder is not None and args.load_head else None
+    if head is not None:
+        head_fields = {**(head_fields or {}), **_head_shape(args, entry, head)}
     config = build_config(args, entry, None if encoder is None else encoder.config, class_names, head_fields)
     for name, value in (minimum_fields or {}).items():
         if getattr(config, name) < value:
@@ -66,8 +76,44 @@ def build_model(
     )
     if encoder is not None:
         model.backbone.load_state_dict(encoder.state_dict())
+        if head is not None:
+            _load_head(model, entry, head)
         model.after_encoder_loaded()
     return model
+
+
+def _head_shape(args: VisionTrainingArguments, entry: ModelEntry, head: str) -> dict[str, Any]:
+    """Fields of the configuration that a pretrained head brings; ValueError where the recipe contradicts them."""
+    saved = _head_entry(head).config_class.from_pretrained(head)
+    shape = {name: getattr(saved, name) for name in entry.model_class.head_shape}
+    wrong = [name for name, value in shape.items() if _plain(args.model_config.get(name, value)) != _plain(value)]
+    if wrong:
+        raise ValueError(
+            f"encoder: {args.encoder} comes with a head whose {wrong[0]} is {shape[wrong[0]]}, but model_config asks "
+            f"for {args.model_config[wrong[0]]}: leave that out, or start from the encoder alone with --load_head "
+            "false."
+        )
+    return shape
+
+
+def _load_head(model: PreTrainedModel, entry: ModelEntry, head: str) -> None:
+    """Loads all weights of a pretrained head but those of its class layers; ValueError where some are missing."""
+    with quiet_transformers():
+        source, report = _head_entry(head).model_class.from_pretrained(head, output_loading_info=True)
+    refuse_missing(head, report, "head")
+    if names := not_finite_weights(source):
+        raise ValueError(f"encoder: {head} has weights that are not finite: {summarise(names)}.")
+    weights = source.state_dict()
+    wanted = [
+        name for name in model.state_dict() if not name.startswith("backbone.") and name not in model.class_layers()
+    ]
+    loaded = {name: weights[name] for name in wanted if name in weights}
+    model.load_state_dict(loaded, strict=False)
+    logger.info("Head from %s: %d of %d weights; its class layers are new.", head, len(loaded), len(wanted))
+
+
+def _head_entry(head: str) -> ModelEntry:
+    return cast(ModelEntry, find_model_type(read_own_config(head)["model_type"]))
 
 
 def build_config(

@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from hf_vlm.features.loading import find_head
+from hf_vlm.registry import find_model
 from hf_vlm.training.arguments import VisionTrainingArguments
 from hf_vlm.training.build import REGULARISATION
 
@@ -50,8 +52,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     if not isinstance(recipe, dict):
         raise ValueError(f"Recipe {path} must be a mapping of keys to values.")
     given = parse_overrides(overrides)
-    if any(key == "encoder" and value for key, value in given):
-        recipe = _without_architecture(recipe)
+    if encoder := dict(given).get("encoder"):
+        load_head = dict(given).get("load_head", recipe.get("load_head", True))
+        recipe = _without_architecture(recipe, str(encoder), load_head=load_head)
     for key, value in given:
         name, _, sub_key = key.partition(".")
         if sub_key:
@@ -65,13 +68,18 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     return check_recipe(recipe, str(path))
 
 
-def _without_architecture(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe without what its file says of the shape of a new encoder: the encoder of the command line has one."""
-    encoder_config = recipe.get("encoder_config") or {}
-    kept = {name: value for name, value in encoder_config.items() if name in REGULARISATION}
-    return {
-        key: kept if key == "encoder_config" else value for key, value in recipe.items() if key != "encoder_preset"
-    }
+def _without_architecture(recipe: dict[str, Any], encoder: str, *, load_head: bool) -> dict[str, Any]:
+    """A recipe without what its file says of shapes that the encoder of the command line, and its head, have."""
+    encoder_config, model_config = (recipe.get(key) or {} for key in ("encoder_config", "model_config"))
+    rest = {key: value for key, value in recipe.items() if key != "encoder_preset"}
+    if encoder_config:
+        rest["encoder_config"] = {name: value for name, value in encoder_config.items() if name in REGULARISATION}
+    if model_config:
+        model_class = find_model(str(recipe.get("method"))).model_class
+        has_head = load_head and find_head(encoder, model_class) is not None
+        brought = getattr(model_class, "head_shape", ()) if has_head else ()
+        rest["model_config"] = {name: value for name, value in model_config.items() if name not in brought}
+    return rest
 
 
 def find_recipe(path: str | Path) -> Path:
