@@ -53,7 +53,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
         raise ValueError(f"Recipe {path} must be a mapping of keys to values.")
     given = parse_overrides(overrides)
     if encoder := dict(given).get("encoder"):
-        load_head = dict(given).get("load_head", recipe.get("load_head", True))
+        load_head = bool(dict(given).get("load_head", recipe.get("load_head", True)))
         recipe = _without_architecture(recipe, str(encoder), load_head=load_head)
     for key, value in given:
         name, _, sub_key = key.partition(".")
