@@ -1,8 +1,9 @@
-"""Pretraining of a whole detector without labels, on regions that look like objects, then on what it finds itself.
+"""Pretraining of a whole detector without labels, on regions of images that look like objects.
 
-The first boxes are those of connected pixels of like colours, as DETReg (arXiv 2106.04550) takes them from selective
-search. Many are of background, but objects are alike from image to image, so that the detector learns them best: then
-its teacher's most confident boxes replace the regions, as in the rounds of CutLER (arXiv 2301.11320).
+Regions are connected pixels of like colours, as DETReg (arXiv 2106.04550) takes its boxes from selective search. Many
+are of background, but objects are alike from image to image, so that the detector learns them best: after a while only
+those regions are learned of which its teacher is confident. As in the rounds of CutLER (arXiv 2301.11320) it chooses
+what it learns next; but boxes are always of the image itself, so that they cannot drift.
 """
 
 from types import SimpleNamespace
@@ -23,8 +24,8 @@ from .ssl_model import SSLConfig, SSLPreTrainedModel, returns_loss
 from .ssl_regions import color_regions
 from .ssl_teacher import TeacherMixin
 
-MAX_IOU = 0.5  # of two boxes of the teacher: the lower scored one is left out
-MIN_SIDE = 0.02  # of a box of the teacher, as a fraction of the image
+NUM_CANDIDATES = 3  # regions among which the teacher chooses, per region that is learned at most
+MIN_IOU = 0.5  # of a region and the teacher's box whose score it gets
 
 
 @strict
@@ -34,9 +35,9 @@ class RegionDetectionConfig(SSLConfig, VLMViTDetectionConfig):
     Args:
         max_regions (`int`, defaults to 10): Most regions of an image that are learned at first. More than a third of
             `num_queries` leave too few queries without an object.
-        self_training_start (`float`, defaults to 0.4): Fraction of training after which the boxes are the teacher's.
-        score_threshold (`float`, defaults to 0.3): Score from which a box of the teacher is learned; where an image
-            has none, its best box is.
+        self_training_start (`float`, defaults to 0.3): Fraction of training after which the teacher chooses.
+        score_threshold (`float`, defaults to 0.25): Score of the teacher from which a region is learned; where an
+            image has none, its best region is.
         momentum (`float`, defaults to 0.99): Momentum of the teacher at the start; 1 at the end, along half a cosine.
 
     Raises:
@@ -48,8 +49,8 @@ class RegionDetectionConfig(SSLConfig, VLMViTDetectionConfig):
     batch_scaled_momentum: ClassVar[tuple[str, ...]] = ("momentum",)
 
     max_regions: int = 10
-    self_training_start: float | int = 0.4
-    score_threshold: float | int = 0.3
+    self_training_start: float | int = 0.3
+    score_threshold: float | int = 0.25
     momentum: float | int = 0.99
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -93,30 +94,28 @@ class RegionDetectionForPreTraining(TeacherMixin, SSLPreTrainedModel, VLMViTForO
     @torch.compiler.disable
     @torch.no_grad()
     def _find_objects(self, images: Tensor) -> list[dict[str, Tensor]]:
-        """One dict per image as detectors take it: its regions at first, the teacher's objects later."""
+        """One dict per image as detectors take it: its best regions at first, those that the teacher chooses later."""
+        most = self.config.max_regions
         if self.progress < self.config.self_training_start:
-            boxes = color_regions(images, self.config.max_regions)
+            boxes = color_regions(images, most)
         else:
-            boxes = self._teacher_boxes(images)
+            boxes = self._choose_regions(images, color_regions(images, NUM_CANDIDATES * most))
         return [{"class_labels": torch.zeros_like(b[:, 0], dtype=torch.int64), "boxes": b} for b in boxes]
 
-    def _teacher_boxes(self, images: Tensor) -> list[Tensor]:
-        """Boxes (objects, 4) of each image that the teacher is confident of, best first, without duplicates."""
+    def _choose_regions(self, images: Tensor, regions: list[Tensor]) -> list[Tensor]:
+        """Of the regions (n, 4) of each image those that the teacher is confident of, best first."""
         teacher = SimpleNamespace(**dict(self.teacher.items()))
         with self.teaching():
             found = detect(teacher, images, self.config)
             scores = teacher.class_head(found.hidden_states[-1])[..., 0].float().sigmoid()  # (batch, queries)
             boxes = refine_boxes(found.reference_boxes, teacher.box_head(found.hidden_states[-1]))
-        scores, order = scores.sort(dim=1, descending=True)
-        low, high = to_corners(boxes.gather(1, order[..., None].expand_as(boxes))).clamp(0, 1).split(2, dim=-1)
-        corners = torch.cat([low, high], dim=-1)
-        iou = iou_and_giou(corners[:, :, None], corners[:, None])[0]  # (batch, queries, queries)
-        best = torch.arange(scores.shape[1], device=scores.device) == 0
-        kept = ((scores >= self.config.score_threshold) | best) & ((high - low).amin(-1) >= MIN_SIDE)
-        for query in range(1, kept.shape[1]):
-            kept[:, query] &= ~(kept[:, :query] & (iou[:, query, :query] > MAX_IOU)).any(-1)
-        found_boxes = torch.cat([(low + high) / 2, high - low], dim=-1)
-        return [of_image[mask] for of_image, mask in zip(found_boxes, kept)]
+        chosen = []
+        for of_image, score, box in zip(regions, scores, boxes):
+            iou = iou_and_giou(to_corners(of_image)[:, None], to_corners(box)[None])[0]  # (regions, queries)
+            of_regions, order = ((iou >= MIN_IOU) * score).amax(1).sort(descending=True, stable=True)
+            num_confident = max(1, int((of_regions >= self.config.score_threshold).sum()))
+            chosen.append(of_image[order[: min(num_confident, self.config.max_regions)]])
+        return chosen
 
 
 __all__ = ["RegionDetectionConfig", "RegionDetectionForPreTraining"]

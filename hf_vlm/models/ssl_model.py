@@ -78,6 +78,8 @@ def returns_loss(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(forward)
     def wrapper(self: Any, *args: Any, return_loss: bool = True, **kwargs: Any) -> Any:
+        if self.training:
+            self.is_pretraining = True
         output = forward(self, *args, **kwargs)
         return output if return_loss else type(output)(**{k: v for k, v in output.items() if k != "loss"})
 
@@ -97,9 +99,11 @@ class SSLPreTrainedModel(ModelOnEncoder):
 
     Attributes:
         default_views: Augmentation that the method is trained with, as the recipe key `views`, which may override it.
+        is_pretraining: Whether the method computed a loss in training mode, since whoever reads this set it to false.
     """
 
     config_class = SSLConfig
+    is_pretraining = False
     default_views: ClassVar[dict[str, Any]] = {"num_views": 1}
 
     def initialize_weights(self) -> None:

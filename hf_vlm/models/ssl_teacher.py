@@ -139,10 +139,14 @@ class TeacherMixin:
         self.update_teacher(cosine(self.config.momentum, 1.0, progress))
 
     def note_step(self: Any, trained: set[int]) -> None:
-        """Counts a step of an optimiser of the parameters with these ids; ValueError where `after_step` is missing."""
+        """Counts a step of an optimiser of the parameters with these ids; ValueError where `after_step` is missing.
+
+        Steps of parts of the model for another aim, such as fine-tuning its encoder, do not count.
+        """
         first = next((parameter for parameter in self.parameters() if parameter.requires_grad), None)
-        if id(first) not in trained:
+        if id(first) not in trained or not self.is_pretraining:
             return
+        self.is_pretraining = False
         self.num_steps_behind += 1
         if self.num_steps_behind > MOST_STEPS_BEHIND:
             raise ValueError(

@@ -69,37 +69,44 @@ class SelectBoxes(torch.nn.Module):
         return states[..., 1:]
 
 
-LEFT, SAME, RIGHT = [0.25, 0.5, 0.2, 0.4], [0.26, 0.5, 0.2, 0.4], [0.75, 0.5, 0.2, 0.4]
+LEFT, RIGHT = [0.25, 0.5, 0.2, 0.4], [0.75, 0.5, 0.2, 0.4]
+NEAR_LEFT, NEAR_RIGHT, FAR = [0.27, 0.5, 0.2, 0.4], [0.73, 0.5, 0.2, 0.4], [0.5, 0.1, 0.2, 0.2]
 
 
 @pytest.mark.parametrize(
-    ("scores", "boxes", "kept"),
+    ("scores", "boxes", "chosen"),
     [
-        ([0.4, 0.9, 0.2], [RIGHT, LEFT, LEFT], [LEFT, RIGHT]),  # best first; below the threshold
-        ([0.8, 0.9, 0.5], [SAME, LEFT, RIGHT], [LEFT, RIGHT]),  # a duplicate of a better one
-        ([0.1, 0.2, 0.1], [RIGHT, LEFT, RIGHT], [LEFT]),  # none is confident: the best
-        ([0.9, 0.8, 0.2], [[1.0, 0.5, 0.2, 0.4], LEFT, RIGHT], [[0.95, 0.5, 0.1, 0.4], LEFT]),  # cut at the border
-        ([0.9, 0.8, 0.2], [[0.5, 0.5, 0.01, 0.4], LEFT, RIGHT], [LEFT]),  # too thin to learn
+        ([0.4, 0.9, 0.2], [NEAR_RIGHT, NEAR_LEFT, FAR], [LEFT, RIGHT]),  # best first, with the regions' own boxes
+        ([0.2, 0.9, 0.9], [NEAR_RIGHT, NEAR_LEFT, FAR], [LEFT]),  # not confident of one; no region at another
+        ([0.3, 0.8, 0.4], [NEAR_LEFT, NEAR_LEFT, NEAR_RIGHT], [LEFT, RIGHT]),  # the best box of a region counts
+        ([0.1, 0.2, 0.1], [NEAR_LEFT, NEAR_RIGHT, FAR], [RIGHT]),  # none is confident: the best
     ],
 )
-def test_boxes_of_the_teacher(monkeypatch, scores, boxes, kept):
+def test_the_teacher_chooses_among_the_regions(monkeypatch, scores, boxes, chosen):
     model = build("region_detection")
     teacher_finds(monkeypatch, model, [scores], [boxes])
-    torch.testing.assert_close(model._teacher_boxes(torch.zeros(1, 3, 32, 32))[0], torch.tensor(kept))
+    found = model._choose_regions(torch.zeros(1, 3, 32, 32), [torch.tensor([RIGHT, LEFT])])
+    torch.testing.assert_close(found[0], torch.tensor(chosen))
 
 
-def test_regions_are_learned_first_and_the_teachers_boxes_later(monkeypatch):
-    model = build("region_detection", self_training_start=0.5)
-    regions, of_teacher = torch.tensor([LEFT]), torch.tensor([RIGHT])
+def test_an_image_without_regions_has_none_to_choose(monkeypatch):
+    model = build("region_detection")
+    teacher_finds(monkeypatch, model, [[0.9]], [[LEFT]])
+    assert model._choose_regions(torch.zeros(1, 3, 32, 32), [torch.zeros(0, 4)])[0].shape == (0, 4)
+
+
+def test_the_best_regions_are_learned_first_and_the_teachers_choice_later(monkeypatch):
+    model = build("region_detection", self_training_start=0.5, max_regions=1)
+    regions = torch.tensor([LEFT, FAR, RIGHT])
     monkeypatch.setattr(
         modeling_region_detection, "color_regions", lambda images, most: [regions[:most]] * len(images)
     )
-    monkeypatch.setattr(model, "_teacher_boxes", lambda images: [of_teacher] * len(images))
-    wanted = {0.0: regions, 0.49: regions, 0.5: of_teacher, 1.0: of_teacher}
-    for progress, boxes in wanted.items():
+    monkeypatch.setattr(model, "_choose_regions", lambda images, found: [of_image[-1:] for of_image in found])
+    for progress, wanted in {0.0: LEFT, 0.49: LEFT, 0.5: RIGHT, 1.0: RIGHT}.items():
         model.after_step(progress)
-        found = model._find_objects(torch.zeros(2, 3, 32, 32))
-        assert all(torch.equal(image["boxes"], boxes) and image["class_labels"].tolist() == [0] for image in found)
+        for found in model._find_objects(torch.zeros(2, 3, 32, 32)):
+            assert found["class_labels"].tolist() == [0]
+            torch.testing.assert_close(found["boxes"], torch.tensor([wanted]))
 
 
 def test_its_loss_is_the_detectors_on_the_boxes_it_finds():

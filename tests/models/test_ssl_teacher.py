@@ -14,6 +14,8 @@ from hf_vlm.models.ssl_teacher import TeacherMixin, cosine, warm_up
 
 
 class Student(TeacherMixin, nn.Module):
+    is_pretraining = False
+
     def __init__(self):
         super().__init__()
         self.config = type("Config", (), {"momentum": 0.9})()
@@ -65,8 +67,9 @@ def test_warm_up():
     assert warm_up(0.04, 0.07, torch.tensor(0.5), 0.0).item() == pytest.approx(0.07)
 
 
-def take_steps(optimizer, count):
+def take_steps(optimizer, count, model):
     for _ in range(count):
+        model.is_pretraining = True  # as `forward` of a method sets it
         optimizer.step()
 
 
@@ -76,15 +79,29 @@ def test_training_without_after_step_is_refused_in_its_third_step():
     another = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
     for step in range(5):
         another.step()  # of another model
-        optimizer.step()
+        take_steps(optimizer, 1, model)
         if step % 2:  # one step that was interrupted does no harm
             model.after_step(0.1)
     with pytest.raises(ValueError, match=r"Student is trained without after_step.*callbacks=\[hf_vlm.AfterStep\(\)\]"):
-        take_steps(optimizer, 2)
+        take_steps(optimizer, 2, model)
     copied = copy.deepcopy(model).train()
     optimizer = torch.optim.SGD(copied.head.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="without after_step"):
-        take_steps(optimizer, 3)
+        take_steps(optimizer, 3, copied)
+
+
+def test_the_encoder_of_a_method_can_be_trained_for_another_aim():
+    model, inputs = build("ijepa"), batch("ijepa")
+    optimizer = torch.optim.SGD(model.backbone.parameters(), lr=1e-3)
+    for _ in range(5):
+        model.backbone(inputs["pixel_values"][:, 0]).last_hidden_state.mean().backward()
+        optimizer.step()
+    for _ in range(2):
+        model(**inputs).loss.backward()
+        optimizer.step()
+    model(**inputs).loss.backward()
+    with pytest.raises(ValueError, match="IJEPAForPreTraining is trained without after_step"):
+        optimizer.step()
 
 
 def test_a_model_is_forgotten_when_it_is_deleted():
