@@ -34,7 +34,6 @@ from hf_vlm.models.modeling_lejepa import LeJEPAConfig, LeJEPAForPreTraining
 from hf_vlm.models.modeling_mae import MAEConfig, MAEForPreTraining
 from hf_vlm.models.modeling_mae_image_losses import MAEImageLossesConfig, MAEImageLossesForPreTraining
 from hf_vlm.models.modeling_moco_v3 import MoCoV3Config, MoCoV3ForPreTraining
-from hf_vlm.models.modeling_region_detection import RegionDetectionConfig, RegionDetectionForPreTraining
 from hf_vlm.models.modeling_simclr import SimCLRConfig, SimCLRForPreTraining
 from hf_vlm.models.modeling_simmim import SimMIMConfig, SimMIMForPreTraining
 from hf_vlm.models.modeling_vlm_vit import VLMViTBackbone, VLMViTModel
@@ -70,13 +69,6 @@ MODELS = (
     ModelEntry("dinov2", "pretraining", DINOv2Config, DINOv2ForPreTraining, AutoModelForPreTraining),
     ModelEntry("ijepa", "pretraining", IJEPAConfig, IJEPAForPreTraining, AutoModelForPreTraining),
     ModelEntry("distill", "pretraining", DistillConfig, DistillForPreTraining, AutoModelForPreTraining),
-    ModelEntry(
-        "region_detection",
-        "pretraining",
-        RegionDetectionConfig,
-        RegionDetectionForPreTraining,
-        AutoModelForPreTraining,
-    ),
     ModelEntry(
         "detection",
         "object-detection",

@@ -503,7 +503,7 @@ OFFICIAL = {
 }
 
 # Methods that no other code has as they are here.
-WITHOUT_OFFICIAL = ("distill", "region_detection")
+WITHOUT_OFFICIAL = ("distill",)
 
 # The preset's, where a recipe does not choose others.
 SHAPE_KEYS = (

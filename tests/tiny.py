@@ -76,14 +76,6 @@ def boxes(num_images):
     return [{"class_labels": torch.randint(3, (n,)), "boxes": torch.rand(n, 4) * 0.3 + 0.2} for n in counts]
 
 
-def regions(num_images):
-    return [{**label, "class_labels": torch.zeros_like(label["class_labels"])} for label in boxes(num_images)]
-
-
-def given_regions(num_images):
-    return {"labels": regions(num_images)}
-
-
 def classes(num_images):
     return torch.randint(3, (num_images,))
 
@@ -110,7 +102,6 @@ DETECTION = {
     "neck_num_blocks": 1,
     "id2label": {0: "cat", 1: "dog", 2: "bird"},
 }
-REGION_DETECTION = {name: value for name, value in DETECTION.items() if name != "id2label"} | {"max_regions": 3}
 TINY = {
     "encoder": Tiny("encoder", num_views=0),
     "backbone": Tiny("backbone", num_views=0),
@@ -137,7 +128,6 @@ TINY = {
     ),
     "ijepa": Tiny("ijepa", {"predictor_config": DECODER}, choices=block_indices),
     "distill": Tiny("distill", frozen="teacher"),
-    "region_detection": Tiny("region_detection", REGION_DETECTION, choices=given_regions),
     "detection": Tiny("detection", DETECTION, num_views=0, labels=boxes),
     "classification": Tiny("classification", {"id2label": DETECTION["id2label"]}, num_views=0, labels=classes),
 }

@@ -22,7 +22,6 @@ from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 from hf_vlm.registry import ModelEntry, find_model_type
 
 __all__ = [
-    "PRETRAINING_MODEL_FOLDER",
     "EncoderSource",
     "LoadedModel",
     "find_encoder",
@@ -37,7 +36,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-PRETRAINING_MODEL_FOLDER = "pretraining_model"  # with heads and decoder, in the folder of the encoder
 TRACES_OF_A_RUN = ("checkpoint-*", "log.jsonl", PARTIAL_FOLDER)
 
 
@@ -124,21 +122,20 @@ def find_encoder(source: str) -> EncoderSource:
     return EncoderSource(source, VLMViTConfig.from_pretrained(source))
 
 
-def find_head(source: str, model_class: type[PreTrainedModel]) -> str | None:
-    """Folder or Hub id of the pretrained head that comes with an encoder; None where there is none.
+def find_head(source: str, model_class: type[PreTrainedModel]) -> ModelEntry | None:
+    """The row of the model that an encoder is part of, if `model_class` can take over its head; else None.
 
     Args:
-        source: An encoder: the folder of a run of pretraining, one of its checkpoints, a model with a head.
-        model_class: The model that is to take the head. It can come from models of this class or a subclass.
+        source: Folder or Hub id of an encoder, or of a model that has one.
+        model_class: The model that is to take the head, which can come from models of this class or a subclass.
     """
     if not getattr(model_class, "head_shape", ()):
         return None
-    for candidate in (source, str(Path(source) / PRETRAINING_MODEL_FOLDER)):
-        with contextlib.suppress(ValueError):  # such as an encoder of transformers, which has no such folder
-            entry = find_model_type(read_config(candidate).get("model_type"))
-            if entry is not None and issubclass(entry.model_class, model_class):
-                return candidate
-    return None
+    try:
+        entry = find_model_type(read_config(source).get("model_type"))
+    except ValueError:  # whoever loads the encoder says what is wrong
+        return None
+    return entry if entry is not None and issubclass(entry.model_class, model_class) else None
 
 
 def image_statistics(source: str, num_channels: int) -> dict[str, Any] | None:

@@ -113,44 +113,6 @@ class DetectionDecoder(nn.Module):
         return outputs
 
 
-@dataclass(frozen=True)
-class Detected:
-    """What a detector computes of images before its last heads.
-
-    Attributes:
-        encoded: Output of the encoder.
-        feature_maps: Maps of the neck, each (batch, dim, rows, columns).
-        anchors: (locations, 4).
-        proposal_logits: (batch, queries, labels).
-        proposal_boxes: (batch, queries, 4).
-        hidden_states: Normed queries (batch, queries, dim) after each layer of the decoder.
-    """
-
-    encoded: Any
-    feature_maps: list[Tensor]
-    anchors: Tensor
-    proposal_logits: Tensor
-    proposal_boxes: Tensor
-    hidden_states: list[Tensor]
-
-    @property
-    def reference_boxes(self) -> Tensor:
-        """Boxes that the decoder refines; without gradients, since each stage learns its own boxes."""
-        return self.proposal_boxes.detach()
-
-
-def detect(parts: Any, pixel_values: Tensor, config: VLMViTDetectionConfig, **wanted: bool) -> Detected:
-    """Runs the encoder, neck, proposals and decoder of a detector, or of its teacher's parts of the same names."""
-    encoded = parts.backbone(pixel_values, **wanted)
-    feature_maps = parts.neck(encoded.feature_maps)
-    level_sizes = [(m.shape[2], m.shape[3]) for m in feature_maps]
-    source = torch.cat([m.flatten(2) for m in feature_maps], dim=-1).transpose(1, 2)  # (batch, locations, dim)
-    anchors = grid_anchors(level_sizes, config.anchor_size, source.device)  # (locations, 4)
-    proposals, logits, boxes = parts.proposal_head(source, anchors, config.num_queries)
-    hidden_states = parts.decoder(proposals, boxes.detach(), source, level_sizes)
-    return Detected(encoded, feature_maps, anchors, logits, boxes, hidden_states)
-
-
 @auto_docstring
 class VLMViTForObjectDetection(ModelOnEncoder):
     """Set-prediction detector in the manner of LW-DETR and RF-DETR (arXiv 2406.03459, 2511.09554) on the plain ViT.
@@ -181,11 +143,6 @@ class VLMViTForObjectDetection(ModelOnEncoder):
 
     def __init__(self, config: VLMViTDetectionConfig):
         super().__init__(config)
-        self.build(config)
-        self.post_init()
-
-    def build(self, config: VLMViTDetectionConfig) -> None:
-        """Makes the parts of the model."""
         self.backbone = VLMViTBackbone(config.encoder)
         self.neck = DetectionNeck(config)
         self.proposal_head = ProposalHead(config)
@@ -193,6 +150,7 @@ class VLMViTForObjectDetection(ModelOnEncoder):
         self.class_head = ClassHead(config.hidden_size, config.num_labels)
         self.box_head = BoxHead(config.hidden_size)
         self.dense_head = DenseHead(config) if config.dense_loss_weight else None
+        self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -230,8 +188,15 @@ class VLMViTForObjectDetection(ModelOnEncoder):
         wanted = wanted_outputs(
             self.config, output_hidden_states=output_hidden_states, output_attentions=output_attentions
         )
-        found = detect(self, pixel_values, self.config, **wanted)
-        reference_boxes, hidden_states = found.reference_boxes, found.hidden_states
+        encoded = self.backbone(pixel_values, **wanted)
+        feature_maps = self.neck(encoded.feature_maps)
+        level_sizes = [(m.shape[2], m.shape[3]) for m in feature_maps]
+        source = torch.cat([m.flatten(2) for m in feature_maps], dim=-1).transpose(1, 2)  # (batch, locations, dim)
+        anchors = grid_anchors(level_sizes, self.config.anchor_size, source.device)  # (locations, 4)
+
+        proposals, proposal_logits, proposal_boxes = self.proposal_head(source, anchors, self.config.num_queries)
+        reference_boxes = proposal_boxes.detach()  # each stage learns its own boxes
+        hidden_states = self.decoder(proposals, reference_boxes, source, level_sizes)
 
         loss = loss_dict = None
         if labels is None:
@@ -240,11 +205,11 @@ class VLMViTForObjectDetection(ModelOnEncoder):
         boxes = [refine_boxes(reference_boxes, self.box_head(states)) for states in hidden_states]
         if labels is not None:
             targets = DetectionTargets.from_labels(
-                labels, batch_size=pixel_values.shape[0], num_labels=self.config.num_labels, device=pixel_values.device
+                labels, batch_size=pixel_values.shape[0], num_labels=self.config.num_labels, device=source.device
             )
-            stages = torch.stack([found.proposal_logits, *logits]), torch.stack([found.proposal_boxes, *boxes])
-            dense = None if self.dense_head is None else self.dense_head(found.feature_maps, found.anchors)
-            loss, loss_dict = self.loss_function(*stages, dense, found.anchors, targets, self.config)
+            stages = torch.stack([proposal_logits, *logits]), torch.stack([proposal_boxes, *boxes])
+            dense = None if self.dense_head is None else self.dense_head(feature_maps, anchors)
+            loss, loss_dict = self.loss_function(*stages, dense, anchors, targets, self.config)
         return VLMViTObjectDetectionOutput(
             loss=loss,
             loss_dict=loss_dict,
@@ -252,8 +217,8 @@ class VLMViTForObjectDetection(ModelOnEncoder):
             pred_boxes=boxes[-1],
             last_hidden_state=hidden_states[-1],
             reference_boxes=reference_boxes,
-            hidden_states=found.encoded.hidden_states,
-            attentions=found.encoded.attentions,
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
         )
 
 

@@ -57,7 +57,8 @@ class VisionTrainingArguments(TrainingArguments):
         default=False, metadata={"help": "Load the encoder weights that fit and initialise the others."}
     )
     load_head: bool = field(
-        default=True, metadata={"help": "Load the head too, but its class layers, where the encoder comes with one."}
+        default=True,
+        metadata={"help": "Load the head too, but for its class layers, where the encoder is part of such a model."},
     )
     data: Any = field(
         default="", metadata={"help": "Source of images: folder, file, URL, Hub id, scenes, or {source: weight, ...}."}

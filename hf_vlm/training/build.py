@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from transformers.modeling_utils import PreTrainedModel
@@ -13,7 +13,6 @@ from hf_vlm.features.loading import (
     find_head,
     image_statistics,
     quiet_transformers,
-    read_own_config,
     refuse_missing,
 )
 from hf_vlm.models.configuration_vlm_vit import PRESETS, VLMViTConfig
@@ -21,7 +20,7 @@ from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 from hf_vlm.models.ssl_frozen import nearest_hw
 from hf_vlm.models.ssl_model import SSLConfig
-from hf_vlm.registry import MODELS, ModelEntry, find_model_type
+from hf_vlm.registry import MODELS, ModelEntry
 from hf_vlm.training.arguments import VisionTrainingArguments
 from hf_vlm.training.finite import not_finite_weights
 from hf_vlm.training.scaling import scaled_momentum
@@ -77,14 +76,14 @@ def build_model(
     if encoder is not None:
         model.backbone.load_state_dict(encoder.state_dict())
         if head is not None:
-            _load_head(model, entry, head)
+            _load_head(args, model, head)
         model.after_encoder_loaded()
     return model
 
 
-def _head_shape(args: VisionTrainingArguments, entry: ModelEntry, head: str) -> dict[str, Any]:
-    """Fields of the configuration that a pretrained head brings; ValueError where the recipe contradicts them."""
-    saved = _head_entry(head).config_class.from_pretrained(head)
+def _head_shape(args: VisionTrainingArguments, entry: ModelEntry, source: ModelEntry) -> dict[str, Any]:
+    """Fields of the configuration that the head of `args.encoder` brings; ValueError where the recipe contradicts."""
+    saved = source.config_class.from_pretrained(args.encoder)
     shape = {name: getattr(saved, name) for name in entry.model_class.head_shape}
     wrong = [name for name, value in shape.items() if _plain(args.model_config.get(name, value)) != _plain(value)]
     if wrong:
@@ -96,24 +95,21 @@ def _head_shape(args: VisionTrainingArguments, entry: ModelEntry, head: str) -> 
     return shape
 
 
-def _load_head(model: PreTrainedModel, entry: ModelEntry, head: str) -> None:
-    """Loads all weights of a pretrained head but those of its class layers; ValueError where some are missing."""
+def _load_head(args: VisionTrainingArguments, model: PreTrainedModel, source: ModelEntry) -> None:
+    """Loads all weights of the head of `args.encoder` but its class layers; ValueError where some are missing."""
     with quiet_transformers():
-        source, report = _head_entry(head).model_class.from_pretrained(head, output_loading_info=True)
-    refuse_missing(head, report, "head")
-    if names := not_finite_weights(source):
-        raise ValueError(f"encoder: {head} has weights that are not finite: {summarise(names)}.")
-    weights = source.state_dict()
-    wanted = [
-        name for name in model.state_dict() if not name.startswith("backbone.") and name not in model.class_layers()
-    ]
-    loaded = {name: weights[name] for name in wanted if name in weights}
-    model.load_state_dict(loaded, strict=False)
-    logger.info("Head from %s: %d of %d weights; its class layers are new.", head, len(loaded), len(wanted))
-
-
-def _head_entry(head: str) -> ModelEntry:
-    return cast(ModelEntry, find_model_type(read_own_config(head)["model_type"]))
+        trained, report = source.model_class.from_pretrained(args.encoder, output_loading_info=True)
+    refuse_missing(str(args.encoder), report, "head")
+    if names := not_finite_weights(trained):
+        raise ValueError(f"encoder: {args.encoder} has weights that are not finite: {summarise(names)}.")
+    excluded = model.class_layers()
+    weights = {
+        name: value
+        for name, value in trained.state_dict().items()
+        if name in model.state_dict() and name not in excluded and not name.startswith("backbone.")
+    }
+    model.load_state_dict(weights, strict=False)
+    logger.info("Head from %s: %d weights; its class layers are new.", args.encoder, len(weights))
 
 
 def build_config(

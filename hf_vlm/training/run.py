@@ -20,7 +20,6 @@ from hf_vlm.data.stream import ExampleStream
 from hf_vlm.data.transforms.collate import collate_views
 from hf_vlm.data.transforms.device_views import DeviceViews
 from hf_vlm.data.transforms.views import ViewTransform
-from hf_vlm.features.loading import PRETRAINING_MODEL_FOLDER
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 from hf_vlm.registry import find_model
@@ -39,6 +38,7 @@ from hf_vlm.training.signals import StopSignals
 from hf_vlm.training.trainer import VisionTrainer
 
 __all__ = [
+    "PRETRAINING_MODEL_FOLDER",
     "finetune",
     "open_recipe_source",
     "pretrain",
@@ -48,6 +48,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+PRETRAINING_MODEL_FOLDER = "pretraining_model"  # with heads and decoder, in the folder of the encoder
 
 
 def pretrain(

@@ -73,7 +73,6 @@ OVERFITS = {
     "dinov2_centering": Overfit(lambda first, last: last.feature_std > 0.6, **DINOV2),
     "ijepa": Overfit(loss_falls_to(0.5), {"momentum": 0.9}, 8, num_steps=120),
     "distill": Overfit(features_are_learned, num_images=4),
-    "region_detection": Overfit(loss_falls_to(0.5), num_images=6, learning_rate=2e-3, num_steps=120),
 }
 
 

@@ -11,10 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "repeat_interleave", "is_nonzero", "equal")
 
 
-# Objects are matched, and found, on the host: as every detector's, their step is no whole graph.
-ON_HOST = ("region_detection",)
-
-
 class Operators(TorchDispatchMode):
     """Counts what a device would be asked to run."""
 
@@ -51,7 +47,7 @@ def operators_of_a_layer(name):
     return counts
 
 
-@pytest.mark.parametrize("name", [name for name in PRETRAINING if name not in ON_HOST])
+@pytest.mark.parametrize("name", PRETRAINING)
 def test_a_step_never_waits_for_the_device(name):
     counts = operators_of_a_step(name)
     assert counts["_fused_adamw_"] == 1
@@ -95,9 +91,7 @@ def test_a_perceptual_loss_computes_no_gradient_of_weights(name):
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by dynamo itself
-@pytest.mark.parametrize(
-    "name", [*dict.fromkeys(TINY[name].row for name in PRETRAINING if name not in ON_HOST), "mae_partial"]
-)
+@pytest.mark.parametrize("name", [*dict.fromkeys(TINY[name].row for name in PRETRAINING), "mae_partial"])
 def test_compiles_whole_and_once(name):
     """As small as possible: each operator is traced. LeJEPA has a second layer, for packed crops, and three knots."""
     torch._dynamo.reset()

@@ -67,7 +67,6 @@ METHODS = {
         "num_eval_examples": 8,
     },
 }
-METHODS["region_detection"] = {"model_config": METHODS["detection"]["model_config"] | {"max_regions": 5}}
 
 
 def save_teacher(folder):
