@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hf_vlm.data.io import files
+from hf_vlm.data.io import retries
 
 
 def png(value):
@@ -65,7 +65,7 @@ def png_fixture():
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
     """Short waits between attempts to reach a server; their number stays."""
-    monkeypatch.setattr(files, "WAITS", tuple(1e-3 for _ in files.WAITS))
+    monkeypatch.setattr(retries, "WAITS", tuple(1e-3 for _ in retries.WAITS))
 
 
 class RangeHandler(BaseHTTPRequestHandler):

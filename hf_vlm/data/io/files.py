@@ -2,8 +2,6 @@
 
 import functools
 import io
-import itertools
-import logging
 import math
 import os
 import posixpath
@@ -15,13 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, TypeVar, cast
 
-import aiohttp
 import fsspec
 from tqdm.auto import tqdm
 from upath import UPath
 
-from hf_vlm.data.io.messages import OutsideError, UnreachableError, error_causes, error_text, redact_url, server_status
+from hf_vlm.data.io.messages import OutsideError, error_causes, redact_url
 from hf_vlm.data.io.remote import REQUEST_BYTES, file_system, http_options
+from hf_vlm.data.io.retries import retried
 
 __all__ = [
     "as_path",
@@ -38,19 +36,13 @@ __all__ = [
     "read_beginning",
     "read_bytes",
     "read_lines",
-    "retried",
     "siblings",
     "walk",
 ]
 
-logger = logging.getLogger(__name__)
-
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# Seconds between attempts; together they outlast the restart of a server.
-WAITS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
-READ_SECONDS = 120.0  # after which a read is not tried again: a silent server takes half a minute each time
 MAX_REMOTE_BYTES = 2**31  # of a file that is read whole; a server may send without end
 BRACES = re.compile(r"\{([^{}]*)\}")
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -69,51 +61,6 @@ def is_remote(path: object) -> bool:
 def can_list(path: object) -> bool:
     """Whether folders can be listed where a path is: web servers alone cannot."""
     return not str(path).startswith(("http://", "https://"))
-
-
-def _may_pass(error: Exception) -> bool:
-    """Whether the next attempt may succeed: the server is busy, restarting or was not reached."""
-    status = server_status(error)
-    if status is not None and status >= 400:
-        return status == 429 or status >= 500
-    passing = (ConnectionError, TimeoutError, aiohttp.ClientConnectionError, aiohttp.ClientPayloadError)
-    return any(
-        isinstance(cause, passing) and not isinstance(cause, aiohttp.ClientConnectorCertificateError)
-        for cause in error_causes(error)
-    )
-
-
-def retried(
-    path: object, read: Callable[[], Result], *, num_waits: int | None = None, seconds: float | None = None
-) -> Result:
-    """What a function reads of a URL; errors of the network that may pass are waited for.
-
-    Args:
-        path: Name of the file in the log and in the error.
-        read: The function, called again after each wait.
-        num_waits: Number of waits, the first of `WAITS`; None for all.
-        seconds: Time from the beginning after which it is not called again; None for `READ_SECONDS`.
-
-    Raises:
-        UnreachableError: The last attempt failed too; the message has the time that all took.
-    """
-    limit = READ_SECONDS if seconds is None else seconds
-    start, waits = time.monotonic(), iter(WAITS[:num_waits])
-    for attempt in itertools.count(1):
-        try:
-            return read()
-        except Exception as error:  # any type: file systems have their own
-            if not _may_pass(error):
-                raise
-            elapsed, wait = time.monotonic() - start, next(waits, math.inf)
-            if elapsed + wait > limit or wait == math.inf:
-                raise UnreachableError(
-                    f"{error_text(error)}, {attempt} times in {elapsed:.0f} s; see whether the server and the network "
-                    "are up, then start again"
-                ) from error
-            logger.warning("%s: %s; trying again in %g s", redact_url(path), error_text(error), wait)
-            time.sleep(wait)
-    raise AssertionError("the loop has no end")
 
 
 def is_folder(path: Path) -> bool:

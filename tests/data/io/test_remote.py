@@ -7,7 +7,7 @@ import aiohttp
 import pytest
 from PIL import Image
 
-from hf_vlm.data.io import files, remote
+from hf_vlm.data.io import files, remote, retries
 from hf_vlm.data.io.decode import BadImageError, decode_image
 from hf_vlm.data.io.messages import UnreachableError
 
@@ -17,7 +17,7 @@ def short_times(monkeypatch):
     """As in reality, but a hundredth of the time."""
     timeout = aiohttp.ClientTimeout(total=0.6, sock_connect=0.15, sock_read=0.15)
     monkeypatch.setattr(remote, "CLIENT_OPTIONS", {**remote.CLIENT_OPTIONS, "timeout": timeout})
-    monkeypatch.setattr(files, "READ_SECONDS", 1.2)
+    monkeypatch.setattr(retries, "READ_SECONDS", 1.2)
 
 
 def test_a_silent_server_is_given_up_within_the_time_that_the_message_has(tmp_path, serve):

@@ -11,7 +11,7 @@ from PIL import Image
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from hf_vlm.data.inspection.inspect import image_name
-from hf_vlm.data.io import files
+from hf_vlm.data.io import files, retries
 from hf_vlm.data.io.decode import BadImageError, decode_image, read_image_bytes
 from hf_vlm.data.io.messages import UnreachableError
 from hf_vlm.data.sources import open_source
@@ -83,7 +83,7 @@ def test_a_server_that_stays_away_stops_the_stream(tmp_path, serve, write_tar, n
         counts_at_opening = counts["all"] + 2
         with pytest.raises(ValueError, match=rf"{name} cannot be read.*status 503, 7 times in .* then start again"):
             list(source)
-        assert counts["all"] > counts_at_opening + len(files.WAITS)
+        assert counts["all"] > counts_at_opening + len(retries.WAITS)
 
 
 def test_what_is_forbidden_or_missing_is_asked_for_once(tmp_path, serve, caplog):
@@ -142,17 +142,17 @@ def test_waits_grow_and_other_errors_pass_at_once(monkeypatch):
         clock[0] += seconds
         raise error
 
-    monkeypatch.setattr(files.time, "sleep", sleep)
-    monkeypatch.setattr(files.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(retries.time, "sleep", sleep)
+    monkeypatch.setattr(retries.time, "monotonic", lambda: clock[0])
     with pytest.raises(UnreachableError, match=r"reset, 7 times in 63 s"):
-        files.retried("s3://a/b", lambda: fail(ConnectionResetError("reset")))
+        retries.retried("s3://a/b", lambda: fail(ConnectionResetError("reset")))
     assert waits == [1, 2, 4, 8, 16, 32]
     # Half a minute of silence each time, until two minutes are over: the message has the time that passed.
     with pytest.raises(UnreachableError, match=r"no answer, or a slow one, 4 times in 127 s"):
-        files.retried("s3://a/b", lambda: fail(TimeoutError(), seconds=30))
+        retries.retried("s3://a/b", lambda: fail(TimeoutError(), seconds=30))
     assert waits[6:] == [1, 2, 4]
     with pytest.raises(ZeroDivisionError):
-        files.retried("s3://a/b", lambda: 1 / 0)
+        retries.retried("s3://a/b", lambda: 1 / 0)
     assert len(waits) == 9
 
 
