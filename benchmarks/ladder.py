@@ -12,6 +12,7 @@ run again. The last line of stdout is JSON.
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -49,7 +50,7 @@ def finetune_rung(name: str, seed: int, folder: Path, options: list[str]) -> dic
     source, own = RUNGS[name]
     # Shapes are those of the demo's detector, also where the encoder alone is taken from the oracle.
     start = [] if source is None else ["--encoder", str(folder / source)]
-    output = folder / f"{name.replace(' ', '_')}-{seed}"
+    output = folder / f"{re.sub('[^a-z0-9]+', '_', name)}-{seed}"
     finished = output / "test.json"
     if not finished.is_file():
         run(["finetune", "demo/detector.yaml", "--data", DATA, "--seed", str(seed), *options, *start, *own], output)
