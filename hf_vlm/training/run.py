@@ -170,7 +170,10 @@ def finetune(
 
 def _labelled_sources(args: VisionTrainingArguments, source: Source | None) -> tuple[Source, Source]:
     """The images to fine-tune on, and those to evaluate on: a split of their own, or a fraction that is held out."""
-    source = source or open_recipe_source(args, args.train_split, args.num_train_examples)
+    if source is None:
+        source = open_recipe_source(args, args.train_split, args.num_train_examples)
+    else:
+        check_pixel_range(source)  # as `open_recipe_source` does
     if args.holdout is None:
         try:
             return source, open_recipe_source(args, args.eval_split, args.num_eval_examples)

@@ -107,7 +107,12 @@ def test_a_new_run_takes_no_folder_of_another(make_recipe, tmp_path, kill_at):
         pretrain(recipe | {"save_strategy": "no"})
 
 
-@pytest.mark.parametrize("train", [pretrain, finetune])
+def finetune_opened(recipe):
+    """As the command does that has chosen its recipe by the images."""
+    return finetune(recipe, open_source(recipe["data"], "train"))
+
+
+@pytest.mark.parametrize("train", [pretrain, finetune, finetune_opened])
 def test_images_that_use_a_small_part_of_their_range_are_not_trained_on(make_recipe, tmp_path, train):
     for row in range(12):
         folder = tmp_path / "images" / f"class_{row % 2}"

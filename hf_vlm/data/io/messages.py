@@ -29,7 +29,8 @@ __all__ = [
 
 AUTHORITY = re.compile(r"[^/?#]*")  # of a URL, after its "://": user, password, host and port
 MAX_NAME = 1000  # characters; a path is shorter, and a cell of bytes taken for one may have millions
-FINDERS = ("hf_vlm.data.formats", "hf_vlm.data.sources")  # loggers of what opens data
+# Loggers of what opens data and looks at it before training.
+FINDERS = ("hf_vlm.data.formats", "hf_vlm.data.sources", "hf_vlm.data.inspection.pixel_range")
 
 # What moves the cursor, colours or hides text, or turns its direction; and halves of characters, which cannot be
 # encoded. Newlines and tabs are layout of ours.

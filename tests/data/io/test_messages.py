@@ -64,6 +64,7 @@ def test_what_is_found_in_data_passes_once_and_events_each_time():
     passed = []
     handler.emit = lambda record: passed.append((record.name, record.getMessage()))
     finding, other, event = ("formats.coco", "a"), ("formats.coco", "b"), ("io.files", "a")
-    for name, text in (finding, event, other, finding, event):
+    dark = ("inspection.pixel_range", "a, too")
+    for name, text in (finding, event, other, finding, event, dark, dark):
         handler.handle(logging.makeLogRecord({"name": f"hf_vlm.data.{name}", "msg": "%s", "args": (text,)}))
-    assert passed == [(f"hf_vlm.data.{name}", text) for name, text in (finding, event, other, event)]
+    assert passed == [(f"hf_vlm.data.{name}", text) for name, text in (finding, event, other, event, dark)]
