@@ -46,6 +46,7 @@ def run(argv: list[str], folder: Path) -> None:
 def finetune_rung(name: str, seed: int, folder: Path, options: list[str]) -> dict[str, float]:
     """Test metrics of a rung of one seed."""
     from hf_vlm.tasks.evaluation import evaluate_run
+    from hf_vlm.training.record import as_json
 
     source, own = RUNGS[name]
     # Shapes are those of the demo's detector, also where the encoder alone is taken from the oracle.
@@ -54,7 +55,7 @@ def finetune_rung(name: str, seed: int, folder: Path, options: list[str]) -> dic
     finished = output / "test.json"
     if not finished.is_file():
         run(["finetune", "demo/detector.yaml", "--data", DATA, "--seed", str(seed), *options, *start, *own], output)
-        finished.write_text(json.dumps(evaluate_run(output, DATA, "test", num_examples=NUM_TEST).metrics))
+        finished.write_text(as_json(evaluate_run(output, DATA, "test", num_examples=NUM_TEST).metrics))
     return json.loads(finished.read_text())  # type: ignore[no-any-return]
 
 

@@ -18,6 +18,7 @@ from hf_vlm.models.convert_families import ALIASES, FAMILIES
 from hf_vlm.models.convert_image_processor import load_processor
 from hf_vlm.models.convert_vlm_vit import is_ours, load_transformers, read_config
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
+from hf_vlm.models.model_on_encoder import ModelOnEncoder
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 from hf_vlm.registry import ModelEntry, find_model_type
 
@@ -129,7 +130,7 @@ def find_head(source: str, model_class: type[PreTrainedModel]) -> ModelEntry | N
         source: Folder or Hub id of an encoder, or of a model that has one.
         model_class: The model that is to take the head, which can come from models of this class or a subclass.
     """
-    if not getattr(model_class, "head_shape", ()):
+    if not (issubclass(model_class, ModelOnEncoder) and model_class.head_shape):
         return None
     try:
         entry = find_model_type(read_config(source).get("model_type"))

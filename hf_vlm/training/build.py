@@ -59,9 +59,9 @@ def build_model(
         ValueError: if its configuration is refused or contradicts the data, or the encoder does not fit.
     """
     encoder = load_encoder(args) if args.encoder else None
-    head = find_head(str(args.encoder), entry.model_class) if encoder is not None and args.load_head else None
-    if head is not None:
-        head_fields = {**(head_fields or {}), **_head_shape(args, entry, head)}
+    trained = load_head(args, entry)
+    if trained is not None:
+        head_fields = {**(head_fields or {}), **_head_shape(args, entry, trained.config)}
     config = build_config(args, entry, None if encoder is None else encoder.config, class_names, head_fields)
     for name, value in (minimum_fields or {}).items():
         if getattr(config, name) < value:
@@ -75,15 +75,30 @@ def build_model(
     )
     if encoder is not None:
         model.backbone.load_state_dict(encoder.state_dict())
-        if head is not None:
-            _load_head(args, model, head)
+        if trained is not None:
+            _copy_head(args, trained, model)
         model.after_encoder_loaded()
     return model
 
 
-def _head_shape(args: VisionTrainingArguments, entry: ModelEntry, source: ModelEntry) -> dict[str, Any]:
-    """Fields of the configuration that the head of `args.encoder` brings; ValueError where the recipe contradicts."""
-    saved = source.config_class.from_pretrained(args.encoder)
+def load_head(args: VisionTrainingArguments, entry: ModelEntry) -> PreTrainedModel | None:
+    """Loads the model that `args.encoder` is part of, where a model of the row takes over its head; else None.
+
+    Raises:
+        ValueError: if weights are missing or not finite.
+    """
+    source = find_head(str(args.encoder), entry.model_class) if args.encoder and args.load_head else None
+    if source is None:
+        return None
+    with quiet_transformers():
+        trained, report = source.model_class.from_pretrained(args.encoder, output_loading_info=True)
+    refuse_missing(str(args.encoder), report, "head")
+    _refuse_not_finite(args, trained)
+    return trained  # type: ignore[no-any-return]
+
+
+def _head_shape(args: VisionTrainingArguments, entry: ModelEntry, saved: Any) -> dict[str, Any]:
+    """Fields of the configuration that a trained head brings; ValueError where the recipe contradicts them."""
     shape = {name: getattr(saved, name) for name in entry.model_class.head_shape}
     wrong = [name for name, value in shape.items() if _plain(args.model_config.get(name, value)) != _plain(value)]
     if wrong:
@@ -95,21 +110,18 @@ def _head_shape(args: VisionTrainingArguments, entry: ModelEntry, source: ModelE
     return shape
 
 
-def _load_head(args: VisionTrainingArguments, model: PreTrainedModel, source: ModelEntry) -> None:
-    """Loads all weights of the head of `args.encoder` but its class layers; ValueError where some are missing."""
-    with quiet_transformers():
-        trained, report = source.model_class.from_pretrained(args.encoder, output_loading_info=True)
-    refuse_missing(str(args.encoder), report, "head")
-    if names := not_finite_weights(trained):
+def _copy_head(args: VisionTrainingArguments, trained: PreTrainedModel, model: PreTrainedModel) -> None:
+    """Gives a model the weights of a trained head but its class layers, and those that a resized encoder reshapes."""
+    own, theirs, of_classes = model.state_dict(), trained.state_dict(), model.class_layers()
+    wanted = [name for name in own if not name.startswith("backbone.") and name not in of_classes]
+    fitting = {name: theirs[name] for name in wanted if name in theirs and theirs[name].shape == own[name].shape}
+    model.load_state_dict(fitting, strict=False)
+    logger.info("Head from %s: %d of %d weights; its class layers are new.", args.encoder, len(fitting), len(wanted))
+
+
+def _refuse_not_finite(args: VisionTrainingArguments, model: PreTrainedModel) -> None:
+    if names := not_finite_weights(model):
         raise ValueError(f"encoder: {args.encoder} has weights that are not finite: {summarise(names)}.")
-    excluded = model.class_layers()
-    weights = {
-        name: value
-        for name, value in trained.state_dict().items()
-        if name in model.state_dict() and name not in excluded and not name.startswith("backbone.")
-    }
-    model.load_state_dict(weights, strict=False)
-    logger.info("Head from %s: %d weights; its class layers are new.", args.encoder, len(weights))
 
 
 def build_config(
@@ -197,8 +209,7 @@ def load_encoder(args: VisionTrainingArguments) -> VLMViTModel:
         config.image_size = list(args.image_hw)
     encoder, report = source.load(config, resize=bool(differences))
     _report(args, encoder, report)
-    if names := not_finite_weights(encoder):
-        raise ValueError(f"encoder: {args.encoder} has weights that are not finite: {summarise(names)}.")
+    _refuse_not_finite(args, encoder)
     _fit_image_size(args, config.patch_hw)
     return encoder
 

@@ -52,8 +52,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     if not isinstance(recipe, dict):
         raise ValueError(f"Recipe {path} must be a mapping of keys to values.")
     given = parse_overrides(overrides)
-    if encoder := dict(given).get("encoder"):
-        load_head = bool(dict(given).get("load_head", recipe.get("load_head", True)))
+    typed = dict(given)
+    if encoder := typed.get("encoder"):
+        load_head = bool(typed.get("load_head", recipe.get("load_head", True)))
         recipe = _without_architecture(recipe, str(encoder), load_head=load_head)
     for key, value in given:
         name, _, sub_key = key.partition(".")
@@ -76,8 +77,7 @@ def _without_architecture(recipe: dict[str, Any], encoder: str, *, load_head: bo
         rest["encoder_config"] = {name: value for name, value in encoder_config.items() if name in REGULARISATION}
     if model_config:
         model_class = find_model(str(recipe.get("method"))).model_class
-        has_head = load_head and find_head(encoder, model_class) is not None
-        brought = getattr(model_class, "head_shape", ()) if has_head else ()
+        brought = model_class.head_shape if load_head and find_head(encoder, model_class) is not None else ()
         rest["model_config"] = {name: value for name, value in model_config.items() if name not in brought}
     return rest
 

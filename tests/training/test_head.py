@@ -1,5 +1,7 @@
 """A head that was trained for other classes is the start of a new model's."""
 
+import re
+
 import pytest
 import torch
 
@@ -59,6 +61,16 @@ def test_the_encoder_alone_on_request(make_recipe, digits):
     new = new_weights(detector, digits)
     assert {"neck.coarse.merge.0.weight", "box_head.0.weight", "decoder.position.0.weight"} <= new
     assert not any(name.startswith("backbone.") for name in new)
+
+
+def test_what_a_resized_encoder_reshapes_of_the_head_is_new(make_recipe, digits, caplog):
+    encoder = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8}
+    with caplog.at_level("INFO", logger="hf_vlm"):
+        detector = train_without_a_step(make_recipe, encoder=str(digits), encoder_config=encoder, resize_encoder=True)
+    new = {name for name in new_weights(detector, digits) if not name.startswith("backbone.")}
+    assert new - detector.class_layers() == {"neck.coarse.split.0.weight"}  # it reads the encoder's maps
+    num_loaded, num_wanted = map(int, re.search(r"Head from .*: (\d+) of (\d+) weights", caplog.text).groups())
+    assert num_loaded == num_wanted - 1
 
 
 def test_a_recipe_that_contradicts_the_head_is_refused_where_the_user_typed_it(make_recipe, digits):
