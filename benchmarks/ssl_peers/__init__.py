@@ -32,8 +32,8 @@ from transformers import set_seed
 from hf_vlm.data.io.decode import decode_image
 from hf_vlm.registry import find_model
 from hf_vlm.training.build import build_config, build_processor
+from hf_vlm.training.data import open_recipe_source, train_stream
 from hf_vlm.training.recipe import parse_arguments
-from hf_vlm.training.run import open_recipe_source, train_stream
 
 from .base import Peer
 from .of_lightly import LightlyDINOv2, LightlyLeJEPA, LightlySimCLR

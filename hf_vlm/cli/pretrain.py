@@ -7,10 +7,10 @@ from hf_vlm.cli.recipes import help_if_asked, read_recipe
 
 
 def run(argv: Sequence[str]) -> None:
-    """Pretrains an encoder."""
+    """Pretrains an encoder, or a whole detector."""
     parser = argparse.ArgumentParser(
         prog="hf-vlm pretrain",
-        description="Pretrains an encoder on unlabelled images by a recipe.",
+        description="Pretrains an encoder, or a whole detector, on unlabelled images by a recipe.",
         epilog="Every key of the recipe can be overridden: --data ./images --max_steps 1000 "
         "--views.blur_probability 0. "
         "--encoder starts from weights, --resume_from_checkpoint last resumes a run that was stopped, and auto begins "
@@ -23,16 +23,19 @@ def run(argv: Sequence[str]) -> None:
     from hf_vlm.deploy.model_card import write_model_card
     from hf_vlm.deploy.next_steps import finetune_command
     from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
+    from hf_vlm.models.convert_vlm_vit import read_config
     from hf_vlm.tasks.detection import DETECTION
     from hf_vlm.training.run import pretrain, quiet_libraries
+    from hf_vlm.viz.contact_sheet import draw_found_objects
     from hf_vlm.viz.curves import plot_probes
 
     quiet_libraries()
     recipe, _ = read_recipe(argv, command="pretrain")
-    summary = pretrain(recipe, write_card=write_model_card, plot=plot_probes)
+    summary = pretrain(recipe, write_card=write_model_card, plot=plot_probes, draw=draw_found_objects)
     folder = recipe["output_dir"]
     if not PartialState().is_main_process:  # the others are done while it still writes
         return
-    print(f"\nThe encoder is in {folder}: {summary['num_images_seen']:,} images in {summary['seconds']:,.0f} s.")
+    what = "encoder" if read_config(folder)["model_type"] == VLMViTConfig.model_type else "encoder, and its head,"
+    print(f"\nThe {what} is in {folder}: {summary['num_images_seen']:,} images in {summary['seconds']:,.0f} s.")
     encoder = VLMViTConfig.from_pretrained(folder)
     print(f"Next: {finetune_command(DETECTION, encoder, folder, 'YOUR_LABELLED_IMAGES')}")

@@ -138,6 +138,8 @@ def _values(
         "eval_split": recipe.get("eval_split"),
         "num_examples": f"{data['num_examples']:,}" if data.get("num_examples") else None,
         "fingerprint": data.get("fingerprint"),
+        "labels_from": recipe.get("labels_from"),
+        "has_unlabelled": bool(recipe.get("unlabelled_data")),
         "training": _describe_training(run),
         "recipe": recipe_text,
         "fence": fence_of(recipe_text or ""),

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import datasets
 import numpy as np
@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from hf_vlm.data.io.decode import decode_image
-from hf_vlm.data.io.messages import error_text, redact_url
+from hf_vlm.data.io.durable import replaced_file
+from hf_vlm.data.io.messages import redact_url
 from hf_vlm.data.source import Source
 from hf_vlm.data.stream import ExampleStream, Transform
 from hf_vlm.data.transforms.views import EvalTransform
@@ -145,7 +146,7 @@ def write_features(
     )
     schema = _schema(source.features, encoder, processor, {"pooling": pooling, **(about or {})})
     num_written = 0
-    with _replacing(path) as file, pq.ParquetWriter(file, schema, use_dictionary=["path"]) as writer:
+    with replaced_file(path) as file, pq.ParquetWriter(file, schema, use_dictionary=["path"]) as writer:
         batches = []
         with tqdm(desc="Features", total=num_expected, unit=" images", disable=None) as bar:
             for examples in DataLoader(stream, batch_size=batch_size, collate_fn=list):
@@ -237,19 +238,3 @@ def _fingerprint(encoder: VLMViTModel) -> str:
         digest.update(name.encode())
         digest.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A temporary file that is renamed to the path on success, and deleted otherwise."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        file = partial.open("wb")
-    except OSError as error:
-        raise ValueError(f"{path} cannot be written: {error_text(error)}") from error
-    try:
-        with file:
-            yield file
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from hf_vlm.data.source import Source
 from hf_vlm.data.stream import ExampleStream
 from hf_vlm.data.transforms.collate import collate_detection
-from hf_vlm.data.transforms.detection import DetectionTransform
 from hf_vlm.metrics import coco_detection_metrics
 from hf_vlm.models.image_processing_detection import VLMViTDetectionImageProcessor
+from hf_vlm.tasks.detector import detect, detection_transform, original_size
+from hf_vlm.tasks.found_objects import find_objects
 from hf_vlm.tasks.task import Collate, Evaluation, Task
 
 __all__ = ["DETECTION", "evaluate_detection", "predict_detection"]
@@ -36,46 +36,23 @@ def minimum_fields(source: Source) -> dict[str, int]:
     return {} if source.max_objects is None else {"num_queries": math.ceil(1.5 * source.max_objects)}
 
 
-def detection_transform(
-    processor: VLMViTDetectionImageProcessor,
-    *,
-    train: bool,
-    class_names: Sequence[str],
-    augmentation: dict[str, Any] | None = None,
-) -> DetectionTransform:
-    """The transform that prepares images as the processor does, and augments them in training."""
-    return DetectionTransform.from_dict(
-        augmentation or {},
-        size=(processor.size["height"], processor.size["width"]),
-        train=train,
-        image_mean=processor.image_mean,
-        image_std=processor.image_std,
-        num_channels=len(processor.image_mean),
-        num_classes=len(class_names),
-    )
-
-
 def collate(**_: Any) -> Collate:
     """A function that stacks images and keeps one dict of labels per image."""
     return collate_detection
 
 
-@torch.inference_mode()
 def predict_detection(
     model: nn.Module, stream: ExampleStream, processor: VLMViTDetectionImageProcessor, *, batch_size: int = 32
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Predictions and references of all images of a stream, in pixels, for `coco_detection_metrics`."""
-    was_training, device = model.training, next(model.parameters()).device
+    was_training = model.training
     model.eval()
     predictions, references, num_queries = [], [], 0
-    loader = DataLoader(stream, batch_size=batch_size, collate_fn=collate_detection)
-    for batch in tqdm(loader, desc="Evaluating", leave=False, disable=stream.rank != 0 or None):
-        outputs = model(pixel_values=batch["pixel_values"].to(device))
-        sizes = [(int(height), int(width)) for height, width in (labels["orig_size"] for labels in batch["labels"])]
-        found = processor.post_process_object_detection(outputs, threshold=0.0, target_sizes=sizes)
-        predictions += [{name: value.cpu() for name, value in image.items()} for image in found]
-        references += [_reference(labels, size) for labels, size in zip(batch["labels"], sizes)]
-        num_queries = outputs.logits.shape[1]
+    batches = detect(model, stream, processor, batch_size=batch_size)
+    for batch in tqdm(batches, desc="Evaluating", leave=False, disable=stream.rank != 0 or None):
+        predictions += batch.found
+        references += [_reference(labels) for labels in batch.labels]
+        num_queries = batch.num_queries
     model.train(was_training)
     _warn_of_few_queries(num_queries, references)
     return predictions, references
@@ -95,10 +72,10 @@ def _warn_of_few_queries(num_queries: int, references: Sequence[dict[str, Any]])
         )
 
 
-def _reference(labels: dict[str, Tensor], size: tuple[int, int]) -> dict[str, Any]:
+def _reference(labels: dict[str, Tensor]) -> dict[str, Any]:
     centre, extent = labels["boxes"].cpu().split(2, dim=-1)
     corners = torch.cat([centre - extent / 2, centre + extent / 2], dim=-1)  # (n, 4) in 0..1
-    height, width = size
+    height, width = original_size(labels)
     return {
         "boxes": corners * torch.tensor([width, height, width, height]),
         "labels": labels["class_labels"].cpu(),
@@ -147,6 +124,7 @@ DETECTION = Task(
     collate=collate,
     evaluate=evaluate_detection,
     post_process=post_process,
+    find_labels=find_objects,
     headline={"ap": "AP", "ap50": "AP50"},
     metric_names={
         "ap/": "AP",

@@ -64,6 +64,29 @@ class VisionTrainingArguments(TrainingArguments):
         default="", metadata={"help": "Source of images: folder, file, URL, Hub id, scenes, or {source: weight, ...}."}
     )
     format: str | None = field(default=None, metadata={"help": "Format of the source; guessed when not given."})
+    labels_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "What finds the labels that a head is pretrained on, or unlabelled_data are labelled by: regions "
+            "(by default), or a detector's folder or Hub id."
+        },
+    )
+    labels_per_image: float | None = field(
+        default=None,
+        metadata={
+            "help": "Mean number of a detector's boxes to keep per image, the best over all images; by default as "
+            "many as the labelled images have, or in pretraining those with a score of at least 0.5."
+        },
+    )
+    unlabelled_data: Any = field(
+        default=None, metadata={"help": "Source of more images to fine-tune on, with what labels_from finds in them."}
+    )
+    num_unlabelled_examples: int | None = field(
+        default=None, metadata={"help": "Number of images of unlabelled_data, chosen as those of num_train_examples."}
+    )
+    unlabelled_fraction: float = field(
+        default=0.5, metadata={"help": "Fraction of the examples that are of unlabelled_data."}
+    )
     allow_outside: bool = field(
         default=False, metadata={"help": "Follow what the data name outside of their own folder or host."}
     )

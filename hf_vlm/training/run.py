@@ -4,7 +4,6 @@ import functools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,8 @@ import datasets
 import transformers
 from transformers import set_seed
 
-from hf_vlm.data.inspection.pixel_range import check_pixel_range
 from hf_vlm.data.io.durable import disk_errors
 from hf_vlm.data.source import Source
-from hf_vlm.data.sources import open_source
 from hf_vlm.data.stream import ExampleStream
 from hf_vlm.data.transforms.collate import collate_views
 from hf_vlm.data.transforms.device_views import DeviceViews
@@ -23,12 +20,14 @@ from hf_vlm.data.transforms.views import ViewTransform
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 from hf_vlm.registry import find_model
-from hf_vlm.tasks import TASKS, TRAINABLE_TASKS, Task
+from hf_vlm.tasks import PRETRAINABLE_TASKS, TASKS, TRAINABLE_TASKS, Task
 from hf_vlm.tasks.evaluation import eval_stream, match_class_names
 from hf_vlm.training.alarms import CollapseAlarm
 from hf_vlm.training.arguments import VisionTrainingArguments
 from hf_vlm.training.build import build_model, build_processor
 from hf_vlm.training.checkpoints import prepare_run_folder
+from hf_vlm.training.data import open_labelled_sources, open_recipe_source, train_stream
+from hf_vlm.training.labels import add_unlabelled, check_label_keys, label_source, labelling_models
 from hf_vlm.training.lock import run_lock
 from hf_vlm.training.probes import build_probe, last_probe
 from hf_vlm.training.recipe import parse_arguments
@@ -40,10 +39,8 @@ from hf_vlm.training.trainer import VisionTrainer
 __all__ = [
     "PRETRAINING_MODEL_FOLDER",
     "finetune",
-    "open_recipe_source",
     "pretrain",
     "quiet_libraries",
-    "train_stream",
     "view_transform",
 ]
 
@@ -57,28 +54,38 @@ def pretrain(
     *,
     write_card: Callable[[Path], Any] | None = None,
     plot: Callable[[Path], Any] | None = None,
+    draw: Callable[[Source, Path], Any] | None = None,
 ) -> dict[str, Any]:
-    """Pretrains an encoder by a recipe.
+    """Pretrains an encoder by a recipe, or with it a head, on labels that nobody annotated (`labels_from`).
 
     Leaves in `output_dir` the encoder with its image processor, the recipe, `run.json` and `log.jsonl`; the whole
-    pretraining model (heads, decoder) in its subfolder `pretraining_model`; and the checkpoints. Returns the content
-    of `run.json`.
+    pretraining model (heads, decoder) in its subfolder `pretraining_model`; and the checkpoints. A model with a head
+    is there whole, with the labels that were found. Returns the content of `run.json`.
 
     Args:
         write_card: Function that writes the card into a folder with a saved model.
         plot: Function that renders pictures of a finished run into its folder.
+        draw: Function that renders labels that were found into the folder before a head is trained on them.
 
     Raises:
         ValueError: for a recipe, an encoder or data that cannot be used, with what to do about it.
     """
     args = parse_arguments(recipe)
     set_seed(args.seed)
-    find_model(args.method, ["pretraining"])
+    entry = find_model(args.method, ["pretraining", *PRETRAINABLE_TASKS])
+    has_head = entry.task in PRETRAINABLE_TASKS
+    check_label_keys(args, pretrains=True)
     source = open_recipe_source(args, args.train_split, args.num_train_examples)
     args.set_steps_for(source.num_examples)
     if finished := finished_run(args):
         return finished
     with _run_folder(args):
+        if has_head:
+            task = TASKS[entry.task]
+            source = label_source(args, source, task)
+            if draw is not None and args.should_save:
+                draw(source, Path(args.output_dir))
+            return _train_head(args, recipe, source, None, task, write_card)
         return _pretrain(args, recipe, source, write_card, plot)
 
 
@@ -159,42 +166,22 @@ def finetune(
     args = parse_arguments(recipe)
     set_seed(args.seed)
     task = TASKS[find_model(args.method, TRAINABLE_TASKS).task]
+    check_label_keys(args, pretrains=False)
     _check_best_metric(args, task)
-    source, held_out = _labelled_sources(args, source)
+    source, held_out = open_labelled_sources(args, source)
     args.set_steps_for(source.num_examples)
     if finished := finished_run(args):
         return finished
     with _run_folder(args):
-        return _finetune(args, recipe, source, held_out, task, write_card)
+        source = add_unlabelled(args, source, task) if args.unlabelled_data else source
+        return _train_head(args, recipe, source, held_out, task, write_card)
 
 
-def _labelled_sources(args: VisionTrainingArguments, source: Source | None) -> tuple[Source, Source]:
-    """The images to fine-tune on, and those to evaluate on: a split of their own, or a fraction that is held out."""
-    if source is None:
-        source = open_recipe_source(args, args.train_split, args.num_train_examples)
-    else:
-        check_pixel_range(source)  # as `open_recipe_source` does
-    if args.holdout is None:
-        try:
-            return source, open_recipe_source(args, args.eval_split, args.num_eval_examples)
-        except ValueError as error:
-            raise ValueError(
-                f"{error} (Images to evaluate on are needed: name their split with --eval_split, or hold out a tenth "
-                "of the training images with --holdout 0.1.)"
-            ) from error
-    source, held_out = source.holdout(args.holdout)
-    if args.num_eval_examples is not None:
-        held_out = replace(held_out, dataset=held_out.dataset.take(args.num_eval_examples), num_examples=None)
-    counts = [part.num_examples or "an unknown number of" for part in (source, held_out)]
-    logger.info("Holding out a fraction of %g: %s images to train on, %s to evaluate on.", args.holdout, *counts)
-    return source, held_out
-
-
-def _finetune(
+def _train_head(
     args: VisionTrainingArguments,
     recipe: dict[str, Any],
     source: Source,
-    held_out: Source,
+    held_out: Source | None,
     task: Task,
     write_card: Callable[[Path], Any] | None,
 ) -> dict[str, Any]:
@@ -209,19 +196,12 @@ def _finetune(
     )
     processor = build_processor(args, entry.processor_class, model.config.backbone_config.num_channels)
     options = {"class_names": names, "augmentation": args.augmentation}
-    held_out = match_class_names(held_out, task.class_names(held_out), names, f"split {args.train_split!r}")
-    record = RunRecord(args, recipe, source, write_card, class_names=names)
+    record = RunRecord(args, recipe, source, write_card, class_names=names, external_weights=labelling_models(args))
     trainer = VisionTrainer(
         model=model,
         args=args,
         train_dataset=train_stream(args, source, task.transform(processor, train=True, **options)),
-        eval_dataset=eval_stream(
-            held_out,
-            task.transform(processor, train=False, class_names=names),
-            max_bad_fraction=args.max_bad_fraction,
-            rank=args.process_index,
-            world_size=args.world_size,
-        ),
+        eval_dataset=None if held_out is None else _held_out_stream(args, held_out, task, processor, names),
         data_collator=task.collate(train=True, **options),
         processing_class=processor,
         evaluator=functools.partial(
@@ -233,8 +213,9 @@ def _finetune(
     trainer.save_model(
         args.output_dir, _internal_call=True
     )  # before the last evaluation, which bad held-out images can stop
-    metrics = _last_metrics(trainer)
-    record.summary["metrics"] = {n.removeprefix("eval_"): v for n, v in metrics.items() if n.startswith("eval_")}
+    if held_out is not None:
+        metrics = _last_metrics(trainer)
+        record.summary["metrics"] = {n.removeprefix("eval_"): v for n, v in metrics.items() if n.startswith("eval_")}
     record.summary["finished"] = True
     if args.should_save:
         folder = Path(args.output_dir)
@@ -243,6 +224,18 @@ def _finetune(
     if args.push_to_hub:
         trainer.push_to_hub()
     return record.summary
+
+
+def _held_out_stream(
+    args: VisionTrainingArguments, source: Source, task: Task, processor: VLMViTImageProcessor, names: list[str]
+) -> ExampleStream:
+    return eval_stream(
+        match_class_names(source, task.class_names(source), names, f"split {args.train_split!r}"),
+        task.transform(processor, train=False, class_names=names),
+        max_bad_fraction=args.max_bad_fraction,
+        rank=args.process_index,
+        world_size=args.world_size,
+    )
 
 
 def view_transform(
@@ -254,36 +247,6 @@ def view_transform(
         image_mean=processor.image_mean,
         image_std=processor.image_std,
         num_channels=len(processor.image_mean),
-    )
-
-
-def open_recipe_source(args: VisionTrainingArguments, split: str, num_examples: int | None) -> Source:
-    """A split of the recipe's data.
-
-    Raises:
-        ValueError: The recipe names no data, or these cannot be used; see `open_source` and `check_pixel_range`.
-    """
-    if not args.data:
-        raise ValueError("No data: name a folder, a file, a Hub id or scenes with --data or in the recipe.")
-    source = open_source(
-        args.data, split, format=args.format, num_samples=num_examples, allow_outside=args.allow_outside
-    )
-    check_pixel_range(source)
-    return source
-
-
-def train_stream(
-    args: VisionTrainingArguments, source: Source, transform: Callable[..., dict[str, Any]]
-) -> ExampleStream:
-    """The examples that this rank trains on, in their order."""
-    return ExampleStream(
-        source.dataset,
-        transform,
-        seed=args.data_seed if args.data_seed is not None else args.seed,
-        block_size=args.shuffle_block,
-        rank=args.process_index,
-        world_size=args.world_size,
-        max_bad_fraction=args.max_bad_fraction,
     )
 
 

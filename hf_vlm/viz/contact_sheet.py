@@ -1,7 +1,9 @@
 """Examples of a stream on one picture, with their labels, boxes and masks."""
 
+import itertools
+import logging
 from collections.abc import Sequence
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 import datasets
@@ -11,14 +13,19 @@ from PIL import Image
 from hf_vlm.data.inspection.inspect import image_name
 from hf_vlm.data.io.decode import decode_image, read_image_bytes
 from hf_vlm.data.io.image_header import open_image
+from hf_vlm.data.source import Source
 from hf_vlm.viz.detections import render_detections
 from hf_vlm.viz.sheets import PAPER, captioned, class_color, contact_sheet, legend
 
-__all__ = ["Reservoir", "example_sheet", "render_example"]
+__all__ = ["Reservoir", "draw_found_objects", "example_sheet", "render_example"]
 
 Array = np.ndarray[Any, Any]
 Example = dict[str, Any]
 
+logger = logging.getLogger(__name__)
+
+PICTURE = "found_objects.png"
+NUM_SHOWN = 24  # images on that picture
 SIDE = 320  # pixels of the longer side of each picture
 MAX_IN_LEGEND = 20  # classes; with more, the names are on the boxes
 MAX_NAMED = 10  # boxes on one picture; the names of more would hide it
@@ -72,6 +79,13 @@ def example_sheet(examples: Sequence[Example], features: datasets.Features, *, c
     joined.paste(top)
     joined.paste(sheet, (0, top.height))
     return joined
+
+
+def draw_found_objects(source: Source, folder: Path) -> None:
+    """Renders the first images of a source whose objects were found, not annotated, as `found_objects.png`."""
+    examples = list(itertools.islice(source, NUM_SHOWN))
+    example_sheet(examples, source.features).save(folder / PICTURE)
+    logger.info("Look at what is taken for objects: %s", folder / PICTURE)
 
 
 def render_example(example: Example, features: datasets.Features) -> Image.Image:

@@ -20,11 +20,12 @@ from hf_vlm.training import run
 from hf_vlm.training.arguments import VisionTrainingArguments
 from hf_vlm.training.callbacks import read_log
 from hf_vlm.training.checkpoints import last_checkpoint
+from hf_vlm.training.data import open_recipe_source
 from hf_vlm.training.optim import group_settings, restore_group_settings
 from hf_vlm.training.recipe import parse_arguments
 from hf_vlm.training.record import RunRecord
 from hf_vlm.training.resume import FIXED, FREE, SCHEDULE, compare_settings
-from hf_vlm.training.run import finetune, open_recipe_source, pretrain
+from hf_vlm.training.run import finetune, pretrain
 from hf_vlm.training.trainer import VisionTrainer
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "probe_steps": 0}

@@ -11,9 +11,11 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError
+
+from hf_vlm.data.io.messages import error_text
 
 __all__ = [
     "MANIFEST_FILE",
@@ -23,6 +25,7 @@ __all__ = [
     "is_partial",
     "remove_folder",
     "replace_text",
+    "replaced_file",
     "sync_folder",
     "sync_tree",
     "write_manifest",
@@ -48,6 +51,26 @@ def replace_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     partial.replace(path)
     sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def replaced_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write to that is renamed to the path on success, and deleted otherwise.
+
+    Raises:
+        ValueError: The path cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        file = partial.open("wb")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error_text(error)}") from error
+    try:
+        with file:
+            yield file
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

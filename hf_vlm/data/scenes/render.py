@@ -118,7 +118,20 @@ PRESETS = {
         max_overlap=0.4,
         min_crop=80,
     ),
-    # For people to look at: objects that have names, before backgrounds of many colours.
+    # For people to look at: objects that have names, before backgrounds of many colours; for demos, few large ones.
+    "icons": SceneSettings(
+        objects="symbols",
+        backgrounds="landscapes",
+        image_size=96,
+        num_classes=6,
+        max_objects=3,
+        min_object_size=26.0,
+        max_object_size=48.0,
+        max_rotation=25.0,
+        min_contrast=0.35,
+        max_contrast=0.6,
+        min_crop=72,
+    ),
     "symbols": SceneSettings(
         objects="symbols",
         backgrounds="landscapes",

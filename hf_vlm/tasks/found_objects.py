@@ -1,0 +1,127 @@
+"""Boxes for images without labels: regions that look like objects, or what a trained detector finds."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
+
+from hf_vlm.data.found_objects import FoundObjects, ObjectsOfImage
+from hf_vlm.data.io.decode import decode_image
+from hf_vlm.data.level_lines import find_regions
+from hf_vlm.data.loader import StreamLoader
+from hf_vlm.data.source import Source
+from hf_vlm.data.stream import ExampleStream, Transform
+from hf_vlm.data.transforms.image_ops import resize
+from hf_vlm.features.device import to_best_device
+from hf_vlm.features.loading import load_model
+from hf_vlm.models.modeling_detection import VLMViTForObjectDetection
+from hf_vlm.tasks.detector import detect, detection_transform
+
+__all__ = ["REGIONS", "find_objects"]
+
+REGIONS = "regions"
+CLASS_NAME = "object"  # of all regions
+MIN_SCORE = 0.5  # of a detector's boxes, where their number is not given
+MAX_IOU = 0.6  # of a detector's boxes of one class: the lower scored one is left out
+MIN_SIDE = 2  # pixels of a detector's box
+BATCH_SIZE = 16
+
+
+def find_objects(
+    source: Source,
+    labels_from: str,
+    *,
+    size: tuple[int, int],
+    num_channels: int = 3,
+    per_image: float | None = None,
+    num_workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    max_bad_fraction: float = 0.01,
+) -> FoundObjects:
+    """Boxes in all images of a source; those that it may have are not read.
+
+    Args:
+        labels_from: "regions" for what looks like an object (`find_regions`), all of one class; or the folder or Hub
+            id of a detector.
+        size: Height and width in pixels at which regions are looked for.
+        num_channels: Channels of the images in which regions are looked for.
+        per_image: Mean number of a detector's boxes to keep per image, the best over all images; by default those
+            with a score of at least 0.5.
+        num_workers: Processes that read images.
+
+    Raises:
+        ValueError: There is no such detector, or too many images cannot be read.
+    """
+    options: dict[str, Any] = {"shuffle": False, "repeat": False, "rank": rank, "world_size": world_size}
+    options["max_bad_fraction"] = max_bad_fraction
+    images = source.unlabelled().dataset
+    found: Iterable[ObjectsOfImage]
+    if labels_from == REGIONS:
+        names = [CLASS_NAME]
+        found = _regions(ExampleStream(images, _FindRegions(size, num_channels), **options), num_workers)
+    else:
+        loaded = load_model(labels_from)
+        if not isinstance(loaded.model, VLMViTForObjectDetection):
+            raise ValueError(f"{labels_from} is a model for {loaded.entry.task}: boxes are found by a detector.")
+        names = loaded.class_names
+        transform = _WithoutObjects(detection_transform(loaded.processor, train=False, class_names=names))
+        found = _detections(loaded, ExampleStream(images, transform, **options))
+    total = source.num_examples and -(-source.num_examples // world_size)
+    mine = list(tqdm(found, desc="Finding objects", total=total, unit=" images", disable=rank != 0 or None))
+    table = FoundObjects.collect(gather_object(mine) if world_size > 1 else mine, names)
+    if labels_from == REGIONS:
+        return table
+    return table.best(table.num_scored(MIN_SCORE) if per_image is None else round(per_image * len(table.image_ids)))
+
+
+@dataclass(frozen=True)
+class _FindRegions:
+    """A transform of an image without labels to the regions in it."""
+
+    size: tuple[int, int]
+    num_channels: int
+
+    def __call__(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        image, (height, width) = decode_image(example["image"], num_channels=self.num_channels, at_least=self.size)
+        boxes, scores = find_regions(resize(image, self.size))
+        boxes = boxes * np.array([width, height, width, height], dtype=np.float32)
+        boxes[:, 2:] -= boxes[:, :2]
+        labels = np.zeros(len(boxes), np.int64)
+        return {"image_id": example["image_id"], "boxes": boxes, "labels": labels, "scores": scores}
+
+
+def _regions(stream: Any, num_workers: int) -> Iterator[ObjectsOfImage]:
+    for batch in StreamLoader(stream, batch_size=BATCH_SIZE, num_workers=num_workers, collate_fn=list):
+        yield from (ObjectsOfImage(**image) for image in batch)
+
+
+@dataclass(frozen=True)
+class _WithoutObjects:
+    """A detector's transform, for images that have no boxes to transform."""
+
+    transform: Transform
+
+    def __call__(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        return self.transform({**example, "objects": {"bbox": [], "category": []}}, rng)
+
+
+def _detections(loaded: Any, stream: ExampleStream) -> Iterator[ObjectsOfImage]:
+    """What a detector finds in each image, of any score, without duplicates."""
+    model = to_best_device(loaded.model).eval()
+    for batch in detect(model, stream, loaded.processor, batch_size=BATCH_SIZE):
+        for image, labels in zip(batch.found, batch.labels):
+            boxes, scores, classes = (image[name].numpy() for name in ("boxes", "scores", "labels"))
+            boxes[:, 2:] -= boxes[:, :2]
+            boxes, scores, classes = (values[boxes[:, 2:].min(1) >= MIN_SIDE] for values in (boxes, scores, classes))
+            kept = _without_duplicates(boxes, scores, classes)
+            yield ObjectsOfImage(int(labels["image_id"]), boxes[kept], classes[kept], scores[kept])
+
+
+def _without_duplicates(boxes: Any, scores: Any, classes: Any) -> list[int]:
+    """Indices of the boxes (x, y, width, height) that overlap no better one of their class much, best first."""
+    return list(cv2.dnn.NMSBoxesBatched(boxes.tolist(), scores.tolist(), classes.tolist(), 0.0, MAX_IOU))

@@ -1,0 +1,68 @@
+"""The images of a run: opened as its recipe says, held out, and streamed to this rank."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from hf_vlm.data.inspection.pixel_range import check_pixel_range
+from hf_vlm.data.source import Source
+from hf_vlm.data.sources import open_source
+from hf_vlm.data.stream import ExampleStream
+from hf_vlm.training.arguments import VisionTrainingArguments
+
+__all__ = ["open_labelled_sources", "open_recipe_source", "train_stream"]
+
+logger = logging.getLogger(__name__)
+
+
+def open_recipe_source(args: VisionTrainingArguments, split: str, num_examples: int | None) -> Source:
+    """A split of the recipe's data.
+
+    Raises:
+        ValueError: The recipe names no data, or these cannot be used; see `open_source` and `check_pixel_range`.
+    """
+    if not args.data:
+        raise ValueError("No data: name a folder, a file, a Hub id or scenes with --data or in the recipe.")
+    source = open_source(
+        args.data, split, format=args.format, num_samples=num_examples, allow_outside=args.allow_outside
+    )
+    check_pixel_range(source)
+    return source
+
+
+def train_stream(
+    args: VisionTrainingArguments, source: Source, transform: Callable[..., dict[str, Any]]
+) -> ExampleStream:
+    """The examples that this rank trains on, in their order."""
+    return ExampleStream(
+        source.dataset,
+        transform,
+        seed=args.data_seed if args.data_seed is not None else args.seed,
+        block_size=args.shuffle_block,
+        rank=args.process_index,
+        world_size=args.world_size,
+        max_bad_fraction=args.max_bad_fraction,
+    )
+
+
+def open_labelled_sources(args: VisionTrainingArguments, source: Source | None) -> tuple[Source, Source]:
+    """The images to fine-tune on, and those to evaluate on: a split of their own, or a fraction that is held out."""
+    if source is None:
+        source = open_recipe_source(args, args.train_split, args.num_train_examples)
+    else:
+        check_pixel_range(source)  # as `open_recipe_source` does
+    if args.holdout is None:
+        try:
+            return source, open_recipe_source(args, args.eval_split, args.num_eval_examples)
+        except ValueError as error:
+            raise ValueError(
+                f"{error} (Images to evaluate on are needed: name their split with --eval_split, or hold out a tenth "
+                "of the training images with --holdout 0.1.)"
+            ) from error
+    source, held_out = source.holdout(args.holdout)
+    if args.num_eval_examples is not None:
+        held_out = replace(held_out, dataset=held_out.dataset.take(args.num_eval_examples), num_examples=None)
+    counts = [part.num_examples or "an unknown number of" for part in (source, held_out)]
+    logger.info("Holding out a fraction of %g: %s images to train on, %s to evaluate on.", args.holdout, *counts)
+    return source, held_out

@@ -1,0 +1,148 @@
+"""A head learns from labels that nobody annotated: in pretraining, and in fine-tuning beside labelled images."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hf_vlm.data.found_objects import FoundObjects
+from hf_vlm.data.sources import open_source
+from hf_vlm.models.modeling_detection import VLMViTForObjectDetection
+from hf_vlm.tasks.detection import DETECTION
+from hf_vlm.tasks.found_objects import find_objects
+from hf_vlm.training import labels
+from hf_vlm.training.recipe import parse_arguments
+from hf_vlm.training.run import finetune, pretrain
+
+
+@pytest.fixture
+def head_recipe(make_recipe):
+    def make(**changes):
+        recipe = make_recipe("detection", **changes)
+        del recipe["num_eval_examples"]
+        return recipe
+
+    return make
+
+
+def test_a_detector_is_pretrained_on_regions_and_fine_tuned_to_other_classes(head_recipe, make_recipe, tmp_path):
+    drawn = []
+    recipe = head_recipe(output_dir=str(tmp_path / "objects"), max_steps=2)
+    summary = pretrain(recipe, draw=lambda source, folder: drawn.append((len(list(source)), folder.name)))
+    assert summary["finished"]
+    assert summary["data"]["class_names"] == ["object"]
+    found = find_objects(open_source("scenes:easy", "train", num_samples=24), "regions", size=(32, 32))
+    assert drawn == [(int((np.diff(found.starts) > 0).sum()), "objects")]
+    model = VLMViTForObjectDetection.from_pretrained(tmp_path / "objects")
+    assert model.config.id2label == {0: "object"}
+    recipe = make_recipe("detection", encoder=str(tmp_path / "objects"), max_steps=1, learning_rate=0.0)
+    finetune(recipe)
+    detector = VLMViTForObjectDetection.from_pretrained(recipe["output_dir"])
+    theirs = model.state_dict()
+    same = {name for name, value in detector.state_dict().items() if torch.equal(value, theirs[name])}
+    assert detector.config.num_labels == 5
+    assert theirs.keys() - same <= detector.class_layers()
+
+
+def test_what_was_found_is_kept_for_a_resumed_run(head_recipe, monkeypatch, tmp_path):
+    recipe = head_recipe(max_steps=4, save_strategy="steps", save_steps=2)
+    whole = pretrain(recipe | {"output_dir": str(tmp_path / "whole")})
+    stopped = head_recipe(max_steps=4, save_strategy="steps", save_steps=2, output_dir=str(tmp_path / "stopped"))
+    shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
+    shutil.rmtree(tmp_path / "stopped" / "checkpoint-4")
+    (tmp_path / "stopped" / "config.json").unlink()
+    monkeypatch.setattr(labels.FoundObjects, "save", None)  # is not called
+    resumed = pretrain(stopped | {"resume_from_checkpoint": "last"})
+    assert resumed["num_steps"] == whole["num_steps"] == 4
+    weights = [VLMViTForObjectDetection.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "stopped")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_labels_of_other_images_are_found_again(head_recipe, tmp_path):
+    args = parse_arguments(head_recipe(max_steps=2))
+    args.resume_from_checkpoint = "auto"
+    (tmp_path / "detection").mkdir()
+    ids = {}
+    for count in (4, 6):
+        source = open_source("scenes:easy", "train", num_samples=count)
+        labels.label_source(args, source, DETECTION)
+        ids[count] = len(
+            FoundObjects.load(tmp_path / "detection" / labels.LABELS_FILE, origin_of(args, source)).image_ids
+        )
+    assert ids == {4: 4, 6: 6}
+
+
+def origin_of(args, source):
+    return labels._origin("regions", source, size=args.image_hw, per_image=None)
+
+
+@pytest.fixture
+def teacher(make_recipe, tmp_path):
+    finetune(make_recipe("detection", output_dir=str(tmp_path / "teacher"), max_steps=2))
+    return str(tmp_path / "teacher")
+
+
+def test_unlabelled_images_are_mixed_with_labelled_ones(make_recipe, teacher, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "hf_vlm.training.run._train_head", lambda args, recipe, source, *_: seen.append((args, source)) or {}
+    )
+    recipe = make_recipe("detection", unlabelled_data="scenes:easy", labels_from=teacher, num_train_examples=6)
+    recipe["unlabelled_fraction"] = 0.25
+    monkeypatch.setattr(labels, "open_source", lambda *_, **__: open_source("scenes:easy", "test", num_samples=12))
+    finetune(recipe)
+    args, source = seen[0]
+    labelled = list(open_source("scenes:easy", "train", num_samples=6))
+    per_image = sum(len(example["objects"]["bbox"]) for example in labelled) / 6
+    found = find_objects(
+        open_source("scenes:easy", "test", num_samples=12), teacher, size=(32, 32), per_image=per_image
+    )
+    assert len(found.boxes) == pytest.approx(per_image * 12, abs=1)
+    shares = {example["image_id"] % 2: [] for example in source}
+    for example in source:
+        shares[example["image_id"] % 2].append(example)
+    assert {e["image_id"] // 2 for e in shares[1]} == set(found.image_ids[np.diff(found.starts) > 0].tolist())
+    for example in shares[1]:
+        here = found.of(example["image_id"] // 2)
+        assert example["objects"]["category"] == found.labels[here].tolist()
+        np.testing.assert_allclose(example["objects"]["bbox"], found.boxes[here], rtol=1e-5)
+    by_id = {example["image_id"]: example["objects"]["bbox"] for example in labelled}
+    assert all(example["objects"]["bbox"] == by_id[example["image_id"] // 2] for example in shares[0])
+    assert labels.labelling_models(args) == [teacher]
+
+
+def test_a_student_learns_from_a_teachers_boxes(make_recipe, teacher):
+    recipe = make_recipe("detection", unlabelled_data="scenes:easy", labels_from=teacher, max_steps=2)
+    summary = finetune(recipe | {"num_train_examples": 6, "num_unlabelled_examples": 12})
+    assert "ap" in summary["metrics"]
+
+
+@pytest.mark.parametrize(
+    ("command", "changes", "message"),
+    [
+        (pretrain, {"unlabelled_data": "scenes:easy"}, "unlabelled_data is for fine-tuning"),
+        (pretrain, {"eval_strategy": "steps"}, "leave eval_strategy out"),
+        (pretrain, {"labels_per_image": 0.0}, "labels_per_image must be positive"),
+        (finetune, {"labels_from": "regions"}, "belong together"),
+        (finetune, {"unlabelled_data": "scenes:easy"}, "belong together"),
+        (finetune, {"unlabelled_fraction": 1.0}, "unlabelled_fraction must be between 0 and 1"),
+    ],
+)
+def test_keys_that_do_not_fit_are_refused(make_recipe, command, changes, message):
+    with pytest.raises(ValueError, match=message):
+        command(make_recipe("detection", **changes))
+
+
+def test_a_classifier_has_nothing_to_be_pretrained_on(make_recipe):
+    with pytest.raises(ValueError, match="no pretraining or object-detection method 'classification'"):
+        pretrain(make_recipe("classification"))
+
+
+def test_images_without_anything_to_find_are_refused(head_recipe, tmp_path):
+    for index in range(3):
+        Image.new("RGB", (40, 40), (90, 90, 90)).save(tmp_path / f"{index}.png")
+    recipe = head_recipe(data=str(tmp_path), output_dir=str(tmp_path / "run"))
+    with pytest.raises(ValueError, match=r"Nothing was found in 3 images of .* by regions"):
+        pretrain(recipe)
