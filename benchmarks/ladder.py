@@ -3,9 +3,9 @@
     python benchmarks/ladder.py [--seeds 2] [--output_dir runs/ladder] [--quick]
 
 The oracle is the demo's detector, trained on many labelled scenes. Its encoder, and then its encoder and head but for
-the class layers, start the same fine-tuning on few labels as random weights and the demo's pretrained encoder do.
+the class layers, start the same fine-tuning on few labels as random weights and the demo's pretrained detector do.
 Where the oracle gains little, the protocol keeps any pretraining from showing a gain; where it gains much, its
-distance to the pretrained encoder is what pretraining has to close. With --output_dir finished runs are kept and not
+distance to what was pretrained is what pretraining has to close. With --output_dir finished runs are kept and not
 run again. The last line of stdout is JSON.
 """
 
@@ -20,12 +20,13 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-DATA = "scenes:easy"
+DATA = "scenes:icons"
 NUM_TEST = 500
 # Rung of the ladder -> run that it starts from, and options of the fine-tuning.
 RUNGS: dict[str, tuple[str | None, list[str]]] = {
     "random": (None, []),
-    "pretrained": ("encoder", []),
+    "pretrained encoder": ("pretrained", ["--load_head", "false"]),
+    "pretrained encoder and head": ("pretrained", []),
     "oracle's encoder": ("oracle", ["--load_head", "false"]),
     "oracle's encoder, rate x 0.1": ("oracle", ["--load_head", "false", "--encoder_lr_multiplier", "0.1"]),
     "oracle's encoder and head": ("oracle", []),
@@ -60,7 +61,7 @@ def finetune_rung(name: str, seed: int, folder: Path, options: list[str]) -> dic
 
 
 def main() -> None:
-    """Trains oracle and pretrained encoder, then all rungs, and prints a table."""
+    """Trains oracle and pretrained detector, then all rungs, and prints a table."""
     parser = argparse.ArgumentParser(description="random < pretrained < oracle, for a detector with few labels.")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--jobs", type=int, default=2, help="runs at the same time, one core each")
@@ -73,7 +74,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(arguments.jobs) as pool:
         folder = arguments.output_dir or Path(temporary)
         oracle = pool.submit(run, ["finetune", "demo/detector.yaml", "--data", DATA, *many], folder / "oracle")
-        pool.submit(run, pretrain, folder / "encoder").result()
+        pool.submit(run, pretrain, folder / "pretrained").result()
         oracle.result()
         tasks = {
             name: [pool.submit(finetune_rung, name, seed, folder, short) for seed in range(arguments.seeds)]

@@ -1,7 +1,7 @@
 """Plots of a log's metrics over the steps."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from hf_vlm.training.callbacks import LogFile, read_log
@@ -24,10 +24,14 @@ PROBE_PANELS: tuple[tuple[str, tuple[str, ...], Limits], ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """Curves over the steps, by label; points are marked where there are few."""
+    """Curves over the steps, by label; points are marked where there are few.
+
+    A curve may have a band around it: the lowest and the highest value at each of its steps.
+    """
 
     title: str
     curves: Mapping[str, Series]
+    bands: Mapping[str, tuple[list[float], list[float]]] = field(default_factory=dict)
     ylabel: str = ""
     ylim: Limits = (None, None)
 
@@ -47,7 +51,9 @@ def plot_panels(path: Path, panels: Sequence[Panel], *, columns: int = 2) -> Non
     for index, panel in enumerate(panels):
         axis = figure.add_subplot(rows, columns, index + 1)
         for label, (steps, values) in panel.curves.items():
-            axis.plot(steps, values, marker="o" if len(steps) <= 20 else None, label=label)
+            (line,) = axis.plot(steps, values, marker="o" if len(steps) <= 20 else None, label=label)
+            if label in panel.bands:
+                axis.fill_between(steps, *panel.bands[label], color=line.get_color(), alpha=0.2, linewidth=0)
         axis.set(title=panel.title, xlabel="step", ylabel=panel.ylabel, ylim=panel.ylim)
         axis.grid(alpha=0.3)
         if len(panel.curves) > 1:
