@@ -75,7 +75,13 @@ class VisionTrainingArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "Mean number of a detector's boxes to keep per image, the best over all images; by default as "
-            "many as the labelled images have, or in pretraining those with a score of at least 0.5."
+            "many as the labelled images have, or in pretraining those with a score of at least 0.25."
+        },
+    )
+    rounds: int = field(
+        default=1,
+        metadata={
+            "help": "How often a head is pretrained, each time from the beginning, on what the one before finds."
         },
     )
     unlabelled_data: Any = field(

@@ -35,6 +35,8 @@ def check_label_keys(args: VisionTrainingArguments, *, pretrains: bool) -> None:
         )
     if not 0 < args.unlabelled_fraction < 1:
         raise ValueError(f"unlabelled_fraction must be between 0 and 1, but is {args.unlabelled_fraction:g}.")
+    if args.rounds < 1 or (args.rounds > 1 and not pretrains):
+        raise ValueError(f"rounds must be 1, or more in pretraining a head, but is {args.rounds}.")
     if args.labels_per_image is not None and args.labels_per_image <= 0:
         raise ValueError(f"labels_per_image must be positive, but is {args.labels_per_image:g}.")
 
@@ -44,8 +46,8 @@ def labelling_models(args: VisionTrainingArguments) -> list[str]:
     return [] if args.labels_from in (None, REGIONS) else [str(args.labels_from)]
 
 
-def label_source(args: VisionTrainingArguments, source: Source, task: Task) -> Source:
-    """The images of a source in which `labels_from` finds something, with that as their labels.
+def label_source(args: VisionTrainingArguments, source: Source, task: Task, labels_from: str) -> Source:
+    """The images of a source in which `labels_from`, regions or a model, finds something, with that as labels.
 
     What is found is kept in the run's folder, where a resumed run takes it from.
 
@@ -54,8 +56,7 @@ def label_source(args: VisionTrainingArguments, source: Source, task: Task) -> S
     """
     if args.eval_strategy != "no":
         raise ValueError("Pretraining has no labels to evaluate a head on: leave eval_strategy out.")
-    args.labels_from = args.labels_from or REGIONS
-    return _label(args, source, task, per_image=args.labels_per_image)
+    return _label(args, source, task, labels_from, per_image=args.labels_per_image)
 
 
 def add_unlabelled(args: VisionTrainingArguments, source: Source, task: Task) -> Source:
@@ -71,23 +72,24 @@ def add_unlabelled(args: VisionTrainingArguments, source: Source, task: Task) ->
         allow_outside=args.allow_outside,
     )
     per_image = args.labels_per_image or _objects_per_image(source)
-    found = _label(args, unlabelled, task, per_image=per_image)
+    found = _label(args, unlabelled, task, str(args.labels_from), per_image=per_image)
     names = task.class_names(source)
     found = match_class_names(found, task.class_names(found), names, f"split {args.train_split!r}")
     weights = {"labelled": 1 - args.unlabelled_fraction, "found": args.unlabelled_fraction}
     return mix_sources({"labelled": source, "found": found}, weights)
 
 
-def _label(args: VisionTrainingArguments, source: Source, task: Task, *, per_image: float | None) -> Source:
+def _label(
+    args: VisionTrainingArguments, source: Source, task: Task, labels_from: str, *, per_image: float | None
+) -> Source:
     assert task.find_labels is not None
-    assert args.labels_from is not None
     path = Path(args.output_dir) / LABELS_FILE
-    origin = _origin(args.labels_from, source, size=args.image_hw, per_image=per_image)
+    origin = _origin(labels_from, source, size=args.image_hw, per_image=per_image)
     found = FoundObjects.load(path, origin) if args.resume_from_checkpoint or args.rewind_to else None
     if found is None:
         found = task.find_labels(
             source,
-            args.labels_from,
+            labels_from,
             size=args.image_hw,
             per_image=per_image,
             num_workers=args.dataloader_num_workers,
@@ -99,10 +101,8 @@ def _label(args: VisionTrainingArguments, source: Source, task: Task, *, per_ima
             with disk_errors("What was found in the images", path, lambda: "Free space there, and start again."):
                 found.save(path, origin)
     if not len(found.boxes):
-        raise ValueError(
-            f"Nothing was found in {len(found.image_ids):,} images of {source.name} by {args.labels_from}."
-        )
-    logger.info("Found %d objects in %d images by %s.", len(found.boxes), len(found.image_ids), args.labels_from)
+        raise ValueError(f"Nothing was found in {len(found.image_ids):,} images of {source.name} by {labels_from}.")
+    logger.info("Found %d objects in %d images by %s.", len(found.boxes), len(found.image_ids), labels_from)
     return found.label(source)
 
 

@@ -27,7 +27,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
             "num_eval_examples",
             "image_size",
         ),
-        *("labels_from", "labels_per_image", "unlabelled_data", "num_unlabelled_examples"),
+        *("labels_from", "labels_per_image", "rounds", "unlabelled_data", "num_unlabelled_examples"),
         "unlabelled_fraction",
         *("views", "views_on", "augmentation", "shuffle_block", "max_bad_fraction", "dataloader_num_workers"),
     ),

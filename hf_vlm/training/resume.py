@@ -41,7 +41,7 @@ def _names(text: str) -> frozenset[str]:
 FIXED = _names(
     """
     method encoder_preset encoder_config model_config encoder resize_encoder load_head image_size neftune_noise_alpha
-    data format train_split holdout num_train_examples labels_from labels_per_image unlabelled_data
+    data format train_split holdout num_train_examples labels_from labels_per_image rounds unlabelled_data
     num_unlabelled_examples unlabelled_fraction views augmentation shuffle_block seed data_seed
     per_device_train_batch_size gradient_accumulation_steps auto_find_batch_size accelerator_config
     reference_batch_size optim optim_args optim_target_modules patch_projection_lr_multiplier

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import transformers
@@ -22,10 +22,11 @@ from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 from hf_vlm.registry import find_model
 from hf_vlm.tasks import PRETRAINABLE_TASKS, TASKS, TRAINABLE_TASKS, Task
 from hf_vlm.tasks.evaluation import eval_stream, match_class_names
+from hf_vlm.tasks.found_objects import REGIONS
 from hf_vlm.training.alarms import CollapseAlarm
 from hf_vlm.training.arguments import VisionTrainingArguments
 from hf_vlm.training.build import build_model, build_processor
-from hf_vlm.training.checkpoints import prepare_run_folder
+from hf_vlm.training.checkpoints import check_run_folder, checkpoints, prepare_run_folder
 from hf_vlm.training.data import open_labelled_sources, open_recipe_source, train_stream
 from hf_vlm.training.labels import add_unlabelled, check_label_keys, label_source, labelling_models
 from hf_vlm.training.lock import run_lock
@@ -46,6 +47,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+ROUND_FOLDER = "round-{}"  # with the head of an earlier round, in the folder of the last one
 PRETRAINING_MODEL_FOLDER = "pretraining_model"  # with heads and decoder, in the folder of the encoder
 
 
@@ -57,6 +59,9 @@ def pretrain(
     draw: Callable[[Source, Path], Any] | None = None,
 ) -> dict[str, Any]:
     """Pretrains an encoder by a recipe, or with it a head, on labels that nobody annotated (`labels_from`).
+
+    A head may be pretrained in `rounds`: each model is new, and learns from what the one before finds (as in CutLER,
+    arXiv 2301.11320). Those before the last are in subfolders.
 
     Leaves in `output_dir` the encoder with its image processor, the recipe, `run.json` and `log.jsonl`; the whole
     pretraining model (heads, decoder) in its subfolder `pretraining_model`; and the checkpoints. A model with a head
@@ -71,37 +76,68 @@ def pretrain(
         ValueError: for a recipe, an encoder or data that cannot be used, with what to do about it.
     """
     args = parse_arguments(recipe)
-    set_seed(args.seed)
     entry = find_model(args.method, ["pretraining", *PRETRAINABLE_TASKS])
-    has_head = entry.task in PRETRAINABLE_TASKS
     check_label_keys(args, pretrains=True)
+    hooks = Hooks(write_card, plot, draw)
+    if args.rounds == 1:
+        return _pretrain(args, recipe, hooks, labels_from=args.labels_from)
+    if entry.task not in PRETRAINABLE_TASKS:
+        raise ValueError(f"rounds are for heads, which learn from what is found in images; {entry.name} needs none.")
+    return _pretrain_in_rounds(args, recipe, hooks)
+
+
+class Hooks(NamedTuple):
+    """What a run of pretraining calls to write and draw into its folder."""
+
+    write_card: Callable[[Path], Any] | None
+    plot: Callable[[Path], Any] | None
+    draw: Callable[[Source, Path], Any] | None
+
+
+def _pretrain_in_rounds(args: VisionTrainingArguments, recipe: dict[str, Any], hooks: Hooks) -> dict[str, Any]:
+    """Each round is a run of its own, so that one that was stopped resumes in its round."""
+    resumes = args.resume_from_checkpoint is not None or args.rewind_to is not None
+    if not resumes:
+        check_run_folder(args)  # now, and not when the earlier rounds are done
+    labels_from = args.labels_from
+    for number in range(1, args.rounds):
+        folder = Path(args.output_dir) / ROUND_FOLDER.format(number)
+        earlier = recipe | {"rounds": 1, "output_dir": str(folder), "push_to_hub": False, "rewind_to": None}
+        earlier["resume_from_checkpoint"] = "auto" if resumes else None
+        _pretrain(parse_arguments(earlier), earlier, hooks, labels_from=labels_from)
+        labels_from = str(folder)
+    if args.resume_from_checkpoint == "last" and not checkpoints(Path(args.output_dir)):
+        args.resume_from_checkpoint = "auto"  # it was stopped in an earlier round
+    return _pretrain(args, recipe, hooks, labels_from=labels_from)
+
+
+def _pretrain(
+    args: VisionTrainingArguments, recipe: dict[str, Any], hooks: Hooks, *, labels_from: str | None
+) -> dict[str, Any]:
+    set_seed(args.seed)
     source = open_recipe_source(args, args.train_split, args.num_train_examples)
     args.set_steps_for(source.num_examples)
     if finished := finished_run(args):
         return finished
+    task = TASKS.get(find_model(args.method).task)
     with _run_folder(args):
-        if has_head:
-            task = TASKS[entry.task]
-            source = label_source(args, source, task)
-            if draw is not None and args.should_save:
-                draw(source, Path(args.output_dir))
-            return _train_head(args, recipe, source, None, task, write_card)
-        return _pretrain(args, recipe, source, write_card, plot)
+        if task is None:
+            return _pretrain_encoder(args, recipe, source, hooks)
+        source = label_source(args, source, task, labels_from or REGIONS)
+        if hooks.draw is not None and args.should_save:
+            hooks.draw(source, Path(args.output_dir))
+        return _train_head(args, recipe, source, None, task, hooks.write_card)
 
 
-def _pretrain(
-    args: VisionTrainingArguments,
-    recipe: dict[str, Any],
-    source: Source,
-    write_card: Callable[[Path], Any] | None,
-    plot: Callable[[Path], Any] | None,
+def _pretrain_encoder(
+    args: VisionTrainingArguments, recipe: dict[str, Any], source: Source, hooks: Hooks
 ) -> dict[str, Any]:
     entry = find_model(args.method)
     model = build_model(args, entry)
     processor = build_processor(args, entry.processor_class, model.config.backbone_config.num_channels)
     transform = view_transform(args, model.default_views, processor)
     on_device = DeviceViews(transform) if args.makes_views_on_device else None
-    record = RunRecord(args, recipe, source, write_card, external_weights=model.config.external_weights())
+    record = RunRecord(args, recipe, source, hooks.write_card, external_weights=model.config.external_weights())
     trainer = VisionTrainer(
         model=model,
         args=args,
@@ -117,7 +153,7 @@ def _pretrain(
         trainer.add_callback(CollapseAlarm(stop=args.on_collapse == "stop"))
     _train(trainer, record)
     record.summary["probe"] = last_probe(trainer.state.log_history)
-    _save_pretrained(trainer, processor, record, plot)
+    _save_pretrained(trainer, processor, record, hooks.plot)
     return record.summary
 
 
@@ -187,6 +223,7 @@ def _train_head(
 ) -> dict[str, Any]:
     entry = find_model(args.method)
     names = task.class_names(source)
+    set_seed(args.seed)  # again: a model that found the labels took random numbers, labels of a file take none
     model = build_model(
         args,
         entry,
@@ -197,6 +234,7 @@ def _train_head(
     processor = build_processor(args, entry.processor_class, model.config.backbone_config.num_channels)
     options = {"class_names": names, "augmentation": args.augmentation}
     record = RunRecord(args, recipe, source, write_card, class_names=names, external_weights=labelling_models(args))
+    record.summary["data"]["labels_found"] = held_out is None  # and not annotated
     trainer = VisionTrainer(
         model=model,
         args=args,

@@ -1,6 +1,7 @@
 """A head learns from labels that nobody annotated: in pretraining, and in fine-tuning beside labelled images."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -60,6 +61,63 @@ def test_what_was_found_is_kept_for_a_resumed_run(head_recipe, monkeypatch, tmp_
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+@pytest.fixture
+def rounds(head_recipe, tmp_path):
+    """A recipe of three rounds; a detector of two steps is sure of nothing, so the number of boxes is given."""
+    saves = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    return head_recipe(output_dir=str(tmp_path / "run"), rounds=3, labels_per_image=1.0, **saves)
+
+
+@pytest.fixture
+def labelled_by(monkeypatch):
+    found, label = [], labels._label
+
+    def record(args, source, task, labels_from, **options):
+        found.append((Path(args.output_dir).name, Path(labels_from).name))
+        return label(args, source, task, labels_from, **options)
+
+    monkeypatch.setattr(labels, "_label", record)
+    return found
+
+
+def test_each_round_learns_from_the_one_before(rounds, labelled_by, tmp_path):
+    pretrain(rounds)
+    assert labelled_by == [("round-1", "regions"), ("round-2", "round-1"), ("run", "round-2")]
+    models = [
+        VLMViTForObjectDetection.from_pretrained(path).state_dict()
+        for path in (tmp_path / "run" / "round-1", tmp_path / "run" / "round-2", tmp_path / "run")
+    ]
+    assert not any(torch.equal(models[0]["class_head.weight"], model["class_head.weight"]) for model in models[1:])
+    recipe = (tmp_path / "run" / "recipe.yaml").read_text()
+    assert "rounds: 3\n" in recipe  # and it can be run again
+    assert "labels_from: null\n" in recipe
+    with pytest.raises(ValueError, match="holds a run already"):
+        pretrain(rounds)
+
+
+@pytest.mark.parametrize("wanted", ["last", "auto"])
+def test_a_run_that_was_stopped_resumes_in_its_round(rounds, labelled_by, tmp_path, wanted):
+    pretrain(rounds)
+    expected = VLMViTForObjectDetection.from_pretrained(tmp_path / "run").state_dict()
+    for folder in (tmp_path / "run", tmp_path / "run" / "round-2"):  # as if it had been killed in the second
+        (folder / "config.json").unlink()
+        shutil.rmtree(folder / "checkpoint-2")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-1")
+    labelled_by.clear()
+    summary = pretrain(rounds | {"resume_from_checkpoint": wanted, "overwrite_output_dir": True})
+    assert summary["finished"]
+    assert labelled_by == [("round-2", "round-1"), ("run", "round-2")]
+    resumed = VLMViTForObjectDetection.from_pretrained(tmp_path / "run").state_dict()
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+
+
+def test_rounds_are_for_heads(make_recipe):
+    with pytest.raises(ValueError, match="mae needs none"):
+        pretrain(make_recipe("mae", rounds=2))
+    with pytest.raises(ValueError, match="rounds must be 1"):
+        finetune(make_recipe("detection", rounds=2))
+
+
 def test_labels_of_other_images_are_found_again(head_recipe, tmp_path):
     args = parse_arguments(head_recipe(max_steps=2))
     args.resume_from_checkpoint = "auto"
@@ -67,7 +125,7 @@ def test_labels_of_other_images_are_found_again(head_recipe, tmp_path):
     ids = {}
     for count in (4, 6):
         source = open_source("scenes:easy", "train", num_samples=count)
-        labels.label_source(args, source, DETECTION)
+        labels.label_source(args, source, DETECTION, "regions")
         ids[count] = len(
             FoundObjects.load(tmp_path / "detection" / labels.LABELS_FILE, origin_of(args, source)).image_ids
         )
