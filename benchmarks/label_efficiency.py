@@ -90,7 +90,7 @@ def run_all(lab: Lab, runs: Sequence[Run], path: Path, num_jobs: int) -> int:
                 result = done.result()
             except Exception as error:  # the others go on
                 num_failed += 1
-                print(f"{run} FAILED: {error}; see the logs in {lab.run_folder(run).parent}", flush=True)
+                print(f"{run} FAILED: {error}", flush=True)
                 continue
             add_result(path, result)
             print(f"{run}: AP {result['metrics']['ap']:.4f}, {result['seconds']:.0f} s", flush=True)

@@ -77,16 +77,22 @@ class Lab:
         return self.folder / run.data / run.labels / f"{run.arm}-{run.seed}"
 
     def execute(self, folder: Path, words: Sequence[str]) -> Record:
-        """The record of a command, which is run if its folder has none of a finished run; its output is in a log."""
+        """The record of a command, which is run if its folder has none of a finished run.
+
+        Raises:
+            RuntimeError: The command failed; its output is in the log that the message names.
+        """
+        path, log = folder / "run.json", folder.with_name(f"{folder.name}.log")
         with self.lock(str(folder)):
-            path = folder / "run.json"
             if not (path.is_file() and json.loads(path.read_text()).get("finished")):
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 command = [sys.executable, *words, "--output_dir", str(folder)]
                 command += ["--overwrite_output_dir", "true"]
-                with folder.with_name(f"{folder.name}.log").open("w") as log:
+                with log.open("w") as output:
                     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-                    subprocess.run(command, env=environment, stdout=log, stderr=log, check=True)
+                    status = subprocess.run(command, env=environment, stdout=output, stderr=output).returncode
+                if status:
+                    raise RuntimeError(f"{' '.join(words[:4])} ... ended with status {status}: see {log}")
             return json.loads(path.read_text())  # type: ignore[no-any-return]
 
     def data(self, run: Run) -> tuple[Path, Path]:
@@ -130,7 +136,7 @@ def pretrained(lab: Lab, run: Run) -> list[Record]:
 def task_distilled(lab: Lab, run: Run) -> list[Record]:
     teacher = run._replace(arm="pretrained")
     records = pretrained(lab, teacher)
-    keys = {"unlabelled_data": lab.data(run)[1], "objects_from": lab.run_folder(teacher)}
+    keys = {"unlabelled_data": lab.data(run)[1], "labels_from": lab.run_folder(teacher)}
     return [*records, lab.finetune(run, encoder=lab.pretrain_objects(run)[0], **keys)]
 
 

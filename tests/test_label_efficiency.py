@@ -130,6 +130,26 @@ def test_finished_runs_are_not_run_again_and_a_failed_one_stops_no_other(script,
     assert script.pending(found, ["bccd"], ["10"], ["random", "pretrained"], 3) == runs[:1]
 
 
+def test_only_runs_a_point_again_but_adds_new_points_alone(script, report, results, lab, monkeypatch, capsys):
+    monkeypatch.setattr(script, "result_of", lambda lab, run: {**json.loads(before[1]), "seed": run.seed})
+    before = results.read_text().splitlines()
+    old, new = (script.Run("bccd", "10", "random", seed) for seed in (1, 2))
+    lab.run_folder(old).mkdir(parents=True)
+    script.run_again(lab, old, results)
+    assert not lab.run_folder(old).exists()  # else the finished run would be read
+    assert results.read_text().splitlines() == before
+    script.run_again(lab, new, results)
+    assert results.read_text().splitlines()[:-1] == before
+    assert report.read_results(results)[new]["metrics"]["ap"] == 0.2
+    assert "the results have 0.2000; within" in capsys.readouterr().out
+
+
+def test_a_command_that_fails_names_its_log(lab, tmp_path):
+    with pytest.raises(RuntimeError, match="status 3: see .*run.log"):
+        lab.execute(tmp_path / "run", ["-c", "print('no memory'); raise SystemExit(3)"])
+    assert (tmp_path / "run.log").read_text() == "no memory\n"
+
+
 def test_seed_0_of_all_sets_comes_first(script):
     runs = script.pending([], ["bccd", "scenes"], ["10", "50"], ["random", "pretrained"], 2)
     assert [str(run) for run in runs[:3]] == ["bccd/10/random/0", "scenes/10/random/0", "bccd/10/pretrained/0"]
@@ -160,17 +180,15 @@ def test_the_labelled_images_of_a_seed_are_part_of_those_of_more_labels(module):
 
 
 def test_folders_hold_the_labelled_images_of_the_pool_and_unlabelled_ones_without_boxes(lab, script):
-    labelled, unlabelled = lab.data(script.Run("scenes", "10", "random", 0))
-    pool, found = open_source(str(labelled.parent / "pool")), open_source(str(labelled))
-    assert (pool.num_examples, found.num_examples, lab.num_labelled(script.Run("scenes", "10", "random", 0))) == (
-        *(40, 10),
-        10,
-    )
-    examples = {example["image_id"]: example for example in pool}
-    assert all(example == examples[example["image_id"]] for example in found)
-    assert open_source(str(labelled), "test").num_examples == 8
-    assert list(open_source(str(unlabelled)).features) == ["image", "image_id"]
-    assert [e["image"] for e in open_source(str(unlabelled))] == [e["image"] for e in pool]
+    run = script.Run("scenes", "10", "random", 0)
+    labelled, unlabelled = lab.data(run)
+    pool = {example["image_id"]: example for example in open_source(labelled.parent / "pool")}
+    assert len(pool) == 40
+    found = list(open_source(labelled))
+    assert len(found) == lab.num_labelled(run) == 10
+    assert all(example == pool[example["image_id"]] for example in found)
+    assert open_source(labelled, "test").num_examples == 8
+    assert list(open_source(unlabelled)) == [{name: e[name] for name in ("image", "image_id")} for e in pool.values()]
 
 
 def test_the_commands_of_the_arms(lab, script, monkeypatch):
@@ -199,7 +217,7 @@ def test_the_commands_of_the_arms(lab, script, monkeypatch):
     assert tuning[1] == random[1] + encoder
     folders, words = zip(*found["task_distilled"])
     assert folders[:2] == ("scenes/objects-2", "scenes/10/pretrained-2")
-    objects = ["--unlabelled_data", "unlabelled", "--objects_from", str(lab.folder / "scenes/10/pretrained-2")]
+    objects = ["--unlabelled_data", "unlabelled", "--labels_from", str(lab.folder / "scenes/10/pretrained-2")]
     assert words[-1] == [*random[1], *encoder, *objects]
     assert found["transformers"][0][1][1:] == random[1][3:]
     assert found["prototypes"][1][1][1:] == random[1][3:] + encoder
