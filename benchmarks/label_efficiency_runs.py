@@ -90,7 +90,7 @@ class Lab:
                 command += ["--overwrite_output_dir", "true"]
                 with log.open("w") as output:
                     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-                    status = subprocess.run(command, env=environment, stdout=output, stderr=output).returncode
+                    status = subprocess.call(command, env=environment, stdout=output, stderr=output)
                 if status:
                     raise RuntimeError(f"{' '.join(words[:4])} ... ended with status {status}: see {log}")
             return json.loads(path.read_text())  # type: ignore[no-any-return]

@@ -145,7 +145,7 @@ def test_only_runs_a_point_again_but_adds_new_points_alone(script, report, resul
 
 
 def test_a_command_that_fails_names_its_log(lab, tmp_path):
-    with pytest.raises(RuntimeError, match="status 3: see .*run.log"):
+    with pytest.raises(RuntimeError, match=r"status 3: see .*run\.log"):
         lab.execute(tmp_path / "run", ["-c", "print('no memory'); raise SystemExit(3)"])
     assert (tmp_path / "run.log").read_text() == "no memory\n"
 
