@@ -3,14 +3,14 @@
     python benchmarks/transformers_detector.py detection/vit_nano_cpu.yaml --data D --output_dir runs/dfine [--key ...]
 
 The words are those of `hf-vlm finetune`, whose run it is compared with. Steps of both are timed alternately on the
-same batches, and D-FINE is trained for as many steps as fit into the seconds of ours. What both share: images, order,
-batch size, augmentation, number of queries, warm-up and cosine. What is D-FINE's own: architecture, denoising queries,
+images, and D-FINE is trained for as many steps as fit into the seconds of ours. What both share: images, their order,
+augmentation, number of queries, warm-up and cosine. What is D-FINE's own: architecture, denoising queries,
 loss, image processor (no normalisation, boxes from the outputs), and the official settings of D-FINE-N
 (https://github.com/Peterande/D-FINE, configs/dfine/dfine_hgnetv2_n_coco.yml), which differ in:
 
 - a third level of features, of stride 8 as in D-FINE-S: images are a third to a sixth of 640 pixels wide;
 - as many queries as ours has rather than 300, which is faster;
-- learning rates by the square root of the batch size (8e-4 at 128);
+- batches of 8, as steps are what it has few of, and learning rates by the square root of that (8e-4 at 128);
 - no moving average of the weights: at its official warm-up it would be over the last few of these steps;
 - batch norms of the backbone learn, which without pretrained weights they have to.
 
@@ -18,6 +18,7 @@ loss, image processor (no normalisation, boxes from the outputs), and the offici
 """
 
 import math
+import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -44,7 +45,8 @@ from hf_vlm.registry import find_model
 from hf_vlm.training.build import build_model
 from hf_vlm.training.run import train_stream
 
-LEARNING_RATE, BACKBONE_RATE, BATCH_SIZE = 8e-4, 0.5, 128
+LEARNING_RATE, BACKBONE_RATE, OFFICIAL_BATCH_SIZE = 8e-4, 0.5, 128
+BATCH_SIZE = 8
 WEIGHT_DECAY, MAX_GRAD_NORM = 1e-4, 0.1
 NUM_TIMED = 4  # steps of each that are timed, after one to warm up
 
@@ -112,53 +114,50 @@ def transform_like(processor: RTDetrImageProcessorPil, arm: Arm, *, train: bool)
     )
 
 
-def batches(arm: Arm, transform: DetectionTransform) -> Iterator[dict[str, Any]]:
+def batches(arm: Arm, transform: DetectionTransform, size: int) -> Iterator[dict[str, Any]]:
     stream = train_stream(arm.args, arm.source, transform)
-    return iter(DataLoader(stream, arm.args.per_device_train_batch_size, collate_fn=collate_detection))
+    return iter(DataLoader(stream, size, collate_fn=collate_detection))
 
 
 class Learner:
-    """A model and its optimiser."""
+    """A model, its optimiser and its batches."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer):
-        self.model, self.optimizer = model.train(), optimizer
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, stream: Iterator[dict[str, Any]]):
+        self.model, self.optimizer, self.stream = model.train(), optimizer, stream
 
-    def step(self, batch: dict[str, Any]) -> None:
-        self.model(**batch).loss.backward()
+    def step(self) -> float:
+        """Trains on a batch; returns the processor time, in seconds, with that of reading and augmenting it."""
+        started = time.process_time()
+        self.model(**next(self.stream)).loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)
         self.optimizer.step()
         self.optimizer.zero_grad()
-
-    def seconds(self, batch: dict[str, Any]) -> float:
-        started = time.process_time()
-        self.step(batch)
         return time.process_time() - started
 
 
 def relative_cost(arm: Arm, transform: DetectionTransform) -> float:
-    """Processor time of a step of D-FINE relative to ours, both with reading and augmenting its images."""
+    """Processor time of a step of D-FINE relative to one of ours."""
     ours = to_best_device(build_model(arm.args, find_model(arm.args.method), class_names=arm.class_names))
     theirs = DFineForObjectDetection(dfine_config(ours.config.num_queries, arm.class_names))
-    learners = [Learner(model, torch.optim.AdamW(model.parameters(), fused=True)) for model in (ours, theirs)]
-    stream, seconds, reading = batches(arm, transform), [0.0, 0.0], 0.0
-    for index in range(NUM_TIMED + 1):
-        started = time.process_time()
-        batch = next(stream)
-        times = time.process_time() - started, *(learner.seconds(batch) for learner in learners)
-        if index:
-            reading, seconds = reading + times[0], [sum(pair) for pair in zip(seconds, times[1:])]
-    return (reading + seconds[1]) / (reading + seconds[0])
+    sizes = arm.args.per_device_train_batch_size, BATCH_SIZE
+    learners = [
+        Learner(model, torch.optim.AdamW(model.parameters(), fused=True), batches(arm, transform, size))
+        for model, size in zip((ours, theirs), sizes)
+    ]
+    seconds = [[learner.step() for learner in learners] for _ in range(NUM_TIMED + 1)][1:]
+    return statistics.median(theirs / ours for ours, theirs in seconds)
 
 
 def train(arm: Arm, transform: DetectionTransform, num_steps: int) -> DFineForObjectDetection:
     """D-FINE, trained from random weights."""
     set_seed(arm.args.seed)
     model = DFineForObjectDetection(dfine_config(arm.args.model_config["num_queries"], arm.class_names))
-    rate = LEARNING_RATE * math.sqrt(arm.args.per_device_train_batch_size / BATCH_SIZE)
-    learner = Learner(model, torch.optim.AdamW(parameter_groups(model, rate), fused=True))
+    rate = LEARNING_RATE * math.sqrt(BATCH_SIZE / OFFICIAL_BATCH_SIZE)
+    optimizer = torch.optim.AdamW(parameter_groups(model, rate), fused=True)
+    learner = Learner(model, optimizer, batches(arm, transform, BATCH_SIZE))
     schedule = get_cosine_schedule_with_warmup(learner.optimizer, math.ceil(0.05 * num_steps), num_steps)
-    for step, batch in zip(range(num_steps), batches(arm, transform)):
-        learner.step(batch)
+    for step in range(num_steps):
+        learner.step()
         schedule.step()
         if step % 50 == 0:
             print(f"step {step} of {num_steps}", flush=True)
@@ -185,7 +184,7 @@ def main() -> None:
         processor,
         transform_like(processor, arm, train=False),
         num_steps=num_steps,
-        num_images_seen=num_steps * args.per_device_train_batch_size,
+        num_images_seen=num_steps * BATCH_SIZE,
         seconds=round(seconds, 1),
         relative_cost=round(cost, 2),
     )
