@@ -60,7 +60,7 @@ def as_words(keys: Mapping[str, Any]) -> list[str]:
     return [word for name, value in keys.items() for word in (f"--{name}", str(value))]
 
 
-# As in the demo: smaller than the recipes' nano, which needs more than the few minutes to learn to find anything.
+# As in the demo: the recipe's encoder in batches of 8 takes longer (AP 0.014 on bccd/50 after 800 steps, 4 minutes).
 SMALL = {
     "encoder_config.hidden_size": 96,
     "encoder_config.num_hidden_layers": 4,

@@ -2,17 +2,16 @@
 
     python benchmarks/transformers_detector.py detection/vit_nano_cpu.yaml --data D --output_dir runs/dfine [--key ...]
 
-The words are those of `hf-vlm finetune`, whose run it is compared with. Steps of both are timed alternately on the
-images, and D-FINE is trained for as many steps as fit into the seconds of ours. What both share: images, their order,
-augmentation, number of queries, warm-up and cosine. What is D-FINE's own: architecture, denoising queries,
-loss, image processor (no normalisation, boxes from the outputs), and the official settings of D-FINE-N
-(https://github.com/Peterande/D-FINE, configs/dfine/dfine_hgnetv2_n_coco.yml), which differ in:
+The words are those of `hf-vlm finetune`, whose run it is compared with. Steps of both are timed alternately on one
+core, with reading and augmenting their images, and D-FINE is trained for as many steps as fit into the seconds of
+ours. What both share: images, their order, augmentation, number of queries, warm-up and cosine. What is D-FINE's own:
+architecture, denoising queries, loss, image processor (no normalisation), and the official settings of D-FINE-N
+(https://github.com/Peterande/D-FINE, configs/dfine/dfine_hgnetv2_n_coco.yml), but for:
 
 - a third level of features, of stride 8 as in D-FINE-S: images are a third to a sixth of 640 pixels wide;
 - as many queries as ours has rather than 300, which is faster;
 - batches of 8, as steps are what it has few of, and learning rates by the square root of that (8e-4 at 128);
-- no moving average of the weights: at its official warm-up it would be over the last few of these steps;
-- batch norms of the backbone learn, which without pretrained weights they have to.
+- no moving average of the weights: at its official warm-up it would be over the last few of these steps.
 
 `output_dir` holds the model, and `run.json` with the metrics on `eval_split`, the seconds and the images seen.
 """
