@@ -114,7 +114,10 @@ class Lab:
 
     def pretrain_objects(self, run: Run) -> tuple[Path, Record]:
         """A detector of one class, pretrained without labels."""
-        return self.pretrain(run, "objects", OBJECTS, self.sets[run.data].head)
+        data = self.sets[run.data]
+        folder, record = self.pretrain(run, "objects", OBJECTS, data.head | data.pretraining)
+        rounds = [json.loads(path.read_text()) for path in folder.glob("round-*/run.json")]
+        return folder, record | {"seconds": sum(each["seconds"] for each in (record, *rounds))}
 
     def finetune(self, run: Run, *, by: Sequence[str] = (*HF_VLM, "finetune"), **keys: Any) -> Record:
         """A detector of the labelled images, by the same words for all arms but what these add."""

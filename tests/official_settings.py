@@ -514,7 +514,17 @@ SHAPE_KEYS = (
 
 # Keys that say where a run reads and writes, how it is spread over a machine and what it shows.
 RUN_KEYS = (
-    *("method", "data", "labels_from", "output_dir", "num_train_examples", "num_eval_examples", "seed", "max_steps"),
+    *(
+        "method",
+        "data",
+        "labels_from",
+        "rounds",
+        "output_dir",
+        "num_train_examples",
+        "num_eval_examples",
+        "seed",
+        "max_steps",
+    ),
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
     *("dataloader_num_workers", "logging_steps", "eval_strategy", "eval_steps", "images_to_see"),
     *("save_strategy", "save_steps", "save_total_limit"),

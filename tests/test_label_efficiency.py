@@ -196,7 +196,7 @@ def test_the_commands_of_the_arms(lab, script, monkeypatch):
 
     def execute(self, folder, words):
         commands.append((folder.relative_to(self.folder).as_posix(), list(words)))
-        return {}
+        return {"seconds": 1.0}
 
     monkeypatch.setattr(type(lab), "execute", execute)
     monkeypatch.setattr(type(lab), "data", lambda self, run: (Path("labelled"), Path("unlabelled")))
