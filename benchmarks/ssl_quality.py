@@ -4,9 +4,10 @@
 
 Every method trains the same encoder by `hf-vlm pretrain` with its own settings below, at the same batch size and
 number of images; methods with more views do more work per image, so the seconds are reported too. Distillation learns
-from a SimCLR encoder of a separate run, whose seconds are not counted. Baselines: the same encoder untrained, and the
-pixels themselves. With `--output_dir` runs are kept, and finished ones are not run again. The last line of stdout is
-JSON: means over the seeds, accuracies in percent.
+from the encoder of `--teacher`, such as `teachers.py` makes, or without it from a SimCLR encoder of a separate run,
+whose seconds are not counted. Baselines: the same encoder untrained, the pixels themselves, and the given teacher,
+frozen. With `--output_dir` runs are kept, and finished ones are not run again. The last line of stdout is JSON: means
+over the seeds, accuracies in percent.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "weight_decay": 0.04,
         "weight_decay_end": 0.4,
     },
-    "distill": {"views": {**COLOR, "crop_scale": [0.2, 1.0]}},
+    "distill": {"learning_rate": 3e-3},
 }
 SHARED: dict[str, Any] = {
     "encoder_config": {"position_embedding_type": "sincos"},
@@ -117,7 +118,6 @@ SHARED: dict[str, Any] = {
     "probe_steps": 0,  # peers have none, and their seconds are compared
     "report_to": "none",
 }
-BASELINES = ("random_init", "pixels")
 ACCURACIES = {  # of the mean patch token, of the class token, and of both concatenated
     "knn": "kNN, mean",
     "linear": "linear, mean",
@@ -175,49 +175,73 @@ def run_one(method: str, seed: int, folder: Path, options: argparse.Namespace) -
     recipe = check_recipe(recipe_of(method, seed, folder, options), "ssl_quality.py")
     seconds = 0.0
     if method == "distill":
-        run.pretrain(check_recipe(recipe_of("simclr", seed, folder / "teacher", options), "ssl_quality.py"))
-        recipe["model_config"] = {"teacher": str(folder / "teacher")}
+        if not options.teacher:
+            run.pretrain(check_recipe(recipe_of("simclr", seed, folder / "teacher", options), "ssl_quality.py"))
+        recipe["model_config"] = {"teacher": options.teacher or str(folder / "teacher")}
     if method in METHODS:
         seconds = run.pretrain(recipe)["seconds"]
     elif method in PEERS:
         seconds = pretrain_peer(method, recipe)
-    else:
+    elif method == "random_init":
         torch.manual_seed(seed)
         args = parse_arguments(recipe)
         VLMViTModel(build_encoder_config(args)).save_pretrained(folder)
         build_processor(args, VLMViTImageProcessor, 3).save_pretrained(folder)
     if method == "pixels":
-        metrics = accuracy_of_pixels(folder, options)
+        metrics = accuracy_of(options, 16, ([0.5], [0.25]), lambda images: images.flatten(1))
+    elif method == "teacher":
+        metrics = accuracy_of_teacher(options)
     else:
         metrics = evaluate_run(folder, options.data, "test", num_examples=options.num_labelled).metrics
     (folder / "metrics.json").write_text(json.dumps({**metrics, "seconds": seconds}))
 
 
-def accuracy_of_pixels(folder: Path, options: argparse.Namespace) -> dict[str, float]:
-    """kNN and linear accuracy of the images themselves, at 16 x 16 pixels."""
+def accuracy_of_teacher(options: argparse.Namespace) -> dict[str, float]:
+    """kNN and linear accuracy of the frozen teacher's feature of an image, which is what the student learns."""
+    from hf_vlm.models.ssl_frozen import frozen_features, load_encoder, patch_size_of, read_encoder, read_statistics
+
+    config, revision = read_encoder(options.teacher)
+    teacher, patch_hw = load_encoder(options.teacher, config, revision, torch.float32), patch_size_of(config)
+    with torch.inference_mode():
+        return accuracy_of(
+            options,
+            options.image_size,
+            read_statistics(options.teacher, revision),
+            lambda images: torch.cat([frozen_features(teacher, part, patch_hw)[1] for part in images.split(64)]),
+        )
+
+
+def accuracy_of(
+    options: argparse.Namespace,
+    size: int,
+    statistics_of_images: tuple[list[float], list[float]],
+    encode: Callable[[torch.Tensor], torch.Tensor],
+) -> dict[str, float]:
+    """kNN and linear accuracy of what `encode` makes of images of a size, normalised by mean and deviation."""
     from hf_vlm.data.sources import open_source
     from hf_vlm.data.stream import ExampleStream
     from hf_vlm.data.transforms.views import EvalTransform
-    from hf_vlm.metrics import knn_accuracy, linear_accuracy
+    from hf_vlm.features.accuracy import classify
 
-    transform = EvalTransform(16, image_mean=0.5, image_std=0.25)
+    mean, std = statistics_of_images
+    transform = EvalTransform(size, image_mean=mean, image_std=std)
     data: list[torch.Tensor] = []
     for split in ("train", "test"):
         source = open_source(options.data, split, num_samples=options.num_labelled)
         examples = list(ExampleStream(source.dataset, transform, shuffle=False, repeat=False))
         data += [
-            torch.stack([example["pixel_values"].flatten() for example in examples]),
+            encode(torch.stack([example["pixel_values"] for example in examples])),
             torch.tensor([example["label"] for example in examples]),
         ]
-    return {"knn": knn_accuracy(*data), "linear": linear_accuracy(*data)}
+    return classify(*data)
 
 
 def jobs_of(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, int, Path]]:
     """All runs, one seed after the other, so that the first seed is complete first."""
+    once = ("pixels", "teacher") if options.teacher else ("pixels",)  # they depend on no seed
     for seed in range(options.seeds):
-        for method in (*BASELINES, *options.methods):
-            if method != "pixels" or seed == 0:
-                yield method, seed, folder / f"{method}_{seed}"
+        for method in ("random_init", *(once if seed == 0 else ()), *options.methods):
+            yield method, seed, folder / f"{method}_{seed}"
 
 
 def start(method: str, seed: int, folder: Path, argv: list[str]) -> None:
@@ -280,6 +304,7 @@ def main() -> None:
     parser.add_argument(
         "--methods", type=lambda text: text.split(","), help="methods of ours and of peers, separated by commas"
     )
+    parser.add_argument("--teacher", help="folder or Hub id of the encoder that distillation learns from")
     parser.add_argument("--num_images", type=int, default=100_000, help="images seen in pretraining")
     parser.add_argument("--num_labelled", type=int, default=5_000, help="images per split for the accuracies")
     parser.add_argument("--encoder_preset", default="nano", help="size of the encoder; tiny or small on a GPU")

@@ -1,5 +1,6 @@
 """Distillation: an encoder learns the features of a frozen one, from the Hub or from a run of this package."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,16 +16,17 @@ from .configuration_vlm_vit import VLMViTConfig
 from .modeling_vlm_vit import VLMViTModel
 from .ssl_frozen import (
     FrozenEncoderMixin,
+    feature_width,
+    frozen_features,
     nearest_hw,
-    output_shape,
-    patch_features,
     patch_size_of,
     read_frozen,
     renormalise,
     resize_map,
 )
-from .ssl_layers import flatten_views, sum_over_ranks, world_size
+from .ssl_layers import flatten_views, gather_with_gradient, sum_over_ranks, world_size
 from .ssl_model import SSLConfig, SSLPreTrainedModel, as_vit_config, returns_loss
+from .ssl_prototypes import cross_entropy
 from .ssl_state import Float32State
 from .vit_layers import SelfInitialised, patch_grid
 
@@ -50,13 +52,18 @@ class DistillConfig(SSLConfig):
         image_mean, image_std (`list`, *optional*):
             Normalisation of the images that `forward` is given; ImageNet's for three channels when not given, else
             0.5.
-        class_token_weight (`float`, defaults to 1.0):
-            Weight of the class token's loss beside the patches', where both encoders have a class token.
+        image_weight (`float`, defaults to 1.0):
+            Weight, beside the patches' loss, of that of the whole image: the class token of either encoder, or the
+            mean of its patches where it has none.
+        queue_size (`int`, defaults to 2048):
+            The teacher's features of that many images are compared with each image's.
+        temperature (`float`, defaults to 0.07): Temperature of these similarities.
     """
 
     model_type = "vlm_distill"
     sub_configs = {"backbone_config": VLMViTConfig, "teacher_config": AutoConfig}
     needs_image_statistics: ClassVar[bool] = True
+    renamed_fields: ClassVar[dict[str, str]] = {"class_token_weight": "image_weight"}
 
     teacher: str = ""
     teacher_revision: str | None = None
@@ -66,12 +73,17 @@ class DistillConfig(SSLConfig):
     teacher_image_size: int | list[int] | tuple[int, int] | None = None
     image_mean: list[float] | tuple[float, ...] | None = None
     image_std: list[float] | tuple[float, ...] | None = None
-    class_token_weight: float | int = 1.0
+    image_weight: float | int = 1.0
+    queue_size: int = 2048
+    temperature: float = 0.07
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.backbone_config = as_vit_config(self.backbone_config)
         read_frozen(self, "teacher")
         super().__post_init__(**kwargs)
+        self.check_range(0, math.inf, "image_weight")
+        self.check_range(1, math.inf, "queue_size")
+        self.check_range(1e-3, math.inf, "temperature")
         if self.teacher_config is None:
             return  # as transformers' own comparison with the defaults makes it
         patch_hw = patch_size_of(self.teacher_config)
@@ -97,18 +109,19 @@ class DistillConfig(SSLConfig):
 @dataclass
 class DistillOutput(ModelOutput):
     r"""
-    loss (`torch.FloatTensor` of shape `()`): Distance of the patches, and of the class token where both have one.
+    loss (`torch.FloatTensor` of shape `()`): Distance of the patches and of the whole image.
     patch_cosine (`torch.FloatTensor` of shape `()`): Mean cosine of predicted and true patch features: 1 at best.
     patch_smooth_l1 (`torch.FloatTensor` of shape `()`): Their mean smooth-L1 distance.
-    class_cosine (`torch.FloatTensor` of shape `()`): Mean cosine of class tokens.
-    class_smooth_l1 (`torch.FloatTensor` of shape `()`): Mean smooth-L1 distance of class tokens.
+    image_kl (`torch.FloatTensor` of shape `()`):
+        Mean divergence of an image's predicted similarities to those of the queue from the teacher's: 0 at best.
+    image_cosine (`torch.FloatTensor` of shape `()`): Mean cosine of predicted and true features of the whole image.
     """
 
     loss: Tensor | None = None
     patch_cosine: Tensor | None = None
     patch_smooth_l1: Tensor | None = None
-    class_cosine: Tensor | None = None
-    class_smooth_l1: Tensor | None = None
+    image_kl: Tensor | None = None
+    image_cosine: Tensor | None = None
 
 
 class RunningStandardizer(Float32State, SelfInitialised):
@@ -151,6 +164,55 @@ class RunningStandardizer(Float32State, SelfInitialised):
         self.mean.copy_(self.mean + weight * moved)
 
 
+class FeatureQueue(Float32State, SelfInitialised):
+    """The last `size` features (size, dim) that it was given in training, by all ranks, L2-normalised; zeros at first.
+
+    Zeros are as similar to every feature. The queue is saved.
+    """
+
+    features: Tensor
+    num_seen: Tensor
+
+    def __init__(self, size: int, dim: int):
+        super().__init__()
+        self.register_buffer("features", torch.zeros(size, dim, dtype=torch.float32))
+        self.register_buffer("num_seen", torch.zeros((), dtype=torch.int64))
+
+    def init_parameters(self) -> None:
+        init.zeros_(self.features)
+        init.zeros_(self.num_seen)
+
+    @torch.no_grad()
+    def forward(self, features: Tensor) -> Tensor:
+        """Adds features (rows, dim), the newest in place of the oldest, and returns all."""
+        if not self.training:
+            return self.features
+        size = self.features.shape[0]
+        new = gather_with_gradient(features)[-size:]  # of all ranks
+        positions = (self.num_seen + torch.arange(new.shape[0], device=new.device)) % size
+        queue = self.features.index_copy(0, positions, new)  # a copy, as the loss of a step keeps what it compared
+        self.features.copy_(queue)
+        self.num_seen += new.shape[0]
+        return queue
+
+
+def similarity_divergence(predictions: Tensor, targets: Tensor, queue: Tensor, temperature: float) -> Tensor:
+    """Mean KL divergence () of softmax(predictions x queue / temperature) from softmax(targets x queue / temperature).
+
+    The images of the queue are pseudo-classes: what the teacher knows is which of them an image resembles, which is
+    learned sooner than the values of its features (measured: benchmarks/RESULTS.md). SEED (arXiv 2101.04731) and
+    lightly-train distil so.
+
+    Args:
+        predictions, targets: (rows, dim), L2-normalised.
+        queue: (size, dim), L2-normalised.
+    """
+    cosines = targets @ queue.T  # (rows, size)
+    similarities = (cosines / temperature).softmax(-1)
+    divergence = cross_entropy(predictions @ queue.T, similarities, temperature)
+    return (divergence - cross_entropy(cosines, similarities, temperature)).mean()
+
+
 def feature_distance(predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Mean cosine and mean smooth-L1 distance of rows (rows, dim), in float32.
 
@@ -176,14 +238,14 @@ class DistillForPreTraining(FrozenEncoderMixin, SSLPreTrainedModel):
         if config.teacher_config is None:
             raise ValueError("DistillConfig: there is no teacher: give a folder or a Hub id as teacher.")
         encoder = config.backbone_config
-        width, has_class_token = output_shape(config.teacher_config, config.teacher_hw(encoder.image_hw))
+        width = feature_width(config.teacher_config, config.teacher_hw(encoder.image_hw))
         self.backbone = VLMViTModel(encoder)
         self.patch_head = nn.Linear(encoder.hidden_size, width)
         self.patch_targets = RunningStandardizer(width)
-        self.has_class_token = has_class_token and encoder.use_class_token and config.class_token_weight > 0
-        if self.has_class_token:
-            self.class_head = nn.Linear(encoder.hidden_size, width)
-            self.class_targets = RunningStandardizer(width)
+        if config.image_weight > 0:
+            self.image_head = nn.Linear(encoder.hidden_size, width)
+            self.image_targets = RunningStandardizer(width)
+            self.image_queue = FeatureQueue(config.queue_size, width)
         self.post_init()
         self.load_frozen()
 
@@ -195,37 +257,49 @@ class DistillForPreTraining(FrozenEncoderMixin, SSLPreTrainedModel):
             Images, normalised by `image_mean` and `image_std`; each view counts as an image.
         """
         images, encoder = flatten_views(pixel_values), self.config.backbone_config
-        patches, class_token = self._targets(images)  # (batch, dim, rows, columns), (batch, dim)
-        tokens = self.backbone(images).last_hidden_state
+        patches, image = self._targets(images)  # (batch, dim, rows, columns), (batch, dim)
+        output = self.backbone(images)
         targets = resize_map(patches, patch_grid(images, encoder.patch_hw)).flatten(2).transpose(1, 2)
         patch_cosine, patch_distance = feature_distance(
-            self.patch_head(tokens[:, encoder.num_prefix_tokens :]).flatten(0, 1),
+            self.patch_head(output.last_hidden_state[:, encoder.num_prefix_tokens :]).flatten(0, 1),
             self.patch_targets(targets.flatten(0, 1)),
         )
-        loss, of_class = 1 - patch_cosine + patch_distance, {}
-        if self.has_class_token:
-            cosine, distance = feature_distance(self.class_head(tokens[:, 0]), self.class_targets(class_token))
-            loss = loss + self.config.class_token_weight * (1 - cosine + distance)
-            of_class = {"class_cosine": cosine, "class_smooth_l1": distance}
-        return DistillOutput(loss=loss, patch_cosine=patch_cosine, patch_smooth_l1=patch_distance, **of_class)
+        loss, of_image = 1 - patch_cosine + patch_distance, {}
+        if self.config.image_weight > 0:
+            divergence, cosine = self._compare_images(self.image_head(output.pooler_output), image)
+            loss = loss + self.config.image_weight * divergence
+            of_image = {"image_kl": divergence, "image_cosine": cosine}
+        return DistillOutput(loss=loss, patch_cosine=patch_cosine, patch_smooth_l1=patch_distance, **of_image)
+
+    def _compare_images(self, predictions: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Divergence () and mean cosine () of predicted features of images (batch, dim) from the teacher's."""
+        # bfloat16 would resolve cosines to 0.004, a twentieth of the temperature.
+        with torch.autocast(predictions.device.type, enabled=False):
+            targets = F.normalize(self.image_targets(features), dim=-1)  # float32, but for a model in float64
+            predictions = F.normalize(predictions.to(targets.dtype), dim=-1)
+            queue = self.image_queue(targets)
+            divergence = similarity_divergence(predictions, targets, queue, self.config.temperature)
+        return divergence, (predictions.detach() * targets).sum(-1).mean()
 
     @torch.no_grad()
-    def _targets(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The teacher's map of patches (batch, dim, rows, columns) and class token (batch, dim), in float32."""
+    def _targets(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The teacher's features of patches (batch, dim, rows, columns) and of the image (batch, dim), in float32."""
         config = self.config
         images = resize_map(
             renormalise(images.float(), config, "teacher"), config.teacher_hw((images.shape[2], images.shape[3]))
         )
-        patches, class_token = patch_features(
+        patches, image = frozen_features(
             self.teacher, images.to(self.teacher.dtype), patch_size_of(config.teacher_config)
         )
-        return patches.float(), class_token
+        return patches.float(), image.float()
 
 
 __all__ = [
     "DistillConfig",
     "DistillForPreTraining",
     "DistillOutput",
+    "FeatureQueue",
     "RunningStandardizer",
     "feature_distance",
+    "similarity_divergence",
 ]

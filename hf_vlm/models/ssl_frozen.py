@@ -115,16 +115,16 @@ def load_encoder(source: str, config: PreTrainedConfig, revision: str | None, dt
     return _vision_tower(model).requires_grad_(False).eval()
 
 
-def output_shape(config: PreTrainedConfig, size: Size) -> tuple[int, bool]:
-    """Width of an encoder's features, and whether it has a class token: found without weights and computing nothing.
+def feature_width(config: PreTrainedConfig, size: Size) -> int:
+    """Width of an encoder's features, found without weights and computing nothing.
 
     Raises:
         ValueError: if it takes no images of this size, or its outputs are neither patch tokens nor a map.
     """
-    patches, class_token = try_on_meta(
-        config, size, lambda encoder, images: patch_features(encoder, images, patch_size_of(config))
+    patches, _ = try_on_meta(
+        config, size, lambda encoder, images: frozen_features(encoder, images, patch_size_of(config))
     )
-    return patches.shape[1], class_token is not None
+    return patches.shape[1]
 
 
 def try_on_meta(config: PreTrainedConfig, size: Size, use: Callable[[PreTrainedModel, Tensor], Any]) -> Any:
@@ -154,7 +154,7 @@ def encode(encoder: PreTrainedModel, images: Tensor, **options: Any) -> Any:
     return encoder(pixel_values=images, **options)
 
 
-def patch_features(encoder: PreTrainedModel, images: Tensor, patch_hw: Size) -> tuple[Tensor, Tensor | None]:
+def frozen_features(encoder: PreTrainedModel, images: Tensor, patch_hw: Size) -> tuple[Tensor, Tensor]:
     """Features of an encoder's last layer.
 
     Args:
@@ -163,11 +163,12 @@ def patch_features(encoder: PreTrainedModel, images: Tensor, patch_hw: Size) -> 
         images: (batch, channels, height, width) in its normalisation, sides a multiple of its patch.
 
     Returns:
-        A map of patches (batch, dim, rows, columns), and the class token (batch, dim) where it has one.
+        A map of patches (batch, dim, rows, columns), and a feature of the whole image (batch, dim): the class token,
+        or for encoders without one, such as convolutional networks, the mean of the map, which is what they pool.
     """
     tokens = encode(encoder, images).last_hidden_state
     if tokens.ndim == 4:
-        return tokens, None
+        return tokens, tokens.mean((2, 3))
     rows, columns = (side // patch for side, patch in zip(images.shape[2:], patch_hw))
     num_prefix = tokens.shape[1] - rows * columns  # (batch, prefix + patches, dim)
     if tokens.ndim != 3 or num_prefix < 0:
@@ -176,7 +177,7 @@ def patch_features(encoder: PreTrainedModel, images: Tensor, patch_hw: Size) -> 
         )
     has_class_token = encoder.config.use_class_token if isinstance(encoder, VLMViTModel) else num_prefix > 0
     patches = tokens[:, num_prefix:].transpose(1, 2).unflatten(2, (rows, columns))  # (batch, dim, rows, columns)
-    return patches, tokens[:, 0] if has_class_token else None
+    return patches, tokens[:, 0] if has_class_token else patches.mean((2, 3))
 
 
 def resize_map(maps: Tensor, size: Size) -> Tensor:
@@ -314,10 +315,10 @@ __all__ = [
     "FrozenEncoderMixin",
     "as_encoder_config",
     "encode",
+    "feature_width",
+    "frozen_features",
     "load_encoder",
     "nearest_hw",
-    "output_shape",
-    "patch_features",
     "patch_size_of",
     "read_encoder",
     "read_frozen",

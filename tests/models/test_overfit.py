@@ -51,7 +51,7 @@ def dinov2_is_learned(first, last):
 
 
 def features_are_learned(first, last):
-    return last.patch_cosine > 0.9 and last.class_cosine > 0.9
+    return last.patch_cosine > 0.9 and last.image_kl < 0.01
 
 
 DINOV2 = {"num_images": 8, "learning_rate": 2e-3, "num_steps": 60, "last_progress": 0.6}

@@ -68,7 +68,7 @@ def state_of(model):
     return gradients | {
         name: buffer
         for name, buffer in model.named_buffers()
-        if any(part in name for part in ("running", "center", "targets"))
+        if any(part in name for part in ("running", "center", "targets", "queue"))
     }
 
 
