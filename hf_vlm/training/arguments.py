@@ -151,6 +151,10 @@ class VisionTrainingArguments(TrainingArguments):
             "help": "In place of max_steps: number of images seen in the run, or auto, by the size of the data."
         },
     )
+    budget: str | None = field(
+        default=None,
+        metadata={"help": "In place of max_steps: the time that the run may take, such as 10m or 2h, by a trial."},
+    )
     reference_batch_size: int | None = field(
         default=None,
         metadata={"help": "Batch size for which learning rate and momentum are given; they are scaled to others."},
@@ -192,14 +196,15 @@ class VisionTrainingArguments(TrainingArguments):
             )
         if self.images_to_see is not None and self.images_to_see != "auto":
             self._set_steps(self.images_to_see)
-        if self.images_to_see != "auto":  # auto: the number of steps is not known yet
+        if self.images_to_see != "auto" and self.budget is None:  # else the number of steps is not known yet
             self._settle_steps()
 
     def _check_choices(self) -> None:
         """ValueError for a setting of ours that is out of its range, or one of transformers that cannot work."""
-        if (self.max_steps > 0) == (self.images_to_see is not None):
+        if [self.max_steps > 0, self.images_to_see is not None, self.budget is not None].count(True) != 1:
             raise ValueError(
-                "A recipe needs max_steps, a positive number of optimiser steps, or else images_to_see, and not both."
+                "A recipe needs max_steps, a positive number of optimiser steps, or images_to_see or budget, and no "
+                "two of them."
             )
         if self.batch_scaling not in scaling.SCALING_RULES:
             raise ValueError(f"batch_scaling must be sqrt or linear, but is {self.batch_scaling!r}.")

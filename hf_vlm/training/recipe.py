@@ -18,7 +18,7 @@ from hf_vlm.training.build import REGULARISATION
 
 __all__ = ["check_recipe", "find_recipe", "load_recipe", "parse_arguments", "shipped_folder"]
 
-RUN_LENGTHS = ("max_steps", "images_to_see")
+RUN_LENGTHS = ("max_steps", "images_to_see", "budget")
 RENAMED_KEYS = {"data_kind": "format", "max_bad_share": "max_bad_fraction"}  # in recipes of version 0.1
 
 

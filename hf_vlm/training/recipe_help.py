@@ -32,7 +32,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("views", "views_on", "augmentation", "shuffle_block", "max_bad_fraction", "dataloader_num_workers"),
     ),
     "Length and batch": (
-        *("max_steps", "images_to_see", "per_device_train_batch_size", "per_device_eval_batch_size"),
+        *("max_steps", "images_to_see", "budget", "per_device_train_batch_size", "per_device_eval_batch_size"),
         *("gradient_accumulation_steps", "reference_batch_size", "batch_scaling"),
     ),
     "Optimiser": (

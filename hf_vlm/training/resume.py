@@ -51,7 +51,7 @@ FIXED = _names(
 # SCHEDULE: refused, for the checkpoint's values would stay in force; `restart_schedule` applies the new ones instead.
 SCHEDULE = _names(
     """
-    max_steps images_to_see learning_rate batch_scaling lr_scheduler_type lr_scheduler_kwargs warmup_steps
+    max_steps images_to_see budget learning_rate batch_scaling lr_scheduler_type lr_scheduler_kwargs warmup_steps
     layer_decay encoder_lr_multiplier frozen_encoder_steps weight_decay weight_decay_end
     adam_beta1 adam_beta2 adam_epsilon max_grad_norm
     """

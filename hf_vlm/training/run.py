@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -25,6 +26,7 @@ from hf_vlm.tasks.evaluation import eval_stream, match_class_names
 from hf_vlm.tasks.found_objects import REGIONS
 from hf_vlm.training.alarms import CollapseAlarm
 from hf_vlm.training.arguments import VisionTrainingArguments
+from hf_vlm.training.budget import warn_of_short_pretraining, with_steps_for_budget
 from hf_vlm.training.build import build_model, build_processor
 from hf_vlm.training.checkpoints import check_run_folder, checkpoints, prepare_run_folder
 from hf_vlm.training.data import open_labelled_sources, open_recipe_source, train_stream
@@ -78,6 +80,9 @@ def pretrain(
     args = parse_arguments(recipe)
     entry = find_model(args.method, ["pretraining", *PRETRAINABLE_TASKS])
     check_label_keys(args, pretrains=True)
+    if args.budget is not None:
+        recipe = with_steps_for_budget(recipe, args, pretrain)
+        args = parse_arguments(recipe)
     hooks = Hooks(write_card, plot, draw)
     if args.rounds == 1:
         return _pretrain(args, recipe, hooks, labels_from=args.labels_from)
@@ -120,13 +125,16 @@ def _pretrain(
     if finished := finished_run(args):
         return finished
     task = TASKS.get(find_model(args.method).task)
+    warn_of_short_pretraining(args, has_head=task is not None)
     with _run_folder(args):
         if task is None:
             return _pretrain_encoder(args, recipe, source, hooks)
+        started = time.perf_counter()
         source = label_source(args, source, task, labels_from or REGIONS)
+        labelling_seconds = time.perf_counter() - started
         if hooks.draw is not None and args.should_save:
             hooks.draw(source, Path(args.output_dir))
-        return _train_head(args, recipe, source, None, task, hooks.write_card)
+        return _train_head(args, recipe, source, None, task, hooks.write_card, labelling_seconds)
 
 
 def _pretrain_encoder(
@@ -203,14 +211,19 @@ def finetune(
     set_seed(args.seed)
     task = TASKS[find_model(args.method, TRAINABLE_TASKS).task]
     check_label_keys(args, pretrains=False)
+    if args.budget is not None:
+        recipe = with_steps_for_budget(recipe, args, finetune)
+        args = parse_arguments(recipe)
     _check_best_metric(args, task)
     source, held_out = open_labelled_sources(args, source)
     args.set_steps_for(source.num_examples)
     if finished := finished_run(args):
         return finished
     with _run_folder(args):
+        started = time.perf_counter()
         source = add_unlabelled(args, source, task) if args.unlabelled_data else source
-        return _train_head(args, recipe, source, held_out, task, write_card)
+        labelling_seconds = time.perf_counter() - started
+        return _train_head(args, recipe, source, held_out, task, write_card, labelling_seconds)
 
 
 def _train_head(
@@ -220,6 +233,7 @@ def _train_head(
     held_out: Source | None,
     task: Task,
     write_card: Callable[[Path], Any] | None,
+    labelling_seconds: float,
 ) -> dict[str, Any]:
     entry = find_model(args.method)
     names = task.class_names(source)
@@ -235,6 +249,7 @@ def _train_head(
     options = {"class_names": names, "augmentation": args.augmentation}
     record = RunRecord(args, recipe, source, write_card, class_names=names, external_weights=labelling_models(args))
     record.summary["data"]["labels_found"] = held_out is None  # and not annotated
+    record.summary["labelling_seconds"] = round(labelling_seconds, 1)
     trainer = VisionTrainer(
         model=model,
         args=args,
