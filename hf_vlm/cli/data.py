@@ -118,7 +118,7 @@ def _training_commands(arguments: argparse.Namespace, source: "Source", *, holdo
     if arguments.split != "train":
         options += ["--train_split", arguments.split]
     data = shlex.join(options)
-    commands = [f"hf-vlm pretrain {pretraining_recipe()[0]} {data}"]
+    commands = [f"hf-vlm pretrain {pretraining_recipe(source)[0]} {data}"]
     for task in fitting_tasks(source):
         recipe = task.recipes[fitting_preset(task.recipes)[0]]
         evaluation = " --holdout 0.1" if holdout else ""

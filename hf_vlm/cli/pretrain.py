@@ -30,8 +30,8 @@ def run(argv: Sequence[str]) -> None:
     from hf_vlm.viz.curves import plot_probes
 
     quiet_libraries()
-    recipe, _ = read_recipe(argv, command="pretrain")
-    summary = pretrain(recipe, write_card=write_model_card, plot=plot_probes, draw=draw_found_objects)
+    recipe, source = read_recipe(argv, command="pretrain")
+    summary = pretrain(recipe, source, write_card=write_model_card, plot=plot_probes, draw=draw_found_objects)
     folder = recipe["output_dir"]
     if not PartialState().is_main_process:  # the others are done while it still writes
         return

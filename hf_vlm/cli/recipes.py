@@ -73,11 +73,8 @@ def read_recipe(argv: Sequence[str], *, command: str) -> "tuple[dict[str, Any], 
     given = check_recipe(given, f"hf-vlm {command}")
     if not given.get("data"):
         raise ValueError(f"Name images, or a recipe too: hf-vlm {command} --data ./my-images")
-    source = None
-    if command == "pretrain":
-        name, reason = pretraining_recipe(given.get("encoder"))
-    else:
-        source = open_source(**{OPENED_BY[key]: value for key, value in given.items() if key in OPENED_BY})
-        name, reason = finetuning_recipe(source, given.get("encoder"))
+    source = open_source(**{OPENED_BY[key]: value for key, value in given.items() if key in OPENED_BY})
+    choose = pretraining_recipe if command == "pretrain" else finetuning_recipe
+    name, reason = choose(source, given.get("encoder"))
     PartialState().print(f"Recipe: {name}, as {reason}. Another: hf-vlm {command} RECIPE --data ...")
     return load_recipe(name, overrides), source

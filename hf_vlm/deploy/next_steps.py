@@ -20,7 +20,9 @@ __all__ = [
     "pretraining_recipe",
 ]
 
-PRETRAINING_RECIPES = {"nano": "mae/vit_nano_cpu.yaml", "small": "mae/vit_small.yaml"}  # by encoder preset
+# By encoder preset: a detector's encoder and head together, or an encoder alone.
+HEAD_RECIPES = {"nano": "region_detection/vit_nano_cpu.yaml", "small": "region_detection/vit_small.yaml"}
+ENCODER_RECIPES = {"nano": "mae/vit_nano_cpu.yaml", "small": "mae/vit_small.yaml"}
 
 
 def finetune_command(task: Task, config: VLMViTConfig, encoder: str, data: str) -> str:
@@ -39,10 +41,17 @@ def fitting_preset(recipes: Mapping[str, str], encoder_width: int | None = None)
     return ("nano", "there is no accelerator") if accelerator is None else ("small", f"there is {accelerator.type}")
 
 
-def pretraining_recipe(encoder: str | None = None) -> tuple[str, str]:
-    """The recipe to pretrain with where none is named, from an encoder if one is given; and why."""
-    preset, reason = fitting_preset(PRETRAINING_RECIPES, _width(encoder))
-    return PRETRAINING_RECIPES[preset], reason
+def pretraining_recipe(source: Source, encoder: str | None = None) -> tuple[str, str]:
+    """The recipe to pretrain with where none is named, from an encoder if one is given; and why.
+
+    What few labels are short of is the head, so that it is pretrained with the encoder, unless the labels are classes
+    of whole images.
+    """
+    alone = source.label_names is not None and source.object_names is None
+    recipes = ENCODER_RECIPES if alone else HEAD_RECIPES
+    preset, reason = fitting_preset(recipes, _width(encoder))
+    what = "classes of images need an encoder" if alone else "a detector needs an encoder and a head"
+    return recipes[preset], f"{what} and {reason}"
 
 
 def finetuning_recipe(source: Source, encoder: str | None = None) -> tuple[str, str]:

@@ -9,9 +9,11 @@ from hf_vlm.data.inspection.pixel_range import check_pixel_range
 from hf_vlm.data.source import Source
 from hf_vlm.data.sources import open_source
 from hf_vlm.data.stream import ExampleStream
+from hf_vlm.data.transforms.views import ViewTransform
+from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.training.arguments import VisionTrainingArguments
 
-__all__ = ["open_labelled_sources", "open_recipe_source", "train_stream"]
+__all__ = ["open_labelled_sources", "open_recipe_source", "open_train_source", "train_stream", "view_transform"]
 
 logger = logging.getLogger(__name__)
 
@@ -46,12 +48,17 @@ def train_stream(
     )
 
 
+def open_train_source(args: VisionTrainingArguments, source: Source | None = None) -> Source:
+    """The images to train on, which may be open already, as the recipe says."""
+    if source is None:
+        return open_recipe_source(args, args.train_split, args.num_train_examples)
+    check_pixel_range(source)  # as `open_recipe_source` does
+    return source
+
+
 def open_labelled_sources(args: VisionTrainingArguments, source: Source | None) -> tuple[Source, Source]:
     """The images to fine-tune on, and those to evaluate on: a split of their own, or a fraction that is held out."""
-    if source is None:
-        source = open_recipe_source(args, args.train_split, args.num_train_examples)
-    else:
-        check_pixel_range(source)  # as `open_recipe_source` does
+    source = open_train_source(args, source)
     if args.holdout is None:
         try:
             return source, open_recipe_source(args, args.eval_split, args.num_eval_examples)
@@ -66,3 +73,15 @@ def open_labelled_sources(args: VisionTrainingArguments, source: Source | None) 
     counts = [part.num_examples or "an unknown number of" for part in (source, held_out)]
     logger.info("Holding out a fraction of %g: %s images to train on, %s to evaluate on.", args.holdout, *counts)
     return source, held_out
+
+
+def view_transform(
+    args: VisionTrainingArguments, default_views: dict[str, Any], processor: VLMViTImageProcessor
+) -> ViewTransform:
+    """The views of a recipe: the method's own with the recipe's changes, normalised as the processor does."""
+    return ViewTransform.from_dict(
+        {**default_views, "size": list(args.image_hw), **args.views},
+        image_mean=processor.image_mean,
+        image_std=processor.image_std,
+        num_channels=len(processor.image_mean),
+    )

@@ -11,9 +11,8 @@ import torch
 from hf_vlm.data.transforms.views import ViewTransform, crop_box
 from hf_vlm.registry import find_model
 from hf_vlm.training.build import build_config, build_processor
-from hf_vlm.training.data import open_recipe_source, train_stream
+from hf_vlm.training.data import open_recipe_source, train_stream, view_transform
 from hf_vlm.training.recipe import parse_arguments
-from hf_vlm.training.run import view_transform
 
 __all__ = ["SampledViews", "sample_first_views"]
 

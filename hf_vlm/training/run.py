@@ -17,7 +17,6 @@ from hf_vlm.data.source import Source
 from hf_vlm.data.stream import ExampleStream
 from hf_vlm.data.transforms.collate import collate_views
 from hf_vlm.data.transforms.device_views import DeviceViews
-from hf_vlm.data.transforms.views import ViewTransform
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 from hf_vlm.registry import find_model
@@ -29,7 +28,7 @@ from hf_vlm.training.arguments import VisionTrainingArguments
 from hf_vlm.training.budget import warn_of_short_pretraining, with_steps_for_budget
 from hf_vlm.training.build import build_model, build_processor
 from hf_vlm.training.checkpoints import check_run_folder, checkpoints, prepare_run_folder
-from hf_vlm.training.data import open_labelled_sources, open_recipe_source, train_stream
+from hf_vlm.training.data import open_labelled_sources, open_train_source, train_stream, view_transform
 from hf_vlm.training.labels import add_unlabelled, check_label_keys, label_source, labelling_models
 from hf_vlm.training.lock import run_lock
 from hf_vlm.training.probes import build_probe, last_probe
@@ -44,7 +43,6 @@ __all__ = [
     "finetune",
     "pretrain",
     "quiet_libraries",
-    "view_transform",
 ]
 
 logger = logging.getLogger(__name__)
@@ -55,6 +53,7 @@ PRETRAINING_MODEL_FOLDER = "pretraining_model"  # with heads and decoder, in the
 
 def pretrain(
     recipe: dict[str, Any],
+    source: Source | None = None,
     *,
     write_card: Callable[[Path], Any] | None = None,
     plot: Callable[[Path], Any] | None = None,
@@ -70,6 +69,7 @@ def pretrain(
     is there whole, with the labels that were found. Returns the content of `run.json`.
 
     Args:
+        source: The images to train on where they are open already, as the recipe says; None to open them.
         write_card: Function that writes the card into a folder with a saved model.
         plot: Function that renders pictures of a finished run into its folder.
         draw: Function that renders labels that were found into the folder before a head is trained on them.
@@ -85,10 +85,10 @@ def pretrain(
         args = parse_arguments(recipe)
     hooks = Hooks(write_card, plot, draw)
     if args.rounds == 1:
-        return _pretrain(args, recipe, hooks, labels_from=args.labels_from)
+        return _pretrain(args, recipe, source, hooks, labels_from=args.labels_from)
     if entry.task not in PRETRAINABLE_TASKS:
         raise ValueError(f"rounds are for heads, which learn from what is found in images; {entry.name} needs none.")
-    return _pretrain_in_rounds(args, recipe, hooks)
+    return _pretrain_in_rounds(args, recipe, source, hooks)
 
 
 class Hooks(NamedTuple):
@@ -99,7 +99,9 @@ class Hooks(NamedTuple):
     draw: Callable[[Source, Path], Any] | None
 
 
-def _pretrain_in_rounds(args: VisionTrainingArguments, recipe: dict[str, Any], hooks: Hooks) -> dict[str, Any]:
+def _pretrain_in_rounds(
+    args: VisionTrainingArguments, recipe: dict[str, Any], source: Source | None, hooks: Hooks
+) -> dict[str, Any]:
     """Each round is a run of its own, so that one that was stopped resumes in its round."""
     resumes = args.resume_from_checkpoint is not None or args.rewind_to is not None
     if not resumes:
@@ -109,18 +111,23 @@ def _pretrain_in_rounds(args: VisionTrainingArguments, recipe: dict[str, Any], h
         folder = Path(args.output_dir) / ROUND_FOLDER.format(number)
         earlier = recipe | {"rounds": 1, "output_dir": str(folder), "push_to_hub": False, "rewind_to": None}
         earlier["resume_from_checkpoint"] = "auto" if resumes else None
-        _pretrain(parse_arguments(earlier), earlier, hooks, labels_from=labels_from)
+        _pretrain(parse_arguments(earlier), earlier, source, hooks, labels_from=labels_from)
         labels_from = str(folder)
     if args.resume_from_checkpoint == "last" and not checkpoints(Path(args.output_dir)):
         args.resume_from_checkpoint = "auto"  # it was stopped in an earlier round
-    return _pretrain(args, recipe, hooks, labels_from=labels_from)
+    return _pretrain(args, recipe, source, hooks, labels_from=labels_from)
 
 
 def _pretrain(
-    args: VisionTrainingArguments, recipe: dict[str, Any], hooks: Hooks, *, labels_from: str | None
+    args: VisionTrainingArguments,
+    recipe: dict[str, Any],
+    source: Source | None,
+    hooks: Hooks,
+    *,
+    labels_from: str | None,
 ) -> dict[str, Any]:
     set_seed(args.seed)
-    source = open_recipe_source(args, args.train_split, args.num_train_examples)
+    source = open_train_source(args, source)
     args.set_steps_for(source.num_examples)
     if finished := finished_run(args):
         return finished
@@ -288,18 +295,6 @@ def _held_out_stream(
         max_bad_fraction=args.max_bad_fraction,
         rank=args.process_index,
         world_size=args.world_size,
-    )
-
-
-def view_transform(
-    args: VisionTrainingArguments, default_views: dict[str, Any], processor: VLMViTImageProcessor
-) -> ViewTransform:
-    """The views of a recipe: the method's own with the recipe's changes, normalised as the processor does."""
-    return ViewTransform.from_dict(
-        {**default_views, "size": list(args.image_hw), **args.views},
-        image_mean=processor.image_mean,
-        image_std=processor.image_std,
-        num_channels=len(processor.image_mean),
     )
 
 

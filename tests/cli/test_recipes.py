@@ -25,8 +25,9 @@ def data(tmp_path):
 @pytest.mark.parametrize(
     ("command", "source", "accelerator", "method", "preset", "reason"),
     [
-        ("pretrain", "plain", None, "mae", "nano", "there is no accelerator"),
-        ("pretrain", "plain", "cuda", "mae", "small", "there is cuda"),
+        ("pretrain", "plain", None, "detection", "nano", "needs an encoder and a head and there is no accelerator"),
+        ("pretrain", "boxes", "cuda", "detection", "small", "needs an encoder and a head and there is cuda"),
+        ("pretrain", "classes", None, "mae", "nano", "classes of images need an encoder and there is no acc"),
         ("finetune", "boxes", None, "detection", "nano", "the labels serve object-detection and there is no acc"),
         (
             "finetune",
