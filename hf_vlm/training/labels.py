@@ -101,7 +101,14 @@ def _label(
             with disk_errors("What was found in the images", path, lambda: "Free space there, and start again."):
                 found.save(path, origin)
     if not len(found.boxes):
-        raise ValueError(f"Nothing was found in {len(found.image_ids):,} images of {source.name} by {labels_from}.")
+        advice = (
+            "They show nothing that stands out from its surroundings."
+            if labels_from == REGIONS
+            else "Train it longer, or keep its best boxes whatever their scores, as with --labels_per_image 2."
+        )
+        raise ValueError(
+            f"Nothing was found in {len(found.image_ids):,} images of {source.name} by {labels_from}. {advice}"
+        )
     logger.info("Found %d objects in %d images by %s.", len(found.boxes), len(found.image_ids), labels_from)
     return found.label(source)
 
