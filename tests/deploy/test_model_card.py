@@ -64,6 +64,34 @@ def test_detector_card(detector_run):
     assert yaml.safe_load(block[1]) == yaml.safe_load((detector_run / "recipe.yaml").read_text())
 
 
+@pytest.mark.parametrize(
+    ("recipe", "data", "told"),
+    [
+        ({}, {}, "400 annotated images. Fingerprint"),
+        (
+            {"rounds": 2},
+            {"labels_found": True},
+            "400 images without annotations. Their boxes were found by `regions`, and in 1 more round by the detector",
+        ),
+        (
+            {"labels_from": "runs/a"},
+            {"labels_found": True},
+            "400 images without annotations. Their boxes were found by",
+        ),
+        (
+            {"labels_from": "runs/a", "unlabelled_data": "photos"},
+            {"labels_found": False},
+            "400 annotated images. Other images without annotations were added, whose boxes were found by",
+        ),
+    ],
+)
+def test_labels_that_nobody_annotated_are_told(detector_run, recipe, data, told):
+    change(detector_run, data=json.loads((detector_run / "run.json").read_text())["data"] | data)
+    path = detector_run / "recipe.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | recipe))
+    assert told in " ".join(write_model_card(detector_run).read_text().split())
+
+
 def test_the_last_probe_is_told(detector_run):
     change(detector_run, probe={"probe_effective_rank": 35.16, "step": 1200})
     assert (
