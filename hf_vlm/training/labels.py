@@ -11,10 +11,12 @@ from hf_vlm.data.found_objects import FoundObjects
 from hf_vlm.data.io.durable import disk_errors
 from hf_vlm.data.source import Source
 from hf_vlm.data.sources import open_source
+from hf_vlm.features.loading import find_encoder
 from hf_vlm.tasks import Task
 from hf_vlm.tasks.evaluation import match_class_names
 from hf_vlm.tasks.found_objects import REGIONS
 from hf_vlm.training.arguments import VisionTrainingArguments
+from hf_vlm.training.build import build_encoder_config
 from hf_vlm.training.record import fingerprint
 
 __all__ = ["LABELS_FILE", "add_unlabelled", "check_label_keys", "label_source", "labelling_models"]
@@ -25,8 +27,13 @@ LABELS_FILE = "found_objects.parquet"
 NUM_COUNTED = 1000  # labelled images, of which the mean number of objects is taken
 
 
-def check_label_keys(args: VisionTrainingArguments, *, pretrains: bool) -> None:
-    """ValueError for keys of found labels that do not fit each other or the command."""
+def check_label_keys(args: VisionTrainingArguments, task: Task | None, *, pretrains: bool) -> None:
+    """ValueError for keys of found labels that do not fit each other, the command or the task (None: an encoder)."""
+    if task is None or task.find_labels is None:
+        given = [name for name in ("labels_from", "unlabelled_data") if getattr(args, name)]
+        given += ["rounds"] if args.rounds > 1 else []
+        if given:
+            raise ValueError(f"{given[0]} is for heads that learn from boxes: {args.method} has no use for it.")
     if pretrains and args.unlabelled_data:
         raise ValueError("unlabelled_data is for fine-tuning: pretraining takes the images of data, without labels.")
     if not pretrains and bool(args.unlabelled_data) != (args.labels_from is not None):
@@ -91,6 +98,7 @@ def _label(
             source,
             labels_from,
             size=args.image_hw,
+            num_channels=_num_channels(args),
             per_image=per_image,
             num_workers=args.dataloader_num_workers,
             rank=args.process_index,
@@ -111,6 +119,11 @@ def _label(
         )
     logger.info("Found %d objects in %d images by %s.", len(found.boxes), len(found.image_ids), labels_from)
     return found.label(source)
+
+
+def _num_channels(args: VisionTrainingArguments) -> int:
+    config = find_encoder(str(args.encoder)).config if args.encoder else build_encoder_config(args)
+    return config.num_channels
 
 
 def _origin(labels_from: str, source: Source, **options: Any) -> str:

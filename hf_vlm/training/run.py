@@ -79,15 +79,13 @@ def pretrain(
     """
     args = parse_arguments(recipe)
     entry = find_model(args.method, ["pretraining", *PRETRAINABLE_TASKS])
-    check_label_keys(args, pretrains=True)
+    check_label_keys(args, TASKS.get(entry.task), pretrains=True)
     if args.budget is not None:
         recipe = with_steps_for_budget(recipe, args, pretrain)
         args = parse_arguments(recipe)
     hooks = Hooks(write_card, plot, draw)
     if args.rounds == 1:
         return _pretrain(args, recipe, source, hooks, labels_from=args.labels_from)
-    if entry.task not in PRETRAINABLE_TASKS:
-        raise ValueError(f"rounds are for heads, which learn from what is found in images; {entry.name} needs none.")
     return _pretrain_in_rounds(args, recipe, source, hooks)
 
 
@@ -217,7 +215,7 @@ def finetune(
     args = parse_arguments(recipe)
     set_seed(args.seed)
     task = TASKS[find_model(args.method, TRAINABLE_TASKS).task]
-    check_label_keys(args, pretrains=False)
+    check_label_keys(args, task, pretrains=False)
     if args.budget is not None:
         recipe = with_steps_for_budget(recipe, args, finetune)
         args = parse_arguments(recipe)

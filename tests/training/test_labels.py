@@ -111,9 +111,7 @@ def test_a_run_that_was_stopped_resumes_in_its_round(rounds, labelled_by, tmp_pa
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)
 
 
-def test_rounds_are_for_heads(make_recipe):
-    with pytest.raises(ValueError, match="mae needs none"):
-        pretrain(make_recipe("mae", rounds=2))
+def test_rounds_are_for_pretraining(make_recipe):
     with pytest.raises(ValueError, match="rounds must be 1"):
         finetune(make_recipe("detection", rounds=2))
 
@@ -191,6 +189,31 @@ def test_a_student_learns_from_a_teachers_boxes(make_recipe, teacher):
 def test_keys_that_do_not_fit_are_refused(make_recipe, command, changes, message):
     with pytest.raises(ValueError, match=message):
         command(make_recipe("detection", **changes))
+
+
+@pytest.mark.parametrize(
+    ("command", "method", "changes"),
+    [
+        (pretrain, "mae", {"rounds": 2}),
+        (pretrain, "mae", {"labels_from": "regions"}),
+        (finetune, "classification", {"labels_from": "runs/a", "unlabelled_data": "scenes:easy"}),
+    ],
+)
+def test_others_have_no_use_for_boxes_that_are_found(make_recipe, command, method, changes):
+    with pytest.raises(ValueError, match=f"{next(iter(changes))} is for heads that learn from boxes: {method} has"):
+        command(make_recipe(method, **changes))
+
+
+def test_images_of_other_channels_are_looked_at_in_theirs(head_recipe, tmp_path):
+    rng = np.random.default_rng(0)
+    for index in range(6):
+        pixels = rng.integers(100, 120, (40, 40), dtype=np.uint8)
+        pixels[8:24, 10:30] = 220
+        Image.fromarray(pixels).save(tmp_path / f"{index}.png")
+    recipe = head_recipe(data=str(tmp_path), output_dir=str(tmp_path / "run"), max_steps=1)
+    recipe["encoder_config"] = {**recipe["encoder_config"], "num_channels": 1}
+    del recipe["num_train_examples"]
+    assert pretrain(recipe)["data"]["num_examples"] == 6
 
 
 def test_a_classifier_has_nothing_to_be_pretrained_on(make_recipe):
