@@ -13,9 +13,9 @@ from hf_vlm.data.stream import Transform
 from hf_vlm.tasks.detection import DETECTION
 from hf_vlm.tasks.evaluation import eval_stream
 from hf_vlm.training.arguments import VisionTrainingArguments
+from hf_vlm.training.data import open_recipe_source
 from hf_vlm.training.recipe import parse_arguments
 from hf_vlm.training.record import as_json
-from hf_vlm.training.run import open_recipe_source
 
 __all__ = ["Arm", "open_arm"]
 

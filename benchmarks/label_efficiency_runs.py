@@ -117,7 +117,8 @@ class Lab:
         data = self.sets[run.data]
         folder, record = self.pretrain(run, "objects", OBJECTS, data.head | data.pretraining)
         rounds = [json.loads(path.read_text()) for path in folder.glob("round-*/run.json")]
-        return folder, record | {"seconds": sum(each["seconds"] for each in (record, *rounds))}
+        seconds = sum(each["seconds"] + each.get("labelling_seconds", 0.0) for each in (record, *rounds))
+        return folder, record | {"seconds": seconds}
 
     def finetune(self, run: Run, *, by: Sequence[str] = (*HF_VLM, "finetune"), **keys: Any) -> Record:
         """A detector of the labelled images, by the same words for all arms but what these add."""

@@ -42,7 +42,7 @@ from hf_vlm.data.transforms.detection import DetectionTransform
 from hf_vlm.features.device import to_best_device
 from hf_vlm.registry import find_model
 from hf_vlm.training.build import build_model
-from hf_vlm.training.run import train_stream
+from hf_vlm.training.data import train_stream
 
 LEARNING_RATE, BACKBONE_RATE, OFFICIAL_BATCH_SIZE = 8e-4, 0.5, 128
 BATCH_SIZE = 8

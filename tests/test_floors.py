@@ -28,7 +28,7 @@ DATA_LEVELS = {
     "source": 2,
     "stream": 2,
     "loader": 2,
-    "found_objects": 3,
+    "pseudo_labels": 3,
     "formats": 3,
     "transforms": 3,
     "scenes": 3,

@@ -116,7 +116,7 @@ def _finish(*processes: subprocess.Popen[bytes]) -> None:
     try:
         for process in processes:
             if process.wait():
-                raise ValueError("A step of the demo failed. The reason is printed above, or in a log of its folder.")
+                raise ValueError("A step of the demo failed. The reason is printed above, or in a .log of its folder.")
     finally:
         for process in processes:
             process.terminate()
@@ -146,9 +146,9 @@ def write_report(folder: Path, results: dict[str, Any]) -> None:
     render_predictions(folder)
     (folder / "README.md").write_text(
         f"# What pretraining on unlabelled images gained\n\n{results_table(results)}\n\n{verdict(results)}\n\n"
-        f"{NUM_TEST} held-out scenes; mean and standard deviation of {num_runs} runs; {results['seconds']:.0f} s in "
-        "all. The models are in `detector_pretrained/` and `detector_random/`, the detector that both images without "
-        "labels taught in `pretrained/`, and what it took for objects in `pretrained/found_objects.png`.\n\n"
+        f"Held-out scenes; mean and standard deviation of {num_runs} runs; {results['seconds']:.0f} s in all. The "
+        "models are in `detector_pretrained/` and `detector_random/`, what was pretrained without labels in "
+        "`pretrained/`, and what it took for objects in `pretrained/pseudo_labels.png`.\n\n"
         "![Learning curves](learning_curves.png)\n\n![Predictions](predictions.png)\n"
     )
 

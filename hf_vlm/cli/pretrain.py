@@ -26,16 +26,18 @@ def run(argv: Sequence[str]) -> None:
     from hf_vlm.models.convert_vlm_vit import read_config
     from hf_vlm.tasks.detection import DETECTION
     from hf_vlm.training.run import pretrain, quiet_libraries
-    from hf_vlm.viz.contact_sheet import draw_found_objects
+    from hf_vlm.viz.contact_sheet import render_pseudo_labels
     from hf_vlm.viz.curves import plot_probes
 
     quiet_libraries()
     recipe, source = read_recipe(argv, command="pretrain")
-    summary = pretrain(recipe, source, write_card=write_model_card, plot=plot_probes, draw=draw_found_objects)
+    summary = pretrain(
+        recipe, source, write_card=write_model_card, plot=plot_probes, render_labels=render_pseudo_labels
+    )
     folder = recipe["output_dir"]
     if not PartialState().is_main_process:  # the others are done while it still writes
         return
-    what = "encoder" if read_config(folder)["model_type"] == VLMViTConfig.model_type else "encoder, and its head,"
+    what = "encoder" if read_config(folder)["model_type"] == VLMViTConfig.model_type else "detector"
     print(f"\nThe {what} is in {folder}: {summary['num_images_seen']:,} images in {summary['seconds']:,.0f} s.")
     encoder = VLMViTConfig.from_pretrained(folder)
     print(f"Next: {finetune_command(DETECTION, encoder, folder, 'YOUR_LABELLED_IMAGES')}")

@@ -1,4 +1,4 @@
-"""Regions of an image that look like objects, found without labels: what its meaningful level lines enclose.
+"""Region proposals: boxes around what looks like an object, found without labels in the level lines of an image.
 
 A level line is the outline of what is brighter than a level, in one channel. Those along which the image changes
 everywhere are outlines of objects (Desolneux, Moisan and Morel 2001, Edge detection by Helmholtz principle); the
@@ -29,12 +29,13 @@ MAX_INSIDE = 0.9  # fraction of a box that lies within a better one
 def find_regions(image: Array, *, max_regions: int = 30) -> tuple[Array, Array]:
     """Boxes around the regions of an image that look most like objects.
 
-    The score of an outline is the change of colour that three quarters of it exceed, relative to the mean change in
-    the image, times the square root of its length: of two outlines that are as sharp, a whole object's and one of its
-    parts', the longer one is the less likely to be there by chance.
+    The score of an outline is the gradient magnitude that three quarters of it exceed, relative to the image's mean,
+    times the square root of its length: of two outlines that are as sharp, a whole object's and one of its parts', the
+    longer one is the less likely to be there by chance. Outlines that fill little of their box, or are cut off by the
+    border of the image, score less.
 
     Args:
-        image: (height, width, channels) uint8, RGB or with one channel.
+        image: (height, width, channels) uint8; three channels are RGB.
         max_regions: Most regions.
 
     Returns:
@@ -44,7 +45,7 @@ def find_regions(image: Array, *, max_regions: int = 30) -> tuple[Array, Array]:
     height, width = image.shape[:2]
     channels = cv2.cvtColor(image, cv2.COLOR_RGB2LAB) if image.shape[2] == 3 else image
     channels = cv2.GaussianBlur(channels, (3, 3), 0).reshape(height, width, -1)
-    outlines = _level_lines(channels)
+    outlines = _level_lines(channels, min_length=max(8, int(2 * np.sqrt(MIN_AREA * height * width))))
     if not outlines:
         return np.zeros((0, 4), np.float32), np.zeros(0, np.float32)
     lengths = np.array([len(outline) for outline in outlines])
@@ -53,11 +54,11 @@ def find_regions(image: Array, *, max_regions: int = 30) -> tuple[Array, Array]:
     low, high = np.minimum.reduceat(points, starts), np.maximum.reduceat(points, starts) + 1  # (n, 2) pixels
     sides, limits = high - low, np.array([width, height])
     area, fill = sides.prod(1), _enclosed_areas(points, starts) / sides.prod(1)
-    change = _change(channels)
+    magnitude = _gradient_magnitude(channels)
     inside = ((points > 0) & (points < limits - 1)).all(1)  # where an image is cut off there is no outline
     visible = np.add.reduceat(inside, starts, dtype=int)  # (n,) points
-    values = np.where(inside, change[points[:, 1], points[:, 0]], np.inf)
-    strength = _weak_quantile(values, starts, visible) / (change.mean() + 1e-3)
+    values = np.where(inside, magnitude[points[:, 1], points[:, 0]], np.inf)
+    strength = _weak_quantile(values, starts, visible) / (magnitude.mean() + 1e-3)
     borders = ((low == 0).astype(int) + (high == limits)).sum(1)
     scores = strength * np.sqrt(fill * visible / (height + width)) * BORDER_FACTOR**borders
     fits = (area >= MIN_AREA * height * width) & (area <= MAX_AREA * height * width)
@@ -68,8 +69,8 @@ def find_regions(image: Array, *, max_regions: int = 30) -> tuple[Array, Array]:
     return boxes[kept], scores[fits][kept].astype(np.float32)
 
 
-def _level_lines(channels: Array) -> list[Array]:
-    """Closed outlines (points, 2), x and y, of all level sets of the channels, those that are too short left out."""
+def _level_lines(channels: Array, *, min_length: int) -> list[Array]:
+    """Closed outlines (points, 2), x and y, of all level sets of the channels, but for those of fewer points."""
     outlines: list[Array] = []
     for channel in np.moveaxis(channels, 2, 0):
         if int(channel.max()) - int(channel.min()) < MIN_RANGE:
@@ -78,12 +79,12 @@ def _level_lines(channels: Array) -> list[Array]:
             above = (channel > level).astype(np.uint8)
             # Outlines of holes are those of what is darker than the level.
             found, _ = cv2.findContours(above, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
-            outlines += [outline[:, 0] for outline in found if len(outline) >= 2 * MIN_SIDE]
+            outlines += [outline[:, 0] for outline in found if len(outline) >= min_length]
     return outlines
 
 
-def _change(channels: Array) -> Array:
-    """Change of the colour around each pixel (height, width): the norm of the gradients of all channels."""
+def _gradient_magnitude(channels: Array) -> Array:
+    """Norm of the gradients of all channels at each pixel (height, width)."""
     values = channels.astype(np.float32)
     along = [cv2.Sobel(values, cv2.CV_32F, dx, 1 - dx, ksize=3).reshape(values.shape) for dx in (0, 1)]
     return np.sqrt(sum(np.square(gradient).sum(2) for gradient in along)) / 8

@@ -16,7 +16,7 @@ from hf_vlm.data.transforms.collate import collate_detection
 from hf_vlm.metrics import coco_detection_metrics
 from hf_vlm.models.image_processing_detection import VLMViTDetectionImageProcessor
 from hf_vlm.tasks.detector import detect, detection_transform, original_size
-from hf_vlm.tasks.found_objects import find_objects
+from hf_vlm.tasks.pseudo_labels import find_pseudo_labels
 from hf_vlm.tasks.task import Collate, Evaluation, Task
 
 __all__ = ["DETECTION", "evaluate_detection", "predict_detection"]
@@ -124,7 +124,7 @@ DETECTION = Task(
     collate=collate,
     evaluate=evaluate_detection,
     post_process=post_process,
-    find_labels=find_objects,
+    find_labels=find_pseudo_labels,
     headline={"ap": "AP", "ap50": "AP50"},
     metric_names={
         "ap/": "AP",

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
+from hf_vlm.data.loader import StreamLoader
 from hf_vlm.data.stream import ExampleStream
 from hf_vlm.data.transforms.collate import collate_detection
 from hf_vlm.data.transforms.detection import DetectionTransform
@@ -43,11 +43,16 @@ class DetectedBatch(NamedTuple):
 
 
 def detect(
-    model: nn.Module, stream: ExampleStream, processor: VLMViTDetectionImageProcessor, *, batch_size: int
+    model: nn.Module,
+    stream: ExampleStream,
+    processor: VLMViTDetectionImageProcessor,
+    *,
+    batch_size: int,
+    num_workers: int = 0,
 ) -> Iterator[DetectedBatch]:
     """Runs a detector, which is in evaluation mode, on all images of a stream."""
     device = next(model.parameters()).device
-    for batch in DataLoader(stream, batch_size=batch_size, collate_fn=collate_detection):
+    for batch in StreamLoader(stream, batch_size=batch_size, num_workers=num_workers, collate_fn=collate_detection):
         with torch.inference_mode():
             outputs = model(pixel_values=batch["pixel_values"].to(device))
             sizes = [original_size(labels) for labels in batch["labels"]]

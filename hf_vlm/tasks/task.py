@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
-from hf_vlm.data.found_objects import FoundObjects
+from hf_vlm.data.pseudo_labels import PseudoLabels
 from hf_vlm.data.source import Source
 from hf_vlm.data.stream import Transform
 
@@ -73,7 +73,7 @@ class Task:
         recipes: Shipped recipes by encoder preset.
         card: Template of the model card.
         find_labels: Function `(source, labels_from, *, size, num_channels, per_image, num_workers, rank, world_size,
-            max_bad_fraction)` that returns [`FoundObjects`], labels that nobody annotated, by which the head can be
+            max_bad_fraction)` that returns [`PseudoLabels`], labels that nobody annotated, by which the head can be
             pretrained; None for tasks that have no such labels.
         fits_on_train: Whether evaluation needs the train split too, as classifiers on frozen features do.
     """
@@ -91,5 +91,5 @@ class Task:
     headline: Mapping[str, str] = field(default_factory=dict)
     metric_names: Mapping[str, str] = field(default_factory=dict)
     recipes: Mapping[str, str] = field(default_factory=dict)
-    find_labels: Callable[..., FoundObjects] | None = None
+    find_labels: Callable[..., PseudoLabels] | None = None
     fits_on_train: bool = False

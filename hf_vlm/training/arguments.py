@@ -18,7 +18,7 @@ class VisionTrainingArguments(TrainingArguments):
     """TrainingArguments and what a vision run needs in addition: the model, the data and the optimiser's groups.
 
     Raises:
-        ValueError: if a run is given neither a number of steps nor a number of images.
+        ValueError: if a run is given none of a number of steps, a number of images and a budget, or several.
     """
 
     output_dir: str = field(default="runs/run", metadata={"help": "Folder of the run."})
@@ -67,8 +67,8 @@ class VisionTrainingArguments(TrainingArguments):
     labels_from: str | None = field(
         default=None,
         metadata={
-            "help": "What finds the labels that a head is pretrained on, or unlabelled_data are labelled by: regions "
-            "(by default), or a detector's folder or Hub id."
+            "help": "What finds the pseudo-labels that a head is pretrained on: regions (by default), or a detector's "
+            "folder or Hub id; in fine-tuning, the detector that labels unlabelled_data."
         },
     )
     labels_per_image: float | None = field(
@@ -81,7 +81,8 @@ class VisionTrainingArguments(TrainingArguments):
     rounds: int = field(
         default=1,
         metadata={
-            "help": "How often a head is pretrained, each time from the beginning, on what the one before finds."
+            "help": "Rounds of self-training: how often a head is pretrained, each time from the beginning, on what "
+            "the one before finds."
         },
     )
     unlabelled_data: Any = field(
@@ -260,6 +261,11 @@ class VisionTrainingArguments(TrainingArguments):
                 "frozen_encoder_steps must be a fraction of the steps below 1, or fewer than the run's "
                 f"{self.max_steps} steps, but is {self.frozen_encoder_steps:g}."
             )
+
+    @property
+    def resumes(self) -> bool:
+        """Whether the run continues one that was stopped, where there is a checkpoint of it."""
+        return self.resume_from_checkpoint is not None or self.rewind_to is not None
 
     @property
     def total_batch_size(self) -> int:

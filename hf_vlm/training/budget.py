@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers.trainer import TRAINER_STATE_NAME
 
+from hf_vlm.data.sources import open_source
 from hf_vlm.training.arguments import VisionTrainingArguments
 from hf_vlm.training.callbacks import LogFile, read_log
 from hf_vlm.training.checkpoints import checkpoints
@@ -49,9 +51,9 @@ TRIAL_KEYS = {
     "rounds": 1,
     "disable_tqdm": True,
 }
-# Fewest images seen by which pretraining gained anything in benchmarks/RESULTS.md: classification of groceries and
-# CIFAR-10 by LeJEPA, and a detector of blood cells by regions.
-IMAGES_TO_GAIN = {"encoder": 32_000, "head": 8_000}
+# Fewest images seen by which pretraining gained anything in benchmarks/RESULTS.md: frozen features of groceries, and a
+# detector of blood cells by region proposals.
+IMAGES_TO_GAIN = {"encoder": 26_400, "head": 8_000}
 
 
 def parse_budget(text: str) -> float:
@@ -80,11 +82,12 @@ def with_steps_for_budget(
     Raises:
         ValueError: The budget is no time, or too short for a step; or as `run` does.
     """
-    seconds = parse_budget(str(args.budget))
-    num_steps = _steps_of_checkpoint(args)
+    seconds, started = parse_budget(str(args.budget)), time.perf_counter()
+    num_steps = _steps_of_begun_run(args)
     if num_steps is None:
         of_step, before = _try(recipe, args, run)
-        num_steps = int((seconds * (1 - RESERVE) / args.rounds - before) / of_step)
+        left = seconds * (1 - RESERVE) - (time.perf_counter() - started)
+        num_steps = int((left / args.rounds - before) / of_step)
         logger.info("budget: %s are %d steps of %.3g s.", args.budget, num_steps, of_step)
     num_steps = broadcast_object_list([num_steps])[0]  # ranks measure different times
     if num_steps < 1:
@@ -92,13 +95,19 @@ def with_steps_for_budget(
     return recipe | {"budget": None, "max_steps": num_steps}
 
 
-def _steps_of_checkpoint(args: VisionTrainingArguments) -> int | None:
-    """Number of steps of the run that is resumed; None for a run that begins."""
-    if not args.resume_from_checkpoint and args.rewind_to is None:
+def _steps_of_begun_run(args: VisionTrainingArguments) -> int | None:
+    """Number of steps of the run that is resumed, in whichever round it was stopped; None for a run that begins."""
+    if not args.resumes:
         return None
-    for checkpoint in reversed(checkpoints(Path(args.output_dir))):
+    folder, named = Path(args.output_dir), Path(args.resume_from_checkpoint or "")
+    runs = [folder, *folder.glob("round-*")]
+    begun = [named / TRAINER_STATE_NAME]
+    begun += [checkpoint / TRAINER_STATE_NAME for run in runs for checkpoint in reversed(checkpoints(run))]
+    begun += [run / RUN_FILE for run in runs]  # of a round that is finished
+    for path in begun:
         with contextlib.suppress(OSError, ValueError, KeyError):
-            return int(json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["max_steps"])
+            state = json.loads(path.read_text())
+            return int(state["max_steps" if path.name == TRAINER_STATE_NAME else "num_steps"])
     return None
 
 
@@ -106,18 +115,32 @@ def _try(
     recipe: dict[str, Any], args: VisionTrainingArguments, run: Callable[[dict[str, Any]], Any]
 ) -> tuple[float, float]:
     """Seconds of a step, and of finding labels in all images before."""
-    num_images = min(args.num_train_examples or TRIAL_IMAGES, TRIAL_IMAGES)
+    images = {"num_train_examples": min(args.num_train_examples or TRIAL_IMAGES, TRIAL_IMAGES)}
+    if args.unlabelled_data:
+        images["num_unlabelled_examples"] = min(args.num_unlabelled_examples or TRIAL_IMAGES, TRIAL_IMAGES)
     with tempfile.TemporaryDirectory() as own, _quiet():
-        folder = Path(broadcast_object_list([own])[0])  # of all ranks
-        run(recipe | TRIAL_KEYS | {"output_dir": str(folder / "trial"), "num_train_examples": num_images})
-        log, record = read_log(folder / "trial" / LogFile.name), json.loads((folder / "trial" / RUN_FILE).read_text())
+        folder = Path(broadcast_object_list([own])[0]) / "trial"  # of all ranks
+        run(recipe | TRIAL_KEYS | images | {"output_dir": str(folder)})
+        log = read_log(folder / LogFile.name)
+        record = json.loads((folder / RUN_FILE).read_text()) if args.process_index == 0 else {}
         PartialState().wait_for_everyone()  # before the folder is deleted
-    rate = max(entry["images_per_second"] for entry in log if "images_per_second" in entry)
+    if args.process_index:
+        return 1.0, 0.0  # the first rank decides
     labelling = record.get("labelling_seconds", 0.0)
-    if labelling and args.data:
-        total = open_recipe_source(args, args.train_split, args.num_train_examples).num_examples
-        labelling *= (total or num_images) / num_images
-    return record["batch_size"] / rate, labelling
+    if labelling:
+        tried = images.get("num_unlabelled_examples", images["num_train_examples"])
+        labelling *= max((_num_to_label(args) or tried) / tried, 1.0)
+    rates = [entry["images_per_second"] for entry in log if "images_per_second" in entry]
+    return record["batch_size"] / rates[-1], labelling
+
+
+def _num_to_label(args: VisionTrainingArguments) -> int | None:
+    if args.unlabelled_data:
+        split, number = args.train_split, args.num_unlabelled_examples
+        return open_source(
+            args.unlabelled_data, split, num_samples=number, allow_outside=args.allow_outside
+        ).num_examples
+    return open_recipe_source(args, args.train_split, args.num_train_examples).num_examples
 
 
 @contextlib.contextmanager

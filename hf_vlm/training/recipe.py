@@ -149,7 +149,7 @@ def check_recipe(recipe: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _checked(key: str, value: Any, hint: Any, where: str) -> Any:
     """Checks plain types and our own keys; TrainingArguments checks its other types itself."""
-    if key == "data" and isinstance(value, int | float):  # a folder named 2024
+    if key in ("data", "unlabelled_data") and isinstance(value, int | float):  # a folder named 2024
         return str(value)
     if typing.get_origin(hint) is dict and key in VisionTrainingArguments.__annotations__:
         if not isinstance(value, dict):

@@ -22,12 +22,12 @@ from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 from hf_vlm.registry import find_model
 from hf_vlm.tasks import PRETRAINABLE_TASKS, TASKS, TRAINABLE_TASKS, Task
 from hf_vlm.tasks.evaluation import eval_stream, match_class_names
-from hf_vlm.tasks.found_objects import REGIONS
+from hf_vlm.tasks.pseudo_labels import REGIONS
 from hf_vlm.training.alarms import CollapseAlarm
 from hf_vlm.training.arguments import VisionTrainingArguments
 from hf_vlm.training.budget import warn_of_short_pretraining, with_steps_for_budget
 from hf_vlm.training.build import build_model, build_processor
-from hf_vlm.training.checkpoints import check_run_folder, checkpoints, prepare_run_folder
+from hf_vlm.training.checkpoints import check_run_folder, checkpoints, clear_run_folder, prepare_run_folder
 from hf_vlm.training.data import open_labelled_sources, open_train_source, train_stream, view_transform
 from hf_vlm.training.labels import add_unlabelled, check_label_keys, label_source, labelling_models
 from hf_vlm.training.lock import run_lock
@@ -57,7 +57,7 @@ def pretrain(
     *,
     write_card: Callable[[Path], Any] | None = None,
     plot: Callable[[Path], Any] | None = None,
-    draw: Callable[[Source, Path], Any] | None = None,
+    render_labels: Callable[[Source, Path], Any] | None = None,
 ) -> dict[str, Any]:
     """Pretrains an encoder by a recipe, or with it a head, on labels that nobody annotated (`labels_from`).
 
@@ -72,7 +72,7 @@ def pretrain(
         source: The images to train on where they are open already, as the recipe says; None to open them.
         write_card: Function that writes the card into a folder with a saved model.
         plot: Function that renders pictures of a finished run into its folder.
-        draw: Function that renders labels that were found into the folder before a head is trained on them.
+        render_labels: Function that renders pseudo-labels into the folder before a head is trained on them.
 
     Raises:
         ValueError: for a recipe, an encoder or data that cannot be used, with what to do about it.
@@ -83,35 +83,41 @@ def pretrain(
     if args.budget is not None:
         recipe = with_steps_for_budget(recipe, args, pretrain)
         args = parse_arguments(recipe)
-    hooks = Hooks(write_card, plot, draw)
+    hooks = Hooks(write_card, plot, render_labels)
     if args.rounds == 1:
         return _pretrain(args, recipe, source, hooks, labels_from=args.labels_from)
     return _pretrain_in_rounds(args, recipe, source, hooks)
 
 
 class Hooks(NamedTuple):
-    """What a run of pretraining calls to write and draw into its folder."""
+    """What a run of pretraining calls to write and render into its folder."""
 
     write_card: Callable[[Path], Any] | None
     plot: Callable[[Path], Any] | None
-    draw: Callable[[Source, Path], Any] | None
+    render_labels: Callable[[Source, Path], Any] | None
 
 
 def _pretrain_in_rounds(
     args: VisionTrainingArguments, recipe: dict[str, Any], source: Source | None, hooks: Hooks
 ) -> dict[str, Any]:
     """Each round is a run of its own, so that one that was stopped resumes in its round."""
-    resumes = args.resume_from_checkpoint is not None or args.rewind_to is not None
-    if not resumes:
-        check_run_folder(args)  # now, and not when the earlier rounds are done
+    folder = Path(args.output_dir)
+    source = open_train_source(args, source)
+    args.set_steps_for(source.num_examples)
+    if finished := finished_run(args):
+        return finished
+    if not args.resumes:
+        check_run_folder(args)
+        if args.should_save:  # else a run that is stopped in an earlier round would find this one finished
+            clear_run_folder(folder)
     labels_from = args.labels_from
     for number in range(1, args.rounds):
-        folder = Path(args.output_dir) / ROUND_FOLDER.format(number)
-        earlier = recipe | {"rounds": 1, "output_dir": str(folder), "push_to_hub": False, "rewind_to": None}
-        earlier["resume_from_checkpoint"] = "auto" if resumes else None
+        earlier = recipe | {"rounds": 1, "output_dir": str(folder / ROUND_FOLDER.format(number)), "rewind_to": None}
+        earlier |= {"labels_from": labels_from, "push_to_hub": False}
+        earlier["resume_from_checkpoint"] = "auto" if args.resumes else None
         _pretrain(parse_arguments(earlier), earlier, source, hooks, labels_from=labels_from)
-        labels_from = str(folder)
-    if args.resume_from_checkpoint == "last" and not checkpoints(Path(args.output_dir)):
+        labels_from = str(folder / ROUND_FOLDER.format(number))
+    if args.resume_from_checkpoint == "last" and not checkpoints(folder):
         args.resume_from_checkpoint = "auto"  # it was stopped in an earlier round
     return _pretrain(args, recipe, source, hooks, labels_from=labels_from)
 
@@ -137,8 +143,9 @@ def _pretrain(
         started = time.perf_counter()
         source = label_source(args, source, task, labels_from or REGIONS)
         labelling_seconds = time.perf_counter() - started
-        if hooks.draw is not None and args.should_save:
-            hooks.draw(source, Path(args.output_dir))
+        if hooks.render_labels is not None and args.should_save:
+            with _not_needed("The picture of the pseudo-labels"):
+                hooks.render_labels(source, Path(args.output_dir))
         return _train_head(args, recipe, source, None, task, hooks.write_card, labelling_seconds)
 
 
@@ -179,10 +186,8 @@ def _save_pretrained(
     """Saves the whole model in a subfolder, and the trained encoder in `output_dir`."""
     model, output_dir = trainer.model, Path(trainer.args.output_dir)
     if plot is not None and trainer.args.should_save:
-        try:
+        with _not_needed("The plot of the curves"):
             plot(output_dir)
-        except OSError as error:  # no reason to lose the model
-            logger.warning("The curves could not be written to %s: %s", output_dir, error)
     with trainer.saving_model(output_dir) as folder:
         trainer.save_model(str(folder / PRETRAINING_MODEL_FOLDER), _internal_call=True)
         weights = trainer.accelerator.get_state_dict(model.trained_encoder)  # all ranks gather what is sharded
@@ -281,6 +286,7 @@ def _train_head(
             record.write(folder)
     if args.push_to_hub:
         trainer.push_to_hub()
+    trainer.accelerator.wait_for_everyone()  # the model is there, for all ranks that start from it
     return record.summary
 
 
@@ -297,8 +303,19 @@ def _held_out_stream(
 
 
 @contextmanager
+def _not_needed(what: str) -> Iterator[None]:
+    """A context whose failure to write is a warning: no reason to lose a model."""
+    try:
+        yield
+    except OSError as error:
+        logger.warning("%s could not be written: %s", what, error)
+
+
+@contextmanager
 def _run_folder(args: VisionTrainingArguments) -> Iterator[None]:
     """A context in which the run's folder is there and is this run's alone."""
+    if not args.resumes:
+        check_run_folder(args)  # now, and not when labels are found or earlier rounds are done
     prepare_run_folder(Path(args.output_dir))
     with run_lock(Path(args.output_dir)) if args.process_index == 0 else nullcontext():
         yield

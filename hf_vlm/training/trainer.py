@@ -35,6 +35,8 @@ from hf_vlm.training.signals import outlive_signals
 
 TRAINING_STATE = [
     "*checkpoint-*",  # abandoned ones too
+    "round-*",
+    "pseudo_labels.*",  # the picture shows training images
     f"{PARTIAL_FOLDER}/*",
     "*.tmp",
     LOCK_FILE,

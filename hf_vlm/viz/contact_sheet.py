@@ -17,14 +17,14 @@ from hf_vlm.data.source import Source
 from hf_vlm.viz.detections import render_detections
 from hf_vlm.viz.sheets import PAPER, captioned, class_color, contact_sheet, legend
 
-__all__ = ["Reservoir", "draw_found_objects", "example_sheet", "render_example"]
+__all__ = ["Reservoir", "example_sheet", "render_example", "render_pseudo_labels"]
 
 Array = np.ndarray[Any, Any]
 Example = dict[str, Any]
 
 logger = logging.getLogger(__name__)
 
-PICTURE = "found_objects.png"
+PICTURE = "pseudo_labels.png"
 NUM_SHOWN = 24  # images on that picture
 SIDE = 320  # pixels of the longer side of each picture
 MAX_IN_LEGEND = 20  # classes; with more, the names are on the boxes
@@ -81,8 +81,8 @@ def example_sheet(examples: Sequence[Example], features: datasets.Features, *, c
     return joined
 
 
-def draw_found_objects(source: Source, folder: Path) -> None:
-    """Renders the first images of a source whose objects were found, not annotated, as `found_objects.png`."""
+def render_pseudo_labels(source: Source, folder: Path) -> None:
+    """Renders the first images of a source with the pseudo-labels found in them, as `pseudo_labels.png`."""
     examples = list(itertools.islice(source, NUM_SHOWN))
     example_sheet(examples, source.features).save(folder / PICTURE)
     logger.info("Look at what is taken for objects: %s", folder / PICTURE)

@@ -23,7 +23,7 @@ def test_the_demo_leaves_a_folder_to_look_at(tmp_path, capsys, monkeypatch, fork
     saved = json.loads((tmp_path / "results.json").read_text())
     assert saved["seconds"] == 12.3
     assert all(0 <= m[name] <= 1 for arm in ("pretrained", "random") for m in saved[arm] for name in ("ap", "ap50"))
-    for name in ("learning_curves.png", "predictions.png", "pretrained/found_objects.png"):
+    for name in ("learning_curves.png", "predictions.png", "pretrained/pseudo_labels.png"):
         with Image.open(tmp_path / name) as picture:
             colors = picture.convert("RGB").resize((64, 64)).getcolors(4096)
         assert len(colors) > 20, name

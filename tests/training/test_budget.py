@@ -3,6 +3,7 @@
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -35,6 +36,11 @@ def timed(trials, rates=(2.0, 8.0, 10.0), labelling=0.0):
         (folder / "run.json").write_text(json.dumps({"batch_size": 4, "labelling_seconds": labelling}))
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def trials_take_no_time(monkeypatch):
+    monkeypatch.setattr(budget, "time", SimpleNamespace(perf_counter=lambda: 0.0))
 
 
 def steps_for(recipe, **options):
@@ -85,6 +91,28 @@ def test_a_resumed_run_keeps_its_number_of_steps(timed_recipe, tmp_path):
     assert not trials
 
 
+def test_a_run_that_was_stopped_in_an_earlier_round_keeps_its_number_of_steps(timed_recipe, tmp_path):
+    recipe = timed_recipe(budget="40s", rounds=2, resume_from_checkpoint="auto", output_dir=str(tmp_path / "run"))
+    (tmp_path / "run" / "round-1").mkdir(parents=True)
+    (tmp_path / "run" / "round-1" / "run.json").write_text('{"num_steps": 9, "finished": true}')
+    assert steps_for(recipe)[0]["max_steps"] == 9
+    (tmp_path / "run" / "round-1" / "checkpoint-4").mkdir()
+    (tmp_path / "run" / "round-1" / "checkpoint-4" / "trainer_state.json").write_text('{"max_steps": 7}')
+    assert steps_for(recipe)[0]["max_steps"] == 7
+
+
+def test_the_time_of_the_trial_counts_and_few_images_are_labelled(timed_recipe, monkeypatch, tmp_path):
+    clock = iter([0.0, 18.0])
+    monkeypatch.setattr(budget, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    (tmp_path / "teacher").mkdir()
+    teacher = str(tmp_path / "teacher")
+    recipe = timed_recipe(budget="40s", unlabelled_data="scenes:easy", labels_from=teacher)
+    recipe["num_unlabelled_examples"] = 1024
+    found, (trial,) = steps_for(recipe, labelling=2.0)
+    assert trial["num_unlabelled_examples"] == 256
+    assert found["max_steps"] == 30  # 38 s less 18 of the trial, and 8 to label four times as many
+
+
 def test_a_budget_replaces_the_length_of_a_recipe():
     recipe = load_recipe("mae/vit_small.yaml", ["--budget", "2h"])
     assert recipe["budget"] == "2h"
@@ -109,7 +137,7 @@ def test_runs_by_a_budget_train_and_record_their_steps(timed_recipe, tmp_path, c
 
 @pytest.mark.parametrize(
     ("has_head", "images", "warns"),
-    [(True, 7_999, True), (True, 8_000, False), (False, 8_000, True), (False, 32_000, False)],
+    [(True, 7_999, True), (True, 8_000, False), (False, 8_000, True), (False, 26_400, False)],
 )
 def test_a_short_pretraining_is_warned_of(make_recipe, caplog, has_head, images, warns):
     args = parse_arguments(make_recipe("mae", max_steps=images, per_device_train_batch_size=1))

@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_vlm.data.found_objects import FoundObjects
+from hf_vlm.data.pseudo_labels import PseudoLabels
 from hf_vlm.data.sources import open_source
 from hf_vlm.models.modeling_detection import VLMViTForObjectDetection
 from hf_vlm.tasks.detection import DETECTION
-from hf_vlm.tasks.found_objects import find_objects
+from hf_vlm.tasks.pseudo_labels import find_pseudo_labels
 from hf_vlm.training import labels
 from hf_vlm.training.recipe import parse_arguments
 from hf_vlm.training.run import finetune, pretrain
@@ -31,10 +31,10 @@ def head_recipe(make_recipe):
 def test_a_detector_is_pretrained_on_regions_and_fine_tuned_to_other_classes(head_recipe, make_recipe, tmp_path):
     drawn = []
     recipe = head_recipe(output_dir=str(tmp_path / "objects"), max_steps=2)
-    summary = pretrain(recipe, draw=lambda source, folder: drawn.append((len(list(source)), folder.name)))
+    summary = pretrain(recipe, render_labels=lambda source, folder: drawn.append((len(list(source)), folder.name)))
     assert summary["finished"]
     assert summary["data"]["class_names"] == ["object"]
-    found = find_objects(open_source("scenes:easy", "train", num_samples=24), "regions", size=(32, 32))
+    found = find_pseudo_labels(open_source("scenes:easy", "train", num_samples=24), "regions", size=(32, 32))
     assert drawn == [(int((np.diff(found.starts) > 0).sum()), "objects")]
     model = VLMViTForObjectDetection.from_pretrained(tmp_path / "objects")
     assert model.config.id2label == {0: "object"}
@@ -54,7 +54,7 @@ def test_what_was_found_is_kept_for_a_resumed_run(head_recipe, monkeypatch, tmp_
     shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
     shutil.rmtree(tmp_path / "stopped" / "checkpoint-4")
     (tmp_path / "stopped" / "config.json").unlink()
-    monkeypatch.setattr(labels.FoundObjects, "save", None)  # is not called
+    monkeypatch.setattr(labels.PseudoLabels, "save", None)  # is not called
     resumed = pretrain(stopped | {"resume_from_checkpoint": "last"})
     assert resumed["num_steps"] == whole["num_steps"] == 4
     weights = [VLMViTForObjectDetection.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "stopped")]
@@ -95,8 +95,18 @@ def test_each_round_learns_from_the_one_before(rounds, labelled_by, tmp_path):
         pretrain(rounds)
 
 
-@pytest.mark.parametrize("wanted", ["last", "auto"])
-def test_a_run_that_was_stopped_resumes_in_its_round(rounds, labelled_by, tmp_path, wanted):
+def test_an_overwritten_run_that_is_stopped_in_a_round_is_not_taken_for_finished(rounds, monkeypatch, tmp_path):
+    pretrain(rounds)
+    monkeypatch.setattr("hf_vlm.training.run.label_source", None)  # stops the new one at once
+    with pytest.raises(TypeError):
+        pretrain(rounds | {"overwrite_output_dir": True, "seed": 5})
+    assert not (tmp_path / "run" / "config.json").exists()
+    monkeypatch.undo()
+    assert pretrain(rounds | {"overwrite_output_dir": True, "seed": 5, "resume_from_checkpoint": "auto"})["finished"]
+    assert "seed: 5\n" in (tmp_path / "run" / "recipe.yaml").read_text()
+
+
+def test_a_run_that_was_stopped_resumes_in_its_round(rounds, labelled_by, tmp_path):
     pretrain(rounds)
     expected = VLMViTForObjectDetection.from_pretrained(tmp_path / "run").state_dict()
     for folder in (tmp_path / "run", tmp_path / "run" / "round-2"):  # as if it had been killed in the second
@@ -104,7 +114,7 @@ def test_a_run_that_was_stopped_resumes_in_its_round(rounds, labelled_by, tmp_pa
         shutil.rmtree(folder / "checkpoint-2")
     shutil.rmtree(tmp_path / "run" / "checkpoint-1")
     labelled_by.clear()
-    summary = pretrain(rounds | {"resume_from_checkpoint": wanted, "overwrite_output_dir": True})
+    summary = pretrain(rounds | {"resume_from_checkpoint": "last", "overwrite_output_dir": True})
     assert summary["finished"]
     assert labelled_by == [("round-2", "round-1"), ("run", "round-2")]
     resumed = VLMViTForObjectDetection.from_pretrained(tmp_path / "run").state_dict()
@@ -112,7 +122,7 @@ def test_a_run_that_was_stopped_resumes_in_its_round(rounds, labelled_by, tmp_pa
 
 
 def test_rounds_are_for_pretraining(make_recipe):
-    with pytest.raises(ValueError, match="rounds must be 1"):
+    with pytest.raises(ValueError, match="rounds is for images without labels"):
         finetune(make_recipe("detection", rounds=2))
 
 
@@ -125,13 +135,25 @@ def test_labels_of_other_images_are_found_again(head_recipe, tmp_path):
         source = open_source("scenes:easy", "train", num_samples=count)
         labels.label_source(args, source, DETECTION, "regions")
         ids[count] = len(
-            FoundObjects.load(tmp_path / "detection" / labels.LABELS_FILE, origin_of(args, source)).image_ids
+            PseudoLabels.load(tmp_path / "detection" / labels.LABELS_FILE, origin_of(args, source)).image_ids
         )
     assert ids == {4: 4, 6: 6}
 
 
 def origin_of(args, source):
-    return labels._origin("regions", source, size=args.image_hw, per_image=None)
+    return labels._origin("regions", source, size=args.image_hw, num_channels=3, per_image=None)
+
+
+def test_images_that_are_held_out_are_not_learned_from_without_labels_either(make_recipe, teacher, monkeypatch):
+    seen = []
+    record = lambda args, recipe, source, held_out, *_: seen.append((source, held_out)) or {}  # noqa: E731
+    monkeypatch.setattr("hf_vlm.training.run._train_head", record)
+    same = {"unlabelled_data": "scenes:easy", "num_unlabelled_examples": 24, "labels_from": teacher, "holdout": 0.3}
+    finetune(make_recipe("detection", labels_per_image=2.0, **same))
+    ((source, held_out),) = seen
+    held = {example["image_id"] for example in held_out}
+    assert held
+    assert not held & {example["image_id"] // 2 for example in source}
 
 
 @pytest.fixture
@@ -152,7 +174,7 @@ def test_unlabelled_images_are_mixed_with_labelled_ones(make_recipe, teacher, mo
     args, source = seen[0]
     labelled = list(open_source("scenes:easy", "train", num_samples=6))
     per_image = sum(len(example["objects"]["bbox"]) for example in labelled) / 6
-    found = find_objects(
+    found = find_pseudo_labels(
         open_source("scenes:easy", "test", num_samples=12), teacher, size=(32, 32), per_image=per_image
     )
     assert len(found.boxes) == pytest.approx(per_image * 12, abs=1)
@@ -175,15 +197,23 @@ def test_a_student_learns_from_a_teachers_boxes(make_recipe, teacher):
     assert "ap" in summary["metrics"]
 
 
+UNLABELLED = {"unlabelled_data": "scenes:easy", "labels_from": "runs/a"}
+
+
 @pytest.mark.parametrize(
     ("command", "changes", "message"),
     [
         (pretrain, {"unlabelled_data": "scenes:easy"}, "unlabelled_data is for fine-tuning"),
         (pretrain, {"eval_strategy": "steps"}, "leave eval_strategy out"),
         (pretrain, {"labels_per_image": 0.0}, "labels_per_image must be positive"),
-        (finetune, {"labels_from": "regions"}, "belong together"),
-        (finetune, {"unlabelled_data": "scenes:easy"}, "belong together"),
-        (finetune, {"unlabelled_fraction": 1.0}, "unlabelled_fraction must be between 0 and 1"),
+        (finetune, {"labels_from": "runs/a"}, "labels_from is for images without labels: pretrain on them, or name"),
+        (finetune, {"unlabelled_data": "scenes:easy"}, "name it with labels_from"),
+        (finetune, UNLABELLED | {"labels_from": "regions"}, "name it with labels_from"),
+        (finetune, UNLABELLED | {"rounds": 2}, "rounds are for pretraining"),
+        (pretrain, {"rounds": 0}, "rounds must be 1 or more"),
+        (pretrain, {"holdout": 0.1}, "leave holdout out"),
+        (pretrain, {"eval_on_start": True}, "leave eval_on_start out"),
+        (finetune, UNLABELLED | {"unlabelled_fraction": 1.0}, "unlabelled_fraction must be between 0 and 1"),
     ],
 )
 def test_keys_that_do_not_fit_are_refused(make_recipe, command, changes, message):

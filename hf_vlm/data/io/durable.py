@@ -44,13 +44,8 @@ def is_partial(path: Path) -> bool:
 
 def replace_text(path: Path, text: str) -> None:
     """Writes a text file that always holds the earlier text or the new one."""
-    partial = path.with_name(f"{path.name}.tmp")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    sync_folder(path.parent)
+    with _replacing(path) as file:
+        file.write(text.encode())
 
 
 @contextlib.contextmanager
@@ -60,17 +55,25 @@ def replaced_file(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         ValueError: The path cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        file = partial.open("wb")
+        with _replacing(path) as file:
+            yield file
     except OSError as error:
         raise ValueError(f"{path} cannot be written: {error_text(error)}") from error
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[IO[bytes]]:
+    partial = path.with_name(f"{path.name}.tmp")
     try:
-        with file:
+        with partial.open("wb") as file:
             yield file
+            file.flush()
+            os.fsync(file.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+    sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

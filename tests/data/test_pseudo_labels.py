@@ -5,14 +5,14 @@ import numpy as np
 import pytest
 from sample_data import write_images
 
-from hf_vlm.data.found_objects import FoundObjects, ObjectsOfImage
+from hf_vlm.data.pseudo_labels import LabelsOfImage, PseudoLabels
 from hf_vlm.data.sources import open_source
 
 
 def objects_of(image_id, *scores):
     n = len(scores)
     boxes = (np.arange(4 * n, dtype=np.float32) + image_id).reshape(-1, 4)
-    return ObjectsOfImage(image_id, boxes, np.arange(n) % 2, np.array(scores, dtype=np.float32))
+    return LabelsOfImage(image_id, boxes, np.arange(n) % 2, np.array(scores, dtype=np.float32))
 
 
 FOUND = [objects_of(7, 0.9, 0.2, 0.6), objects_of(2), objects_of(5, 0.7), objects_of(-3, 0.1, 0.8)]
@@ -20,7 +20,7 @@ FOUND = [objects_of(7, 0.9, 0.2, 0.6), objects_of(2), objects_of(5, 0.7), object
 
 @pytest.fixture
 def table():
-    return FoundObjects.collect(FOUND, ["cat", "dog"])
+    return PseudoLabels.collect(FOUND, ["cat", "dog"])
 
 
 def as_lists(table):
@@ -36,10 +36,10 @@ def test_each_image_has_its_own_objects_in_any_order(table):
         image.image_id: [image.boxes.tolist(), image.labels.tolist(), image.scores.tolist()] for image in FOUND
     }
     assert as_lists(table) == expected
-    assert as_lists(FoundObjects.collect(FOUND[::-1], ["cat", "dog"])) == expected
+    assert as_lists(PseudoLabels.collect(FOUND[::-1], ["cat", "dog"])) == expected
     with pytest.raises(ValueError, match="image 6"):
         table.of(6)
-    assert len(FoundObjects.collect([], ["cat"]).boxes) == 0
+    assert len(PseudoLabels.collect([], ["cat"]).boxes) == 0
 
 
 @pytest.mark.parametrize(
@@ -58,15 +58,15 @@ def test_the_best_are_chosen_over_all_images(table, count, kept):
 
 def test_a_saved_table_is_the_same_and_of_no_other_origin(table, tmp_path):
     path = tmp_path / "found.parquet"
-    assert FoundObjects.load(path, "a") is None
+    assert PseudoLabels.load(path, "a") is None
     table.save(path, "a")
-    loaded = FoundObjects.load(path, "a")
+    loaded = PseudoLabels.load(path, "a")
     assert as_lists(loaded) == as_lists(table)
     assert loaded.class_names == ("cat", "dog")
     assert loaded.labels.dtype == np.int64
-    assert FoundObjects.load(path, "b") is None
+    assert PseudoLabels.load(path, "b") is None
     path.write_bytes(path.read_bytes()[:-20])
-    assert FoundObjects.load(path, "a") is None
+    assert PseudoLabels.load(path, "a") is None
     assert [p.name for p in tmp_path.iterdir()] == ["found.parquet"]
 
 
@@ -74,10 +74,10 @@ def test_images_get_what_was_found_in_them_and_others_are_left_out(tmp_path):
     write_images(tmp_path, [f"{i}.png" for i in range(5)])
     source = open_source(str(tmp_path), "train")
     found = [
-        ObjectsOfImage(i, np.full((n, 4), i + 1, np.float32), np.zeros(n, np.int64), np.ones(n, np.float32))
+        LabelsOfImage(i, np.full((n, 4), i + 1, np.float32), np.zeros(n, np.int64), np.ones(n, np.float32))
         for i, n in enumerate([2, 0, 1, 0, 3])
     ]
-    labelled = FoundObjects.collect(found, ["object"]).label(source)
+    labelled = PseudoLabels.collect(found, ["object"]).label(source)
     examples = list(labelled)
     assert [example["image_id"] for example in examples] == [0, 2, 4]
     assert [len(example["objects"]["bbox"]) for example in examples] == [2, 1, 3]

@@ -13,8 +13,8 @@ from hf_vlm.data.transforms.image_ops import resize
 from hf_vlm.deploy.predict import Predictor
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
-from hf_vlm.tasks import found_objects
-from hf_vlm.tasks.found_objects import find_objects
+from hf_vlm.tasks import pseudo_labels
+from hf_vlm.tasks.pseudo_labels import find_pseudo_labels
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def corners(boxes):
 
 
 def test_regions_are_those_of_each_image_in_its_own_pixels(source):
-    table = find_objects(source, "regions", size=(48, 64))
+    table = find_pseudo_labels(source, "regions", size=(48, 64))
     assert table.class_names == ("object",)
     assert table.image_ids.tolist() == list(range(9))
     assert len(table.boxes) > 9
@@ -41,7 +41,7 @@ def test_regions_are_those_of_each_image_in_its_own_pixels(source):
 
 
 def test_data_workers_find_the_same(source):
-    alone, together = (find_objects(source, "regions", size=(48, 48), num_workers=count) for count in (0, 2))
+    alone, together = (find_pseudo_labels(source, "regions", size=(48, 48), num_workers=count) for count in (0, 2))
     np.testing.assert_array_equal(together.image_ids, alone.image_ids)
     np.testing.assert_array_equal(together.boxes, alone.boxes)
 
@@ -49,10 +49,10 @@ def test_data_workers_find_the_same(source):
 def test_ranks_look_at_each_image_once_and_share_what_they_find(source, monkeypatch):
     shares = []
     gather = lambda mine: shares.append(mine) or [*itertools.chain(*shares)]  # noqa: E731
-    monkeypatch.setattr(found_objects, "gather_object", gather)
+    monkeypatch.setattr(pseudo_labels, "gather_object", gather)
     for rank in range(3):  # the last one gets what all have found
-        table = find_objects(source, "regions", size=(48, 48), rank=rank, world_size=3)
-    whole = find_objects(source, "regions", size=(48, 48))
+        table = find_pseudo_labels(source, "regions", size=(48, 48), rank=rank, world_size=3)
+    whole = find_pseudo_labels(source, "regions", size=(48, 48))
     assert [len(share) for share in shares] == [3, 3, 3]
     np.testing.assert_array_equal(table.image_ids, whole.image_ids)
     np.testing.assert_array_equal(table.boxes, whole.boxes)
@@ -80,7 +80,7 @@ def without_duplicates(boxes, scores, labels):
             low, high = np.maximum(boxes[index, :2], boxes[other, :2]), np.minimum(boxes[index, 2:], boxes[other, 2:])
             shared = np.clip(high - low, 0, None).prod()
             areas = [(boxes[i, 2:] - boxes[i, :2]).prod() for i in (index, other)]
-            if labels[index] == labels[other] and shared > found_objects.MAX_IOU * (sum(areas) - shared):
+            if labels[index] == labels[other] and shared > pseudo_labels.MAX_IOU * (sum(areas) - shared):
                 break
         else:
             kept.append(int(index))
@@ -90,18 +90,18 @@ def without_duplicates(boxes, scores, labels):
 @pytest.mark.parametrize("per_image", [None, 2.0])
 def test_a_detectors_boxes_are_its_best_predictions_without_duplicates(saved, per_image):
     source = open_source("scenes:easy", "test", num_samples=9)  # of the detector's size: nothing is resized
-    table = find_objects(source, saved, size=(48, 48), per_image=per_image)
+    table = find_pseudo_labels(source, saved, size=(48, 48), per_image=per_image)
     predictor = Predictor.from_pretrained(saved)
     expected = []
     for example in source:
         image, _ = decode_image(example["image"])
         found = predictor.predict(image, threshold=0.0)[0]
-        large = (found.boxes[:, 2:] - found.boxes[:, :2]).min(1) >= found_objects.MIN_SIDE
+        large = (found.boxes[:, 2:] - found.boxes[:, :2]).min(1) >= pseudo_labels.MIN_SIDE
         boxes, scores, labels = found.boxes[large], found.scores[large], found.labels[large]
         kept = without_duplicates(boxes, scores, labels)
         expected += [(example["image_id"], boxes[i], labels[i], scores[i]) for i in kept]
     expected.sort(key=lambda row: -row[3])
-    count = sum(row[3] >= 0.5 for row in expected) if per_image is None else round(per_image * 9)
+    count = sum(row[3] >= pseudo_labels.MIN_SCORE for row in expected) if per_image is None else round(per_image * 9)
     assert 0 < count < len(expected)
     assert len(table.boxes) == count
     for image_id, box, label, score in expected[:count]:
@@ -117,4 +117,4 @@ def test_an_encoder_finds_no_boxes(source, tmp_path):
     VLMViTModel(config).save_pretrained(tmp_path)
     VLMViTImageProcessor().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="boxes are found by a detector"):
-        find_objects(source, str(tmp_path), size=(48, 48))
+        find_pseudo_labels(source, str(tmp_path), size=(48, 48))

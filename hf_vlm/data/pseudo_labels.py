@@ -1,5 +1,6 @@
-"""Boxes that something other than a person found in images: a table by `image_id`, kept in a file, used as labels."""
+"""Pseudo-labels: boxes that were found in images, not annotated; a table by `image_id` that is kept in a file."""
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,14 +15,13 @@ from hf_vlm.data.io.durable import replaced_file
 from hf_vlm.data.schema import image_feature, objects_feature
 from hf_vlm.data.source import Source
 
-__all__ = ["FoundObjects", "ObjectsOfImage"]
+__all__ = ["LabelsOfImage", "PseudoLabels"]
 
 Array = np.ndarray[Any, Any]
 CLASS_NAMES_KEY, ORIGIN_KEY = b"class_names", b"origin"  # in the metadata of the file
-SEPARATOR = "\n"  # of class names there
 
 
-class ObjectsOfImage(NamedTuple):
+class LabelsOfImage(NamedTuple):
     """What was found in one image."""
 
     image_id: int
@@ -31,15 +31,15 @@ class ObjectsOfImage(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FoundObjects:
-    """The boxes of many images, those of one beside each other.
+class PseudoLabels:
+    """The pseudo-labels of many images, those of one beside each other.
 
     Args:
         image_ids: (images,) int64, ascending.
         starts: (images + 1,) int64, where the boxes of each image begin, and where the last ones end.
         boxes: (objects, 4) float32, x, y, width, height in pixels of the image as it is displayed.
         labels: (objects,) int64 indices into `class_names`.
-        scores: (objects,) float32, comparable among images.
+        scores: (objects,) float32; a detector's are comparable among images, those of regions are not.
         class_names: Names of the classes.
     """
 
@@ -51,9 +51,12 @@ class FoundObjects:
     class_names: tuple[str, ...]
 
     @classmethod
-    def collect(cls, found: Iterable[ObjectsOfImage], class_names: Sequence[str]) -> "FoundObjects":
-        """The table of images in any order, each once."""
-        images = sorted(found, key=lambda image: image.image_id)
+    def collect(cls, found: Iterable[LabelsOfImage], class_names: Sequence[str]) -> "PseudoLabels":
+        """The table of images in any order; of those that come again, as in mixtures, the first counts."""
+        by_id: dict[int, LabelsOfImage] = {}
+        for image in found:
+            by_id.setdefault(image.image_id, image)
+        images = [by_id[image_id] for image_id in sorted(by_id)]
         counts = [len(image.boxes) for image in images]
         return cls(
             image_ids=np.array([image.image_id for image in images], dtype=np.int64),
@@ -68,7 +71,7 @@ class FoundObjects:
         """Number of objects with at least this score."""
         return int((self.scores >= score).sum())
 
-    def best(self, num_objects: int) -> "FoundObjects":
+    def best(self, num_objects: int) -> "PseudoLabels":
         """The objects with the best scores over all images; of equal ones, all or none."""
         if num_objects >= len(self.scores):
             return self
@@ -117,12 +120,12 @@ class FoundObjects:
             {"image_id": self.image_ids}
             | {name: pa.LargeListArray.from_arrays(offsets, values) for name, values in columns.items()}
         )
-        metadata = {CLASS_NAMES_KEY: SEPARATOR.join(self.class_names).encode(), ORIGIN_KEY: origin.encode()}
+        metadata = {CLASS_NAMES_KEY: json.dumps(self.class_names).encode(), ORIGIN_KEY: origin.encode()}
         with replaced_file(path) as file:
             pq.write_table(table.replace_schema_metadata(metadata), file)
 
     @classmethod
-    def load(cls, path: Path, origin: str) -> "FoundObjects | None":
+    def load(cls, path: Path, origin: str) -> "PseudoLabels | None":
         """The table in a file; None where there is no file, it is damaged, or is of another origin."""
         try:
             table = pq.read_table(path).combine_chunks()
@@ -138,7 +141,7 @@ class FoundObjects:
             boxes=lists["bbox"].values.values.to_numpy().reshape(-1, 4),
             labels=lists["category"].values.to_numpy(),
             scores=lists["score"].values.to_numpy(),
-            class_names=tuple(metadata[CLASS_NAMES_KEY].decode().split(SEPARATOR)),
+            class_names=tuple(json.loads(metadata[CLASS_NAMES_KEY])),
         )
 
 
@@ -153,7 +156,7 @@ class _Has:
 
 @dataclass(frozen=True)
 class _Attach:
-    found: FoundObjects
+    found: PseudoLabels
 
     def __call__(self, example: dict[str, Any]) -> dict[str, Any]:
         here = self.found.of(example["image_id"])

@@ -1,4 +1,4 @@
-"""Boxes for images without labels: regions that look like objects, or what a trained detector finds."""
+"""Pseudo-labels of images: region proposals, boxes around what looks like an object, or what a detector finds."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ import numpy as np
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from hf_vlm.data.found_objects import FoundObjects, ObjectsOfImage
 from hf_vlm.data.io.decode import decode_image
 from hf_vlm.data.level_lines import find_regions
 from hf_vlm.data.loader import StreamLoader
+from hf_vlm.data.pseudo_labels import LabelsOfImage, PseudoLabels
 from hf_vlm.data.source import Source
 from hf_vlm.data.stream import ExampleStream, Transform
 from hf_vlm.data.transforms.image_ops import resize
@@ -21,7 +21,7 @@ from hf_vlm.features.loading import load_model
 from hf_vlm.models.modeling_detection import VLMViTForObjectDetection
 from hf_vlm.tasks.detector import detect, detection_transform
 
-__all__ = ["REGIONS", "find_objects"]
+__all__ = ["REGIONS", "find_pseudo_labels"]
 
 REGIONS = "regions"
 CLASS_NAME = "object"  # of all regions
@@ -29,11 +29,11 @@ CLASS_NAME = "object"  # of all regions
 # learned from boxes nobody checked they are low: on three sets this kept as many as it had learned from, or half more.
 MIN_SCORE = 0.25
 MAX_IOU = 0.6  # of a detector's boxes of one class: the lower scored one is left out
-MIN_SIDE = 2  # pixels of a detector's box
+MIN_SIDE = 2  # pixels of a detector's box; less shows nothing to learn
 BATCH_SIZE = 16
 
 
-def find_objects(
+def find_pseudo_labels(
     source: Source,
     labels_from: str,
     *,
@@ -44,7 +44,7 @@ def find_objects(
     rank: int = 0,
     world_size: int = 1,
     max_bad_fraction: float = 0.01,
-) -> FoundObjects:
+) -> PseudoLabels:
     """Boxes in all images of a source; those that it may have are not read.
 
     Args:
@@ -59,10 +59,10 @@ def find_objects(
     Raises:
         ValueError: There is no such detector, or too many images cannot be read.
     """
-    options: dict[str, Any] = {"shuffle": False, "repeat": False, "rank": rank, "world_size": world_size}
-    options["max_bad_fraction"] = max_bad_fraction
+    options: dict[str, Any] = {"shuffle": False, "repeat": False, "max_bad_fraction": max_bad_fraction}
+    options |= {"rank": rank, "world_size": world_size}
     images = source.unlabelled().dataset
-    found: Iterable[ObjectsOfImage]
+    found: Iterable[LabelsOfImage]
     if labels_from == REGIONS:
         names = [CLASS_NAME]
         found = _regions(ExampleStream(images, _FindRegions(size, num_channels), **options), num_workers)
@@ -72,10 +72,10 @@ def find_objects(
             raise ValueError(f"{labels_from} is a model for {loaded.entry.task}: boxes are found by a detector.")
         names = loaded.class_names
         transform = _WithoutObjects(detection_transform(loaded.processor, train=False, class_names=names))
-        found = _detections(loaded, ExampleStream(images, transform, **options))
+        found = _detections(loaded, ExampleStream(images, transform, **options), num_workers)
     total = source.num_examples and -(-source.num_examples // world_size)
     mine = list(tqdm(found, desc="Finding objects", total=total, unit=" images", disable=rank != 0 or None))
-    table = FoundObjects.collect(gather_object(mine) if world_size > 1 else mine, names)
+    table = PseudoLabels.collect(gather_object(mine) if world_size > 1 else mine, names)
     if labels_from == REGIONS:
         return table
     return table.best(table.num_scored(MIN_SCORE) if per_image is None else round(per_image * len(table.image_ids)))
@@ -97,9 +97,9 @@ class _FindRegions:
         return {"image_id": example["image_id"], "boxes": boxes, "labels": labels, "scores": scores}
 
 
-def _regions(stream: Any, num_workers: int) -> Iterator[ObjectsOfImage]:
+def _regions(stream: Any, num_workers: int) -> Iterator[LabelsOfImage]:
     for batch in StreamLoader(stream, batch_size=BATCH_SIZE, num_workers=num_workers, collate_fn=list):
-        yield from (ObjectsOfImage(**image) for image in batch)
+        yield from (LabelsOfImage(**image) for image in batch)
 
 
 @dataclass(frozen=True)
@@ -112,16 +112,16 @@ class _WithoutObjects:
         return self.transform({**example, "objects": {"bbox": [], "category": []}}, rng)
 
 
-def _detections(loaded: Any, stream: ExampleStream) -> Iterator[ObjectsOfImage]:
+def _detections(loaded: Any, stream: ExampleStream, num_workers: int) -> Iterator[LabelsOfImage]:
     """What a detector finds in each image, of any score, without duplicates."""
     model = to_best_device(loaded.model).eval()
-    for batch in detect(model, stream, loaded.processor, batch_size=BATCH_SIZE):
+    for batch in detect(model, stream, loaded.processor, batch_size=BATCH_SIZE, num_workers=num_workers):
         for image, labels in zip(batch.found, batch.labels):
             boxes, scores, classes = (image[name].numpy() for name in ("boxes", "scores", "labels"))
             boxes[:, 2:] -= boxes[:, :2]
             boxes, scores, classes = (values[boxes[:, 2:].min(1) >= MIN_SIDE] for values in (boxes, scores, classes))
             kept = _without_duplicates(boxes, scores, classes)
-            yield ObjectsOfImage(int(labels["image_id"]), boxes[kept], classes[kept], scores[kept])
+            yield LabelsOfImage(int(labels["image_id"]), boxes[kept], classes[kept], scores[kept])
 
 
 def _without_duplicates(boxes: Any, scores: Any, classes: Any) -> list[int]:
