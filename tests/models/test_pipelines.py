@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModel, pipeline
 
 from hf_vlm.registry import MODELS, find_model
 
-WITH_PIPELINE = ("encoder", "detection", "classification")
+WITH_PIPELINE = ("encoder", "detection", "classification", "semantic_segmentation")
 
 
 def save(name, folder):
