@@ -20,7 +20,7 @@ def read_classes(example: dict[str, Any], num_classes: int) -> np.ndarray[Any, A
     """
     if example.get("mask") is None:
         raise ValueError(
-            f"Image {example.get('image_id')} has no mask, only {', '.join(example)}: semantic segmentation needs one."
+            f"Image {example.get('image_id')} has no mask: semantic segmentation needs one of each image."
         )
     values = decode_mask(example["mask"])
     is_class = (values >= 0) & (values < num_classes) | (values == IGNORED)

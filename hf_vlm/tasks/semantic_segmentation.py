@@ -151,7 +151,7 @@ def post_process(
     results = []
     for classes in processor.post_process_semantic_segmentation(outputs, target_sizes=sizes):
         fractions = classes.flatten().bincount(minlength=model.config.num_labels) / classes.numel()
-        scores, labels = fractions.sort(descending=True)
+        scores, labels = fractions.sort(descending=True, stable=True)
         is_shown = (scores > 0) & (scores >= (threshold or 0.0))
         results.append({"segmentation": classes, "scores": scores[is_shown], "labels": labels[is_shown]})
     return results
