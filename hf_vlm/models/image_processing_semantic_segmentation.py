@@ -42,9 +42,12 @@ class VLMViTSemanticSegmentationImageProcessor(VLMViTImageProcessor):
     valid_kwargs = SemanticSegmentationImageProcessorKwargs
     inference = "whole"
 
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        check_inference(self.inference)
+
     def _preprocess(self, images: list[Any], inference: str = "whole", **kwargs: Any) -> BatchFeature:
-        if inference not in MODES:
-            raise ValueError(f"inference is {inference!r}, but must be one of {', '.join(MODES)}.")
+        check_inference(inference)
         if inference == "whole":
             return super()._preprocess(images, **kwargs)
         window = kwargs["size"].height, kwargs["size"].width
@@ -94,6 +97,12 @@ class VLMViTSemanticSegmentationImageProcessor(VLMViTImageProcessor):
             window = self.size["height"], self.size["width"]
             logits = joined_windows(logits, sliding_size(size, window), window)[None]
         return F.interpolate(logits, size, mode="bilinear", align_corners=False)[0]
+
+
+def check_inference(inference: str) -> None:
+    """ValueError for another mode than those there are."""
+    if inference not in MODES:
+        raise ValueError(f"inference is {inference!r}, but must be one of {', '.join(MODES)}.")
 
 
 def sliding_size(size: Size, window: Size) -> Size:

@@ -114,8 +114,9 @@ def test_what_cannot_be_answered_is_refused():
         slide.post_process_semantic_segmentation(outputs, target_sizes=[(30, 60)])
     with pytest.raises(ValueError, match="but 0 target_sizes"):
         slide.post_process_semantic_segmentation(outputs)
-    with pytest.raises(ValueError, match="inference is 'tile', but must be one of whole, slide"):
-        processor_of(inference="tile")(images=noise(24, 36))
+    for call in (lambda: processor_of(inference="tile"), lambda: processor_of()(noise(24, 36), inference="tile")):
+        with pytest.raises(ValueError, match="inference is 'tile', but must be one of whole, slide"):
+            call()
 
 
 def test_a_saved_processor_slides_in_pipelines(tmp_path):

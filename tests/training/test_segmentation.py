@@ -21,6 +21,7 @@ def run(make_recipe_in, tmp_path_factory):
     """The folder of a segmenter that has learned what is background, and the content of its `run.json`."""
     folder = tmp_path_factory.mktemp("runs")
     changes = {"max_steps": 32, "learning_rate": 1e-2, "image_size": 32, "augmentation": {"crop_scale": [0.5, 1.0]}}
+    changes["processor_config"] = {"inference": "slide"}
     summary = finetune(make_recipe_in(folder, "semantic_segmentation", **changes), write_card=write_model_card)
     return folder / "semantic_segmentation", summary
 
@@ -34,6 +35,7 @@ def test_finetuning_learns_and_leaves_a_card(run):
     metrics = summary["metrics"]
     assert metrics["pixel_accuracy"] > 0.6
     assert 0 < metrics["miou"] <= metrics["mean_accuracy"] < 1
+    assert json.loads((folder / "preprocessor_config.json").read_text())["inference"] == "slide"
     entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     losses = [entry["loss"] for entry in entries if "loss" in entry]
     assert np.mean(losses[-3:]) < 0.8 * losses[0]
@@ -41,6 +43,23 @@ def test_finetuning_learns_and_leaves_a_card(run):
     assert "pipeline_tag: image-segmentation" in card
     assert "gives each pixel of an image one of 6 classes" in card
     assert f"| mIoU (mean intersection over union of the classes) | {metrics['miou']:.3f} |" in card
+
+
+@pytest.mark.parametrize(
+    ("method", "fields", "words"),
+    [
+        ("semantic_segmentation", {"inference": "tile"}, "inference is 'tile'"),
+        (
+            "semantic_segmentation",
+            {"size": 64},
+            "'size' is no field .* image_mean, image_std, inference; its size",
+        ),
+        ("classification", {"inference": "slide"}, "'inference' is no field of VLMViTClassificationImageProcessor"),
+    ],
+)
+def test_image_processors_are_given_what_training_follows(make_recipe, method, fields, words):
+    with pytest.raises(ValueError, match=words):
+        finetune(make_recipe(method, processor_config=fields))
 
 
 def test_commands_evaluate_and_plot_and_draw(run, tmp_path, capsys):

@@ -55,5 +55,5 @@ def test_long_names_are_truncated(tmp_path, plotted):
 
 @pytest.mark.parametrize("matrix", [np.eye(3), np.zeros((2, 2)), np.ones((2, 3))])
 def test_malformed_matrices_are_refused(tmp_path, matrix):
-    with pytest.raises(ValueError, match="2 classes must be 2 x 2 and count at least one image"):
+    with pytest.raises(ValueError, match="2 classes must be 2 x 2 and count some images"):
         plot_confusion(tmp_path / "confusion.png", matrix, ["a", "b"])
