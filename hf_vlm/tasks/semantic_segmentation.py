@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers.modeling_outputs import SemanticSegmenterOutput
 from transformers.modeling_utils import PreTrainedModel
 
+from hf_vlm.data.formats.mask_classes import MASK_CLASSES_FILE
 from hf_vlm.data.masks import IGNORED
 from hf_vlm.data.source import Source
 from hf_vlm.data.stream import ExampleStream, Transform
@@ -42,8 +43,8 @@ def class_names(source: Source) -> list[str]:
     names = source.mask_names
     if names is None:
         raise ValueError(
-            f"{source.name} has masks in split {source.split!r}, but the names of their values are not known: open it "
-            "in Python and train on dataclasses.replace(source, mask_class_names=(...)), the names of 0, 1, 2, ..."
+            f"{source.name} has masks in split {source.split!r}, but the names of their values are not known: put "
+            f"a file {MASK_CLASSES_FILE} into its folder, whose lines name the values 0, 1, 2, ..."
         )
     if not 2 <= len(names) <= IGNORED:
         raise ValueError(
