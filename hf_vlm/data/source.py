@@ -76,8 +76,12 @@ class Source:
         Labels, objects and masks are mapped by name, each where all its classes are among the names.
         """
         columns = {"label": self.label_names, "objects": self.object_names, "mask": self.mask_names}
-        maps = {column: _indices(own, names) for column, own in columns.items() if own and {*own} <= {*names}}
-        if not any(own != list(names) for column, own in columns.items() if column in maps):
+        maps = {
+            column: _indices(own, names)
+            for column, own in columns.items()
+            if own and own != list(names) and {*own} <= {*names}
+        }
+        if not maps:
             return self
         features = datasets.Features(self.features)
         if "label" in maps:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
+from hf_vlm.data.formats.mask_classes import MASK_CLASSES_FILE
 from hf_vlm.data.source import Source
 from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
 from hf_vlm.models.convert_vlm_vit import read_config
@@ -54,7 +55,8 @@ def finetuning_recipe(source: Source, encoder: str | None = None) -> tuple[str, 
     task = next(iter(fitting_tasks(source)), None)
     if task is None:
         raise ValueError(
-            f"{source.name} has neither boxes nor labels in split {source.split!r}: there is nothing to learn."
+            f"{source.name} has neither boxes nor labels in split {source.split!r}, and no masks with names of their "
+            f"values ({MASK_CLASSES_FILE}): there is nothing to learn."
         )
     preset, reason = fitting_preset(task.recipes, _width(encoder))
     return task.recipes[preset], f"the labels serve {task.name} and {reason}"

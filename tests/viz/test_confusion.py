@@ -48,6 +48,11 @@ def test_any_name_is_rendered(tmp_path):
         assert min(picture.size) > 300
 
 
+def test_what_is_counted_is_in_the_title(tmp_path, plotted):
+    plot_confusion(tmp_path / "confusion.png", 600 * np.eye(2, dtype=int), ["sky", "road"], counted="pixels")
+    assert plotted[0].get_title() == "accuracy 1.000 of 1,200 pixels"
+
+
 def test_long_names_are_truncated(tmp_path, plotted):
     plot_confusion(tmp_path / "confusion.png", np.eye(2, dtype=int), [24 * "a", 25 * "b"])
     assert names_of(plotted[0])[0] == [24 * "a", 23 * "b" + "…"]

@@ -84,6 +84,8 @@ def decode_mask(mask: EncodedImage) -> Array:
     try:
         with open_image(data) as file:
             _check_size((file.height, file.width))
+            if file.mode == "LA":
+                file = file.convert("L")
             values = np.asarray(file).astype(np.int32)
     except Exception as error:  # Pillow raises anything for broken files
         raise BadImageError(f"{_name(mask)}: {error}") from error
