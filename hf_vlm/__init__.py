@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
 from hf_vlm.models.image_processing_classification import VLMViTClassificationImageProcessor
 from hf_vlm.models.image_processing_detection import VLMViTDetectionImageProcessor
+from hf_vlm.models.image_processing_semantic_segmentation import VLMViTSemanticSegmentationImageProcessor
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_classification import VLMViTClassificationConfig, VLMViTForImageClassification
 from hf_vlm.models.modeling_detection import VLMViTDetectionConfig, VLMViTForObjectDetection
@@ -15,6 +16,10 @@ from hf_vlm.models.modeling_lejepa import LeJEPAConfig, LeJEPAForPreTraining
 from hf_vlm.models.modeling_mae import MAEConfig, MAEForPreTraining
 from hf_vlm.models.modeling_mae_image_losses import MAEImageLossesConfig, MAEImageLossesForPreTraining
 from hf_vlm.models.modeling_moco_v3 import MoCoV3Config, MoCoV3ForPreTraining
+from hf_vlm.models.modeling_semantic_segmentation import (
+    VLMViTForSemanticSegmentation,
+    VLMViTSemanticSegmentationConfig,
+)
 from hf_vlm.models.modeling_simclr import SimCLRConfig, SimCLRForPreTraining
 from hf_vlm.models.modeling_simmim import SimMIMConfig, SimMIMForPreTraining
 from hf_vlm.models.modeling_vlm_vit import VLMViTBackbone, VLMViTModel
@@ -64,6 +69,9 @@ __all__ = [
     "VLMViTDetectionImageProcessor",
     "VLMViTForImageClassification",
     "VLMViTForObjectDetection",
+    "VLMViTForSemanticSegmentation",
     "VLMViTImageProcessor",
     "VLMViTModel",
+    "VLMViTSemanticSegmentationConfig",
+    "VLMViTSemanticSegmentationImageProcessor",
 ]

@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForObjectDetection,
     AutoModelForPreTraining,
+    AutoModelForSemanticSegmentation,
 )
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
@@ -24,6 +25,7 @@ from transformers.modeling_utils import PreTrainedModel
 from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
 from hf_vlm.models.image_processing_classification import VLMViTClassificationImageProcessor
 from hf_vlm.models.image_processing_detection import VLMViTDetectionImageProcessor
+from hf_vlm.models.image_processing_semantic_segmentation import VLMViTSemanticSegmentationImageProcessor
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_classification import VLMViTClassificationConfig, VLMViTForImageClassification
 from hf_vlm.models.modeling_detection import VLMViTDetectionConfig, VLMViTForObjectDetection
@@ -34,6 +36,10 @@ from hf_vlm.models.modeling_lejepa import LeJEPAConfig, LeJEPAForPreTraining
 from hf_vlm.models.modeling_mae import MAEConfig, MAEForPreTraining
 from hf_vlm.models.modeling_mae_image_losses import MAEImageLossesConfig, MAEImageLossesForPreTraining
 from hf_vlm.models.modeling_moco_v3 import MoCoV3Config, MoCoV3ForPreTraining
+from hf_vlm.models.modeling_semantic_segmentation import (
+    VLMViTForSemanticSegmentation,
+    VLMViTSemanticSegmentationConfig,
+)
 from hf_vlm.models.modeling_simclr import SimCLRConfig, SimCLRForPreTraining
 from hf_vlm.models.modeling_simmim import SimMIMConfig, SimMIMForPreTraining
 from hf_vlm.models.modeling_vlm_vit import VLMViTBackbone, VLMViTModel
@@ -85,7 +91,16 @@ MODELS = (
         AutoModelForImageClassification,
         VLMViTClassificationImageProcessor,
     ),
+    ModelEntry(
+        "semantic_segmentation",
+        "image-segmentation",
+        VLMViTSemanticSegmentationConfig,
+        VLMViTForSemanticSegmentation,
+        AutoModelForSemanticSegmentation,
+        VLMViTSemanticSegmentationImageProcessor,
+    ),
 )
+HEADS = (AutoModelForObjectDetection, AutoModelForImageClassification, AutoModelForSemanticSegmentation)
 
 
 def find_model(name: str, tasks: Collection[str] | None = None) -> ModelEntry:
@@ -125,7 +140,7 @@ def _register() -> None:
 def _register_wrong_calls() -> None:
     """Lets a head's Auto class hand other models of ours to the head's class, which says what to call instead."""
     for entry in MODELS:
-        if entry.auto_class in (AutoModelForObjectDetection, AutoModelForImageClassification):
+        if entry.auto_class in HEADS:
             for other in MODELS:
                 if other.config_class not in entry.auto_class._model_mapping:
                     entry.auto_class._model_mapping.register(other.config_class, entry.model_class)

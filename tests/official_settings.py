@@ -500,6 +500,50 @@ OFFICIAL = {
             "util/datasets.py": BICUBIC,
         },
     ),
+    "semantic_segmentation": Official(
+        "facebookresearch/dinov3@78dc9b8",
+        {
+            "dinov3/eval/segmentation/configs/config-ade20k-linear-training.yaml": {
+                "encoder_preset": "any of DINOv3's",
+                "image_size": 512,
+                "augmentation.crop_scale": "0.5 to 2 times the image's shorter side",
+                "augmentation.flip_probability": 0.5,
+                "learning_rate": 1e-3,
+                "weight_decay": 1e-3,
+                "warmup_steps": 0.0375,  # 1500 of 40000
+                "lr_scheduler_type": "cosine",
+                "length": "40000 steps",
+                "max_grad_norm": 0.0,
+                **ADAMW,
+                "adam_beta2": 0.999,
+                "model_config.num_feature_layers": 1,
+            },
+            "dinov3/eval/segmentation/models/__init__.py": {
+                "model_config.freeze_encoder": True,
+                "encoder_config.patch_size": 16,
+                "encoder_config.position_embedding_type": "rope",
+                "encoder_config.drop_path_rate": 0.0,
+                "encoder_lr_multiplier": "frozen",
+                "layer_decay": "frozen",
+            },
+            "dinov3/eval/segmentation/transforms.py": {
+                "augmentation.crop_probability": 1.0,
+                "augmentation.crop_ratio": "by its sides",
+                "augmentation.max_class_fraction": 0.75,
+                "augmentation.vertical_flip_probability": 0.0,
+                "augmentation.jitter": "PhotoMetricDistortion",
+                "augmentation.jitter_probability": "0.5 of each",
+            },
+        },
+        {
+            "dinov3/eval/segmentation/config.py": {"inference": ("windows of 512 pixels", "whole images")},
+            "dinov3/eval/segmentation/transforms.py": {"positions of a window": ("10", "8")},
+            "dinov3/eval/segmentation/models/heads/linear_head.py": {
+                "dropout of the features": ("0.1", "none"),
+                "initialisation of the classifier": ("deviation 0.01", "deviation 0.02"),
+            },
+        },
+    ),
 }
 
 # Methods that no other code has as they are here.

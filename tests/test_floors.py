@@ -24,6 +24,7 @@ DATA_LEVELS = {
     "io": 0,
     "schema": 1,
     "boxes": 1,
+    "masks": 1,
     "level_lines": 1,
     "source": 2,
     "stream": 2,

@@ -80,6 +80,13 @@ def classes(num_images):
     return torch.randint(3, (num_images,))
 
 
+def masks(num_images):
+    """As many pixels without a class in each image, so that halves of the batch weigh the same."""
+    labels = torch.randint(3, (num_images, 32, 32))
+    labels[:, :8] = 255
+    return labels
+
+
 PROJECTION = {"projection_hidden_size": 32, "projection_size": 16}
 MAE = {"decoder_config": DECODER}
 LEJEPA = {**PROJECTION, "num_slices": 16}
@@ -130,6 +137,9 @@ TINY = {
     "distill": Tiny("distill", frozen="teacher"),
     "detection": Tiny("detection", DETECTION, num_views=0, labels=boxes),
     "classification": Tiny("classification", {"id2label": DETECTION["id2label"]}, num_views=0, labels=classes),
+    "semantic_segmentation": Tiny(
+        "semantic_segmentation", {"id2label": DETECTION["id2label"]}, num_views=0, labels=masks
+    ),
 }
 PRETRAINING = [
     name for name, tiny in TINY.items() for entry in MODELS if (entry.name, entry.task) == (tiny.row, "pretraining")

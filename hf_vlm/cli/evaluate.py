@@ -13,7 +13,7 @@ def run(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="hf-vlm evaluate",
         description="Prints the metrics of a model's task: COCO metrics of a detector, accuracy and calibration of a "
-        "classifier, kNN and linear accuracy of an encoder's frozen features.",
+        "classifier, mean IoU of a segmenter, kNN and linear accuracy of an encoder's frozen features.",
     )
     parser.add_argument("run", help="folder of a model, or its name on the Hub")
     parser.add_argument("--data", required=True, help="labelled images: folder, file, Hub id or scenes")
@@ -52,5 +52,5 @@ def run(argv: Sequence[str]) -> None:
     if arguments.save:
         arguments.save.write_text(as_json(evaluation.metrics) + "\n")
     if arguments.plot and evaluation.confusion is not None:
-        plot_confusion(arguments.plot, evaluation.confusion, evaluation.class_names)
+        plot_confusion(arguments.plot, evaluation.confusion, evaluation.class_names, counted=evaluation.counted)
         print(f"Confusion matrix: {arguments.plot}")

@@ -16,14 +16,14 @@ BATCH_SIZE = 8
 def run(argv: Sequence[str]) -> None:
     """Predicts on images; prints JSON lines, and renders the predictions where asked to."""
     parser = argparse.ArgumentParser(
-        prog="hf-vlm predict", description="Objects or classes of images; prints one line of JSON per image."
+        prog="hf-vlm predict", description="Objects, classes or segments of images; prints one line of JSON per image."
     )
     parser.add_argument("run", help="folder of a fine-tuned model, or its name on the Hub")
     parser.add_argument("images", nargs="+", help="image files, folders or wildcards")
     parser.add_argument(
         "--threshold",
         type=float,
-        help="lowest score to report, 0 to 1; by default 0.5, and 0 for models with one class per image",
+        help="lowest score to report, 0 to 1; by default 0.5, and 0 for models with one class per image or pixel",
     )
     parser.add_argument("--save", type=Path, help="picture to write; a folder where there are several images")
     arguments = parser.parse_args(argv)

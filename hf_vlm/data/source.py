@@ -6,9 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
 
+import cv2
 import datasets
 import numpy as np
 
+from hf_vlm.data.masks import IGNORED, read_classes
 from hf_vlm.data.schema import objects_feature
 
 __all__ = ["Source"]
@@ -71,18 +73,24 @@ class Source:
     def with_classes(self, names: Sequence[str]) -> "Source":
         """The source with the classes `names`, where its own are some of them or are in another order.
 
-        Labels and objects are mapped by name, each where all its classes are among the names.
+        Labels, objects and masks are mapped by name, each where all its classes are among the names.
         """
-        columns = {"label": self.label_names, "objects": self.object_names}
-        maps = {column: _indices(own, names) for column, own in columns.items() if own and {*own} <= {*names}}
-        if not any(own != list(names) for column, own in columns.items() if column in maps):
+        columns = {"label": self.label_names, "objects": self.object_names, "mask": self.mask_names}
+        maps = {
+            column: _indices(own, names)
+            for column, own in columns.items()
+            if own and own != list(names) and {*own} <= {*names}
+        }
+        if not maps:
             return self
         features = datasets.Features(self.features)
         if "label" in maps:
             features["label"] = datasets.ClassLabel(names=list(names))
         if "objects" in maps:
             features["objects"] = objects_feature(names)
-        return replace(self, dataset=self.dataset.map(_Renumbered(maps), features=features))
+        mask_names = tuple(names) if "mask" in maps else self.mask_class_names
+        dataset = self.dataset.map(_Renumbered(maps), features=features)
+        return replace(self, dataset=dataset, mask_class_names=mask_names)
 
     def holdout(self, fraction: float) -> tuple["Source", "Source"]:
         """The source without a fraction of its images, and these: a validation split of data that have none.
@@ -126,7 +134,7 @@ def _indices(own: Sequence[str], names: Sequence[str]) -> list[int]:
 
 @dataclass(frozen=True)
 class _Renumbered:
-    """Maps the indices of classes in `label` and `objects`; those of missing labels stay negative."""
+    """Maps the indices of classes in `label`, `objects` and `mask`; those of missing labels stay as they are."""
 
     maps: Mapping[str, list[int]]
 
@@ -139,6 +147,11 @@ class _Renumbered:
             indices = self.maps["objects"]
             category = [indices[index] for index in example["objects"]["category"]]
             changed["objects"] = {**example["objects"], "category": category}
+        if "mask" in self.maps:
+            table = np.full(IGNORED + 1, IGNORED, dtype=np.uint8)
+            table[: len(self.maps["mask"])] = self.maps["mask"]
+            values = table[read_classes(example, len(self.maps["mask"]))]
+            changed["mask"] = {"bytes": cv2.imencode(".png", values)[1].tobytes(), "path": None}
         return example | changed
 
 

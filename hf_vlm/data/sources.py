@@ -14,6 +14,7 @@ import aiohttp
 from hf_vlm.data.formats.coco import find_coco_files, open_coco
 from hf_vlm.data.formats.hub import open_hub
 from hf_vlm.data.formats.imagefolder import IMAGE_EXTENSIONS, open_imagefolder
+from hf_vlm.data.formats.mask_classes import read_mask_classes
 from hf_vlm.data.formats.metadata import is_metadata
 from hf_vlm.data.formats.mixture import mix_sources
 from hf_vlm.data.formats.parquet import open_parquet
@@ -112,7 +113,8 @@ def open_source(
 
     Returns:
         A source with the columns `image` ({"bytes", "path"}) and `image_id`, and as the source has them `label`,
-        `objects` {bbox, category, area, iscrowd}, `mask` and `instance_mask`.
+        `objects` {bbox, category, area, iscrowd}, `mask` and `instance_mask`. The values of masks are named by the
+        lines of a file `mask_classes.txt` in the folder.
 
     Raises:
         ValueError: There is nothing of the format, no such split, the labels make no sense, or the source names files
@@ -181,7 +183,8 @@ def _open_files(source: str, split: str, *, format: str, num_samples: int | None
         if len(paths) > 1 and not takes_several:
             several = [name for name, entry in FILE_FORMATS.items() if entry.takes_several]
             raise ValueError(f"{source} names {len(paths)} files; only {' and '.join(several)} may be several")
-        return FILE_FORMATS[format].open(paths if len(paths) > 1 else paths[0], split, num_samples=num_samples)
+        opened = FILE_FORMATS[format].open(paths if len(paths) > 1 else paths[0], split, num_samples=num_samples)
+        return replace(opened, mask_class_names=read_mask_classes(paths[0])) if "mask" in opened.features else opened
 
 
 @contextmanager

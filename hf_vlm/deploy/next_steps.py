@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
+from hf_vlm.data.formats.mask_classes import MASK_CLASSES_FILE
 from hf_vlm.data.source import Source
 from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
 from hf_vlm.models.convert_vlm_vit import read_config
@@ -45,12 +46,13 @@ def pretraining_recipe(source: Source, encoder: str | None = None) -> tuple[str,
     """The recipe to pretrain with where none is named, from an encoder if one is given; and why.
 
     What few labels are short of is the head, so that it is pretrained with the encoder, unless the labels are classes
-    of whole images.
+    of whole images or of pixels.
     """
-    alone = source.label_names is not None and source.object_names is None
+    others = source.label_names, source.mask_names
+    alone = source.object_names is None and any(names is not None for names in others)
     recipes = ENCODER_RECIPES if alone else HEAD_RECIPES
     preset, reason = fitting_preset(recipes, _width(encoder))
-    what = "classes of images need an encoder" if alone else "a detector needs an encoder and a head"
+    what = "classes of images or pixels need an encoder" if alone else "a detector needs an encoder and a head"
     return recipes[preset], f"{what} and {reason}"
 
 
@@ -63,7 +65,8 @@ def finetuning_recipe(source: Source, encoder: str | None = None) -> tuple[str, 
     task = next(iter(fitting_tasks(source)), None)
     if task is None:
         raise ValueError(
-            f"{source.name} has neither boxes nor labels in split {source.split!r}: there is nothing to learn."
+            f"{source.name} has neither boxes nor labels in split {source.split!r}, and no masks with names of their "
+            f"values ({MASK_CLASSES_FILE}): there is nothing to learn."
         )
     preset, reason = fitting_preset(task.recipes, _width(encoder))
     return task.recipes[preset], f"the labels serve {task.name} and {reason}"

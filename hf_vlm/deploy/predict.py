@@ -12,7 +12,8 @@ from PIL import Image
 
 from hf_vlm.data.images import ImageLike, expand_images, load_image
 from hf_vlm.viz.detections import render_detections
-from hf_vlm.viz.sheets import captioned
+from hf_vlm.viz.masks import render_mask
+from hf_vlm.viz.sheets import captioned, legend, stacked
 
 if TYPE_CHECKING:
     import torch
@@ -26,14 +27,15 @@ MAX_NAMES_IN_CAPTION = 3
 
 @dataclass(frozen=True)
 class Prediction:
-    """A model's predictions on one image, best first: detections, or classes of the whole image.
+    """A model's predictions on one image, best first: detections, or classes of the whole image or of its pixels.
 
     Attributes:
-        scores: (n,) float32, 0 to 1.
+        scores: (n,) float32, 0 to 1; of the classes of pixels, the fraction of the image that each covers.
         labels: (n,) int64 class numbers.
         label_names: n class names.
         image_size: Height and width of the image in pixels, after its orientation was applied.
         boxes: (n, 4) float32 x1, y1, x2, y2 in pixels of the image; None for tasks without boxes.
+        segmentation: (height, width) class number of each pixel; None for tasks that do not classify pixels.
         path: Path of the image; None where it was not read from a file.
     """
 
@@ -42,16 +44,20 @@ class Prediction:
     label_names: list[str]
     image_size: tuple[int, int]
     boxes: NDArray[np.float32] | None = None
+    segmentation: NDArray[np.int64] | None = None
     path: str | None = None
 
     def __len__(self) -> int:
         return len(self.scores)
 
     def to_dict(self) -> dict[str, Any]:
-        """The prediction as JSON values: `detections` with boxes as in transformers' pipelines, or `classes`."""
+        """The prediction as JSON values: `detections` with boxes as in transformers' pipelines, or `classes` with
+        their scores, or with the fractions of the image that they cover.
+        """
         height, width = self.image_size
+        value = "score" if self.segmentation is None else "fraction"
         entries: list[dict[str, Any]] = [
-            {"label": name, "label_id": int(label), "score": float(score)}
+            {"label": name, "label_id": int(label), value: float(score)}
             for name, label, score in zip(self.label_names, self.labels, self.scores, strict=True)
         ]
         if self.boxes is not None:
@@ -61,7 +67,8 @@ class Prediction:
         return {"path": self.path, "height": height, "width": width, what: entries}
 
     def draw(self, image: ImageLike | None = None, *, scale: int | None = None) -> Image.Image:
-        """The image (read from its path by default) with boxes, names and scores rendered on it or below it.
+        """The image (read from its path by default) with boxes, names and scores rendered on it or below it, or in
+        the colours of its pixels' classes, with these below it.
 
         Raises:
             ValueError: There is neither an image nor a path, or the image has another size.
@@ -78,6 +85,9 @@ class Prediction:
             )
         best = list(zip(self.label_names, self.scores, strict=True))[:MAX_NAMES_IN_CAPTION]
         picture = render_detections(array, [], [], scale=scale)  # enlarged as a picture with boxes is
+        if self.segmentation is not None:
+            names = legend(self.label_names, width=picture.width, class_ids=self.labels.tolist())
+            return stacked(render_mask(picture, self.segmentation), names)
         return captioned(picture, ", ".join(f"{name}: {score:.2f}" for name, score in best) or "nothing")
 
 
@@ -118,7 +128,8 @@ class Predictor:
         Args:
             images: Paths (of files, of folders, or with wildcards), Pillow images, or arrays (height, width) or
                 (height, width, channels) of uint8 with RGB colours; one or several.
-            threshold: Lowest score to report, 0 to 1; by default 0.5, and 0 for models with one class per image.
+            threshold: Lowest score to report, 0 to 1; by default 0.5, and 0 for models with one class per image or
+                pixel, of which the fraction of the image is the score.
             batch_size: Images that go through the model at a time.
 
         Returns:
@@ -149,6 +160,7 @@ class Predictor:
         return [
             Prediction(
                 boxes=result["boxes"].float().cpu().numpy() if "boxes" in result else None,
+                segmentation=result["segmentation"].cpu().numpy() if "segmentation" in result else None,
                 scores=result["scores"].float().cpu().numpy(),
                 labels=result["labels"].long().cpu().numpy(),
                 label_names=[names[label] for label in result["labels"].tolist()],

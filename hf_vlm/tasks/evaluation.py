@@ -40,7 +40,8 @@ def evaluate_run(
     task = TASKS[loaded.entry.task]
     if needs_confusion and not task.has_confusion(loaded.model):
         raise ValueError(
-            f"The model {run_dir} has no confusion matrix to plot: only models that give one class per image have one."
+            f"The model {run_dir} has no confusion matrix to plot: only models that give one class per image or pixel "
+            "have one."
         )
     streams = {}
     for name in ("train", split) if task.fits_on_train else (split,):

@@ -31,11 +31,13 @@ class Evaluation:
         class_names: Names of the classes 0, 1, ...
         confusion: (classes, classes) counts, rows the true class, columns the predicted one; None for tasks that have
             no such matrix.
+        counted: What the matrix counts.
     """
 
     metrics: dict[str, float]
     class_names: Sequence[str] = ()
     confusion: NDArray[np.int64] | None = None
+    counted: str = "images"
 
 
 def _no_fields(source: Source) -> dict[str, Any]:
@@ -66,8 +68,9 @@ class Task:
             an [`Evaluation`], the same on all ranks.
         has_confusion: Function from a model to whether its evaluation has a confusion matrix.
         post_process: Function `(processor, outputs, *, threshold, sizes, model)` that returns one dict per image:
-            `scores` and `labels` (n,), best first, and `boxes` (n, 4) in pixels where the task has them. A threshold
-            of None is the task's default. None for tasks without predictions.
+            `scores` and `labels` (n,), best first, and where the task has them `boxes` (n, 4) in pixels, or
+            `segmentation` (height, width), the class of each pixel, whose `scores` are fractions of the image. A
+            threshold of None is the task's default. None for tasks without predictions.
         headline: Labels of the metrics that commands print first, by name of the metric; higher is better for all.
         metric_names: Names of metrics in a model card, that of `ap/<class>` under `ap/`; others keep their keys.
         recipes: Shipped recipes by encoder preset.

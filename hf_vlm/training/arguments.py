@@ -49,6 +49,9 @@ class VisionTrainingArguments(TrainingArguments):
     )
     encoder_config: dict[str, Any] = field(default_factory=dict, metadata={"help": "VLMViTConfig fields to override."})
     model_config: dict[str, Any] = field(default_factory=dict, metadata={"help": "Fields of the method's config."})
+    processor_config: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "Fields of the image processor, such as {inference: slide}."}
+    )
     encoder: str | None = field(
         default=None,
         metadata={"help": "Run, checkpoint or Hub id of an encoder to start from, of transformers too."},

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from transformers.modeling_utils import PreTrainedModel
+from transformers.processing_utils import ImagesKwargs
 
 from hf_vlm.data.io.messages import summarise
 from hf_vlm.features.loading import (
@@ -266,8 +267,19 @@ def build_processor(
     """The image processor that prepares images as training does.
 
     Mean and standard deviation are those of the encoder's own image processor where there is one; else
-    ImageNet's for colour images, and 0.5 for others.
+    ImageNet's for colour images, and 0.5 for others. `processor_config` may give others, and what is the task's own.
+
+    Raises:
+        ValueError: if `processor_config` has another field, which training would not follow, or a value that the image
+            processor refuses.
     """
+    own = processor_class.valid_kwargs.__annotations__.keys() - ImagesKwargs.__annotations__.keys()
+    known = {"image_mean", "image_std"} | own
+    if unknown := [name for name in args.processor_config if name not in known]:
+        raise ValueError(
+            f"processor_config: {unknown[0]!r} is no field of {processor_class.__name__} that a recipe sets: these "
+            f"are {', '.join(sorted(known))}; its size follows image_size."
+        )
     height, width = args.image_hw
     statistics: dict[str, Any] = {}
     if num_channels != 3:
@@ -276,7 +288,7 @@ def build_processor(
         given = image_statistics(args.encoder, num_channels)
         if given is not None and np.size(given["image_mean"]) == num_channels:
             statistics = given
-    return processor_class(size={"height": height, "width": width}, **statistics)
+    return processor_class(**{"size": {"height": height, "width": width}, **statistics, **args.processor_config})
 
 
 __all__ = [

@@ -40,7 +40,8 @@ def _names(text: str) -> frozenset[str]:
 # FIXED: refused. Weights, optimiser state and data position of the checkpoint belong to the earlier value.
 FIXED = _names(
     """
-    method encoder_preset encoder_config model_config encoder resize_encoder load_head image_size neftune_noise_alpha
+    method encoder_preset encoder_config model_config processor_config encoder resize_encoder load_head image_size
+    neftune_noise_alpha
     data format train_split holdout num_train_examples labels_from labels_per_image rounds unlabelled_data
     num_unlabelled_examples unlabelled_fraction views augmentation shuffle_block seed data_seed
     per_device_train_batch_size gradient_accumulation_steps auto_find_batch_size accelerator_config

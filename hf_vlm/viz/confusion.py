@@ -14,26 +14,27 @@ MAX_LENGTH = 24  # characters of a name; longer ones would leave no room for the
 MAX_COUNTED = 15  # classes; the counts of more would be illegible
 
 
-def plot_confusion(path: Path, matrix: NDArray[Any], class_names: Sequence[str]) -> None:
+def plot_confusion(path: Path, matrix: NDArray[Any], class_names: Sequence[str], *, counted: str = "images") -> None:
     """Plot a confusion matrix as a heat map, each row divided by its sum, with the accuracy as its title.
 
     Names are shown for up to 40 classes, the counts for up to 15.
 
     Args:
         path: File of the picture.
-        matrix: (classes, classes) numbers of images, true classes in rows, predicted ones in columns.
+        matrix: (classes, classes) numbers of images or pixels, true classes in rows, predicted ones in columns.
         class_names: Name of each class.
+        counted: What the matrix counts.
 
     Raises:
-        ValueError: Where the names do not fit the matrix, or it counts no image.
+        ValueError: Where the names do not fit the matrix, or it counts nothing.
     """
     from matplotlib.figure import Figure  # takes a second
 
     num_classes = len(class_names)
     if matrix.shape != (num_classes, num_classes) or not matrix.sum():
         raise ValueError(
-            f"A confusion matrix of {num_classes} classes must be {num_classes} x {num_classes} and count at least "
-            f"one image, but is {' x '.join(map(str, matrix.shape))} and counts {matrix.sum():g}."
+            f"A confusion matrix of {num_classes} classes must be {num_classes} x {num_classes} and count "
+            f"some {counted}, but is {' x '.join(map(str, matrix.shape))} and counts {matrix.sum():g}."
         )
     fractions = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)  # rows of classes without images stay 0
     side = min(max(0.45 * num_classes, 4), 14)
@@ -42,7 +43,7 @@ def plot_confusion(path: Path, matrix: NDArray[Any], class_names: Sequence[str])
     image = axis.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, ax=axis, label="fraction of the true class", shrink=0.8)
     axis.set(
-        title=f"accuracy {np.trace(matrix) / matrix.sum():.3f} of {matrix.sum():,} images",
+        title=f"accuracy {np.trace(matrix) / matrix.sum():.3f} of {matrix.sum():,} {counted}",
         xlabel="predicted class",
         ylabel="true class",
     )

@@ -1,5 +1,6 @@
 """Examples of a stream on one picture, with their labels, boxes and masks."""
 
+import contextlib
 import itertools
 import logging
 from collections.abc import Sequence
@@ -11,11 +12,11 @@ import numpy as np
 from PIL import Image
 
 from hf_vlm.data.inspection.inspect import image_name
-from hf_vlm.data.io.decode import decode_image, read_image_bytes
-from hf_vlm.data.io.image_header import open_image
+from hf_vlm.data.io.decode import BadImageError, decode_image, decode_mask
 from hf_vlm.data.source import Source
 from hf_vlm.viz.detections import render_detections
-from hf_vlm.viz.sheets import PAPER, captioned, class_color, contact_sheet, legend
+from hf_vlm.viz.masks import render_mask
+from hf_vlm.viz.sheets import captioned, contact_sheet, legend, stacked
 
 __all__ = ["Reservoir", "example_sheet", "render_example", "render_pseudo_labels"]
 
@@ -29,7 +30,6 @@ NUM_SHOWN = 24  # images on that picture
 SIDE = 320  # pixels of the longer side of each picture
 MAX_IN_LEGEND = 20  # classes; with more, the names are on the boxes
 MAX_NAMED = 10  # boxes on one picture; the names of more would hide it
-TINT = 0.45  # opacity of a mask's colours
 
 
 class Reservoir:
@@ -74,11 +74,7 @@ def example_sheet(examples: Sequence[Example], features: datasets.Features, *, c
     sheet = contact_sheet([render_example(example, features) for example in examples], columns=columns)
     if not _has_legend(features):
         return sheet
-    top = legend(_class_names(features), width=sheet.width)
-    joined = Image.new("RGB", (sheet.width, top.height + sheet.height), PAPER)
-    joined.paste(top)
-    joined.paste(sheet, (0, top.height))
-    return joined
+    return stacked(legend(_class_names(features), width=sheet.width), sheet)
 
 
 def render_pseudo_labels(source: Source, folder: Path) -> None:
@@ -96,7 +92,8 @@ def render_example(example: Example, features: datasets.Features) -> Image.Image
     picture = Image.fromarray(array).resize(size, Image.Resampling.BICUBIC)
     masks = [example[name] for name in ("instance_mask", "mask") if name in example]
     if masks:
-        picture = _tinted(picture, masks[0])
+        with contextlib.suppress(BadImageError):
+            picture = render_mask(picture, decode_mask(masks[0]), background=0)
     if "objects" in example:
         picture = _with_boxes(picture, example["objects"], features, (size[0] / width, size[1] / height))
     caption = PurePath(image_name(example)).name
@@ -126,19 +123,3 @@ def _with_boxes(
     if _has_legend(features) or len(names) > MAX_NAMED:
         names = [""] * len(names)
     return render_detections(picture, boxes, names, class_ids=categories, scale=1)
-
-
-def _tinted(picture: Image.Image, mask: Any) -> Image.Image:
-    """The picture tinted with the colours of its mask where that is not 0; unchanged where the mask is unreadable."""
-    try:
-        with open_image(read_image_bytes(mask)) as file:
-            values = np.asarray(file).astype(np.int32)  # for palettes these are the indices
-    except Exception:  # Pillow raises anything for broken files
-        return picture
-    if values.ndim == 3:  # colours encode values
-        values = (values[:, :, :3] * [1 << 16, 1 << 8, 1]).sum(axis=2, dtype=np.int32)
-    resized = np.asarray(Image.fromarray(values).resize(picture.size, Image.Resampling.NEAREST))  # (H, W)
-    found, index = np.unique(resized, return_inverse=True)
-    colors = np.array([class_color(value) for value in found.tolist()])[index].reshape(*resized.shape, 3)
-    opacity = TINT * (resized != 0)[:, :, None]
-    return Image.fromarray(np.round((1 - opacity) * np.asarray(picture) + opacity * colors).astype(np.uint8))

@@ -21,6 +21,7 @@ __all__ = [
     "legend",
     "load_font",
     "side_by_side",
+    "stacked",
     "titled_rows",
 ]
 
@@ -91,8 +92,19 @@ def titled_rows(rows: Sequence[Sequence[tuple[str, Image.Image]]], *, gap: int =
     return sheet
 
 
-def legend(names: Sequence[str], *, width: int) -> Image.Image:
-    """The names of classes 0, 1, ... beside their colours, wrapped to the width in pixels."""
+def stacked(top: Image.Image, bottom: Image.Image) -> Image.Image:
+    """Two pictures, one above the other, on white."""
+    joined = Image.new("RGB", (max(top.width, bottom.width), top.height + bottom.height), PAPER)
+    joined.paste(top)
+    joined.paste(bottom, (0, top.height))
+    return joined
+
+
+def legend(names: Sequence[str], *, width: int, class_ids: Sequence[int] | None = None) -> Image.Image:
+    """The names of classes beside their colours, wrapped to the width in pixels; the classes are 0, 1, ... if no
+    others are given.
+    """
+    class_ids = range(len(names)) if class_ids is None else class_ids
     font = load_font(max(12, round(width / 100)))
     swatch = round(font.size)
     line, gap = round(1.6 * swatch), swatch // 2
@@ -106,7 +118,7 @@ def legend(names: Sequence[str], *, width: int) -> Image.Image:
     picture = Image.new("RGB", (width, top + line), PAPER)
     canvas = ImageDraw.Draw(picture)
     for i, (x, y) in enumerate(positions):
-        canvas.rectangle((x, y - swatch // 2, x + swatch - 1, y + swatch // 2 - 1), fill=class_color(i))
+        canvas.rectangle((x, y - swatch // 2, x + swatch - 1, y + swatch // 2 - 1), fill=class_color(class_ids[i]))
         canvas.text((x + swatch + gap, y), names[i], fill=INK, font=font, anchor="lm")
     return picture
 

@@ -27,7 +27,14 @@ def data(tmp_path):
     [
         ("pretrain", "plain", None, "detection", "nano", "needs an encoder and a head and there is no accelerator"),
         ("pretrain", "boxes", "cuda", "detection", "small", "needs an encoder and a head and there is cuda"),
-        ("pretrain", "classes", None, "mae", "nano", "classes of images need an encoder and there is no acc"),
+        (
+            "pretrain",
+            "classes",
+            None,
+            "mae",
+            "nano",
+            "classes of images or pixels need an encoder and there is no acc",
+        ),
         ("finetune", "boxes", None, "detection", "nano", "the labels serve object-detection and there is no acc"),
         (
             "finetune",

@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 from sample_data import write_detection_parquet, write_images
 
+from hf_vlm.data.io.decode import decode_mask
 from hf_vlm.data.schema import image_feature, objects_feature
 from hf_vlm.data.source import Source
 from hf_vlm.data.sources import open_source
@@ -45,6 +47,21 @@ def test_class_names_of_labels_boxes_and_masks_are_apart(columns, labels, object
 
 def test_names_of_masks_may_not_be_known():
     assert make_source("mask").mask_names is None
+
+
+def test_masks_follow_the_names_of_their_classes():
+    source = open_source("scenes:easy", num_samples=1)
+    (example,) = source
+    values = decode_mask(example["mask"])
+    names = ["4", "sky", "3", "background", "2", "1", "0"]
+    renamed = source.with_classes(names)
+    assert renamed.mask_names == names
+    found = decode_mask(next(iter(renamed))["mask"])
+    assert len(np.unique(values)) > 1
+    np.testing.assert_array_equal(np.array(names)[found], np.array(source.mask_names)[values])
+    of_objects = source.with_classes(["4", "3", "2", "1", "0"])  # which no background is among
+    assert of_objects.mask_names == source.mask_names
+    np.testing.assert_array_equal(decode_mask(next(iter(of_objects))["mask"]), values)
 
 
 def test_sources_are_named_without_secrets(tmp_path):

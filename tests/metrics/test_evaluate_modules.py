@@ -54,3 +54,10 @@ def test_probes(name, tmp_path):
     expected = getattr(metrics, name)(train, train_labels, test, test_labels)
     assert result == {name: expected}
     assert expected > 0.7
+
+
+def test_semantic_segmentation(tmp_path):
+    maps = {"predictions": [[[0, 1, 1], [0, 0, 2]], [[2]]], "references": [[[0, 1, 255], [0, 1, 2]], [[0]]]}
+    expected = metrics.segmentation_metrics(**maps, num_classes=3, per_class=True)
+    assert expected["pixel_accuracy"] == 4 / 6
+    assert load("semantic_segmentation", tmp_path).compute(**maps, num_classes=3, per_class=True) == expected

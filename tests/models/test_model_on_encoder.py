@@ -3,15 +3,30 @@
 import pytest
 import torch
 from tiny import DETECTION, build, perturb
-from transformers import AutoModelForImageClassification, AutoModelForObjectDetection, ViTConfig
+from transformers import (
+    AutoModelForImageClassification,
+    AutoModelForObjectDetection,
+    AutoModelForSemanticSegmentation,
+    ViTConfig,
+)
 
-from hf_vlm import DINOv2ForPreTraining, VLMViTForImageClassification, VLMViTForObjectDetection
+from hf_vlm import (
+    DINOv2ForPreTraining,
+    VLMViTForImageClassification,
+    VLMViTForObjectDetection,
+    VLMViTForSemanticSegmentation,
+)
 
 HEADS = {
     VLMViTForImageClassification: AutoModelForImageClassification,
     VLMViTForObjectDetection: AutoModelForObjectDetection,
+    VLMViTForSemanticSegmentation: AutoModelForSemanticSegmentation,
 }
-FIELDS = {VLMViTForImageClassification: {}, VLMViTForObjectDetection: {**DETECTION, "hidden_size": 64}}
+FIELDS = {
+    VLMViTForImageClassification: {},
+    VLMViTForObjectDetection: {**DETECTION, "hidden_size": 64},
+    VLMViTForSemanticSegmentation: {"num_feature_layers": 2, "freeze_encoder": True},
+}
 FIELDS[VLMViTForObjectDetection].pop("id2label")
 NAMES = {0: "cat", 1: "dog", 2: "bird"}
 

@@ -54,6 +54,7 @@ METHODS = {
     "moco_v3": {"model_config": {"projection_hidden_size": 32, "projection_size": 16}},
     "simclr": {"model_config": {"projection_hidden_size": 32, "projection_size": 16}},
     "classification": {"num_eval_examples": 8},
+    "semantic_segmentation": {"num_eval_examples": 8},
     "detection": {
         "model_config": {
             "hidden_size": 32,

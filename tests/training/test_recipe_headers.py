@@ -9,12 +9,14 @@ from official_settings import OFFICIAL, RUN_KEYS, SHAPE_KEYS, WITHOUT_OFFICIAL
 
 from hf_vlm.data.transforms.classification import ClassificationSettings
 from hf_vlm.data.transforms.detection import DetectionSettings
+from hf_vlm.data.transforms.segmentation import SegmentationSettings
 from hf_vlm.data.transforms.views import ViewSettings
 from hf_vlm.registry import find_model
 from hf_vlm.training.build import build_config
 from hf_vlm.training.recipe import load_recipe, parse_arguments, parse_overrides, shipped_folder
 
 RECIPES = [path for path in sorted(shipped_folder("recipes").glob("*/*.yaml")) if path.parent.name != "accelerate"]
+WINDOWS = {"detection": DetectionSettings, "semantic_segmentation": SegmentationSettings}
 ONE = re.compile(r"deviation: ([^:]+): official (.+), here (.+?) \(.+\)")
 SEVERAL = re.compile(r"deviations \([^)]+\): (.+)")
 
@@ -55,8 +57,8 @@ class Settings:
             self.views = dataclasses.asdict(ViewSettings(**shared)) | views
             if "local" in views:
                 self.views["local"] = {**shared, **views["local"]}
-        elif recipe["method"] == "detection":
-            self.augmentation = dataclasses.asdict(DetectionSettings(**args.augmentation))
+        elif recipe["method"] in WINDOWS:
+            self.augmentation = dataclasses.asdict(WINDOWS[recipe["method"]](**args.augmentation))
         else:
             settings = ClassificationSettings.from_dict(args.augmentation, size=args.image_hw)
             parts = dataclasses.asdict(settings)

@@ -48,6 +48,11 @@ def test_any_name_is_rendered(tmp_path):
         assert min(picture.size) > 300
 
 
+def test_what_is_counted_is_in_the_title(tmp_path, plotted):
+    plot_confusion(tmp_path / "confusion.png", 600 * np.eye(2, dtype=int), ["sky", "road"], counted="pixels")
+    assert plotted[0].get_title() == "accuracy 1.000 of 1,200 pixels"
+
+
 def test_long_names_are_truncated(tmp_path, plotted):
     plot_confusion(tmp_path / "confusion.png", np.eye(2, dtype=int), [24 * "a", 25 * "b"])
     assert names_of(plotted[0])[0] == [24 * "a", 23 * "b" + "…"]
@@ -55,5 +60,5 @@ def test_long_names_are_truncated(tmp_path, plotted):
 
 @pytest.mark.parametrize("matrix", [np.eye(3), np.zeros((2, 2)), np.ones((2, 3))])
 def test_malformed_matrices_are_refused(tmp_path, matrix):
-    with pytest.raises(ValueError, match="2 classes must be 2 x 2 and count at least one image"):
+    with pytest.raises(ValueError, match="2 classes must be 2 x 2 and count some images"):
         plot_confusion(tmp_path / "confusion.png", matrix, ["a", "b"])

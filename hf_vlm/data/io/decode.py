@@ -16,7 +16,7 @@ from hf_vlm.data.io.image_header import BITS_TAG, ImageHeader, open_image, read_
 from hf_vlm.data.io.messages import error_text, shown_path
 from hf_vlm.data.io.trust import redirects_are_allowed
 
-__all__ = ["BadImageError", "decode_image", "image_size", "read_image_bytes", "used_bits"]
+__all__ = ["BadImageError", "decode_image", "decode_mask", "image_size", "read_image_bytes", "used_bits"]
 
 Array = np.ndarray[Any, Any]
 
@@ -70,6 +70,26 @@ def decode_image(
     return np.ascontiguousarray(array).reshape(
         *array.shape[:2], num_channels
     ), size  # (H, W) or (H, W, C) to (H, W, C)
+
+
+def decode_mask(mask: EncodedImage) -> Array:
+    """The values of a mask (height, width) int32, as they are stored: of a palette the indices, not its colours.
+
+    A mask in colours has the values 65536 red + 256 green + blue.
+
+    Raises:
+        BadImageError: As for `decode_image`.
+    """
+    data = read_image_bytes(mask)
+    try:
+        with open_image(data) as file:
+            _check_size((file.height, file.width))
+            if file.mode == "LA":
+                file = file.convert("L")
+            values = np.asarray(file).astype(np.int32)
+    except Exception as error:  # Pillow raises anything for broken files
+        raise BadImageError(f"{_name(mask)}: {error}") from error
+    return values if values.ndim == 2 else (values[:, :, :3] * [1 << 16, 1 << 8, 1]).sum(axis=2, dtype=np.int32)
 
 
 def read_image_bytes(image: EncodedImage) -> bytes:

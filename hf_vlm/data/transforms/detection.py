@@ -1,7 +1,6 @@
 """Decodes an example with objects, augments it and gives what a detector is trained and evaluated on."""
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -11,118 +10,34 @@ import torch
 
 from hf_vlm.data.boxes import clean_boxes
 from hf_vlm.data.io.decode import decode_image
-from hf_vlm.data.transforms.image_ops import (
-    ColorStep,
-    Normalizer,
-    adjust_color,
-    flip,
-    resize,
-    rotate_quarter_turns,
-    sample_color_jitter,
-)
+from hf_vlm.data.transforms.image_ops import Normalizer, rotate_quarter_turns
 from hf_vlm.data.transforms.objects import Objects, Span
-from hf_vlm.data.transforms.options import as_jitter, as_probability, as_range, as_size, build_settings
+from hf_vlm.data.transforms.options import as_probability, as_size, build_settings
+from hf_vlm.data.transforms.windows import WindowParameters, WindowSettings, render_window, sample_window
 
-__all__ = ["DetectionParameters", "DetectionSettings", "DetectionTransform", "sample_detection"]
+__all__ = ["DetectionSettings", "DetectionTransform"]
 
 logger = logging.getLogger(__name__)
 
 Array = np.ndarray[Any, Any]
 
-NUM_POSITIONS = 8  # tried for a window that keeps an object
-
 
 @dataclass(frozen=True, kw_only=True)
-class DetectionSettings:
-    """How training images are augmented.
+class DetectionSettings(WindowSettings):
+    """How training images are augmented: as `WindowSettings` says, and which objects are kept.
 
     Args:
-        flip_probability: Probability of a horizontal flip; 0 where left and right matter, as for digits.
-        vertical_flip_probability: Probability of a vertical flip.
-        quarter_turn_probability: Probability of a turn by 90, 180 or 270 degrees, for images without an up and down.
-        crop_probability: Probability of showing a window of the image instead of all of it.
-        crop_scale: Range of the window's area as a fraction of the image's; above 1 the image is pasted into a larger
-            canvas of the mean colour, which makes its objects small.
-        crop_ratio: Range of the window's width / height relative to the image's.
         min_visible: Fraction of its area that an object must show in the window to be kept.
-        jitter: Strengths of brightness, contrast, saturation and hue, as in torchvision's ColorJitter.
-        jitter_probability: Probability of applying the four together.
 
     Raises:
         ValueError: for a value out of its range.
     """
 
-    flip_probability: float = 0.5
-    vertical_flip_probability: float = 0.0
-    quarter_turn_probability: float = 0.0
-    crop_probability: float = 0.5
-    crop_scale: tuple[float, float] = (0.3, 1.0)
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     min_visible: float = 0.3
-    jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
-    jitter_probability: float = 0.8
 
     def __post_init__(self) -> None:
-        checked: dict[str, Any] = {
-            "crop_scale": as_range("crop_scale", self.crop_scale, low=0.0, high=16.0),
-            "crop_ratio": as_range("crop_ratio", self.crop_ratio, low=0.0, high=math.inf),
-            "jitter": as_jitter("jitter", self.jitter),
-        }
-        names = (
-            "flip_probability",
-            "vertical_flip_probability",
-            "quarter_turn_probability",
-            "crop_probability",
-            "min_visible",
-            "jitter_probability",
-        )
-        for name in names:
-            checked[name] = as_probability(name, getattr(self, name))
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DetectionParameters:
-    """The sampled parameters of one augmentation; the default changes nothing.
-
-    Args:
-        quarter_turns: Number of counterclockwise turns by 90 degrees, 0 to 3, done first.
-        window: (height, width) of the window relative to the image's; None for the whole image.
-        positions: (n, 2), y and x of the window, 0 to 1 in its free range; the first that keeps an object is taken.
-        flip: Mirror left and right.
-        vertical_flip: Mirror top and bottom.
-        color: Steps of `adjust_color`.
-    """
-
-    quarter_turns: int = 0
-    window: tuple[float, float] | None = None
-    positions: tuple[tuple[float, float], ...] = ()
-    flip: bool = False
-    vertical_flip: bool = False
-    color: tuple[ColorStep, ...] = ()
-
-
-def sample_detection(settings: DetectionSettings, rng: np.random.Generator) -> DetectionParameters:
-    """Sample the parameters of one augmentation."""
-    window = None
-    positions: tuple[tuple[float, float], ...] = ()
-    if rng.random() < settings.crop_probability:
-        area = rng.uniform(*settings.crop_scale)
-        low, high = settings.crop_ratio
-        ratio = math.exp(rng.uniform(math.log(low), math.log(high)))
-        window = math.sqrt(area / ratio), math.sqrt(area * ratio)
-        if area <= 1:  # a crop does not stick out
-            window = min(window[0], 1.0), min(window[1], 1.0)
-        positions = tuple((y, x) for y, x in rng.random((NUM_POSITIONS, 2)).tolist())
-    return DetectionParameters(
-        quarter_turns=int(rng.integers(1, 4)) if rng.random() < settings.quarter_turn_probability else 0,
-        window=window,
-        positions=positions,
-        flip=rng.random() < settings.flip_probability,
-        vertical_flip=rng.random() < settings.vertical_flip_probability,
-        color=sample_color_jitter(settings.jitter, rng) if rng.random() < settings.jitter_probability else (),
-    )
+        super().__post_init__()
+        object.__setattr__(self, "min_visible", as_probability("min_visible", self.min_visible))
 
 
 class DetectionTransform:
@@ -184,9 +99,9 @@ class DetectionTransform:
         return cls(size, train=train, settings=settings, **options)
 
     def __call__(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        parameters = sample_detection(self.settings, rng) if self.train else DetectionParameters()
+        parameters = sample_window(self.settings, rng) if self.train else WindowParameters()
         image, original_size = decode_image(
-            example["image"], num_channels=self.num_channels, at_least=self._required_size(parameters)
+            example["image"], num_channels=self.num_channels, at_least=parameters.required_size(self.size)
         )
         objects = self._read_objects(example, *original_size)
         if self.train:
@@ -207,28 +122,17 @@ class DetectionTransform:
             },
         }
 
-    def render(self, image: Array, objects: Objects, parameters: DetectionParameters) -> tuple[Array, Objects]:
+    def render(self, image: Array, objects: Objects, parameters: WindowParameters) -> tuple[Array, Objects]:
         """Apply a sampled augmentation: the image (height, width, C) uint8 of the output size, and its objects."""
         if parameters.quarter_turns:
             image = rotate_quarter_turns(image, parameters.quarter_turns)
             objects = objects.turn(parameters.quarter_turns)
         (rows, columns), objects = self._choose_window(image, objects, parameters)
-        shown = resize(
-            image[slice(*rows.source), slice(*columns.source)],
-            (rows.target[1] - rows.target[0], columns.target[1] - columns.target[0]),
-        )
-        if parameters.color:
-            shown = adjust_color(shown, parameters.color)
-        if shown.shape[:2] != self.size:
-            canvas = np.empty((*self.size, self.num_channels), dtype=np.uint8)
-            canvas[:] = self.normalize.fill
-            canvas[slice(*rows.target), slice(*columns.target)] = shown
-            shown = canvas
-        shown = flip(shown, horizontal=parameters.flip, vertical=parameters.vertical_flip)
+        shown = render_window(image, rows, columns, parameters, fill=self.normalize.fill)
         return shown, objects.flip(horizontal=parameters.flip, vertical=parameters.vertical_flip)
 
     def _choose_window(
-        self, image: Array, objects: Objects, parameters: DetectionParameters
+        self, image: Array, objects: Objects, parameters: WindowParameters
     ) -> tuple[tuple[Span, Span], Objects]:
         """The first window that keeps an object; all of the image when none does."""
         height, width = image.shape[:2]
@@ -241,12 +145,6 @@ class DetectionTransform:
                     return (rows, columns), kept
         rows, columns = Span.of_window(height, self.size[0], 1.0, 0.0), Span.of_window(width, self.size[1], 1.0, 0.0)
         return (rows, columns), objects
-
-    def _required_size(self, parameters: DetectionParameters) -> tuple[int, int]:
-        """(height, width) of a decoded image of which the window need not be enlarged."""
-        window = parameters.window or (1.0, 1.0)
-        height, width = (math.ceil(side / fraction) for side, fraction in zip(self.size, window))
-        return (width, height) if parameters.quarter_turns % 2 else (height, width)
 
     def _read_objects(self, example: dict[str, Any], height: int, width: int) -> Objects:
         objects = example.get("objects")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from hf_vlm.data.io.decode import BadImageError, decode_image, used_bits
+from hf_vlm.data.io.decode import BadImageError, decode_image, decode_mask, used_bits
 from hf_vlm.data.io.image_header import read_header, read_tiff_size
 
 
@@ -388,3 +388,22 @@ def test_exif_of_jpeg_2000_turns_the_image(pixels, orientation, mode, long_box):
     assert read_header(data).orientation == orientation
     for cut in range(start, start + len(head) + 30, 3):
         read_header(plain[:start] + (head + content)[: cut - start] + plain[start:])
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [("L", 7), ("I;16", 700), ("LA", 7), ("RGB", 65536 * 7 + 256 * 8 + 9), ("RGBA", 65536 * 7 + 256 * 8 + 9)],
+)
+def test_masks_have_the_values_that_are_stored(mode, expected):
+    color = {"L": 7, "I;16": 700, "LA": (7, 0), "RGB": (7, 8, 9), "RGBA": (7, 8, 9, 0)}[mode]
+    image = Image.new(mode, (4, 3))
+    image.putpixel((2, 1), color)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    found = decode_mask({"bytes": buffer.getvalue(), "path": None})
+    assert (found[1, 2], np.count_nonzero(found), found.shape) == (expected, 1, (3, 4))
+
+
+def test_masks_that_cannot_be_decoded_are_named():
+    with pytest.raises(BadImageError, match=r"street\.png"):
+        decode_mask({"bytes": b"no mask", "path": "street.png"})

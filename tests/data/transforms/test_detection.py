@@ -9,13 +9,9 @@ import torch
 from PIL import Image
 
 from hf_vlm.data.io.decode import BadImageError
-from hf_vlm.data.transforms.detection import (
-    DetectionParameters,
-    DetectionSettings,
-    DetectionTransform,
-    sample_detection,
-)
+from hf_vlm.data.transforms.detection import DetectionSettings, DetectionTransform
 from hf_vlm.data.transforms.image_ops import adjust_color, resize
+from hf_vlm.data.transforms.windows import WindowParameters, sample_window
 
 NORMALIZE = {"image_mean": 0.25, "image_std": 0.25}  # a dark mean, so that padding is no rectangle
 HEIGHT, WIDTH = 120, 160
@@ -204,7 +200,7 @@ def test_a_larger_window_is_filled_with_the_mean_colour():
     transform = DetectionTransform((60, 80), train=True, **NORMALIZE)
     image = np.full((HEIGHT, WIDTH, 3), 255, np.uint8)
     objects = transform._read_objects(make_example(), HEIGHT, WIDTH)
-    parameters = DetectionParameters(window=(2.0, 2.0), positions=((0.5, 0.5),))
+    parameters = WindowParameters(window=(2.0, 2.0), positions=((0.5, 0.5),))
     rendered, moved = transform.render(image, objects, parameters)
     expected = np.full((60, 80, 3), 64, np.uint8)
     expected[15:45, 20:60] = 255
@@ -220,7 +216,7 @@ def test_colours_are_those_of_the_sampled_steps():
     )
     transform = DetectionTransform((50, 70), train=True, settings=settings, **NORMALIZE)
     transformed = transform(make_example(image=image), np.random.default_rng(3))
-    steps = sample_detection(settings, np.random.default_rng(3)).color
+    steps = sample_window(settings, np.random.default_rng(3)).color
     assert len(steps) == 4
     expected = adjust_color(resize(image, (50, 70)), steps).transpose(2, 0, 1) / 255
     np.testing.assert_allclose(denormalize(transformed["pixel_values"]), expected, atol=1e-5)
@@ -239,7 +235,7 @@ def test_sampled_windows_have_the_area_and_shape_asked_for():
         crop_probability=0.4, crop_scale=(0.2, 0.5), crop_ratio=(0.5, 2.0), quarter_turn_probability=0.3
     )
     rng = np.random.default_rng(0)
-    sampled = [sample_detection(settings, rng) for _ in range(2000)]
+    sampled = [sample_window(settings, rng) for _ in range(2000)]
     windows = np.array([parameters.window for parameters in sampled if parameters.window])
     assert abs(len(windows) / 2000 - 0.4) < 0.04
     assert 0.2 <= windows.prod(axis=1).min() < 0.21

@@ -1,0 +1,151 @@
+"""Windows of images: the geometric augmentation of whatever is annotated in places, and colours beside it."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hf_vlm.data.transforms.image_ops import ColorStep, adjust_color, flip, resize, sample_color_jitter
+from hf_vlm.data.transforms.objects import Span
+from hf_vlm.data.transforms.options import as_jitter, as_probability, as_range
+
+__all__ = ["WindowParameters", "WindowSettings", "render_window", "sample_window"]
+
+Array = np.ndarray[Any, Any]
+
+NUM_POSITIONS = 8  # tried for a window that shows what it should
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowSettings:
+    """How windows are sampled.
+
+    Args:
+        flip_probability: Probability of a horizontal flip; 0 where left and right matter, as for digits.
+        vertical_flip_probability: Probability of a vertical flip.
+        quarter_turn_probability: Probability of a turn by 90, 180 or 270 degrees, for images without an up and down.
+        crop_probability: Probability of showing a window of the image instead of all of it.
+        crop_scale: Range of the window's area as a fraction of the image's; above 1 the image is pasted into a larger
+            canvas of the mean colour, which makes its objects small.
+        crop_ratio: Range of the window's width / height relative to the image's.
+        jitter: Strengths of brightness, contrast, saturation and hue, as in torchvision's ColorJitter.
+        jitter_probability: Probability of applying the four together.
+
+    Raises:
+        ValueError: for a value out of its range.
+    """
+
+    flip_probability: float = 0.5
+    vertical_flip_probability: float = 0.0
+    quarter_turn_probability: float = 0.0
+    crop_probability: float = 0.5
+    crop_scale: tuple[float, float] = (0.3, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    jitter_probability: float = 0.8
+
+    def __post_init__(self) -> None:
+        checked: dict[str, Any] = {
+            "crop_scale": as_range("crop_scale", self.crop_scale, low=0.0, high=16.0),
+            "crop_ratio": as_range("crop_ratio", self.crop_ratio, low=0.0, high=math.inf),
+            "jitter": as_jitter("jitter", self.jitter),
+        }
+        names = (
+            "flip_probability",
+            "vertical_flip_probability",
+            "quarter_turn_probability",
+            "crop_probability",
+            "jitter_probability",
+        )
+        for name in names:
+            checked[name] = as_probability(name, getattr(self, name))
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowParameters:
+    """The sampled parameters of one augmentation; the default changes nothing.
+
+    Args:
+        quarter_turns: Number of counterclockwise turns by 90 degrees, 0 to 3, done first.
+        window: (height, width) of the window relative to the image's; None for the whole image.
+        positions: (n, 2), y and x of the window, 0 to 1 in its free range; the first that shows what it should is
+            taken.
+        flip: Mirror left and right.
+        vertical_flip: Mirror top and bottom.
+        color: Steps of `adjust_color`.
+    """
+
+    quarter_turns: int = 0
+    window: tuple[float, float] | None = None
+    positions: tuple[tuple[float, float], ...] = ()
+    flip: bool = False
+    vertical_flip: bool = False
+    color: tuple[ColorStep, ...] = ()
+
+    def required_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) of a decoded image of which the window need not be enlarged to `size`."""
+        window = self.window or (1.0, 1.0)
+        height, width = (math.ceil(side / fraction) for side, fraction in zip(size, window))
+        return (width, height) if self.quarter_turns % 2 else (height, width)
+
+
+def sample_window(settings: WindowSettings, rng: np.random.Generator) -> WindowParameters:
+    """Sample the parameters of one augmentation."""
+    window = None
+    positions: tuple[tuple[float, float], ...] = ()
+    if rng.random() < settings.crop_probability:
+        area = rng.uniform(*settings.crop_scale)
+        low, high = settings.crop_ratio
+        ratio = math.exp(rng.uniform(math.log(low), math.log(high)))
+        window = math.sqrt(area / ratio), math.sqrt(area * ratio)
+        if area <= 1:  # a crop does not stick out
+            window = min(window[0], 1.0), min(window[1], 1.0)
+        positions = tuple((y, x) for y, x in rng.random((NUM_POSITIONS, 2)).tolist())
+    return WindowParameters(
+        quarter_turns=int(rng.integers(1, 4)) if rng.random() < settings.quarter_turn_probability else 0,
+        window=window,
+        positions=positions,
+        flip=rng.random() < settings.flip_probability,
+        vertical_flip=rng.random() < settings.vertical_flip_probability,
+        color=sample_color_jitter(settings.jitter, rng) if rng.random() < settings.jitter_probability else (),
+    )
+
+
+def render_window(
+    image: Array,
+    rows: Span,
+    columns: Span,
+    parameters: WindowParameters,
+    *,
+    fill: Any,
+    resize: Callable[[Array, tuple[int, int]], Array] = resize,
+) -> Array:
+    """The window of an image, coloured and mirrored by the parameters.
+
+    Args:
+        image: (height, width, C), turned already.
+        rows: What is shown of the rows, and where.
+        columns: What is shown of the columns, and where.
+        parameters: Colours and flips.
+        fill: Values (C,) of the output where it does not show the image.
+        resize: Function `(image, (height, width))`.
+
+    Returns:
+        (rows.output, columns.output, C), of the type of the image.
+    """
+    shown = resize(
+        image[slice(*rows.source), slice(*columns.source)],
+        (rows.target[1] - rows.target[0], columns.target[1] - columns.target[0]),
+    )
+    if parameters.color:
+        shown = adjust_color(shown, parameters.color)
+    if shown.shape[:2] != (rows.output, columns.output):
+        canvas = np.empty((rows.output, columns.output, image.shape[2]), dtype=image.dtype)
+        canvas[:] = fill
+        canvas[slice(*rows.target), slice(*columns.target)] = shown
+        shown = canvas
+    return flip(shown, horizontal=parameters.flip, vertical=parameters.vertical_flip)
