@@ -177,7 +177,7 @@ def test_rows_leave_the_memory_in_groups(processor, tmp_path, monkeypatch):
     sizes = {}
 
     def note_size(index):
-        sizes[index] = sum(path.stat().st_size for path in tmp_path.glob(".features*"))
+        sizes[index] = sum(path.stat().st_size for path in tmp_path.glob("features*.tmp"))
 
     path = tmp_path / "features.parquet"
     encoder = make_encoder(hidden_size=512, intermediate_size=8)  # a group is more than the file's own buffer
@@ -239,7 +239,7 @@ def test_a_kill_in_the_middle_leaves_nothing_under_the_name(tmp_path, fork_serve
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = fork_server.run([sys.executable, "-c", textwrap.dedent(program)], cwd=tmp_path, env=environment)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == [".features.parquet.partial"]
+    assert [path.name for path in tmp_path.iterdir()] == ["features.parquet.tmp"]
 
 
 def test_what_cannot_be_written_is_said(processor, tmp_path):

@@ -121,6 +121,7 @@ def test_a_budget_replaces_the_length_of_a_recipe():
         parse_arguments({"output_dir": "runs/x", "max_steps": 4, "budget": "2h"})
 
 
+@pytest.mark.slow
 def test_runs_by_a_budget_train_and_record_their_steps(timed_recipe, tmp_path, capsys, monkeypatch):
     trial, found = budget._try, []
     monkeypatch.setattr(budget, "_try", lambda *args: found.append(trial(*args)) or (1.0, 0.0))

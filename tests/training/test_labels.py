@@ -95,6 +95,7 @@ def test_each_round_learns_from_the_one_before(rounds, labelled_by, tmp_path):
         pretrain(rounds)
 
 
+@pytest.mark.slow
 def test_an_overwritten_run_that_is_stopped_in_a_round_is_not_taken_for_finished(rounds, monkeypatch, tmp_path):
     pretrain(rounds)
     monkeypatch.setattr("hf_vlm.training.run.label_source", None)  # stops the new one at once
@@ -106,6 +107,7 @@ def test_an_overwritten_run_that_is_stopped_in_a_round_is_not_taken_for_finished
     assert "seed: 5\n" in (tmp_path / "run" / "recipe.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_resumes_in_its_round(rounds, labelled_by, tmp_path):
     pretrain(rounds)
     expected = VLMViTForObjectDetection.from_pretrained(tmp_path / "run").state_dict()

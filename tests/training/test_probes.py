@@ -261,7 +261,7 @@ def test_other_data_may_be_looked_at(make_recipe, tmp_path):
     pretrain(recipe | {"probe_data": str(tmp_path / "labelled")})
     assert 0 <= probed(tmp_path / "mae")[2]["probe_knn"] <= 1
     with pytest.raises(ValueError, match="no/such/folder"):
-        pretrain(recipe | {"probe_data": "no/such/folder"})
+        pretrain(recipe | {"probe_data": "no/such/folder", "overwrite_output_dir": True})
 
 
 def test_what_cannot_be_probed_does_not_end_training(make_recipe, tmp_path, monkeypatch, caplog):

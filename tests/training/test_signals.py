@@ -70,7 +70,7 @@ def test_stopped_and_resumed_equals_uninterrupted(
 
 
 def test_the_command_ends_with_the_signals_status(monkeypatch, capsys):
-    def stopped(recipe, **kwargs):
+    def stopped(recipe, source, **kwargs):
         raise StoppedBySignal(signal.SIGTERM)
 
     monkeypatch.setattr("hf_vlm.training.run.pretrain", stopped)
