@@ -59,7 +59,7 @@ class RunRecord:
         self.summary: dict[str, Any] = {
             "method": args.method,
             "encoder": publishable(args.encoder),
-            "origins": self._origins(args.encoder, *external_weights),
+            "origins": check_publishing(args, *external_weights),
             "data": {
                 "source": publishable(args.data),
                 "split": args.train_split,
@@ -74,16 +74,6 @@ class RunRecord:
             "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {args.n_gpu} GPUs, {args.world_size} ranks",
             "metrics": {},
         }
-        if args.push_to_hub and not args.hub_private_repo and self.summary["origins"]:
-            raise ValueError(
-                f"push_to_hub would publish weights that come from {' and '.join(self.summary['origins'])} without a "
-                "licence. Set hub_private_repo, or publish it when it is done: hf-vlm push --license ..."
-            )
-
-    @staticmethod
-    def _origins(*sources: str | None) -> list[str]:
-        """Models of others that this run's weights are initialised or distilled from."""
-        return sorted({origin for source in sources for origin in origins_of(source)})
 
     def resume(self, run: dict[str, Any], step: int, changes: dict[str, Any]) -> None:
         """Takes over what the record in a checkpoint counts.
@@ -112,6 +102,21 @@ class RunRecord:
         replace_text(folder / RUN_FILE, as_json(self.summary) + "\n")
         if self.write_card is not None:
             self.write_card(folder)
+
+
+def check_publishing(args: VisionTrainingArguments, *external_weights: str) -> list[str]:
+    """Models of others that a run's weights are initialised from, labelled by or distilled from.
+
+    Raises:
+        ValueError: The run would publish weights that come from them, whose terms decide, without a licence.
+    """
+    origins = sorted({origin for source in (args.encoder, *external_weights) for origin in origins_of(source)})
+    if args.push_to_hub and not args.hub_private_repo and origins:
+        raise ValueError(
+            f"push_to_hub would publish weights that come from {' and '.join(origins)} without a licence. Set "
+            "hub_private_repo, or publish it when it is done: hf-vlm push --license ..."
+        )
+    return origins
 
 
 class RecordProgress(TrainerCallback):
@@ -173,4 +178,4 @@ def git_state() -> dict[str, Any]:
         return {}
 
 
-__all__ = ["RecordProgress", "RunRecord", "as_json", "fingerprint", "git_state"]
+__all__ = ["RecordProgress", "RunRecord", "as_json", "check_publishing", "fingerprint", "git_state"]

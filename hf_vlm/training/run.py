@@ -33,7 +33,7 @@ from hf_vlm.training.labels import add_unlabelled, check_label_keys, label_sourc
 from hf_vlm.training.lock import run_lock
 from hf_vlm.training.probes import build_probe, last_probe
 from hf_vlm.training.recipe import parse_arguments
-from hf_vlm.training.record import RecordProgress, RunRecord
+from hf_vlm.training.record import RecordProgress, RunRecord, check_publishing
 from hf_vlm.training.resume import continue_record, finished_run, mean_loss, resume_checkpoint
 from hf_vlm.training.signals import StopSignals
 from hf_vlm.training.trainer import VisionTrainer
@@ -80,6 +80,7 @@ def pretrain(
     args = parse_arguments(recipe)
     entry = find_model(args.method, ["pretraining", *PRETRAINABLE_TASKS])
     check_label_keys(args, TASKS.get(entry.task), pretrains=True)
+    check_publishing(args, *labelling_models(args))  # now, and not when labels are found or earlier rounds are done
     if args.budget is not None:
         recipe = with_steps_for_budget(recipe, args, pretrain)
         args = parse_arguments(recipe)
@@ -221,6 +222,7 @@ def finetune(
     set_seed(args.seed)
     task = TASKS[find_model(args.method, TRAINABLE_TASKS).task]
     check_label_keys(args, task, pretrains=False)
+    check_publishing(args, *labelling_models(args))
     if args.budget is not None:
         recipe = with_steps_for_budget(recipe, args, finetune)
         args = parse_arguments(recipe)

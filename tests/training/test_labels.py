@@ -248,6 +248,14 @@ def test_images_of_other_channels_are_looked_at_in_theirs(head_recipe, tmp_path)
     assert pretrain(recipe)["data"]["num_examples"] == 6
 
 
+def test_weights_that_may_not_be_published_are_refused_before_labels_are_found(make_recipe, teacher, monkeypatch):
+    run = Path(teacher) / "run.json"
+    run.write_text(run.read_text().replace('"origins": []', '"origins": ["facebook/dinov2-small"]'))
+    monkeypatch.setattr("hf_vlm.training.run.label_source", None)  # would not be called
+    with pytest.raises(ValueError, match=r"weights that come from .*facebook/dinov2-small.* without a licence"):
+        pretrain(make_recipe("detection", labels_from=teacher, push_to_hub=True))
+
+
 def test_a_classifier_has_nothing_to_be_pretrained_on(make_recipe):
     with pytest.raises(ValueError, match="no pretraining or object-detection method 'classification'"):
         pretrain(make_recipe("classification"))
