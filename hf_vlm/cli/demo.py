@@ -1,6 +1,7 @@
 """`hf-vlm demo`: from unlabelled images to a detector, and what the pretraining gained, on built-in images."""
 
 import argparse
+import contextlib
 import os
 import statistics
 import subprocess
@@ -79,16 +80,13 @@ def _finetune_both(
 
     folders = {variant: run_folder(folder, variant, index) for variant in VARIANTS}
     start = {"pretrained": ["--encoder", str(pretrained)], "random": []}
-    logs = {variant: folder / f"{variant}-{index}.log" for variant in VARIANTS}
-    with logs["pretrained"].open("w") as first, logs["random"].open("w") as second:
-        files = {"pretrained": first, "random": second}
-        processes = [
-            _start(
-                ["finetune", "demo/detector.yaml", *options, *start[name], "--output_dir", str(path)],
-                output=None if name == "pretrained" and index == 0 else files[name],  # one of all is shown
-            )
-            for name, path in folders.items()
-        ]
+    with contextlib.ExitStack() as stack:
+        processes = []
+        for name, path in folders.items():
+            is_shown = name == "pretrained" and index == 0  # one of all
+            log = None if is_shown else stack.enter_context((folder / f"{name}-{index}.log").open("w"))
+            argv = ["finetune", "demo/detector.yaml", *options, *start[name], "--output_dir", str(path)]
+            processes.append(_start(argv, output=log))
         _finish(*processes)
     metrics = {
         name: evaluate_run(path, f"scenes:{SCENES}", "test", num_examples=num_test).metrics

@@ -23,7 +23,7 @@ def run(argv: Sequence[str]) -> None:
     from hf_vlm.deploy.model_card import write_model_card
     from hf_vlm.deploy.next_steps import finetune_command
     from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
-    from hf_vlm.models.convert_vlm_vit import read_config
+    from hf_vlm.registry import find_model
     from hf_vlm.tasks.detection import DETECTION
     from hf_vlm.training.run import pretrain, quiet_libraries
     from hf_vlm.viz.contact_sheet import render_pseudo_labels
@@ -37,7 +37,7 @@ def run(argv: Sequence[str]) -> None:
     folder = recipe["output_dir"]
     if not PartialState().is_main_process:  # the others are done while it still writes
         return
-    what = "encoder" if read_config(folder)["model_type"] == VLMViTConfig.model_type else "detector"
+    what = "encoder" if find_model(recipe["method"]).task == "pretraining" else "detector"
     print(f"\nThe {what} is in {folder}: {summary['num_images_seen']:,} images in {summary['seconds']:,.0f} s.")
     encoder = VLMViTConfig.from_pretrained(folder)
     print(f"Next: {finetune_command(DETECTION, encoder, folder, 'YOUR_LABELLED_IMAGES')}")

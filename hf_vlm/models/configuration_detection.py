@@ -1,13 +1,12 @@
 """Configuration of the set-prediction detector on the plain ViT."""
 
 import math
-from copy import deepcopy
 from typing import Any, cast
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
-from .configuration_vlm_vit import VLMViTConfig
+from .configuration_vlm_vit import VLMViTConfig, own_encoder_config
 
 
 @strict
@@ -74,10 +73,7 @@ class VLMViTDetectionConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         self._check()
-        if isinstance(self.backbone_config, dict):
-            self.backbone_config = VLMViTConfig(**self.backbone_config)
-        # A copy, because the taps are set on it and the caller's configuration may serve other models.
-        self.backbone_config = VLMViTConfig() if self.backbone_config is None else deepcopy(self.backbone_config)
+        self.backbone_config = own_encoder_config(self.backbone_config)
         num_layers = self.encoder.num_hidden_layers
         num_taps = min(self.num_feature_taps, num_layers)
         self.encoder.reshape_hidden_states = True  # the neck reads maps

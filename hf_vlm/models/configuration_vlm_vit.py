@@ -1,5 +1,6 @@
 """Configuration of the plain Vision Transformer that every model of the package is built on."""
 
+from copy import deepcopy
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -198,4 +199,14 @@ class VLMViTConfig(BackboneConfigMixin, PreTrainedConfig):
         return int(self.use_class_token) + self.num_register_tokens
 
 
-__all__ = ["PRESETS", "VLMViTConfig"]
+def own_encoder_config(config: dict[str, Any] | PreTrainedConfig | None) -> PreTrainedConfig:
+    """A head's encoder configuration, from an object, a dictionary, or none for the defaults.
+
+    An object is copied: heads set fields of it, and the caller's may serve other models.
+    """
+    if config is None or isinstance(config, dict):
+        return VLMViTConfig(**(config or {}))
+    return deepcopy(config)
+
+
+__all__ = ["PRESETS", "VLMViTConfig", "own_encoder_config"]

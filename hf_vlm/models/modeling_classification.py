@@ -1,6 +1,5 @@
 """Image classification on the plain ViT: pooled tokens, a norm and a linear layer."""
 
-from copy import deepcopy
 from typing import Any, cast
 
 import torch
@@ -12,7 +11,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils import auto_docstring
 from transformers.utils.generic import can_return_tuple
 
-from .configuration_vlm_vit import VLMViTConfig
+from .configuration_vlm_vit import VLMViTConfig, own_encoder_config
 from .model_on_encoder import ModelOnEncoder, wanted_outputs
 from .modeling_vlm_vit import VLMViTModel
 
@@ -53,10 +52,7 @@ class VLMViTClassificationConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if isinstance(self.backbone_config, dict):
-            self.backbone_config = VLMViTConfig(**self.backbone_config)
-        # A copy, because the caller's configuration may serve other models.
-        self.backbone_config = VLMViTConfig() if self.backbone_config is None else deepcopy(self.backbone_config)
+        self.backbone_config = own_encoder_config(self.backbone_config)
         if self.pooling is None:
             self.pooling = "both" if self.encoder.use_class_token else "mean"
         self.check(kwargs.get("num_labels", 2) if self.id2label is None else len(self.id2label))

@@ -1,6 +1,5 @@
 """Semantic segmentation on the plain ViT: a batch norm and a linear layer on the maps of its last layers."""
 
-from copy import deepcopy
 from typing import Any, Self, cast
 
 import torch
@@ -12,7 +11,7 @@ from transformers.modeling_outputs import SemanticSegmenterOutput
 from transformers.utils import auto_docstring
 from transformers.utils.generic import can_return_tuple
 
-from .configuration_vlm_vit import VLMViTConfig
+from .configuration_vlm_vit import VLMViTConfig, own_encoder_config
 from .model_on_encoder import ModelOnEncoder, wanted_outputs
 from .modeling_vlm_vit import VLMViTBackbone
 from .ssl_layers import SyncedBatchNorm1d
@@ -48,10 +47,7 @@ class VLMViTSemanticSegmentationConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if isinstance(self.backbone_config, dict):
-            self.backbone_config = VLMViTConfig(**self.backbone_config)
-        # A copy, because its stages are set and the caller's configuration may serve other models.
-        self.backbone_config = VLMViTConfig() if self.backbone_config is None else deepcopy(self.backbone_config)
+        self.backbone_config = own_encoder_config(self.backbone_config)
         self.check(kwargs.get("num_labels", 2) if self.id2label is None else len(self.id2label))
         last = self.encoder.num_hidden_layers
         self.encoder.reshape_hidden_states = self.encoder.apply_layernorm = True

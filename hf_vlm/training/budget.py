@@ -15,11 +15,10 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers.trainer import TRAINER_STATE_NAME
 
-from hf_vlm.data.sources import open_source
 from hf_vlm.training.arguments import VisionTrainingArguments
 from hf_vlm.training.callbacks import LogFile, read_log
 from hf_vlm.training.checkpoints import checkpoints
-from hf_vlm.training.data import open_recipe_source
+from hf_vlm.training.data import open_train_source, open_unlabelled_source
 from hf_vlm.training.provenance import RUN_FILE
 
 __all__ = ["parse_budget", "warn_of_short_pretraining", "with_steps_for_budget"]
@@ -136,11 +135,8 @@ def _try(
 
 def _num_to_label(args: VisionTrainingArguments) -> int | None:
     if args.unlabelled_data:
-        split, number = args.train_split, args.num_unlabelled_examples
-        return open_source(
-            args.unlabelled_data, split, num_samples=number, allow_outside=args.allow_outside
-        ).num_examples
-    return open_recipe_source(args, args.train_split, args.num_train_examples).num_examples
+        return open_unlabelled_source(args).num_examples
+    return open_train_source(args).num_examples
 
 
 @contextlib.contextmanager

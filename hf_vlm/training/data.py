@@ -13,7 +13,14 @@ from hf_vlm.data.transforms.views import ViewTransform
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.training.arguments import VisionTrainingArguments
 
-__all__ = ["open_labelled_sources", "open_recipe_source", "open_train_source", "train_stream", "view_transform"]
+__all__ = [
+    "open_labelled_sources",
+    "open_recipe_source",
+    "open_train_source",
+    "open_unlabelled_source",
+    "train_stream",
+    "view_transform",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +60,18 @@ def open_train_source(args: VisionTrainingArguments, source: Source | None = Non
     if source is None:
         return open_recipe_source(args, args.train_split, args.num_train_examples)
     check_pixel_range(source)  # as `open_recipe_source` does
+    return source
+
+
+def open_unlabelled_source(args: VisionTrainingArguments) -> Source:
+    """The images of `unlabelled_data`, as the recipe says."""
+    source = open_source(
+        args.unlabelled_data,
+        args.train_split,
+        num_samples=args.num_unlabelled_examples,
+        allow_outside=args.allow_outside,
+    )
+    check_pixel_range(source)
     return source
 
 

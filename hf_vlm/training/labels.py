@@ -9,16 +9,15 @@ from accelerate.utils import broadcast_object_list
 from transformers.utils import CONFIG_NAME
 
 from hf_vlm.data.formats.mixture import mix_sources
-from hf_vlm.data.inspection.pixel_range import check_pixel_range
 from hf_vlm.data.io.durable import disk_errors
 from hf_vlm.data.pseudo_labels import PseudoLabels
 from hf_vlm.data.source import Source
-from hf_vlm.data.sources import open_source
 from hf_vlm.features.loading import find_encoder, read_own_config
 from hf_vlm.tasks import Task
 from hf_vlm.tasks.pseudo_labels import REGIONS
 from hf_vlm.training.arguments import VisionTrainingArguments
 from hf_vlm.training.build import build_encoder_config
+from hf_vlm.training.data import open_unlabelled_source
 from hf_vlm.training.record import fingerprint
 
 __all__ = ["LABELS_FILE", "add_unlabelled", "check_label_keys", "label_source", "labelling_models"]
@@ -114,13 +113,7 @@ def add_unlabelled(args: VisionTrainingArguments, source: Source, task: Task) ->
     known = (read_own_config(str(args.labels_from)).get("id2label") or {}).values()
     if unknown := [name for name in known if name not in names]:
         raise ValueError(f"labels_from: {args.labels_from} has classes that the labelled images lack: {unknown}.")
-    unlabelled = open_source(
-        args.unlabelled_data,
-        args.train_split,
-        num_samples=args.num_unlabelled_examples,
-        allow_outside=args.allow_outside,
-    )
-    check_pixel_range(unlabelled)
+    unlabelled = open_unlabelled_source(args)
     if args.holdout is not None:  # by path, so that images which are among the labelled ones too stay apart
         unlabelled, _ = unlabelled.holdout(args.holdout)
     per_image = args.labels_per_image or _objects_per_image(source)

@@ -84,6 +84,7 @@ def pretrain(
     if args.budget is not None:
         recipe = with_steps_for_budget(recipe, args, pretrain)
         args = parse_arguments(recipe)
+    source = open_train_source(args, source)
     hooks = Hooks(write_card, plot, render_labels)
     if args.rounds == 1:
         return _pretrain(args, recipe, source, hooks, labels_from=args.labels_from)
@@ -99,11 +100,10 @@ class Hooks(NamedTuple):
 
 
 def _pretrain_in_rounds(
-    args: VisionTrainingArguments, recipe: dict[str, Any], source: Source | None, hooks: Hooks
+    args: VisionTrainingArguments, recipe: dict[str, Any], source: Source, hooks: Hooks
 ) -> dict[str, Any]:
     """Each round is a run of its own, so that one that was stopped resumes in its round."""
     folder = Path(args.output_dir)
-    source = open_train_source(args, source)
     args.set_steps_for(source.num_examples)
     if finished := finished_run(args):
         return finished
@@ -126,13 +126,12 @@ def _pretrain_in_rounds(
 def _pretrain(
     args: VisionTrainingArguments,
     recipe: dict[str, Any],
-    source: Source | None,
+    source: Source,
     hooks: Hooks,
     *,
     labels_from: str | None,
 ) -> dict[str, Any]:
     set_seed(args.seed)
-    source = open_train_source(args, source)
     args.set_steps_for(source.num_examples)
     if finished := finished_run(args):
         return finished

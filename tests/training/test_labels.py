@@ -171,7 +171,7 @@ def test_unlabelled_images_are_mixed_with_labelled_ones(make_recipe, teacher, mo
     )
     recipe = make_recipe("detection", unlabelled_data="scenes:easy", labels_from=teacher, num_train_examples=6)
     recipe["unlabelled_fraction"] = 0.25
-    monkeypatch.setattr(labels, "open_source", lambda *_, **__: open_source("scenes:easy", "test", num_samples=12))
+    monkeypatch.setattr(labels, "open_unlabelled_source", lambda _: open_source("scenes:easy", "test", num_samples=12))
     finetune(recipe)
     args, source = seen[0]
     labelled = list(open_source("scenes:easy", "train", num_samples=6))
