@@ -41,6 +41,7 @@ from machine import processor
 from hf_vlm.data.io.durable import replace_text
 from hf_vlm.training.record import git_state
 
+DEFAULT_SETS = ["bccd", "dsb2018_nuclei", "scenes"]
 RESULTS = Path(__file__).parent / "results" / "label_efficiency.jsonl"
 
 
@@ -113,7 +114,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", type=Path, help="folder with the sets of files; without it, scenes alone")
     parser.add_argument("--teacher", type=Path, help="frozen encoder to distil; without it, no arm distilled")
-    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=DEFAULT_SETS)
+    parser.add_argument("--labels", nargs="+", choices=LABELS, default=list(LABELS), help="numbers of labelled images")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, one core each")
@@ -143,7 +145,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
     names = [name for name in options.sets if options.data_dir or sets[name].is_built_in]
     arms = [arm for arm in options.arms if options.teacher or arm != "distilled"]
-    labels, num_seeds = (LABELS[:1], 1) if options.quick else (LABELS, options.seeds)
+    labels, num_seeds = (LABELS[:1], 1) if options.quick else (options.labels, options.seeds)
     runs = pending(read_results(options.results), names, labels, arms, num_seeds)
     print(f"{len(runs)} runs of {', '.join(names)} are pending: arms {', '.join(arms)}", flush=True)
     return run_all(lab, runs, options.results, options.jobs)
