@@ -118,7 +118,8 @@ def _values(
 ) -> dict[str, Any]:
     """Every variable of the templates; None, or empty, where it is unknown."""
     encoder = getattr(config, "backbone_config", config)
-    size = _read(run_dir / "preprocessor_config.json").get("size")
+    processor = _read(run_dir / "preprocessor_config.json")
+    size = processor.get("size")
     data = run.get("data") or {}
     source = _source(data)
     recipe_text = yaml.safe_dump(recipe, sort_keys=True).strip() if recipe else None
@@ -127,6 +128,7 @@ def _values(
     return {
         "config": config,
         "class_names": list(map(markdown, class_names)),
+        "score_threshold": processor.get("score_threshold"),
         "method": _method_name(run.get("method")),
         "auto_class": _auto_class({name: code for name, code in auto_map.items() if name.isidentifier()}),
         "encoder": _describe_encoder(run["encoder"]) if run.get("encoder") else None,
