@@ -15,7 +15,6 @@ logger = logging.getLogger(__name__)
 
 PACKAGES = ("fastapi", "uvicorn", "python_multipart")  # of the extra `serve`
 NUM_EXAMPLES = 12
-SECONDS_TO_FINISH = 30  # for requests that were accepted, once the server is stopped
 MEGABYTE = 10**6
 
 
@@ -24,18 +23,31 @@ def run(argv: Sequence[str]) -> None:
     arguments = _parse(argv)
     _check(arguments)
 
-    import uvicorn
-
-    from hf_vlm.deploy.predict import Predictor
-    from hf_vlm.deploy.server import Limits, OneAtATime, build_server
+    from hf_vlm.deploy.server import run_server
     from hf_vlm.training.run import quiet_libraries
 
     quiet_libraries()
-    examples = _examples(arguments.examples)
-    listener = _listen(arguments.host, arguments.port)
+    with _listen(arguments.host, arguments.port) as listener:
+        server = _server(arguments)
+        url = _url(arguments.host, listener)
+        print(f"Serving {arguments.run} at {url}, and POST {url}/predict; Ctrl-C stops it.", flush=True)
+        # Once all is answered, the signal is raised again: one that asks to stop is no failure.
+        before = signal.signal(signal.SIGTERM, lambda *_: None)
+        try:
+            run_server(server, listener)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _server(arguments: argparse.Namespace) -> Any:
+    """The endpoint and the page, with the model loaded."""
+    from hf_vlm.data.images import image_paths
+    from hf_vlm.deploy.predict import Predictor
+    from hf_vlm.deploy.server import Limits, OneAtATime, build_server
+
+    examples = image_paths(arguments.examples)[:NUM_EXAMPLES] if arguments.examples is not None else []
     predictor = OneAtATime(Predictor.from_pretrained(arguments.run))
-    name = Path(arguments.run).name
-    page = None
+    name, page = Path(arguments.run).name, None
     if arguments.page:
         from hf_vlm.deploy.app import build_app
 
@@ -46,24 +58,7 @@ def run(argv: Sequence[str]) -> None:
         requests_per_minute=arguments.requests_per_minute,
         allow_urls=arguments.allow_urls,
     )
-    server = uvicorn.Server(
-        uvicorn.Config(
-            build_server(predictor, limits, name=name, page=page),
-            log_config=None,  # the log of the commands, in which what clients send cannot act on a terminal
-            log_level="warning",
-            access_log=False,  # addresses may hold what is private; the endpoint logs status and time
-            server_header=False,
-            timeout_graceful_shutdown=SECONDS_TO_FINISH,
-        )
-    )
-    url = _url(arguments.host, listener)
-    print(f"Serving {name} at {url}, and POST {url}/predict; Ctrl-C stops it.", flush=True)
-    # uvicorn finishes what it has accepted and then raises the signal again: one to stop is no failure.
-    before = signal.signal(signal.SIGTERM, lambda *_: None)
-    try:
-        server.run(sockets=[listener])
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return build_server(predictor, limits, name=name, page=page)
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -106,19 +101,13 @@ def _is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def _examples(given: str | None) -> list[str]:
-    from hf_vlm.data.images import image_paths
-
-    return image_paths(given)[:NUM_EXAMPLES] if given is not None else []
-
-
 def _listen(host: str, port: int) -> socket.socket:
     """A socket that listens; ValueError where the address is none of this machine's, or taken."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listener = socket.create_server(address[:2], family=family, backlog=2048)
     except (OSError, UnicodeError) as error:  # UnicodeError: a name too long to be one
-        reason = getattr(error, "strerror", None) or error
+        reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
         raise ValueError(
             f"--host {host} --port {port} cannot be listened at: {reason}; --port 0 takes a free port"
         ) from error

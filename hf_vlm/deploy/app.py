@@ -55,14 +55,14 @@ def build_app(predictor: Any, examples: Sequence[str | Path] = (), *, name: str 
 
     def show(path: str | None, threshold: float) -> tuple[Any, ...]:
         if path is None:
-            return "", None, [], None, gr.Button(interactive=False)
+            return None, "", [], None, gr.Button(interactive=False)
         try:
             image, everything = predicted(path)
         except BadImageError as error:
             reason = str(error).rpartition(f"{os.path.basename(path)}: ")[2]
             raise gr.Error(f"This file cannot be read: {reason}", print_exception=False) from error
         found = everything.select(everything.scores >= threshold)
-        return summary(found), render(image, found), table(found), found.to_dict(), gr.Button(interactive=True)
+        return render(image, found), summary(found), table(found), found.to_dict(), gr.Button(interactive=True)
 
     with gr.Blocks(title=name, analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as app:
         gr.Markdown(f"# {markdown(name)}")
@@ -73,14 +73,16 @@ def build_app(predictor: Any, examples: Sequence[str | Path] = (), *, name: str 
                 if examples:
                     gr.Examples([os.fspath(path) for path in examples], photo, label="Examples")
             with gr.Column(scale=2, min_width=300):
+                picture = gr.Image(
+                    label="Prediction", show_label=False, interactive=False, format="webp", buttons=["fullscreen"]
+                )
                 counts = gr.Markdown()
-                picture = gr.Image(label="Prediction", interactive=False, format="webp", buttons=["fullscreen"])
                 rows = gr.Dataframe(headers=headers(sample), show_label=False, interactive=False)
                 with gr.Accordion("JSON", open=False):
                     record = gr.JSON(show_label=False)
-                save = gr.Button("Save as JSON", interactive=False)
-        inputs, outputs = [photo, threshold], [counts, picture, rows, record, save]
-        photo.change(show, inputs, outputs, api_name="predict")
+                save = gr.Button("Save as JSON", interactive=False, size="sm")
+        inputs, outputs = [photo, threshold], [picture, counts, rows, record, save]
+        photo.change(show, inputs, outputs, api_name="predict", show_progress_on=picture)
         threshold.change(show, inputs, outputs, show_progress="hidden", api_visibility="private")
         save.click(None, record, None, js=SAVE_JSON)
     app.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
@@ -114,7 +116,7 @@ def mount_app(server: Any, page: gr.Blocks, *, max_bytes: int) -> Any:
     Args:
         max_bytes: Largest file that can be uploaded.
     """
-    return gr.mount_gradio_app(
+    gr.mount_gradio_app(
         server,
         page,
         path="/",
@@ -126,6 +128,8 @@ def mount_app(server: Any, page: gr.Blocks, *, max_bytes: int) -> Any:
         mcp_server=False,
         enable_monitoring=False,
     )
+    server.state.end_streams = server.routes[-1].app.stop_event.set
+    return server
 
 
 def summary(found: Prediction) -> str:

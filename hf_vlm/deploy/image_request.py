@@ -120,10 +120,13 @@ async def _read_form(request: Request, body: bytes, limits: Limits) -> tuple[byt
         raise HTTPException(422, f"The form cannot be read: {error.message} {HOW_TO_SEND}.") from error
     except (KeyError, ValueError) as error:  # of a header of the form
         raise HTTPException(422, f"The form cannot be read. {HOW_TO_SEND}.") from error
-    files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
-    if not files:
-        raise HTTPException(422, f"The form has no file. {HOW_TO_SEND}.")
-    return await files[0].read(), {name: value for name, value in form.items() if isinstance(value, str)}
+    try:
+        files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
+        if not files:
+            raise HTTPException(422, f"The form has no file. {HOW_TO_SEND}.")
+        return await files[0].read(), {name: value for name, value in form.items() if isinstance(value, str)}
+    finally:
+        await form.close()
 
 
 async def _read_json(body: bytes, limits: Limits) -> tuple[bytes, Mapping[str, Any]]:

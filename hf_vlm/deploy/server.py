@@ -3,12 +3,14 @@
 import asyncio
 import logging
 import math
+import socket
 import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+import uvicorn
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -18,13 +20,14 @@ from hf_vlm.data.io.decode import BadImageError, decode_image
 from hf_vlm.data.io.messages import one_line
 from hf_vlm.deploy.image_request import ImageRequest, Limits, read_request
 
-__all__ = ["Limits", "OneAtATime", "RateLimiter", "build_server"]
+__all__ = ["Limits", "OneAtATime", "RateLimiter", "build_server", "run_server"]
 
 logger = logging.getLogger(__name__)
 
 CLIENT_CLOSED = 499  # nginx's status for a client that did not wait; it is counted, nobody reads it
 MAX_CLIENTS = 10_000  # whose rates are remembered
 MAX_RETRY_SECONDS = 60
+SECONDS_TO_FINISH = 30  # for requests that were accepted, once the server is stopped
 ENDPOINTS = {
     "POST /predict": "an image, as a multipart file, bytes or JSON; ?threshold=0.5",
     "GET /health": "whether the server answers",
@@ -228,6 +231,29 @@ def build_server(predictor: Any, limits: Limits | None = None, *, name: str = "m
         return {"model": name, "endpoints": ENDPOINTS}
 
     return server
+
+
+class _Server(uvicorn.Server):
+    """Ends the streams of open pages when it stops; it would wait for the pages to be closed."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        end_streams = getattr(self.config.app.state, "end_streams", None)
+        if end_streams is not None:
+            end_streams()
+        await super().shutdown(sockets)
+
+
+def run_server(server: FastAPI, listener: socket.socket) -> None:
+    """Serves at a socket until SIGINT or SIGTERM; both are raised again when what was accepted is answered."""
+    config = uvicorn.Config(
+        server,
+        log_config=None,  # the log of the process, which keeps what clients send from acting on a terminal
+        log_level="warning",
+        access_log=False,  # addresses may hold what is private; the endpoint logs status and time
+        server_header=False,
+        timeout_graceful_shutdown=SECONDS_TO_FINISH,
+    )
+    _Server(config).run(sockets=[listener])
 
 
 def error_response(error: HTTPException) -> JSONResponse:
