@@ -22,7 +22,7 @@ from transformers.exporters import ExportedModel
 
 from hf_vlm.data.images import first_images
 from hf_vlm.data.io.durable import created_folder, replace_text
-from hf_vlm.data.io.messages import one_line, redact_url
+from hf_vlm.data.io.messages import one_line
 from hf_vlm.data.io.parsing import parse_yaml
 from hf_vlm.data.sources import open_source
 from hf_vlm.deploy import runtime
@@ -34,6 +34,7 @@ from hf_vlm.features.loading import LoadedModel, load_model, quiet_transformers
 from hf_vlm.tasks import TASKS, Task
 from hf_vlm.tasks.evaluation import evaluate_run
 from hf_vlm.tasks.task import ServedOutput
+from hf_vlm.training.provenance import publishable
 
 __all__ = ["PARITY_FILE", "PREDICT_FILE", "ExportData", "ServingModel", "export_model"]
 
@@ -159,7 +160,7 @@ def export_model(
         record = {"format": format, "precision": precision, "task": task.name, "megabytes": _megabytes(folder)}
         record |= comparison.to_dict() | {"versions": program_versions(folder)}
         replace_text(folder / PARITY_FILE, json.dumps(record, indent=1) + "\n")
-        write_exported_card(folder, name=output_dir.resolve().name, run=Path(run).resolve().name, record=record)
+        write_exported_card(folder, name=output_dir.resolve().name, run=run, record=record)
     return record
 
 
@@ -240,7 +241,7 @@ def _metric(run: str | Path, folder: Path, data: ExportData, task: Task) -> Metr
     after = data.metric(folder, task)
     if before is None or after is None:
         return None
-    return Metric(before[0], before[1], after[1], one_line(redact_url(data.data)), data.split)
+    return Metric(before[0], before[1], after[1], one_line(publishable(data.data)), data.split)
 
 
 def _megabytes(folder: Path) -> float:

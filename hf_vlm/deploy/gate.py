@@ -1,5 +1,6 @@
 """The gate of an export: an artifact is compared with the model it came from before anyone gets to use it."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from hf_vlm.features.loading import LoadedModel
@@ -110,7 +112,9 @@ def compare(reference: LoadedModel, artifact: LoadedModel, images: Sequence[Imag
 def failures(comparison: Comparison, precision: str) -> list[str]:
     """What keeps an artifact from passing, one text each."""
     found = []
-    if precision == "fp32" and not comparison.max_difference <= MAX_DIFFERENCE:  # also for NaN
+    if not math.isfinite(comparison.max_difference):
+        found.append("its outputs are not finite")
+    elif precision == "fp32" and comparison.max_difference > MAX_DIFFERENCE:
         found.append(f"its outputs differ by {comparison.max_difference:.2g} (at most {MAX_DIFFERENCE:g} is allowed)")
     least = MIN_AGREEMENT.get(precision, 0.0)
     if not comparison.agreement >= least:
@@ -126,17 +130,20 @@ def failures(comparison: Comparison, precision: str) -> list[str]:
 
 def difference(expected: Any, found: Any, served: ServedOutput) -> float:
     """Largest difference of outputs, relative where they are above 1; rows of a set are compared in any order."""
-    if served.is_set:
-        one, other = (
-            torch.cat([outputs[name].float() for name in served.fields], dim=-1) for outputs in (expected, found)
-        )
-        scale = one.abs().clamp(min=1)[:, :, None]  # (batch, rows, 1, values)
-        errors = ((one[:, :, None] - other[:, None]).abs() / scale).amax(dim=-1)  # (batch, rows, rows)
-        return float(torch.stack([errors.amin(dim=1).max(), errors.amin(dim=2).max()]).max())
+    other = aligned(expected, found, served) if served.is_set else found
     errors = [
-        ((expected[name] - found[name]).abs() / expected[name].abs().clamp(min=1)).max() for name in served.fields
+        ((expected[name] - other[name]).abs() / expected[name].abs().clamp(min=1)).max() for name in served.fields
     ]
     return float(torch.stack(errors).max())
+
+
+def aligned(expected: Any, found: Any, served: ServedOutput) -> dict[str, Tensor]:
+    """The fields of `found` with their rows in the order of those of `expected` that they are nearest to."""
+    small = [name for name in served.fields if expected[name].ndim == 3]  # (batch, rows, values), and no masks
+    rows = [torch.cat([outputs[name].float() for name in small], dim=-1) for outputs in (expected, found)]
+    costs = torch.cdist(*rows, p=torch.inf).nan_to_num(nan=1e6)  # (batch, rows, rows)
+    order = torch.stack([torch.from_numpy(linear_sum_assignment(cost.numpy())[1]) for cost in costs])
+    return {name: found[name][torch.arange(order.shape[0])[:, None], order] for name in served.fields}
 
 
 def predictions(task: Task, loaded: LoadedModel, outputs: Any, sizes: Sequence[tuple[int, int]]) -> list[Result]:
