@@ -29,6 +29,7 @@ from hf_vlm.deploy.export import ExportData, export_model
 from hf_vlm.deploy.gate import time_interleaved
 from hf_vlm.features.export_formats import FORMATS
 from hf_vlm.features.loading import load_model
+from hf_vlm.training.run import quiet_libraries
 
 CASES = [(name, precision) for name in ("onnx", "openvino", "torch") for precision in FORMATS[name].precisions]
 SCENES = "scenes:icons"
@@ -81,6 +82,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a short training, 50 test images, no bf16 and fp16")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    quiet_libraries()
     num_examples = 50 if options.quick else options.num_examples
     data = ExportData(options.data, "test", num_examples=num_examples)
     cases = [case for case in CASES if not options.quick or case[1] in ("fp32", "int8")]

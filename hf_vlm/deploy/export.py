@@ -26,7 +26,7 @@ from hf_vlm.data.io.messages import one_line
 from hf_vlm.data.io.parsing import parse_yaml
 from hf_vlm.data.sources import open_source
 from hf_vlm.deploy import runtime
-from hf_vlm.deploy.exported_card import RUNTIMES, write_exported_card
+from hf_vlm.deploy.exported_card import PARITY_FILE, PREDICT_FILE, RUNTIMES, write_exported_card
 from hf_vlm.deploy.gate import Metric, compare, failures
 from hf_vlm.features.export_formats import FORMATS, find_format, find_precision
 from hf_vlm.features.exported import EXPORT_FILE
@@ -36,12 +36,10 @@ from hf_vlm.tasks.evaluation import evaluate_run
 from hf_vlm.tasks.task import ServedOutput
 from hf_vlm.training.provenance import publishable
 
-__all__ = ["PARITY_FILE", "PREDICT_FILE", "ExportData", "ServingModel", "export_model"]
+__all__ = ["ExportData", "ServingModel", "export_model"]
 
 logger = logging.getLogger(__name__)
 
-PARITY_FILE = "parity.json"
-PREDICT_FILE = "predict.py"
 NUM_IMAGES = 16  # that the gate compares outputs on
 NUM_CALIBRATION_IMAGES = 64
 SCENES = "scenes:easy"
@@ -148,7 +146,7 @@ def export_model(
     with created_folder(output_dir) as folder:
         program.save_pretrained(folder)
         reference.processor.save_pretrained(folder)
-        if format in RUNTIMES:
+        if format in RUNTIMES and reference.model.config.model_type in runtime.POST_PROCESSING:
             shutil.copyfile(runtime.__file__, folder / PREDICT_FILE)
         comparison = compare(reference, load_model(folder), images)
         comparison = dataclasses.replace(comparison, metric=_metric(run, folder, data, task))

@@ -12,8 +12,10 @@ from hf_vlm.deploy.markdown import markdown
 from hf_vlm.deploy.model_card import render_card
 from hf_vlm.training.provenance import RUN_FILE, recorded_origins
 
-__all__ = ["RUNTIMES", "parity_rows", "write_exported_card"]
+__all__ = ["PARITY_FILE", "PREDICT_FILE", "RUNTIMES", "parity_rows", "write_exported_card"]
 
+PARITY_FILE = "parity.json"
+PREDICT_FILE = "predict.py"
 RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino"}  # what `predict.py` needs
 LIBRARIES = {"onnx": "onnx", "openvino": "openvino", "torch": "pytorch", "executorch": "executorch"}  # as on the Hub
 
@@ -62,7 +64,7 @@ def write_exported_card(folder: Path, *, name: str, run: str | Path, record: dic
         "run": Path(run).resolve().name if is_local else str(run),
         "record": record,
         "rows": [(markdown(key), value) for key, value in parity_rows(record)],
-        "runtime": RUNTIMES.get(record["format"]),
+        "runtime": RUNTIMES[record["format"]] if (folder / PREDICT_FILE).is_file() else None,
         "class_names": [markdown(label) for _, label in config.get("id2label", {}).items()],
         "is_encoder": record["task"] == "image-feature-extraction",
         "image_size": f"{processor['size']['height']} x {processor['size']['width']}",

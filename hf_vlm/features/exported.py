@@ -1,5 +1,6 @@
 """Exported models as models: predicted with and evaluated by the code that runs those they were exported from."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from transformers.exporters import ExportedModel
 from hf_vlm.data.io.parsing import parse_json
 from hf_vlm.features.export_formats import find_format, format_of_backend
 
-__all__ = ["EXPORT_FILE", "ExportedVisionModel", "is_exported", "load_exported"]
+__all__ = ["EXPORT_FILE", "ExportedVisionModel", "is_exported", "load_exported", "program_files"]
 
 EXPORT_FILE = "export.json"  # what transformers writes beside a program
 
@@ -43,6 +44,14 @@ def is_exported(source: str | Path) -> bool:
     return (Path(source) / EXPORT_FILE).is_file()
 
 
+def program_files(folder: Path) -> list[str]:
+    """Names of the files that a folder's program consists of, with its weights."""
+    components = _read_manifest(folder)["components"].values()
+    names = [name for entry in components for name in (entry["file"], f"{entry['file']}.data")]
+    names += [str(Path(name).with_suffix(".bin")) for name in names if name.endswith(".xml")]
+    return [name for name in map(os.path.basename, names) if (folder / name).is_file()]
+
+
 def load_exported(folder: str | Path) -> ExportedVisionModel:
     """The program in a folder that `hf-vlm export` wrote, in its runtime.
 
@@ -50,13 +59,20 @@ def load_exported(folder: str | Path) -> ExportedVisionModel:
         ValueError: It cannot be read, or its runtime is not installed.
     """
     folder = Path(folder)
-    try:
-        manifest = parse_json((folder / EXPORT_FILE).read_text(encoding="utf-8"))
-        backend = manifest["export_format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / EXPORT_FILE} cannot be read: {error}") from error
+    backend = _read_manifest(folder)["export_format"]
     row = find_format(format_of_backend(backend))
     try:
         return ExportedVisionModel(ExportedModel.from_pretrained(folder, trust_remote_code=False, **row.runner()))
     except Exception as error:  # runtimes raise their own types
         raise ValueError(f"{folder} holds no program that {backend} can run: {str(error).splitlines()[0]}") from error
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / EXPORT_FILE
+    try:
+        manifest = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(manifest, dict) or not {"components", "export_format"} <= manifest.keys():
+        raise ValueError(f"{path} cannot be read: it names no components and format of an export.")
+    return manifest

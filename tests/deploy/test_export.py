@@ -15,8 +15,9 @@ from tiny import TINY, batch, build, perturb
 from hf_vlm.cli.export import default_folder
 from hf_vlm.cli.main import main
 from hf_vlm.deploy import export as exporting
-from hf_vlm.deploy.export import ExportData, export_model
+from hf_vlm.deploy.export import ExportData, export_model, recorded_data
 from hf_vlm.deploy.predict import Predictor
+from hf_vlm.deploy.push import files_to_push, writes_card
 from hf_vlm.features.export_formats import FORMATS, find_precision
 from hf_vlm.features.loading import load_model
 from hf_vlm.registry import find_model
@@ -142,6 +143,15 @@ def test_what_differs_leaves_nothing(run, exported, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other"]
 
 
+def test_an_export_is_pushed_without_what_else_lies_there(exported, tmp_path):
+    folder = Path(shutil.copytree(exported, tmp_path / "copy"))
+    (folder / "notes.txt").write_text("private")
+    (folder / "__pycache__").mkdir()
+    expected = {path.name for path in exported.iterdir() if path.name != "README.md"}
+    assert set(files_to_push(folder)) == expected >= {"model.onnx", "model.onnx.data", "export.json", "predict.py"}
+    assert not writes_card(folder)
+
+
 def test_a_damaged_program_is_named(exported, tmp_path):
     folder = Path(shutil.copytree(exported, tmp_path / "damaged"))
     (folder / "model.onnx").write_bytes(b"no program")
@@ -155,10 +165,21 @@ def test_a_damaged_program_is_named(exported, tmp_path):
 def test_what_cannot_be_exported_is_refused_before_anything_is_loaded(exported, tmp_path):
     with pytest.raises(ValueError, match=r"no export format 'tflite'\. There are: onnx, openvino, torch, executorch"):
         export_model("nowhere", tmp_path / "out", format="tflite")
-    with pytest.raises(ValueError, match=r"onnx is not exported in 'fp8'\. There are: onnx in fp32, int8; openvino in fp32, fp16"):
+    with pytest.raises(
+        ValueError, match=r"onnx is not exported in 'fp8'\. There are: onnx in fp32, int8; openvino in fp32, fp16"
+    ):
         export_model("nowhere", tmp_path / "out", precision="fp8")
     with pytest.raises(ValueError, match="exists: name another folder with --output_dir"):
         export_model("nowhere", exported)
+
+
+def test_the_data_of_a_run_or_scenes(tmp_path, caplog):
+    assert recorded_data(tmp_path) is None
+    (tmp_path / "recipe.yaml").write_text("{data: 'scenes:easy', eval_split: validation}")
+    assert recorded_data(tmp_path) == ExportData("scenes:easy", "validation")
+    (tmp_path / "recipe.yaml").write_text("{data: ./gone, eval_split: validation}")
+    assert recorded_data(tmp_path) is None
+    assert "cannot be opened, so built-in scenes take their place" in caplog.text
 
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch):
