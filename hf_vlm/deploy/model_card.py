@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from hf_vlm.tasks import Task
 
-__all__ = ["CARD_MARKER", "write_model_card"]
+__all__ = ["CARD_MARKER", "render_card", "write_model_card"]
 
 # push() rewrites a card that carries this line, and leaves alone one without it.
 CARD_MARKER = "<!-- Written by hf_vlm from the run's files. Delete this line to keep your own edits when pushing. -->"
@@ -49,7 +49,6 @@ def write_model_card(run_dir: str | Path, *, repo_id: str | None = None, license
     """
     from hf_vlm.deploy.next_steps import finetune_command
     from hf_vlm.tasks import TASKS, TRAINABLE_TASKS
-    from hf_vlm.training.recipe import shipped_folder
 
     run_dir = Path(run_dir)
     config = _read_config(run_dir)
@@ -66,6 +65,16 @@ def write_model_card(run_dir: str | Path, *, repo_id: str | None = None, license
         command = finetune_command(detection, encoder, values["model_path"], "./my-coco-folder")
         values["detection_command"] = command
     values["card_data"] = _metadata(values, run, task).to_yaml()
+    text = render_card(task.card, values)
+    path = run_dir / "README.md"
+    replace_text(path, text)
+    return path
+
+
+def render_card(template: str, values: Mapping[str, Any]) -> str:
+    """The text of a card from a file of `model_cards/`; every variable of it must be given."""
+    from hf_vlm.training.recipe import shipped_folder
+
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(shipped_folder("model_cards")),
         undefined=jinja2.StrictUndefined,
@@ -74,10 +83,8 @@ def write_model_card(run_dir: str | Path, *, repo_id: str | None = None, license
         autoescape=False,
     )
     environment.filters["code"] = code_span
-    text = environment.get_template(task.card).render(values)
-    path = run_dir / "README.md"
-    replace_text(path, re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n")
-    return path
+    text = environment.get_template(template).render(values)
+    return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
 
 
 def _read_config(run_dir: Path) -> "PreTrainedConfig":

@@ -11,7 +11,9 @@ import httpx2
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RevisionNotFoundError
 
+from hf_vlm.deploy.exported_card import PARITY_FILE, PREDICT_FILE
 from hf_vlm.deploy.model_card import CARD_MARKER, write_model_card
+from hf_vlm.features.exported import EXPORT_FILE, is_exported, program_files
 from hf_vlm.training.provenance import recorded_origins
 
 __all__ = ["files_to_push", "push"]
@@ -21,6 +23,12 @@ DESCRIPTION = {
     "preprocessor_config.json": "the image processor",
     "recipe.yaml": "the resolved recipe",
     "run.json": "the record of the run",
+}
+EXPORT_DESCRIPTION = {
+    "config.json": "the model's configuration",
+    "preprocessor_config.json": "the image processor",
+    EXPORT_FILE: "the manifest of the program",
+    PARITY_FILE: "the record of the gate",
 }
 RELATIVE_IMPORT = re.compile(r"^\s*from\s+\.(\w+)\s+import\s", re.MULTILINE)
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}\b")
@@ -35,7 +43,7 @@ def push(
     commit_message: str = "Upload a model trained with hf_vlm",
     license: str | None = None,
 ) -> str:
-    """Upload a finished run as a model repository that loads without hf_vlm installed.
+    """Upload a finished run, or an export, as a model repository that loads without hf_vlm installed.
 
     Uploads what `files_to_push` names and a card written by `write_model_card` (a card whose marker line was deleted
     is uploaded as it is). Weights and code of earlier pushes that this run does not have are deleted. The token is
@@ -57,7 +65,7 @@ def push(
     """
     run_dir = Path(run_dir)
     files = files_to_push(run_dir)
-    if license is None and (origins := recorded_origins(_json(run_dir / "run.json"))) and writes_card(run_dir):
+    if license is None and writes_card(run_dir) and (origins := recorded_origins(_json(run_dir / "run.json"))):
         raise ValueError(
             f"{run_dir} was trained with weights of {' and '.join(origins)}: name with --license a licence that their "
             "terms allow."
@@ -85,13 +93,13 @@ def push(
 
 
 def writes_card(run_dir: Path) -> bool:
-    """Whether pushing writes the card: there is none, or one that still has the marker line."""
+    """Whether pushing writes the card: there is none, or one of a run that still has the marker line."""
     card = run_dir / "README.md"
     return not card.is_file() or CARD_MARKER in card.read_text(encoding="utf-8")
 
 
 def files_to_push(run_dir: str | Path) -> list[str]:
-    """Names of the files of a run that are published: configurations, weights, code, recipe and record.
+    """Names of the files of a run or an export that are published: configurations, weights, code, recipe and record.
 
     Checkpoints, optimiser state and training logs are not among them.
 
@@ -101,21 +109,22 @@ def files_to_push(run_dir: str | Path) -> list[str]:
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise ValueError(f"{run_dir} is not a folder: give the folder that a run wrote.")
-    missing = [f"{name} ({what})" for name, what in DESCRIPTION.items() if not (run_dir / name).is_file()]
-    weights = _weights(run_dir)
+    described = EXPORT_DESCRIPTION if is_exported(run_dir) else DESCRIPTION
+    missing = [f"{name} ({what})" for name, what in described.items() if not (run_dir / name).is_file()]
+    weights = program_files(run_dir) if is_exported(run_dir) else _weights(run_dir)
     missing += ["model.safetensors (the weights)"] if not weights else []
     missing += [name for name in weights if not (run_dir / name).is_file()]
-    code: list[str] = []
+    code = [PREDICT_FILE] if is_exported(run_dir) and (run_dir / PREDICT_FILE).is_file() else []
     for name in ("config.json", "preprocessor_config.json"):
         if (run_dir / name).is_file():
             code += [file for file in _code(run_dir, name) if file not in code]
     missing += [f"{name} (code that the configuration names)" for name in code if not (run_dir / name).is_file()]
     if missing:
         raise ValueError(f"{run_dir} is not the folder of a finished run; it has no {', no '.join(missing)}.")
-    for name in [*DESCRIPTION, *code, *(["README.md"] if (run_dir / "README.md").is_file() else [])]:
+    for name in [*described, *code, *(["README.md"] if (run_dir / "README.md").is_file() else [])]:
         if TOKEN.search((run_dir / name).read_text(encoding="utf-8")):
             raise ValueError(f"{run_dir / name} holds what looks like a Hugging Face token: remove it before pushing.")
-    return [*DESCRIPTION, *weights, *code]
+    return [*described, *weights, *code]
 
 
 def _weights(run_dir: Path) -> list[str]:
