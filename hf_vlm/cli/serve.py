@@ -24,9 +24,7 @@ def run(argv: Sequence[str]) -> None:
     _check(arguments)
 
     from hf_vlm.deploy.server import run_server
-    from hf_vlm.training.run import quiet_libraries
 
-    quiet_libraries()
     with _listen(arguments.host, arguments.port) as listener:
         server = _server(arguments)
         url = _url(arguments.host, listener)
@@ -41,17 +39,14 @@ def run(argv: Sequence[str]) -> None:
 
 def _server(arguments: argparse.Namespace) -> Any:
     """The endpoint and the page, with the model loaded."""
-    from hf_vlm.data.images import image_paths
-    from hf_vlm.deploy.predict import Predictor
     from hf_vlm.deploy.server import Limits, OneAtATime, build_server
 
-    examples = image_paths(arguments.examples)[:NUM_EXAMPLES] if arguments.examples is not None else []
-    predictor = OneAtATime(Predictor.from_pretrained(arguments.run))
+    predictor = OneAtATime(_predictor(arguments.run))
     name, page = Path(arguments.run).name, None
     if arguments.page:
         from hf_vlm.deploy.app import build_app
 
-        page = build_app(predictor, examples, name=name)
+        page = build_app(predictor, _examples(arguments.examples), name=name)
     limits = Limits(
         max_bytes=round(arguments.max_megabytes * MEGABYTE),
         max_requests=arguments.max_requests,
@@ -59,6 +54,29 @@ def _server(arguments: argparse.Namespace) -> Any:
         allow_urls=arguments.allow_urls,
     )
     return build_server(predictor, limits, name=name, page=page)
+
+
+def _predictor(run: str) -> Any:
+    """A model by torch, or by a runtime, which starts faster, where it was exported for one."""
+    from hf_vlm.deploy.exported_predictor import ExportedPredictor, has_runtime
+
+    if has_runtime(run):
+        return ExportedPredictor(run)
+
+    from hf_vlm.deploy.predict import Predictor
+    from hf_vlm.training.run import quiet_libraries
+
+    quiet_libraries()
+    return Predictor.from_pretrained(run)
+
+
+def _examples(given: str | None) -> list[str]:
+    if given is None:
+        return []
+
+    from hf_vlm.data.images import image_paths
+
+    return image_paths(given)[:NUM_EXAMPLES]
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
