@@ -91,7 +91,8 @@ async def ask_all(client: httpx2.AsyncClient, requests: list[dict[str, Any]]) ->
         try:
             answer = await client.post("/predict", **request)
             return answer.status_code, answer.json(), time.perf_counter() - started
-        except (httpx2.HTTPError, ValueError):
+        except (httpx2.HTTPError, ValueError) as error:
+            print(f"no answer: {error!r}", file=sys.stderr)
             return 0, None, time.perf_counter() - started
 
     return list(await asyncio.gather(*map(ask, requests)))

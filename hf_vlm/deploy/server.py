@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 CLIENT_CLOSED = 499  # nginx's status for a client that did not wait; it is counted, nobody reads it
 MAX_CLIENTS = 10_000  # whose rates are remembered
 MAX_RETRY_SECONDS = 60
+SECONDS_IDLE = 75  # that a connection stays open, longer than clients keep theirs: a request may not meet its end
 SECONDS_TO_FINISH = 30  # for requests that were accepted, once the server is stopped
 ENDPOINTS = {
     "POST /predict": "an image, as a multipart file, bytes or JSON; ?threshold=0.5",
@@ -251,6 +252,7 @@ def run_server(server: FastAPI, listener: socket.socket) -> None:
         log_level="warning",
         access_log=False,  # addresses may hold what is private; the endpoint logs status and time
         server_header=False,
+        timeout_keep_alive=SECONDS_IDLE,
         timeout_graceful_shutdown=SECONDS_TO_FINISH,
     )
     _Server(config).run(sockets=[listener])
