@@ -1,13 +1,16 @@
 """`hf-vlm serve RUN`"""
 
 import argparse
+import contextlib
 import importlib.util
 import ipaddress
 import logging
 import math
+import os
 import signal
 import socket
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ def run(argv: Sequence[str]) -> None:
 
     from hf_vlm.deploy.server import run_server
 
-    with _listen(arguments.host, arguments.port) as listener:
+    with _listen(arguments.host, arguments.port) as listener, _uploads():
         server = _server(arguments)
         url = _url(arguments.host, listener)
         print(f"Serving {arguments.run} at {url}, and POST {url}/predict; Ctrl-C stops it.", flush=True)
@@ -35,6 +38,20 @@ def run(argv: Sequence[str]) -> None:
             run_server(server, listener)
         finally:
             signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _uploads() -> Iterator[None]:
+    """Lets gradio keep what is uploaded in a folder that is gone when the server is."""
+    before = os.environ.get("GRADIO_TEMP_DIR")
+    with tempfile.TemporaryDirectory(prefix="hf-vlm-serve-", dir=before, ignore_cleanup_errors=True) as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        try:
+            yield
+        finally:
+            os.environ.pop("GRADIO_TEMP_DIR")
+            if before is not None:
+                os.environ["GRADIO_TEMP_DIR"] = before
 
 
 def _server(arguments: argparse.Namespace) -> Any:

@@ -54,13 +54,15 @@ def build_app(predictor: Any, examples: Sequence[str | Path] = (), *, name: str 
         return image, predictor.predict([image], 0.0)[0]
 
     def show(path: str | None, threshold: float) -> tuple[Any, ...]:
+        nothing = None, "", [], None, gr.Button(interactive=False)
         if path is None:
-            return None, "", [], None, gr.Button(interactive=False)
+            return nothing
         try:
             image, everything = predicted(path)
-        except BadImageError as error:
+        except BadImageError as error:  # gr.Error would leave the predictions of the image before
             reason = str(error).rpartition(f"{os.path.basename(path)}: ")[2]
-            raise gr.Error(f"This file cannot be read: {reason}", print_exception=False) from error
+            gr.Warning(f"This file cannot be read: {reason}", title="Choose another file")
+            return nothing
         found = everything.select(everything.scores >= threshold)
         return render(image, found), summary(found), table(found), found.to_dict(), gr.Button(interactive=True)
 
@@ -82,7 +84,7 @@ def build_app(predictor: Any, examples: Sequence[str | Path] = (), *, name: str 
                     record = gr.JSON(show_label=False)
                 save = gr.Button("Save as JSON", interactive=False, size="sm")
         inputs, outputs = [photo, threshold], [picture, counts, rows, record, save]
-        photo.change(show, inputs, outputs, api_name="predict", show_progress_on=picture)
+        photo.change(show, inputs, outputs, api_name="predict")
         threshold.change(show, inputs, outputs, show_progress="hidden", api_visibility="private")
         save.click(None, record, None, js=SAVE_JSON)
     app.queue(max_size=MAX_WAITING, default_concurrency_limit=1)

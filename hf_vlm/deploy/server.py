@@ -237,10 +237,12 @@ def build_server(predictor: Any, limits: Limits | None = None, *, name: str = "m
 class _Server(uvicorn.Server):
     """Ends the streams of open pages when it stops; it would wait for the pages to be closed."""
 
+    def __init__(self, config: uvicorn.Config, server: FastAPI) -> None:
+        super().__init__(config)
+        self._end_streams: Callable[[], None] = getattr(server.state, "end_streams", lambda: None)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        end_streams = getattr(self.config.app.state, "end_streams", None)
-        if end_streams is not None:
-            end_streams()
+        self._end_streams()
         await super().shutdown(sockets)
 
 
@@ -255,7 +257,7 @@ def run_server(server: FastAPI, listener: socket.socket) -> None:
         timeout_keep_alive=SECONDS_IDLE,
         timeout_graceful_shutdown=SECONDS_TO_FINISH,
     )
-    _Server(config).run(sockets=[listener])
+    _Server(config, server).run(sockets=[listener])
 
 
 def error_response(error: HTTPException) -> JSONResponse:

@@ -17,7 +17,10 @@ from PIL import Image
 from hf_vlm.deploy.predict import Predictor
 from hf_vlm.deploy.prediction import Prediction
 
-pytestmark = pytest.mark.slow  # gradio is imported in seconds, and is no part of what the suite needs
+pytestmark = [
+    pytest.mark.slow,  # gradio is imported in seconds, and is no part of what the suite needs
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),  # it leaves an event loop open
+]
 CHROMIUM = "/usr/bin/chromium"
 ROOT = Path(__file__).parents[2]
 
@@ -77,15 +80,16 @@ def test_every_task_is_shown(fields, start, summary, rows, tmp_path):
     assert show(str(tmp_path / "a.png"), 1)[1:3] == ("Nothing reaches the threshold.", [])
     assert predictor.num_calls == before + 2  # one of them by this test: a threshold does not ask the model again
     (tmp_path / "b.png").write_bytes(b"no image")
-    with pytest.raises(gradio.Error, match=r"^'This file cannot be read: not an image of a known format'$"):
-        show(str(tmp_path / "b.png"), 0.5)
+    with pytest.warns(UserWarning, match=r"^This file cannot be read: not an image of a known format$"):
+        assert show(str(tmp_path / "b.png"), 0.5)[:4] == show(None, 0.5)[:4] == (None, "", [], None)
 
 
 @pytest.fixture
 def served(saved_detector, tmp_path):
     """The address of a page, whose server is stopped afterwards while the browser still shows it."""
     words = [sys.executable, "-m", "hf_vlm.cli", "serve", str(saved_detector), "--port", "0"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    (tmp_path / "temporary").mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path / "temporary")}
     with subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     ) as server:
@@ -131,12 +135,16 @@ def test_in_a_browser(served, saved_detector, tmp_path):
         page.set_input_files("input[type=file]", tmp_path / "broken.jpg")
         message = page.get_by_text("This file cannot be read: not an image of a known format")
         browsers.expect(message.first).to_be_visible()
+        browsers.expect(page.get_by_role("button", name="Save as JSON")).to_be_disabled()
         assert errors == []
         assert hosts - {None} == {url.removeprefix("http://")}
+        uploads = tmp_path / "temporary"
+        assert [path.name for path in uploads.rglob("photo.png")] == ["photo.png"]
         server.send_signal(signal.SIGINT)
         started = time.monotonic()
         assert server.wait(20) == 130
         assert time.monotonic() - started < 5
+        assert not list(uploads.rglob("photo.png"))
         browser.close()
 
 
