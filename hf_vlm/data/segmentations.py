@@ -120,7 +120,7 @@ def box_of_segmentation(text: str) -> list[float] | None:
         left, top, right, bottom = map(float, _box_of_runs(_runs(segmentation["counts"]), segmentation["size"][0]))
     else:
         points = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in segmentation])
-        left, top, right, bottom = [*points.min(axis=0).tolist(), *points.max(axis=0).tolist()]
+        (left, top), (right, bottom) = points.min(axis=0).tolist(), points.max(axis=0).tolist()
     return [left, top, right - left, bottom - top]
 
 
