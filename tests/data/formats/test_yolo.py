@@ -38,7 +38,7 @@ def write_yaml(file, **values):
 
 def content(source, split="train"):
     found = {}
-    for example in open_source(source, split):
+    for example in open_source(source, split, object_masks=False):
         objects = example["objects"]
         boxes = [pytest.approx(box, abs=1e-4) for box in objects["bbox"]]
         found[example["image"]["path"].rpartition("/")[2][0]] = list(zip(objects["category"], boxes))
