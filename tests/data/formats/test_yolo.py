@@ -395,7 +395,7 @@ def test_labelimg(tmp_path, caplog):
     write(tmp_path, ".", ".")
     (tmp_path / "classes.txt").write_text("cat\ndog\nbird\n")
     assert guess_format(tmp_path) == "yolo"
-    assert open_source(tmp_path).object_names == ["cat", "dog", "bird"]
+    assert open_source(tmp_path, object_masks=False).object_names == ["cat", "dog", "bird"]
     assert content(tmp_path) == EXPECTED
     assert not caplog.text
 
@@ -419,7 +419,7 @@ def test_darknet_of_cvat(tmp_path, caplog):
     )
     (tmp_path / "train.txt").write_text("".join(f"data/obj_train_data/{name}.jpg\n" for name in "abc"))
     assert guess_format(tmp_path) == "yolo"
-    assert open_source(tmp_path).object_names == ["cat", "dog", "bird"]
+    assert open_source(tmp_path, object_masks=False).object_names == ["cat", "dog", "bird"]
     assert content(tmp_path) == EXPECTED
     assert not caplog.text
 
