@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from hf_vlm.data.images import image_paths
-from hf_vlm.deploy.predict import Prediction, Predictor
+from hf_vlm.deploy.predict import Predictor
+from hf_vlm.deploy.prediction import Prediction
 from hf_vlm.viz.sheets import class_color
 
 
