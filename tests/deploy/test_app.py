@@ -1,5 +1,6 @@
 """The page in a real browser, and what it shows of each task."""
 
+import gc
 import json
 import os
 import re
@@ -23,6 +24,13 @@ pytestmark = [
 ]
 CHROMIUM = "/usr/bin/chromium"
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def garbage_of_gradio():
+    """What it leaves open is collected here, and not in another test."""
+    yield
+    gc.collect()
 
 
 class Fixed:
