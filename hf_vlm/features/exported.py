@@ -1,6 +1,7 @@
 """Exported models as models: predicted with and evaluated by the code that runs those they were exported from."""
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,10 @@ def load_exported(folder: str | Path) -> ExportedVisionModel:
     backend = _read_manifest(folder)["export_format"]
     row = find_format(format_of_backend(backend))
     try:
-        return ExportedVisionModel(ExportedModel.from_pretrained(folder, trust_remote_code=False, **row.runner()))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of torch, about transformers' runner of its programs
+            program = ExportedModel.from_pretrained(folder, trust_remote_code=False, **row.runner(folder))
+        return ExportedVisionModel(program)
     except Exception as error:  # runtimes raise their own types
         raise ValueError(f"{folder} holds no program that {backend} can run: {str(error).splitlines()[0]}") from error
 
