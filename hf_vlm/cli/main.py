@@ -19,6 +19,7 @@ COMMANDS = {
     "embed": "features, neighbours and maps of images:   hf-vlm embed RUN --data SOURCE --neighbors neighbors.png",
     "predict": "objects or classes of images:              hf-vlm predict RUN photo.jpg --save out.png",
     "push": "publish a run on the Hub:                  hf-vlm push RUN my-org/my-detector",
+    "doctor": "examine the installation and machine:      hf-vlm doctor",
     "demo": "all of it on built-in images, offline:     hf-vlm demo",
 }
 # What a disk says to whoever writes, for outputs that are written without a message of their own.
