@@ -56,7 +56,7 @@ def offline_variables() -> list[str]:
 def ask_hub() -> dict[str, Any]:
     """`endpoint`, the `status` of its answer, whether there is a token, and the `user`'s name or None."""
     from huggingface_hub import constants, get_token
-    from huggingface_hub.utils import build_hf_headers, get_session
+    from huggingface_hub.utils import build_hf_headers, get_session  # type: ignore[attr-defined]
 
     has_token = get_token() is not None
     response = get_session().get(f"{constants.ENDPOINT}/api/whoami-v2", headers=build_hf_headers(), timeout=SECONDS)

@@ -128,7 +128,8 @@ def check_extras(extras: Sequence[str], lines: Sequence[str], installed: Install
     from packaging.requirements import Requirement
 
     requirements = [Requirement(line) for line in lines]
-    present, absent = [], []
+    present: list[str] = []
+    absent: list[str] = []
     for extra in extras:
         if extra in HIDDEN_EXTRAS:
             continue
