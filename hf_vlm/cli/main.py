@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _set_up_output()
     for library in (
         "httpx",
+        "httpx2",
         "datasets",
         "transformers",
         "accelerate",

@@ -74,8 +74,6 @@ def _push_model(arguments: argparse.Namespace) -> None:
         verify=arguments.verify,
     )
     print(f"Published at {url}")
-    if arguments.verify:
-        print("Loaded from there without hf_vlm, it gives what the local one gives.")
 
 
 def _push_dataset(arguments: argparse.Namespace) -> None:

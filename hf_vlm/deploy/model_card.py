@@ -23,7 +23,15 @@ if TYPE_CHECKING:
 
     from hf_vlm.tasks import Task
 
-__all__ = ["CARD_MARKER", "model_auto_class", "model_card", "model_task", "render_card", "write_model_card"]
+__all__ = [
+    "CARD_MARKER",
+    "model_auto_class",
+    "model_card",
+    "model_task",
+    "provenance",
+    "render_card",
+    "write_model_card",
+]
 
 # push() rewrites a card that carries this line, and leaves alone one without it.
 CARD_MARKER = "<!-- Written by hf_vlm from the run's files. Delete this line to keep your own edits when pushing. -->"
@@ -97,6 +105,27 @@ def render_card(template: str, values: Mapping[str, Any]) -> str:
     return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
 
 
+def provenance(folder: str | Path, license: str) -> str:
+    """The section of a card on the licence and origins of the weights in a folder, from its `run.json`.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
+    run = _read(Path(folder) / "run.json")
+    return render_card("_provenance.md", _origin_values(run) | {"license": license})
+
+
+def _origin_values(run: dict[str, Any]) -> dict[str, Any]:
+    """What the templates say of where weights came from; None, or empty, where that is unknown."""
+    source = _source(run.get("data") or {})
+    return {
+        "encoder": _describe_encoder(run["encoder"]) if run.get("encoder") else None,
+        "origins": _describe_models(recorded_origins(run)),
+        "from_scratch": "encoder" in run and not run["encoder"],
+        "data": _describe_data(source) if source else None,
+    }
+
+
 def model_task(run_dir: str | Path) -> str:
     """Name of transformers' pipeline for the model in a folder.
 
@@ -155,7 +184,6 @@ def _values(
     encoder = getattr(config, "backbone_config", config)
     size = _read(run_dir / "preprocessor_config.json").get("size")
     data = run.get("data") or {}
-    source = _source(data)
     recipe_text = yaml.safe_dump(recipe, sort_keys=True).strip() if recipe else None
     class_names = data.get("class_names") or [config.id2label[i] for i in sorted(config.id2label)]
     return {
@@ -163,11 +191,8 @@ def _values(
         "class_names": list(map(markdown, class_names)),
         "method": _method_name(run.get("method")),
         "auto_class": _auto_class(_code_by_class(config)),
-        "encoder": _describe_encoder(run["encoder"]) if run.get("encoder") else None,
-        "origins": _describe_models(recorded_origins(run)),
-        "from_scratch": "encoder" in run and not run["encoder"],
+        **_origin_values(run),
         "metrics": _metric_rows(run.get("metrics") or {}, task),
-        "data": _describe_data(source) if source else None,
         "train_split": data.get("split"),
         "eval_split": recipe.get("eval_split"),
         "num_examples": f"{data['num_examples']:,}" if data.get("num_examples") else None,

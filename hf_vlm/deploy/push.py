@@ -8,8 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from hf_vlm.data.io.durable import replace_text
+from hf_vlm.data.io.parsing import parse_yaml
 from hf_vlm.deploy.hub import Repository, Upload, refuse_tokens
-from hf_vlm.deploy.model_card import CARD_MARKER, model_auto_class, model_card, model_task
+from hf_vlm.deploy.model_card import (
+    CARD_MARKER,
+    model_auto_class,
+    model_card,
+    model_task,
+    provenance,
+    write_model_card,
+)
 from hf_vlm.training.provenance import recorded_origins
 
 __all__ = [
@@ -22,6 +30,7 @@ __all__ = [
     "model_upload",
     "push",
     "upload_of",
+    "write_hub_files",
 ]
 
 DESCRIPTION = {
@@ -31,6 +40,7 @@ DESCRIPTION = {
     "run.json": "the record of the run",
 }
 EXPORT_FILE = "export.json"
+PROVENANCE = "## Licence and provenance"
 STALE = ("*.safetensors", "*.safetensors.index.json", "*.py")
 STALE_EXPORTS = ("*.onnx", "*.onnx.data", "*.xml", "*.bin", "*.pt2", "*.pte")
 # What an inference endpoint needs beside what it has; torch is among that.
@@ -140,9 +150,7 @@ def model_upload(folder: Path, repo_id: str, license: str | None = None, picture
         shown = _pictures(folder, pictures)
         files |= {name: folder / name for name in shown}
         files["README.md"] = model_card(folder, repo_id=repo_id, license=license, pictures=shown).encode()
-    files["handler.py"] = _handler(model_task(folder)).encode()
-    files["requirements.txt"] = ENDPOINT_REQUIREMENTS.encode()
-    return Upload(files, STALE)
+    return Upload(files | _endpoint_files(folder), STALE)
 
 
 def export_upload(folder: Path, license: str | None = None) -> Upload:
@@ -157,8 +165,11 @@ def export_upload(folder: Path, license: str | None = None) -> Upload:
     if not (folder / "README.md").is_file():
         raise ValueError(f"{folder} has no README.md: export it again (hf-vlm export).")
     card = ModelCard.load(folder / "README.md")
-    card.data.license = model_license(folder, license)
-    files["README.md"] = str(card).encode()
+    card.data.license = license = model_license(folder, license)
+    text = str(card)
+    if PROVENANCE not in text:
+        text = f"{text.rstrip()}\n\n{provenance(folder, license)}"
+    files["README.md"] = text.encode()
     refuse_tokens(files)
     return Upload(files, (*STALE, *STALE_EXPORTS))
 
@@ -230,6 +241,24 @@ def files_to_push(run_dir: str | Path) -> list[str]:
     if missing:
         raise ValueError(f"{run_dir} is not the folder of a finished run; it has no {', no '.join(missing)}.")
     return [*DESCRIPTION, *weights, *code]
+
+
+def write_hub_files(folder: Path) -> None:
+    """Writes what a saved model has beside it: its card, and where training pushes it, the handler of an endpoint.
+
+    Raises:
+        ValueError: One of the folder's files cannot be read.
+    """
+    write_model_card(folder)
+    recipe = folder / "recipe.yaml"
+    if recipe.is_file() and parse_yaml(recipe.read_text(encoding="utf-8")).get("push_to_hub"):
+        for name, content in _endpoint_files(folder).items():
+            replace_text(folder / name, content.decode())
+
+
+def _endpoint_files(folder: Path) -> dict[str, bytes]:
+    """What an inference endpoint reads: how to answer requests, and packages that it does not have."""
+    return {"handler.py": _handler(model_task(folder)).encode(), "requirements.txt": ENDPOINT_REQUIREMENTS.encode()}
 
 
 def _handler(task: str) -> str:

@@ -10,6 +10,7 @@ import yaml
 
 from hf_vlm.data.images import image_paths
 from hf_vlm.deploy.hub import Upload, refuse_tokens
+from hf_vlm.deploy.model_card import provenance
 from hf_vlm.deploy.push import model_files, model_license
 
 __all__ = ["space_upload"]
@@ -43,7 +44,7 @@ def space_upload(
     images = [Path(path) for given in examples for path in image_paths(given)]
     template = resources.files("hf_vlm.deploy.templates").joinpath("space.py").read_text(encoding="utf-8")
     files: dict[str, Path | bytes] = {
-        "README.md": _readme(name, license).encode(),
+        "README.md": _readme(name, license, folder).encode(),
         "app.py": template.encode(),
         "requirements.txt": _requirements().encode(),
         **{f"model/{path}": content for path, content in model_files(folder).items()},
@@ -54,7 +55,7 @@ def space_upload(
     return Upload(files, STALE)
 
 
-def _readme(name: str, license: str) -> str:
+def _readme(name: str, license: str, folder: Path) -> str:
     """The README of a Space, whose metadata say how it is started."""
     values = {
         "title": name,
@@ -67,7 +68,8 @@ def _readme(name: str, license: str) -> str:
         "tags": ["hf_vlm"],
     }
     header = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    return f"---\n{header}---\n\nDrop an image, and see what the model in `model/` predicts. Made by hf_vlm.\n"
+    text = "Drop an image, and see what the model in `model/` predicts. Made by hf_vlm."
+    return f"---\n{header}---\n\n{text}\n\n{provenance(folder, license)}"
 
 
 def _requirements() -> str:

@@ -1,5 +1,6 @@
 """Whether what was pushed gives what the local model gives, by loading it as its users do."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from hf_vlm.data.io.messages import one_line
 from hf_vlm.deploy.templates import load_pushed
 
 __all__ = ["verify_export", "verify_model"]
+
+logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-3  # of the largest output; the same weights on the same machine differ by far less
 SECONDS = 1800
@@ -38,6 +41,7 @@ def verify_model(run_dir: Path, auto_class: str, repo_id: str, revision: str) ->
     """
     import hf_vlm.registry  # noqa: F401  the Auto classes have to know this package's
 
+    logger.info("Verifying: %s is loaded from the Hub in another process, without hf_vlm", repo_id)
     num_channels = _num_channels(run_dir)
     image = fixed_image(num_channels)
     expected = load_pushed.compute_outputs(auto_class, str(run_dir), image)
@@ -46,7 +50,9 @@ def verify_model(run_dir: Path, auto_class: str, repo_id: str, revision: str) ->
         arguments = [auto_class, repo_id, revision, "image.npy", "outputs.npz"]
         run_clean([load_pushed.__file__, *arguments], Path(folder), what=f"{repo_id} does not load from the Hub")
         with np.load(Path(folder) / "outputs.npz") as found:
-            return compare_outputs(expected, dict(found), repo_id, run_dir)
+            difference = compare_outputs(expected, dict(found), repo_id, run_dir)
+    logger.info("Verified: its outputs are those of %s (largest relative difference %.1e)", run_dir, difference)
+    return difference
 
 
 def verify_export(folder: Path, repo_id: str, revision: str) -> None:
@@ -68,6 +74,7 @@ def verify_export(folder: Path, repo_id: str, revision: str) -> None:
         ]
     if printed[0] != printed[1]:
         raise ValueError(f"{repo_id} on the Hub does not predict what {folder} does: push it again.")
+    logger.info("Verified: %s from the Hub predicts what %s does", repo_id, folder)
 
 
 def fixed_image(num_channels: int) -> np.ndarray[Any, Any]:

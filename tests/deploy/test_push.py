@@ -139,6 +139,7 @@ PUSH = """
 import json, os, shutil
 import huggingface_hub
 from huggingface_hub import create_repo
+from hf_vlm.cli.main import main
 from hf_vlm.deploy.push import push
 
 said = {}
@@ -153,7 +154,8 @@ attempt("detector", "detector", "my-detector", commit_message="first")
 attempt("encoder", "encoder", "me/my-encoder")
 
 attempt("export", "export", "me/my-export")
-attempt("export with a licence", "export", "me/my-export", license="mit", verify=True)
+attempt("export with a licence", "export", "me/my-export", license="mit")
+assert main(["push", "export", "me/my-export", "--license", "mit"]) == 0
 
 # The same run with sharded weights and a card of the publisher's own words, to a branch.
 shutil.copytree("detector", "sharded")
@@ -225,7 +227,9 @@ def pushed(start_hub, saved_detector, saved_encoder, tmp_path_factory):
     shutil.copytree(saved_encoder, runs / "encoder")
     litter(runs / "detector")
     write_export(runs / "export")
-    said = json.loads(run_python(PUSH).split("RESULT ")[1])
+    printed = run_python(PUSH)
+    assert f"Published at {hub.endpoint}/me/my-export" in printed
+    said = json.loads(printed.split("RESULT ")[1])
     picture(runs / "photo.jpg")
     cards = "".join(hub.files(f"me/my-{kind}")["README.md"].decode() for kind in ("detector", "encoder"))
     code = "\n".join(re.findall(r"```python\n(.*?)```", cards, re.DOTALL)).replace("threshold=0.5", "threshold=0.3")
@@ -291,6 +295,7 @@ def test_an_export_is_pushed_whole_with_a_licence(pushed):
     assert set(files) == {"README.md", "export.json", "model.onnx", "parity.json", "predict.py"}
     assert b"license: mit" in files["README.md"]
     assert b"| size | 1 MB |" in files["README.md"]
+    assert b"## Licence and provenance\n\nThe weights are published under mit." in files["README.md"]
 
 
 def new_commit(hub, name, content):

@@ -14,6 +14,7 @@ from hf_vlm.deploy.push_dataset import DatasetPush, find_splits
 
 DEFINE = """
 import json
+from hf_vlm.cli.main import main
 from hf_vlm.data import shards
 from hf_vlm.data.sources import open_source
 from hf_vlm.deploy import push_dataset
@@ -47,6 +48,7 @@ print("MARK", json.dumps(commits))
 """
 MORE = """
 push("masks", repo="me/masks", private=True, license="cc-by-4.0")
+assert main(["push", "boxes", "me/part", "--type", "dataset", "--splits", "validation", "--num_examples", "2"]) == 0
 push("boxes", num_examples=4)
 repository = Repository("me/boxes", type="dataset")
 card = b"---\\nlicense: mit\\ncurator: anna\\n---\\n\\nmy own words\\n"
@@ -148,6 +150,7 @@ def test_it_is_opened_by_its_name_with_boxes_masks_and_names(pushed):
     assert found["me/masks"]["masks"] == ["sky", "road"]
     assert [example["mask"] for example in found["me/masks"]["examples"]] == [len(png(row)) for row in range(3)]
     assert hub.repos["dataset", "me/masks"].private
+    assert set(hub.files("me/part", kind="dataset")) == {"README.md", "data/validation-00000.parquet"}
     assert b"license: cc-by-4.0" in hub.files("me/masks", kind="dataset")["README.md"]
     # Files of the longer version are gone, and the card that somebody wrote knows the new numbers.
     files = hub.files("me/boxes", kind="dataset")
