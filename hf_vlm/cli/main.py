@@ -18,6 +18,7 @@ COMMANDS = {
     "evaluate": "metrics of a model on a split:             hf-vlm evaluate RUN --data SOURCE --split test",
     "embed": "features, neighbours and maps of images:   hf-vlm embed RUN --data SOURCE --neighbors neighbors.png",
     "predict": "objects or classes of images:              hf-vlm predict RUN photo.jpg --save out.png",
+    "export": "for ONNX and other runtimes:               hf-vlm export RUN --format onnx",
     "push": "publish a run on the Hub:                  hf-vlm push RUN my-org/my-detector",
     "doctor": "examine the installation and machine:      hf-vlm doctor",
     "demo": "all of it on built-in images, offline:     hf-vlm demo",

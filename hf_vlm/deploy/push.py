@@ -9,6 +9,7 @@ from typing import Any
 
 from hf_vlm.data.io.durable import replace_text
 from hf_vlm.data.io.parsing import parse_yaml
+from hf_vlm.deploy.exported_card import PARITY_FILE, PREDICT_FILE
 from hf_vlm.deploy.hub import Repository, Upload, refuse_tokens
 from hf_vlm.deploy.model_card import (
     CARD_MARKER,
@@ -18,13 +19,12 @@ from hf_vlm.deploy.model_card import (
     provenance,
     write_model_card,
 )
-from hf_vlm.training.provenance import recorded_origins
+from hf_vlm.features.exported import EXPORT_FILE, is_exported, program_files
+from hf_vlm.training.provenance import RUN_FILE, recorded_origins
 
 __all__ = [
-    "EXPORT_FILE",
     "export_upload",
     "files_to_push",
-    "is_export",
     "model_files",
     "model_license",
     "model_upload",
@@ -39,7 +39,12 @@ DESCRIPTION = {
     "recipe.yaml": "the resolved recipe",
     "run.json": "the record of the run",
 }
-EXPORT_FILE = "export.json"
+EXPORT_DESCRIPTION = {
+    "config.json": "the model's configuration",
+    "preprocessor_config.json": "the image processor",
+    EXPORT_FILE: "the manifest of the program",
+    PARITY_FILE: "the record of the gate",
+}
 PROVENANCE = "## Licence and provenance"
 STALE = ("*.safetensors", "*.safetensors.index.json", "*.py")
 STALE_EXPORTS = ("*.onnx", "*.onnx.data", "*.xml", "*.bin", "*.pt2", "*.pte")
@@ -94,7 +99,7 @@ def push(
     repository = Repository(repo_id, private=private, revision=revision)
     if repository.id != repo_id:  # the owner was left out
         upload = upload_of(folder, repository.id, license=license, pictures=pictures)
-    if not is_export(folder) and isinstance(card := upload.files["README.md"], bytes):
+    if not is_exported(folder) and isinstance(card := upload.files["README.md"], bytes):
         replace_text(folder / "README.md", card.decode())
     commit = repository.send(upload, message=commit_message)
     if verify:
@@ -109,7 +114,7 @@ def upload_of(folder: str | Path, repo_id: str, *, license: str | None = None, p
         ValueError: As there, but of what the Hub says.
     """
     folder = Path(folder)
-    if is_export(folder):
+    if is_exported(folder):
         return export_upload(folder, license)
     return model_upload(folder, repo_id, license, pictures)
 
@@ -122,15 +127,10 @@ def verify_push(folder: Path, repo_id: str, commit: str) -> None:
     """
     from hf_vlm.deploy.verify import verify_export, verify_model
 
-    if not is_export(folder):
+    if not is_exported(folder):
         verify_model(folder, model_auto_class(folder), repo_id, commit)
-    elif (folder / "predict.py").is_file():
+    elif (folder / PREDICT_FILE).is_file():
         verify_export(folder, repo_id, commit)
-
-
-def is_export(folder: Path) -> bool:
-    """Whether a folder holds a model that was exported to another runtime."""
-    return (folder / EXPORT_FILE).is_file()
 
 
 def model_upload(folder: Path, repo_id: str, license: str | None = None, pictures: bool = False) -> Upload:
@@ -154,7 +154,7 @@ def model_upload(folder: Path, repo_id: str, license: str | None = None, picture
 
 
 def export_upload(folder: Path, license: str | None = None) -> Upload:
-    """The files of an exported model, all of its folder; its card gets the licence.
+    """The files of an exported model, whose card gets the licence, and where the weights came from.
 
     Raises:
         ValueError: Where it holds a token, has no card, or needs a licence.
@@ -175,19 +175,12 @@ def export_upload(folder: Path, license: str | None = None) -> Upload:
 
 
 def model_files(folder: Path) -> dict[str, Path | bytes]:
-    """The files that make a model load: those of `files_to_push`, or all of an export but its card.
+    """The files of `files_to_push`, by name.
 
     Raises:
-        ValueError: Where the folder is not a finished run.
+        ValueError: Where the folder is neither a finished run nor an export.
     """
-    if not is_export(folder):
-        return {name: folder / name for name in files_to_push(folder)}
-    paths = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
-    return {
-        path.as_posix(): folder / path
-        for path in paths
-        if path.name != "README.md" and not any(part.startswith((".", "__")) for part in path.parts)
-    }
+    return {name: folder / name for name in files_to_push(folder)}
 
 
 def model_license(folder: Path, license: str | None) -> str:
@@ -198,7 +191,7 @@ def model_license(folder: Path, license: str | None) -> str:
     """
     if license is not None:
         return license
-    record = folder / "run.json"
+    record = folder / RUN_FILE
     if not record.is_file():
         raise ValueError(
             f"{folder} does not record where its weights came from: name with --license a licence that the terms of "
@@ -213,13 +206,13 @@ def model_license(folder: Path, license: str | None) -> str:
 
 
 def writes_card(run_dir: Path) -> bool:
-    """Whether pushing writes the card: there is none, or one that still has the marker line."""
+    """Whether pushing writes the card: there is none, or one of a run that still has the marker line."""
     card = run_dir / "README.md"
     return not card.is_file() or CARD_MARKER in card.read_text(encoding="utf-8")
 
 
 def files_to_push(run_dir: str | Path) -> list[str]:
-    """Names of the files of a run that are published: configurations, weights, code, recipe and record.
+    """Names of the files of a run or an export that are published: configurations, weights, code, recipe and record.
 
     Checkpoints, optimiser state and training logs are not among them.
 
@@ -229,18 +222,20 @@ def files_to_push(run_dir: str | Path) -> list[str]:
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise ValueError(f"{run_dir} is not a folder: give the folder that a run wrote.")
-    missing = [f"{name} ({what})" for name, what in DESCRIPTION.items() if not (run_dir / name).is_file()]
-    weights = _weights(run_dir)
+    described = EXPORT_DESCRIPTION if is_exported(run_dir) else DESCRIPTION
+    missing = [f"{name} ({what})" for name, what in described.items() if not (run_dir / name).is_file()]
+    weights = program_files(run_dir) if is_exported(run_dir) else _weights(run_dir)
     missing += ["model.safetensors (the weights)"] if not weights else []
     missing += [name for name in weights if not (run_dir / name).is_file()]
-    code: list[str] = []
+    optional = (PREDICT_FILE, RUN_FILE) if is_exported(run_dir) else ()
+    code = [name for name in optional if (run_dir / name).is_file()]
     for name in ("config.json", "preprocessor_config.json"):
         if (run_dir / name).is_file():
             code += [file for file in _code(run_dir, name) if file not in code]
     missing += [f"{name} (code that the configuration names)" for name in code if not (run_dir / name).is_file()]
     if missing:
         raise ValueError(f"{run_dir} is not the folder of a finished run; it has no {', no '.join(missing)}.")
-    return [*DESCRIPTION, *weights, *code]
+    return [*described, *weights, *code]
 
 
 def write_hub_files(folder: Path) -> None:
@@ -269,7 +264,7 @@ def _handler(task: str) -> str:
 
 def _pictures(folder: Path, all_of_them: bool) -> dict[str, str]:
     """Captions of the pictures to publish, by name; images of data stay private unless the user or the data say so."""
-    source = str((_json(folder / "run.json").get("data") or {}).get("source"))
+    source = str((_json(folder / RUN_FILE).get("data") or {}).get("source"))
     may_show_data = all_of_them or source.partition(":")[0] == "scenes"
     return {
         name: caption

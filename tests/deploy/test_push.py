@@ -13,7 +13,7 @@ from safetensors.torch import load, save
 
 from hf_vlm.cli.main import main
 from hf_vlm.deploy import verify
-from hf_vlm.deploy.push import files_to_push, model_upload
+from hf_vlm.deploy.push import export_upload, files_to_push, model_upload
 
 DETECTOR_FILES = [
     "config.json",
@@ -35,11 +35,14 @@ def picture(path):
     Image.fromarray(pixels).resize((300, 200)).save(path)
 
 
-def write_export(folder):
+def write_export(folder, run):
     """A folder as `hf-vlm export` writes it, whose program prints the sum of its weights."""
-    folder.mkdir()
+    shutil.copytree(run, folder, ignore=lambda _, names: set(names) - {*files_to_push(run)})
+    for name in ("model.safetensors", "run.json", "recipe.yaml"):
+        (folder / name).unlink()
     (folder / "model.onnx").write_bytes(bytes(range(100)))
-    (folder / "export.json").write_text("{}")
+    manifest = {"components": {"model": {"file": "model.onnx"}}, "export_format": "onnx"}
+    (folder / "export.json").write_text(json.dumps(manifest))
     (folder / "parity.json").write_text("{}")
     (folder / "__pycache__").mkdir()
     (folder / "__pycache__" / "predict.pyc").write_bytes(b"")
@@ -226,7 +229,7 @@ def pushed(start_hub, saved_detector, saved_encoder, tmp_path_factory):
     shutil.copytree(saved_detector, runs / "detector")
     shutil.copytree(saved_encoder, runs / "encoder")
     litter(runs / "detector")
-    write_export(runs / "export")
+    write_export(runs / "export", runs / "detector")
     printed = run_python(PUSH)
     assert f"Published at {hub.endpoint}/me/my-export" in printed
     said = json.loads(printed.split("RESULT ")[1])
@@ -288,14 +291,22 @@ def test_the_handler_of_an_endpoint_answers_as_the_pipeline_does(pushed):
 
 
 def test_an_export_is_pushed_whole_with_a_licence(pushed):
-    hub, said, _, _ = pushed
+    hub, said, runs, _ = pushed
     assert said["export"].startswith("REFUSED export does not record where its weights came from")
     assert said["export with a licence"] == f"{hub.endpoint}/me/my-export"
     files = hub.files("me/my-export")
-    assert set(files) == {"README.md", "export.json", "model.onnx", "parity.json", "predict.py"}
+    assert set(files) == {*files_to_push(runs / "export"), "README.md"}
+    assert {"export.json", "model.onnx", "parity.json", "predict.py", "modeling_detection.py"} <= set(files)
     assert b"license: mit" in files["README.md"]
     assert b"| size | 1 MB |" in files["README.md"]
     assert b"## Licence and provenance\n\nThe weights are published under mit." in files["README.md"]
+    (runs / "export" / "run.json").write_text('{"origins": []}')
+    assert b"license: apache-2.0" in export_upload(runs / "export").files["README.md"]
+    (runs / "export" / "run.json").write_text('{"origins": ["org/dinov2"]}')
+    with pytest.raises(ValueError, match=r"trained with weights of org/dinov2: .*--license"):
+        export_upload(runs / "export")
+    card = export_upload(runs / "export", "cc-by-nc-4.0").files["README.md"]
+    assert b"weights of [org/dinov2](https://huggingface.co/org/dinov2)" in card
 
 
 def new_commit(hub, name, content):
