@@ -19,6 +19,7 @@ COMMANDS = {
     "embed": "features, neighbours and maps of images:   hf-vlm embed RUN --data SOURCE --neighbors neighbors.png",
     "predict": "objects or classes of images:              hf-vlm predict RUN photo.jpg --save out.png",
     "export": "for ONNX and other runtimes:               hf-vlm export RUN --format onnx",
+    "serve": "predictions over HTTP and a web page:     hf-vlm serve RUN",
     "push": "publish a run on the Hub:                  hf-vlm push RUN my-org/my-detector",
     "doctor": "examine the installation and machine:      hf-vlm doctor",
     "demo": "all of it on built-in images, offline:     hf-vlm demo",
