@@ -9,9 +9,12 @@ from pathlib import Path
 import yaml
 
 from hf_vlm.data.images import image_paths
+from hf_vlm.data.io.parsing import parse_json
+from hf_vlm.deploy.exported_card import PARITY_FILE, RUNTIMES
 from hf_vlm.deploy.hub import Upload, refuse_tokens
 from hf_vlm.deploy.model_card import provenance
 from hf_vlm.deploy.push import model_files, model_license
+from hf_vlm.features.exported import is_exported
 
 __all__ = ["space_upload"]
 
@@ -31,7 +34,7 @@ def space_upload(
     Args:
         folder: Folder of a run, or of `hf-vlm export`.
         repo_id: Name of the Space.
-        license: Identifier of the weights' licence; see [`push`].
+        license: Identifier of the weights' licence; as for `push`.
         examples: Images to choose from on the page: files, folders or wildcards.
 
     Raises:
@@ -45,8 +48,8 @@ def space_upload(
     template = resources.files("hf_vlm.deploy.templates").joinpath("space.py").read_text(encoding="utf-8")
     files: dict[str, Path | bytes] = {
         "README.md": _readme(name, license, folder).encode(),
-        "app.py": template.encode(),
-        "requirements.txt": _requirements().encode(),
+        "app.py": template.replace("{{ name }}", name).encode(),
+        "requirements.txt": _requirements(folder).encode(),
         **{f"model/{path}": content for path, content in model_files(folder).items()},
         **{f"examples/{number:02d}{path.suffix.lower()}": path for number, path in enumerate(images)},
         **{f"hf_vlm/{path.relative_to(PACKAGE).as_posix()}": path for path in sorted(PACKAGE.rglob("*.py"))},
@@ -72,13 +75,16 @@ def _readme(name: str, license: str, folder: Path) -> str:
     return f"---\n{header}---\n\n{text}\n\n{provenance(folder, license)}"
 
 
-def _requirements() -> str:
-    """The packages that hf_vlm needs in the versions that are installed here, with torch for CPUs."""
+def _requirements(folder: Path) -> str:
+    """The packages that hf_vlm and the model need in the versions that are installed here, with torch for CPUs."""
     names = [
         re.split(r"[^\w.-]", line, maxsplit=1)[0]
         for line in metadata.requires("hf_vlm") or []
         if "extra ==" not in line
     ]
+    if is_exported(folder):
+        record = parse_json((folder / PARITY_FILE).read_text(encoding="utf-8"))
+        names += [RUNTIMES[record["format"]]] if record.get("format") in RUNTIMES else []
     versions = {name: metadata.version(name).partition("+")[0] for name in names}
     versions["torch"] += "+cpu"
     return "\n".join([CPU_WHEELS, *(f"{name}=={version}" for name, version in sorted(versions.items()))]) + "\n"

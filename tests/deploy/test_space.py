@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 from hf_vlm.deploy.predict import Predictor
 from hf_vlm.deploy.space import space_upload
 
+ROOT = Path(__file__).parents[2]
 PUSH = """
 from hf_vlm.deploy.hub import Repository
 from hf_vlm.deploy.space import space_upload
@@ -25,7 +27,8 @@ import json, pathlib, runpy, sys, types
 from huggingface_hub import snapshot_download
 space = pathlib.Path(snapshot_download("me/demo", repo_type="space", local_dir="space")).resolve()
 sys.path.insert(0, str(space))
-def build_app(predictor, examples):
+def build_app(predictor, examples, name):
+    assert name == 'demo'
     found = [prediction.to_dict() for prediction in predictor.predict(examples, 0.3)]
     return types.SimpleNamespace(launch=lambda: print("RESULT", json.dumps(found)))
 sys.modules["hf_vlm.deploy.app"] = types.SimpleNamespace(build_app=build_app)
@@ -64,8 +67,17 @@ def test_what_a_space_needs_is_pinned_and_installed_from_where_it_is_named(detec
     requirements = files["requirements.txt"].decode().splitlines()
     assert requirements[0] == "--extra-index-url https://download.pytorch.org/whl/cpu"
     assert all(re.fullmatch(r"[\w-]+==[\w.]+(\+cpu)?", line) for line in requirements[1:])
+    constraints = (ROOT / "constraints.txt").read_text().splitlines()
+    assert f"gradio=={header['sdk_version']}" in constraints
     assert not [line for line in requirements if line.startswith("hf_vlm")]  # no registry decides what that is
     assert not [name for name in files if "__pycache__" in name]
+    (detector_run / "export.json").write_text(
+        json.dumps({"components": {"m": {"file": "model.safetensors"}}, "export_format": ""})
+    )
+    (detector_run / "parity.json").write_text('{"format": "onnx"}')
+    exported = space_upload(detector_run, "me/demo").files["requirements.txt"].decode().splitlines()
+    assert [line.partition("==")[0] for line in exported if line not in requirements] == ["onnxruntime"]
+    (detector_run / "export.json").unlink()
     record = json.loads((encoder_run / "run.json").read_text())
     (encoder_run / "run.json").write_text(json.dumps(record | {"origins": ["org/dinov2"]}))
     with pytest.raises(ValueError, match="trained with weights of org/dinov2: name with --license"):

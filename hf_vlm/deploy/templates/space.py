@@ -6,7 +6,8 @@ from hf_vlm.deploy.app import build_app
 from hf_vlm.deploy.predict import Predictor
 
 here = Path(__file__).parent
-app = build_app(Predictor.from_pretrained(here / "model"), examples=sorted(map(str, here.glob("examples/*"))))
+predictor = Predictor.from_pretrained(here / "model")
+app = build_app(predictor, sorted(map(str, here.glob("examples/*"))), name="{{ name }}")
 
 if __name__ == "__main__":
     app.launch()
