@@ -34,7 +34,8 @@ COLUMNS = {
     "image": "the image, as it was encoded",
     "image_id": "its number",
     "label": "its class",
-    "objects": "its boxes: `bbox` x, y, width, height in pixels, `category`, `area` in pixels, `iscrowd` as in COCO",
+    "objects": "its boxes: `bbox` x, y, width, height in pixels, `category`, `area` in pixels, `iscrowd` as in COCO; "
+    "where they have masks, `segmentation` as COCO's JSON",
     "mask": "the class of each pixel, 255 for none",
     "instance_mask": "the number of the object at each pixel, 0 for none",
 }

@@ -96,6 +96,7 @@ class Task:
             max_bad_fraction)` that returns [`PseudoLabels`], labels that nobody annotated, by which the head can be
             pretrained; None for tasks that have no such labels.
         served: What exported models return; None for tasks that are not exported.
+        reads_object_masks: Whether it takes the masks of objects, without which sources are opened else.
         fits_on_train: Whether evaluation needs the train split too, as classifiers on frozen features do.
     """
 
@@ -114,4 +115,5 @@ class Task:
     recipes: Mapping[str, str] = field(default_factory=dict)
     find_labels: Callable[..., PseudoLabels] | None = None
     served: ServedOutput | None = None
+    reads_object_masks: bool = False
     fits_on_train: bool = False
