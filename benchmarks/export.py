@@ -31,7 +31,6 @@ from hf_vlm.features.export_formats import FORMATS
 from hf_vlm.features.loading import load_model
 from hf_vlm.training.run import quiet_libraries
 
-CASES = [(name, precision) for name in ("onnx", "openvino", "torch") for precision in FORMATS[name].precisions]
 SCENES = "scenes:icons"
 
 
@@ -79,13 +78,15 @@ def main() -> None:
     parser.add_argument("--data", default=SCENES, help="labelled images with a split test")
     parser.add_argument("--num_examples", type=int, default=200, help="test images that AP is measured on")
     parser.add_argument("--repetitions", type=int, default=40, help="timed pairs of each artifact")
+    parser.add_argument("--formats", nargs="+", default=["onnx", "openvino", "torch"])
     parser.add_argument("--quick", action="store_true", help="a short training, 50 test images, no bf16 and fp16")
     options = parser.parse_args()
     torch.set_num_threads(1)
     quiet_libraries()
     num_examples = 50 if options.quick else options.num_examples
     data = ExportData(options.data, "test", num_examples=num_examples)
-    cases = [case for case in CASES if not options.quick or case[1] in ("fp32", "int8")]
+    cases = [(name, precision) for name in options.formats for precision in FORMATS[name].precisions]
+    cases = [case for case in cases if not options.quick or case[1] in ("fp32", "int8")]
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
         run = options.run or train(Path(temporary) / "detector", 120 if options.quick else 700)

@@ -29,7 +29,7 @@ from hf_vlm.deploy import runtime
 from hf_vlm.deploy.exported_card import PARITY_FILE, PREDICT_FILE, RUNTIMES, write_exported_card
 from hf_vlm.deploy.gate import Metric, compare, failures
 from hf_vlm.features.export_formats import FORMATS, find_format, find_precision
-from hf_vlm.features.exported import EXPORT_FILE
+from hf_vlm.features.exported import EXPORT_FILE, is_exported
 from hf_vlm.features.loading import LoadedModel, load_model, quiet_transformers
 from hf_vlm.tasks import TASKS, Task
 from hf_vlm.tasks.evaluation import evaluate_run
@@ -132,6 +132,8 @@ def export_model(
     reduced = find_precision(format, precision)
     if output_dir.exists():
         raise ValueError(f"{output_dir} exists: name another folder with --output_dir, or delete it.")
+    if is_exported(run):
+        raise ValueError(f"{run} is an export: name the run that it came from.")
     reference = load_model(run)
     task = TASKS[reference.entry.task]
     if task.served is None:

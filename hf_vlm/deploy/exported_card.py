@@ -48,6 +48,7 @@ def write_exported_card(folder: Path, *, name: str, run: str | Path, record: dic
     config, processor = (
         json.loads((folder / file).read_text(encoding="utf-8")) for file in ("config.json", "preprocessor_config.json")
     )
+    hint = "bf16" if record["precision"] == "bf16" else "f32"  # OpenVINO would choose by the processor
     is_local = Path(run).is_dir()
     metadata = ModelCardData(
         model_name=name,
@@ -66,6 +67,7 @@ def write_exported_card(folder: Path, *, name: str, run: str | Path, record: dic
         "rows": [(markdown(key), value) for key, value in parity_rows(record)],
         "runtime": RUNTIMES[record["format"]] if (folder / PREDICT_FILE).is_file() else None,
         "class_names": [markdown(label) for _, label in config.get("id2label", {}).items()],
+        "options": f', config={{"INFERENCE_PRECISION_HINT": "{hint}"}}' if record["format"] == "openvino" else "",
         "is_encoder": record["task"] == "image-feature-extraction",
         "image_size": f"{processor['size']['height']} x {processor['size']['width']}",
     }

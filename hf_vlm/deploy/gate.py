@@ -1,9 +1,10 @@
 """The gate of an export: an artifact is compared with the model it came from before anyone gets to use it."""
 
+import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -80,11 +81,9 @@ def compare(reference: LoadedModel, artifact: LoadedModel, images: Sequence[Imag
     """
     task = TASKS[reference.entry.task]
     assert task.served is not None
-    differences, agreements, first = [], [], 0
-    while first < len(images):
-        size = BATCH_SIZES[len(differences) % len(BATCH_SIZES)]
-        batch = list(images[first : first + size])
-        first += size
+    differences: list[float] = []
+    agreements: list[tuple[float, float]] = []
+    for batch in batches(images):
         inputs = reference.processor(batch, return_tensors="pt", input_data_format="channels_last")
         try:
             expected, found = (loaded.model(**inputs) for loaded in (reference, artifact))
@@ -101,12 +100,19 @@ def compare(reference: LoadedModel, artifact: LoadedModel, images: Sequence[Imag
     agreed, total = np.sum(agreements, axis=0)
     return Comparison(
         num_images=len(images),
-        max_difference=max(differences),
+        max_difference=float(np.max(differences)),  # NaN where one is, unlike Python's
         agreement=float(agreed / total) if total else 1.0,
         ms_before=statistics.median(before for before, _ in timed),
         ms_after=statistics.median(after for _, after in timed),
         speed_up=statistics.median(before / after for before, after in timed),
     )
+
+
+def batches(images: Sequence[Image]) -> Iterator[list[Image]]:
+    """The images in batches of `BATCH_SIZES`, in turn."""
+    remaining, sizes = iter(images), itertools.cycle(BATCH_SIZES)
+    while batch := list(itertools.islice(remaining, next(sizes))):
+        yield batch
 
 
 def failures(comparison: Comparison, precision: str) -> list[str]:
@@ -140,8 +146,8 @@ def difference(expected: Any, found: Any, served: ServedOutput) -> float:
 def aligned(expected: Any, found: Any, served: ServedOutput) -> dict[str, Tensor]:
     """The fields of `found` with their rows in the order of those of `expected` that they are nearest to."""
     small = [name for name in served.fields if expected[name].ndim == 3]  # (batch, rows, values), and no masks
-    rows = [torch.cat([outputs[name].float() for name in small], dim=-1) for outputs in (expected, found)]
-    costs = torch.cdist(*rows, p=torch.inf).nan_to_num(nan=1e6)  # (batch, rows, rows)
+    one, other = (torch.cat([outputs[name].float() for name in small], dim=-1) for outputs in (expected, found))
+    costs = torch.cdist(one, other, p=torch.inf).nan_to_num(nan=1e6)  # (batch, rows, rows)
     order = torch.stack([torch.from_numpy(linear_sum_assignment(cost.numpy())[1]) for cost in costs])
     return {name: found[name][torch.arange(order.shape[0])[:, None], order] for name in served.fields}
 

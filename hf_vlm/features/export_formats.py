@@ -3,12 +3,15 @@
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import exporters
 
 __all__ = ["FORMATS", "ExportFormat", "Precision", "find_format", "find_precision", "format_of_backend"]
+
+OPENVINO_PRECISION = ["runtime_options", "INFERENCE_PRECISION_HINT"]  # where a program records it
 
 Samples = Sequence[Mapping[str, Any]]
 
@@ -49,7 +52,8 @@ class ExportFormat:
         packages: Packages that transformers needs to export and to run it.
         extra: Extra of hf_vlm that installs them.
         precisions: How each precision is reached.
-        runner: Function to the options of its runner, with as many threads as torch computes with.
+        runner: Function from the folder of a program to the options of its runner, with as many threads as torch
+            computes with.
     """
 
     backend: str
@@ -58,7 +62,7 @@ class ExportFormat:
     precisions: Mapping[str, Precision]
     packages: tuple[str, ...] = ()
     extra: str | None = None
-    runner: Callable[[], dict[str, Any]] = field(default=_nothing)
+    runner: Callable[[Path], dict[str, Any]] = field(default=_nothing)
 
     def require(self, packages: Sequence[str]) -> None:
         """ValueError that names the extra, where a package is missing."""
@@ -80,11 +84,11 @@ def _openvino_int8(samples: Samples) -> dict[str, Any]:
 
 
 def _compute_in_bf16(program: Any) -> None:
-    """OpenVINO's runtime reads the precision that it computes in from the program; the exporter writes float32."""
-    program.set_rt_info("bf16", ["runtime_options", "INFERENCE_PRECISION_HINT"])
+    """The precision to compute in is recorded in the program, where the exporter has written float32."""
+    program.set_rt_info("bf16", OPENVINO_PRECISION)
 
 
-def _onnx_runner() -> dict[str, Any]:
+def _onnx_runner(folder: Path) -> dict[str, Any]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -92,8 +96,14 @@ def _onnx_runner() -> dict[str, Any]:
     return {"session_options": options}
 
 
-def _openvino_runner() -> dict[str, Any]:
-    return {"device": "cpu", "config": {"INFERENCE_NUM_THREADS": torch.get_num_threads()}}
+def _openvino_runner(folder: Path) -> dict[str, Any]:
+    """The CPU does not heed the precision that the program records: where it can, it computes in bfloat16."""
+    import openvino
+
+    program = openvino.Core().read_model(str(folder / "openvino_model.xml"))
+    hint = program.get_rt_info(OPENVINO_PRECISION).astype(str)
+    settings = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    return {"device": "cpu", "config": settings}
 
 
 FORMATS = {

@@ -62,7 +62,9 @@ def load_exported(folder: str | Path) -> ExportedVisionModel:
     backend = _read_manifest(folder)["export_format"]
     row = find_format(format_of_backend(backend))
     try:
-        return ExportedVisionModel(ExportedModel.from_pretrained(folder, trust_remote_code=False, **row.runner()))
+        return ExportedVisionModel(
+            ExportedModel.from_pretrained(folder, trust_remote_code=False, **row.runner(folder))
+        )
     except Exception as error:  # runtimes raise their own types
         raise ValueError(f"{folder} holds no program that {backend} can run: {str(error).splitlines()[0]}") from error
 

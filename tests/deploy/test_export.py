@@ -171,6 +171,8 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_loaded(exported, 
         export_model("nowhere", tmp_path / "out", precision="fp8")
     with pytest.raises(ValueError, match="exists: name another folder with --output_dir"):
         export_model("nowhere", exported)
+    with pytest.raises(ValueError, match="tiny-onnx is an export: name the run that it came from"):
+        export_model(exported, tmp_path / "out")
 
 
 def test_the_data_of_a_run_or_scenes(tmp_path, caplog):
