@@ -41,4 +41,4 @@ class ExportedPredictor:
         return [Prediction(**self._runtime.predict(self._as_input(image), threshold)) for image in images]
 
     def _as_input(self, image: NDArray[Any]) -> NDArray[Any]:
-        return image if self._runtime.num_channels == 3 else np.atleast_3d(Image.fromarray(image).convert("L"))
+        return image if self._runtime.num_channels == 3 else np.array(Image.fromarray(image).convert("L"))[..., None]
