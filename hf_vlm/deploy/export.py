@@ -34,7 +34,7 @@ from hf_vlm.features.loading import LoadedModel, load_model, quiet_transformers
 from hf_vlm.tasks import TASKS, Task
 from hf_vlm.tasks.evaluation import evaluate_run
 from hf_vlm.tasks.task import ServedOutput
-from hf_vlm.training.provenance import publishable
+from hf_vlm.training.provenance import publishable, write_origins
 
 __all__ = ["ExportData", "ServingModel", "export_model"]
 
@@ -148,6 +148,7 @@ def export_model(
     with created_folder(output_dir) as folder:
         program.save_pretrained(folder)
         reference.processor.save_pretrained(folder)
+        write_origins(folder, str(run))
         if format in RUNTIMES and reference.model.config.model_type in runtime.POST_PROCESSING:
             shutil.copyfile(runtime.__file__, folder / PREDICT_FILE)
         comparison = compare(reference, load_model(folder), images)
