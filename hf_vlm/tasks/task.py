@@ -57,7 +57,8 @@ class Task:
     """What the commands need of a task.
 
     Attributes:
-        name: Name of transformers' pipeline for it, as in the rows of the registry.
+        name: Its name, as in the rows of the registry.
+        pipeline: Name of transformers' pipeline for it, where that is another: two tasks may have the same.
         class_names: Function from a source to the names of its classes; ValueError where the data do not fit.
         head_fields: Function from a source to configuration fields of the model that depend on the data.
         minimum_fields: Function from a source to the lowest values of configuration fields that suffice for its
@@ -82,6 +83,7 @@ class Task:
     """
 
     name: str
+    pipeline: str = ""
     class_names: Callable[[Source], list[str]]
     transform: Callable[..., Transform]
     collate: Callable[..., Collate]
@@ -96,3 +98,6 @@ class Task:
     recipes: Mapping[str, str] = field(default_factory=dict)
     find_labels: Callable[..., PseudoLabels] | None = None
     fits_on_train: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pipeline", self.pipeline or self.name)

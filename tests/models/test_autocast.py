@@ -27,7 +27,7 @@ def loss_and_gradients(model, inputs, *, autocast):
     return {name: value for name, value in outputs.items() if torch.is_tensor(value)}, gradients
 
 
-@pytest.mark.parametrize("name", [*PRETRAINING, "classification", "detection", "semantic_segmentation"])
+@pytest.mark.parametrize("name", [*PRETRAINING, "classification", "detection", "instance_segmentation", "semantic_segmentation"])
 def test_the_loss_under_autocast_is_that_in_float32(name):
     model = build(name)
     keep_network_in_float32(model)
