@@ -100,7 +100,9 @@ class VLMViTDetectionConfig(PreTrainedConfig):
             if getattr(self, name) < 1:
                 raise ValueError(f"{type(self).__name__}: {name} is {getattr(self, name)}, but must be at least 1.")
         if not 0 < self.prior_probability < 1 or self.anchor_size <= 0:
-            raise ValueError(f"{type(self).__name__}: prior_probability must lie between 0 and 1, anchor_size above 0.")
+            raise ValueError(
+                f"{type(self).__name__}: prior_probability must lie between 0 and 1, anchor_size above 0."
+            )
 
 
 __all__ = ["VLMViTDetectionConfig"]

@@ -80,9 +80,7 @@ class VLMViTDetectionImageProcessor(VLMViTImageProcessor):
         """
         scores, labels, _, corners = best_pairs(outputs, target_sizes, max_detections)
         keep = scores > threshold
-        return [
-            {"scores": s[k], "labels": i[k], "boxes": b[k]} for s, i, b, k in zip(scores, labels, corners, keep)
-        ]
+        return [{"scores": s[k], "labels": i[k], "boxes": b[k]} for s, i, b, k in zip(scores, labels, corners, keep)]
 
 
 def best_pairs(

@@ -43,8 +43,8 @@ class VLMViTInstanceSegmentationImageProcessor(VLMViTDetectionImageProcessor):
 
         Returns:
             One dict per image: `segments_info`, a list of dicts with `id`, `label_id` and `score`, best first; and
-            `segmentation`: (height, width) int32 ids, -1 where there is nothing; or (n, height, width) bool masks; or n
-            dicts with COCO's `size` (height, width) and `counts`. Instances whose mask is empty are left out.
+            `segmentation`: (height, width) int32 ids, -1 where there is nothing; or (n, height, width) bool masks; or
+            n dicts with COCO's `size` (height, width) and `counts`. Instances whose mask is empty are left out.
 
         Raises:
             ValueError: if there are not as many target sizes as images, or both forms of masks are asked for.
@@ -76,8 +76,8 @@ class VLMViTInstanceSegmentationImageProcessor(VLMViTDetectionImageProcessor):
         """As `post_process_object_detection`, with the masks of the detections as the model gives them.
 
         Returns:
-            One dict per image: `scores` (n,) falling, `labels` (n,), `boxes` (n, 4) (x0, y0, x1, y1), `mask_logits` (n,
-            rows, columns), and `size`, the height and width for [`binary_masks`].
+            One dict per image: `scores` (n,) falling, `labels` (n,), `boxes` (n, 4) (x0, y0, x1, y1), `mask_logits`
+            (n, rows, columns), and `size`, the height and width for [`binary_masks`].
         """
         scores, labels, queries, boxes = best_pairs(outputs, target_sizes, max_detections)
         sizes = [outputs.pred_masks.shape[2:]] * scores.shape[0] if target_sizes is None else target_sizes
@@ -94,7 +94,7 @@ class VLMViTInstanceSegmentationImageProcessor(VLMViTDetectionImageProcessor):
 
 
 def binary_masks(mask_logits: Tensor, size: tuple[int, int], mask_threshold: float = 0.5) -> Iterator[Tensor]:
-    """Masks (n, rows, columns) resized bilinearly to `size`, in chunks (up to 32, height, width) bool; at least one."""
+    """Masks (n, rows, columns), resized bilinearly, in chunks (up to 32, height, width) bool; at least one."""
     lowest = torch.tensor(mask_threshold).logit().item()
     for chunk in mask_logits.float().split(CHUNK):
         yield F.interpolate(chunk[:, None], size, mode="bilinear", align_corners=False)[:, 0] > lowest

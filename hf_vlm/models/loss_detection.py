@@ -309,8 +309,8 @@ def detection_loss(
         other: What queries learn beside classes and boxes.
 
     Returns:
-        the loss, and detached parts: `loss_class`, `loss_bbox`, `loss_giou` and those of `other` of the last layer, not
-        weighted; `loss_proposals`, `loss_aux` (all earlier layers) and `loss_dense`, weighted within.
+        the loss, and detached parts: `loss_class`, `loss_bbox`, `loss_giou` and those of `other` of the last layer,
+        not weighted; `loss_proposals`, `loss_aux` (all earlier layers) and `loss_dense`, weighted within.
     """
     with torch.autocast(logits.device.type, enabled=False):
         logits, boxes = logits.float(), boxes.float()

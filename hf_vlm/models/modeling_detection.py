@@ -242,7 +242,10 @@ class VLMViTForObjectDetection(ModelOnEncoder):
         loss = loss_dict = None
         if labels is not None:
             targets = DetectionTargets.from_labels(
-                labels, batch_size=pixel_values.shape[0], num_labels=self.config.num_labels, device=found.anchors.device
+                labels,
+                batch_size=pixel_values.shape[0],
+                num_labels=self.config.num_labels,
+                device=found.anchors.device,
             )
             loss, loss_dict = self.loss_of(found, targets)
         return VLMViTObjectDetectionOutput(loss=loss, loss_dict=loss_dict, **found.outputs())
