@@ -25,6 +25,7 @@ DATA_LEVELS = {
     "schema": 1,
     "boxes": 1,
     "masks": 1,
+    "segmentations": 1,
     "level_lines": 1,
     "source": 2,
     "stream": 2,

@@ -79,6 +79,7 @@ class Task:
         find_labels: Function `(source, labels_from, *, size, num_channels, per_image, num_workers, rank, world_size,
             max_bad_fraction)` that returns [`PseudoLabels`], labels that nobody annotated, by which the head can be
             pretrained; None for tasks that have no such labels.
+        reads_object_masks: Whether it takes the masks of objects, without which sources are opened else.
         fits_on_train: Whether evaluation needs the train split too, as classifiers on frozen features do.
     """
 
@@ -97,6 +98,7 @@ class Task:
     metric_names: Mapping[str, str] = field(default_factory=dict)
     recipes: Mapping[str, str] = field(default_factory=dict)
     find_labels: Callable[..., PseudoLabels] | None = None
+    reads_object_masks: bool = False
     fits_on_train: bool = False
 
     def __post_init__(self) -> None:

@@ -76,6 +76,10 @@ OBJECT_NAMES = {
     ),
     "area": ("area", "areas"),
     "iscrowd": ("iscrowd", "is_crowd"),
+    "segmentation": (
+        *("segmentation", "segmentations", "segments", "polygon", "polygons", "rle", "rles"),
+        *("mask", "masks"),  # encoded images, one per object
+    ),
 }
 SIDE_NAMES = (  # of boxes whose four numbers are fields of their own
     (CORNERS, ("xmin", "ymin", "xmax", "ymax")),
@@ -145,6 +149,15 @@ class ColumnMap:
         columns = {name: column for name, column in self.columns.items() if name not in names}
         return ColumnMap(columns) if "objects" in names else replace(self, columns=columns)
 
+    @property
+    def has_object_masks(self) -> bool:
+        """Whether objects have masks."""
+        return "segmentation" in self.objects
+
+    def without_object_masks(self) -> "ColumnMap":
+        """The map without the masks of objects."""
+        return replace(self, objects={name: field for name, field in self.objects.items() if name != "segmentation"})
+
     def read_objects(self, row: Row, location: object) -> ObjectLists:
         """The objects of a row in the one form; see `normalise_objects`."""
         stored = row.get(self.columns["objects"]) if not self.is_flat else None
@@ -152,7 +165,7 @@ class ColumnMap:
         if self.is_flat:
             stored = {name: _as_list(row.get(name), is_box=name == self.objects.get("bbox")) for name in names}
         if not self.sides:
-            return normalise_objects(stored, self.objects, location)
+            return normalise_objects(stored, self.objects, location, has_masks=self.has_object_masks)
         if isinstance(stored, list) and all(isinstance(item, Mapping) for item in stored):
             stored = {name: [item.get(name) for item in stored] for name in names}
         if isinstance(stored, Mapping):
@@ -160,7 +173,8 @@ class ColumnMap:
             if len(set(map(len, sides))) > 1:
                 raise ValueError(f"{location}: an object needs one number of each of {', '.join(self.sides)}")
             stored = {**stored, BOX: [_as_box(box, self.convention) for box in zip(*sides)]}
-        return normalise_objects(stored, {**self.objects, "bbox": BOX}, location)
+        fields = {**self.objects, "bbox": BOX}
+        return normalise_objects(stored, fields, location, has_masks=self.has_object_masks)
 
 
 def _as_list(value: Any, *, is_box: bool) -> list[Any]:
@@ -263,7 +277,7 @@ def _flat_fields(features: Mapping[str, Any]) -> dict[str, Any]:
     many = {name: inner for name, inner in in_lists.items() if name not in boxes & numbers}
     if find_objects(many)[0]:
         return many
-    of_image = {*in_lists, *SIZE_NAMES, "name"}
+    of_image = {*in_lists, *SIZE_NAMES, "name", *COLUMN_NAMES["mask"], "masks"}
     one = {name: feature for name, feature in features.items() if name not in of_image}
     return one | {name: in_lists[name] for name in boxes & numbers}
 
@@ -302,7 +316,7 @@ class RowReader:
         if self.label is not None:
             features["label"] = datasets.ClassLabel(names=list(self.label.names))
         if self.category is not None:
-            features["objects"] = objects_feature(self.category.names)
+            features["objects"] = objects_feature(self.category.names, has_masks=self.map.has_object_masks)
         for name in ("mask", "instance_mask"):
             if name in self.map.columns:
                 features[name] = image_feature()

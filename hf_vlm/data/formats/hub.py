@@ -24,7 +24,13 @@ SAMPLE_SIZE = 32  # images whose sizes are read to see what boxes are
 
 
 def open_hub(
-    source: str, split: str, *, num_samples: int | None = None, name: str | None = None, revision: str | None = None
+    source: str,
+    split: str,
+    *,
+    num_samples: int | None = None,
+    name: str | None = None,
+    revision: str | None = None,
+    object_masks: bool = True,
 ) -> Source:
     """Stream a split of a dataset on the Hub, whose columns are found by name and type (see `find_columns`).
 
@@ -36,6 +42,7 @@ def open_hub(
         num_samples: Number of examples to read, from the first on; None for all.
         name: Name of the dataset's configuration.
         revision: Branch, tag or commit of the dataset.
+        object_masks: Whether to read the masks of objects.
 
     Raises:
         ValueError: There is no such dataset or split, it cannot be reached, it has no column of images, its boxes are
@@ -55,6 +62,7 @@ def open_hub(
     stream = choose_split(splits, split, source).decode(False)
     features = stream.features if stream.features is not None else stream._resolve_features().features
     columns = find_columns(features, source)
+    columns = columns if object_masks else columns.without_object_masks()
     reader = RowReader(
         map=columns,
         label=_declared(features, columns, "label", source),

@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from hf_vlm.data.formats.annotations import OBJECT_FIELDS, check_boxes, check_labels
+from hf_vlm.data.formats.annotations import MASK_FIELDS, OBJECT_FIELDS, check_boxes, check_labels
 from hf_vlm.data.formats.box_conventions import warn_of_convention
 from hf_vlm.data.formats.categories import Categories, make_categories
 from hf_vlm.data.formats.columns import (
@@ -61,6 +61,7 @@ def metadata_source(
     source: Path,
     *,
     num_samples: int | None,
+    object_masks: bool,
 ) -> Source:
     """Stream the images of a split that metadata name.
 
@@ -74,6 +75,7 @@ def metadata_source(
         folders: Those of the split.
         source: Name of the source, for messages.
         num_samples: Number of examples to read, from the first on; None for all.
+        object_masks: Whether to read the masks of objects.
 
     Raises:
         ValueError: A row cannot be read or names a mask that does not exist; no row names an image of the split; or
@@ -81,6 +83,7 @@ def metadata_source(
     """
     stored = _read_rows(files, images)
     columns = _find_columns(stored, source)
+    columns = columns if object_masks else columns.without_object_masks()
     rows, columns = _by_image(stored, columns)
     named = [rows[str(path)] for path in chosen if str(path) in rows]
     if not named:
@@ -95,7 +98,8 @@ def metadata_source(
     named = named[:num_samples]
     category, is_clean = _check_objects(rows.values(), named, columns, source)
     kept = dict(columns.columns) if category is None else {**columns.columns, OBJECTS: OBJECTS}
-    reader = RowReader(map=ColumnMap(kept, OBJECT_FIELDS), label=label, category=category, cleans_boxes=not is_clean)
+    fields = MASK_FIELDS if columns.has_object_masks else OBJECT_FIELDS
+    reader = RowReader(map=ColumnMap(kept, fields), label=label, category=category, cleans_boxes=not is_clean)
     empty = dict.fromkeys(columns.source_names)
     examples = [reader({POSITION: position, **empty, **row}) for position, row in enumerate(named)]
     table = pa.Table.from_pylist(examples, schema=reader.features.arrow_schema)

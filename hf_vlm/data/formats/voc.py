@@ -41,7 +41,7 @@ class VocImage(NamedTuple):
     file_name: str  # of the image; empty where it is not given
 
 
-def open_voc(source: Path, split: str, *, num_samples: int | None = None) -> Source:
+def open_voc(source: Path, split: str, *, num_samples: int | None = None, object_masks: bool = True) -> Source:
     """Stream the images and boxes of Pascal VOC annotations, in the order of their names.
 
     Layouts: `Annotations/.../*.xml` beside `JPEGImages` or `images`, with the splits in `ImageSets/Main/<split>.txt`,

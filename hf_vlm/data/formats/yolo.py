@@ -22,7 +22,7 @@ __all__ = ["looks_like_yolo", "open_yolo"]
 logger = logging.getLogger(__name__)
 
 
-def open_yolo(source: Path, split: str, *, num_samples: int | None = None) -> Source:
+def open_yolo(source: Path, split: str, *, num_samples: int | None = None, object_masks: bool = True) -> Source:
     """Stream the images and boxes of a YOLO data set, in the order of the image files' names.
 
     The source is a `data.yaml` with `train`, `val`, `test` (folders of images, text files that list images, or lists
