@@ -55,6 +55,7 @@ class VLMViTInstanceSegmentationImageProcessor(VLMViTDetectionImageProcessor):
         for image in self.find_instances(outputs, threshold=threshold, target_sizes=target_sizes):
             masks = torch.cat(list(binary_masks(image["mask_logits"], image["size"], mask_threshold)))
             kept = masks.flatten(1).any(dim=1)
+            segmentation: Tensor | list[dict[str, list[int]]]
             if not (return_binary_maps or return_coco_annotation):
                 segmentation, kept = paint(masks, overlap_mask_area_threshold)
             elif return_binary_maps:

@@ -281,7 +281,8 @@ class MatchedLoss(Protocol):
         weights: Weight of each loss, by its name.
     """
 
-    weights: Mapping[str, float]
+    @property
+    def weights(self) -> Mapping[str, float]: ...
 
     def cost(self) -> Tensor:
         """Cost (stages, batch, objects, queries) of giving a query an object, beside that of class and box."""

@@ -48,8 +48,10 @@ class MaskHead(nn.Module):
             batch, queries, channels). Mask logits are their product and the bias.
         """
         grid = 2 * points[:, :, None] - 1  # (batch, points, 1, 2)
-        options = {"padding_mode": "border", "align_corners": False}
-        sampled = [F.grid_sample(m.float(), grid, **options)[..., 0] for m in self.pixel_maps(feature_map, image_hw)]
+        sampled = [
+            F.grid_sample(pixels.float(), grid, padding_mode="border", align_corners=False)[..., 0]
+            for pixels in self.pixel_maps(feature_map, image_hw)
+        ]
         return torch.stack(sampled), torch.stack([self.embed(states) for states in queries]).float()
 
     def pixel_maps(self, feature_map: Tensor, image_hw: tuple[int, int]) -> Iterator[Tensor]:

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -146,7 +146,7 @@ class VLMViTForObjectDetection(ModelOnEncoder):
     """
 
     config_class = VLMViTDetectionConfig
-    head_shape = (
+    head_shape: ClassVar[tuple[str, ...]] = (
         "num_feature_taps",
         "hidden_size",
         "neck_num_blocks",

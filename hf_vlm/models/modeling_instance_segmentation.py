@@ -1,6 +1,7 @@
 """Instance segmentation on the plain ViT: the detector, with a mask for each of its queries."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ class VLMViTForInstanceSegmentation(VLMViTForObjectDetection):
     """
 
     config_class = VLMViTInstanceSegmentationConfig
-    head_shape = (*VLMViTForObjectDetection.head_shape, "mask_feature_size", "mask_stride")
+    head_shape: ClassVar[tuple[str, ...]] = (*VLMViTForObjectDetection.head_shape, "mask_feature_size", "mask_stride")
 
     def __init__(self, config: VLMViTInstanceSegmentationConfig):
         super().__init__(config)

@@ -134,4 +134,5 @@ INSTANCE_SEGMENTATION = Task(
     },
     recipes={"nano": "instance_segmentation/vit_nano_cpu.yaml", "small": "instance_segmentation/vit_small.yaml"},
     card="instance_segmenter.md",
+    reads_object_masks=True,
 )

@@ -69,9 +69,9 @@ class Task:
             an [`Evaluation`], the same on all ranks.
         has_confusion: Function from a model to whether its evaluation has a confusion matrix.
         post_process: Function `(processor, outputs, *, threshold, sizes, model)` that returns one dict per image:
-            `scores` and `labels` (n,), best first, and where the task has them `boxes` (n, 4) in pixels, or
-            `segmentation` (height, width), the class of each pixel, whose `scores` are fractions of the image. A
-            threshold of None is the task's default. None for tasks without predictions.
+            `scores` and `labels` (n,), best first, and where the task has them `boxes` (n, 4) in pixels, `masks` (n,
+            height, width) bool, or `segmentation` (height, width), the class of each pixel, whose `scores` are
+            fractions of the image. A threshold of None is the task's default. None for tasks without predictions.
         headline: Labels of the metrics that commands print first, by name of the metric; higher is better for all.
         metric_names: Names of metrics in a model card, that of `ap/<class>` under `ap/`; others keep their keys.
         recipes: Shipped recipes by encoder preset.
