@@ -265,8 +265,8 @@ def test_overfits_one_batch():
     labels = [{"class_labels": torch.arange(2), **label} for label in ({"boxes": boxes, "masks": masks}, upside_down)]
     model = build(NAME, None, {"num_hidden_layers": 1}, dense_loss_weight=0.0, mask_stride=2, mask_point_ratio=4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=60)
-    for _ in range(60):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=80)
+    for _ in range(80):
         model(images, labels=labels).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
