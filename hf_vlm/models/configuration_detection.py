@@ -29,6 +29,8 @@ class VLMViTDetectionConfig(PreTrainedConfig):
             levels.
         num_queries (`int`, defaults to 300): Most objects found in an image. Free to change at run time, and clipped
             to the number of locations of the neck maps.
+        initializer_range (`float`, *optional*): Standard deviation of the initial weights of neck and decoder; `None`
+            for Xavier's rule, as in DETR: 0.02 is far too little for narrow layers.
         anchor_size (`float`, defaults to 2.0): Side of the boxes that proposals start from, in cells of their map.
         prior_probability (`float`, defaults to 0.01): Score that untrained class heads give.
         dense_loss_weight (`float`, defaults to 1.0): Weight of the one-to-many head that only training uses; 0 builds
@@ -59,7 +61,7 @@ class VLMViTDetectionConfig(PreTrainedConfig):
     num_queries: int = 300
     hidden_act: str = "relu"
     layer_norm_eps: float = 1e-6
-    initializer_range: float = 0.02
+    initializer_range: float | None = None
     anchor_size: float | int = 2.0
     prior_probability: float = 0.01
     class_cost: float | int = 2

@@ -28,7 +28,7 @@ from .detection_layers import (
 )
 from .loss_detection import DetectionTargets, MatchedLoss, detection_loss
 from .model_on_encoder import ModelOnEncoder, wanted_outputs
-from .modeling_vlm_vit import VLMViTBackbone
+from .modeling_vlm_vit import SMALL_STD, VLMViTBackbone
 from .vit_layers import gather_tokens
 
 
@@ -180,6 +180,7 @@ class VLMViTForObjectDetection(ModelOnEncoder):
         # Only on modules with parameters of their own: transformers passes over all others of a class outside itself.
         super()._init_weights(module)
         if isinstance(module, ClassHead):
+            init.trunc_normal_(module.weight, std=SMALL_STD)  # so small that all scores are about the prior
             init.constant_(module.bias, math.log(self.config.prior_probability / (1 - self.config.prior_probability)))
         elif isinstance(module, BoxLayer):
             init.kaiming_normal_(module.weight, nonlinearity="relu")
