@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from faster_coco_eval.core import mask as coco_mask
 
+from hf_vlm.data.io.decode import decode_mask
+
 __all__ = [
     "FramedMask",
     "box_of_segmentation",
@@ -42,11 +44,17 @@ def segmentation_text(segmentation: Any) -> str:
     """A segmentation as JSON text; "" where it is missing, empty or broken.
 
     Args:
-        segmentation: Polygons or run lengths as above, also as JSON text; or one polygon, also as a list of points.
+        segmentation: Polygons or run lengths as above, also as JSON text; one polygon, also as a list of points; or
+            the bytes of an encoded image, also as {"bytes", "path"}, that is not 0 where the object is.
     """
     try:
         if isinstance(segmentation, str):
             segmentation = json.loads(segmentation)
+        elif isinstance(segmentation, Mapping) and "bytes" in segmentation:
+            segmentation = segmentation["bytes"]  # a path may lead anywhere
+        if isinstance(segmentation, bytes):
+            pixels = decode_mask(segmentation) != 0
+            segmentation = encode_mask(pixels, offset=(0, 0), size=pixels.shape)
         found = _checked_runs(segmentation) if isinstance(segmentation, Mapping) else _polygons(segmentation)
     except (ValueError, TypeError, OverflowError, RecursionError):
         return ""
@@ -120,7 +128,7 @@ def box_of_segmentation(text: str) -> list[float] | None:
         left, top, right, bottom = map(float, _box_of_runs(_runs(segmentation["counts"]), segmentation["size"][0]))
     else:
         points = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in segmentation])
-        left, top, right, bottom = [*points.min(axis=0).tolist(), *points.max(axis=0).tolist()]
+        (left, top), (right, bottom) = points.min(axis=0).tolist(), points.max(axis=0).tolist()
     return [left, top, right - left, bottom - top]
 
 

@@ -14,7 +14,8 @@ import aiohttp
 from hf_vlm.data.formats.coco import find_coco_files, open_coco
 from hf_vlm.data.formats.hub import open_hub
 from hf_vlm.data.formats.imagefolder import IMAGE_EXTENSIONS, open_imagefolder
-from hf_vlm.data.formats.mask_classes import read_mask_classes
+from hf_vlm.data.formats.mask_classes import name_mask_classes
+from hf_vlm.data.formats.mask_folder import looks_like_mask_folder, open_mask_folder
 from hf_vlm.data.formats.metadata import is_metadata
 from hf_vlm.data.formats.mixture import mix_sources
 from hf_vlm.data.formats.parquet import open_parquet
@@ -79,6 +80,9 @@ FILE_FORMATS = {
     ),
     "parquet": FileFormat(open_parquet, (".parquet",), _holds_parquet, takes_several=True),
     "webdataset": FileFormat(open_webdataset, (".tar",), lambda folder, found: ".tar" in found, takes_several=True),
+    "masks": FileFormat(
+        open_mask_folder, (), lambda folder, found: _has_images(found) and looks_like_mask_folder(folder)
+    ),
     "imagefolder": FileFormat(open_imagefolder, (), lambda folder, found: _has_images(found)),
 }
 FORMATS = ("scenes", *FILE_FORMATS, "hub")
@@ -115,8 +119,8 @@ def open_source(
 
     Returns:
         A source with the columns `image` ({"bytes", "path"}) and `image_id`, and as the source has them `label`,
-        `objects` {bbox, category, area, iscrowd, segmentation}, `mask` and `instance_mask`. The values of masks are
-        named by the lines of a file `mask_classes.txt` in the folder.
+        `objects` {bbox, category, area, iscrowd, segmentation}, `mask` and `instance_mask`. The classes of
+        masks are named by a file `mask_classes.txt`, `labelmap.txt` or `class_dict.csv` in the folder.
 
     Raises:
         ValueError: There is nothing of the format, no such split, the labels make no sense, or the source names files
@@ -187,13 +191,13 @@ def _open_files(source: str, split: str, *, format: str, **options: Any) -> Sour
         missing = [path for path in missing if not path.exists()]
         if missing:
             raise ValueError(f"{missing[0]} does not exist{did_you_mean(str(missing[0]), siblings(missing[0]))}")
-        if format == "imagefolder" and not paths[0].is_dir():
+        if format in ("masks", "imagefolder") and not paths[0].is_dir():
             raise ValueError(f"{source} is a file; give the folder of the images")
         if len(paths) > 1 and not takes_several:
             several = [name for name, entry in FILE_FORMATS.items() if entry.takes_several]
             raise ValueError(f"{source} names {len(paths)} files; only {' and '.join(several)} may be several")
         opened = FILE_FORMATS[format].open(paths if len(paths) > 1 else paths[0], split, **options)
-        return replace(opened, mask_class_names=read_mask_classes(paths[0])) if "mask" in opened.features else opened
+        return name_mask_classes(opened, paths[0])
 
 
 @contextmanager

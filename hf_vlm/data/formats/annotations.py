@@ -101,7 +101,7 @@ def normalise_objects(
 def _as_columns(stored: Any, fields: Mapping[str, str], location: object) -> list[list[Any]]:
     """The fields of the objects, None where a value is missing."""
     if isinstance(stored, Mapping):
-        found = {name: stored.get(fields.get(name)) or [] for name in MASK_FIELDS}
+        found = {name: _as_list(stored.get(fields.get(name))) for name in MASK_FIELDS}
         if not all(isinstance(values, list) for values in found.values()):
             raise ValueError(f"{location}: objects must be lists of their fields, or a list of dicts")
         number = len(found["bbox"] or found["segmentation"])
@@ -113,6 +113,13 @@ def _as_columns(stored: Any, fields: Mapping[str, str], location: object) -> lis
     if not isinstance(stored, list) or not all(isinstance(item, Mapping) for item in stored):
         raise ValueError(f"{location}: objects must be lists of their fields, or a list of dicts")
     return [[item.get(fields.get(name)) for item in stored] for name in MASK_FIELDS]
+
+
+def _as_list(values: Any) -> Any:
+    """The values of a field; of structs, as run lengths are, from a struct of lists."""
+    if isinstance(values, Mapping) and all(isinstance(inner, list) for inner in values.values()):
+        return [dict(zip(values, items)) for items in zip(*values.values())]
+    return values or []
 
 
 def _problem(box: Any, category: Any, area: Any, crowd: Any) -> str | None:

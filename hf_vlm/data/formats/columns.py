@@ -68,6 +68,7 @@ COLUMN_NAMES = {
     "width": ("width", "image_width"),
     "height": ("height", "image_height"),
 }
+POLYGON_NAMES = ("segmentation", "segmentations", "segments", "polygon", "polygons", "rle", "rles")
 OBJECT_NAMES = {
     "bbox": ("bbox", "bboxes", "boxes"),
     "category": (
@@ -76,10 +77,7 @@ OBJECT_NAMES = {
     ),
     "area": ("area", "areas"),
     "iscrowd": ("iscrowd", "is_crowd"),
-    "segmentation": (
-        *("segmentation", "segmentations", "segments", "polygon", "polygons", "rle", "rles"),
-        *("mask", "masks"),  # encoded images, one per object
-    ),
+    "segmentation": (*POLYGON_NAMES, "mask", "masks"),  # the last two are encoded images
 }
 SIDE_NAMES = (  # of boxes whose four numbers are fields of their own
     (CORNERS, ("xmin", "ymin", "xmax", "ymax")),
@@ -164,6 +162,9 @@ class ColumnMap:
         names = (*self.objects.values(), *self.sides)
         if self.is_flat:
             stored = {name: _as_list(row.get(name), is_box=name == self.objects.get("bbox")) for name in names}
+            polygons = self.objects.get("segmentation", "")
+            if len(stored[self.objects["category"]]) == 1 != len(stored.get(polygons, [None])):
+                stored[polygons] = [row[polygons]]
         if not self.sides:
             return normalise_objects(stored, self.objects, location, has_masks=self.has_object_masks)
         if isinstance(stored, list) and all(isinstance(item, Mapping) for item in stored):
@@ -279,6 +280,7 @@ def _flat_fields(features: Mapping[str, Any]) -> dict[str, Any]:
         return many
     of_image = {*in_lists, *SIZE_NAMES, "name", *COLUMN_NAMES["mask"], "masks"}
     one = {name: feature for name, feature in features.items() if name not in of_image}
+    one |= {name: in_lists[name] for name in in_lists if name.lower() in POLYGON_NAMES}
     return one | {name: in_lists[name] for name in boxes & numbers}
 
 
@@ -295,7 +297,16 @@ def object_fields(feature: Any) -> dict[str, Any]:
     if isinstance(feature, LISTS):
         return dict(feature.feature) if isinstance(feature.feature, dict) else {}
     fields = feature.items() if isinstance(feature, dict) else ()
-    return {name: inner.feature for name, inner in fields if isinstance(inner, LISTS)}
+    return {
+        name: inner.feature if isinstance(inner, LISTS) else dict(inner)
+        for name, inner in fields
+        if isinstance(inner, LISTS) or _is_struct_of_lists(inner)
+    }
+
+
+def _is_struct_of_lists(feature: Any) -> bool:
+    """Whether a type is what `datasets` makes of a list of structs within a struct, as of run lengths."""
+    return isinstance(feature, dict) and all(isinstance(inner, LISTS) for inner in feature.values())
 
 
 @dataclass(frozen=True, kw_only=True)

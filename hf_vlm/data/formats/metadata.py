@@ -17,6 +17,7 @@ from hf_vlm.data.formats.categories import Categories, make_categories
 from hf_vlm.data.formats.columns import (
     ANNOTATION_NAMES,
     COLUMN_NAMES,
+    OBJECT_NAMES,
     POSITION,
     TABLE_NAMES,
     ColumnMap,
@@ -29,6 +30,7 @@ from hf_vlm.data.io.files import is_remote
 from hf_vlm.data.io.indexed import TableReader, indexed_stream
 from hf_vlm.data.io.messages import summarise
 from hf_vlm.data.schema import image_feature
+from hf_vlm.data.segmentations import segmentation_text
 from hf_vlm.data.source import Source
 
 __all__ = ["is_metadata", "metadata_source"]
@@ -154,7 +156,7 @@ def _read_rows(files: Sequence[Path], images: Collection[str]) -> list[Row]:
                 if isinstance(mask, str):
                     row[name] = {"bytes": None, "path": _find(file, mask, paths)}
                     unknown += [f"{mask} in {row[ROW_LOCATION]}"] * (row[name]["path"] not in images)
-            rows.append(row)
+            rows.append(_with_mask_texts(row))
     outside = [row for row in rows if row[FILE_NAME] not in images and _is_outside(row[FILE_NAME], files)]
     if outside:
         examples = summarise(f"{row[FILE_NAME]} in {row[ROW_LOCATION]}" for row in outside)
@@ -162,6 +164,19 @@ def _read_rows(files: Sequence[Path], images: Collection[str]) -> list[Row]:
     if unknown:
         raise ValueError(f"{len(unknown)} masks that metadata name do not exist: {summarise(unknown)}")
     return rows
+
+
+def _with_mask_texts(row: Row) -> Row:
+    """A row whose masks of objects are text: polygons and run lengths in one column have no type in common."""
+    for column in set(COLUMN_NAMES["objects"]) & row.keys():
+        stored = row[column]
+        items = stored if isinstance(stored, list) else [stored]
+        for item in (item for item in items if isinstance(item, dict)):
+            for name in set(OBJECT_NAMES["segmentation"]) & item.keys():
+                values = item[name]
+                one_each = isinstance(stored, dict) and isinstance(values, list)
+                item[name] = [segmentation_text(v) for v in values] if one_each else segmentation_text(values)
+    return row
 
 
 def _find(file: Path, name: str, paths: Mapping[str, str]) -> str:

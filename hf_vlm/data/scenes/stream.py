@@ -64,7 +64,13 @@ def scenes_source(
     )
     if masks:
         features |= {"mask": image_feature(), "instance_mask": image_feature()}
-    options = {"seed": seed, "settings": settings, "split": split, "masks": masks, "object_masks": object_masks}
+    options: dict[str, Any] = {
+        "seed": seed,
+        "settings": settings,
+        "split": split,
+        "masks": masks,
+        "object_masks": object_masks,
+    }
     render = functools.partial(_render_example, **options)
     return Source(
         dataset=indexed_stream(render, num_samples, features),
