@@ -21,6 +21,7 @@ class MaskHead(nn.Module):
         super().__init__()
         width, size, eps = config.hidden_size, config.mask_feature_size, config.layer_norm_eps
         self.stride = config.mask_stride
+        self.scale = size**-0.5  # as in attention: or else new masks would be sure of themselves
         self.reduction = nn.Conv2d(width, size, 1)
         self.blocks = nn.ModuleList(ConvNormAct(size, size, 3, eps) for _ in range(config.num_decoder_layers))
         self.query_mlp = nn.Sequential(
@@ -70,7 +71,7 @@ class MaskHead(nn.Module):
 
     def embed(self, queries: Tensor) -> Tensor:
         """Queries (batch, queries, dim) to the features that they look for (batch, queries, channels)."""
-        return self.query_projection(queries + self.query_mlp(queries))
+        return self.scale * self.query_projection(queries + self.query_mlp(queries))
 
 
 __all__ = ["MaskHead"]
