@@ -8,14 +8,18 @@ import pytest
 import torch
 from faster_coco_eval.core import mask as coco_mask
 from PIL import Image
+from tiny import build
 
 from hf_vlm.cli.main import main
 from hf_vlm.data.sources import open_source
 from hf_vlm.deploy.model_card import write_model_card
 from hf_vlm.deploy.predict import Predictor
+from hf_vlm.models.image_processing_detection import VLMViTDetectionImageProcessor
 from hf_vlm.models.modeling_detection import VLMViTForObjectDetection
 from hf_vlm.models.modeling_instance_segmentation import VLMViTForInstanceSegmentation
-from hf_vlm.training.recipe import load_recipe
+from hf_vlm.registry import find_model
+from hf_vlm.training.build import build_model
+from hf_vlm.training.recipe import load_recipe, parse_arguments
 from hf_vlm.training.run import finetune
 from hf_vlm.viz.masks import render_objects
 from hf_vlm.viz.sheets import class_color
@@ -23,9 +27,10 @@ from hf_vlm.viz.sheets import class_color
 
 @pytest.fixture(scope="module")
 def runs(make_recipe_in, tmp_path_factory):
-    """Folders of a detector that has learned regions, of an instance segmenter that began with it, and its record."""
+    """Folders of a detector of other classes and of an instance segmenter that began with it, and its record."""
     folder = tmp_path_factory.mktemp("runs")
-    finetune(make_recipe_in(folder, "detection", data="scenes:symbols", max_steps=1))
+    build("detection").save_pretrained(folder / "detection")
+    VLMViTDetectionImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder / "detection")
     changes = {"encoder": str(folder / "detection"), "model_config": {"mask_feature_size": 16}, "max_steps": 8}
     summary = finetune(make_recipe_in(folder, "instance_segmentation", **changes), write_card=write_model_card)
     return folder / "detection", folder / "instance_segmentation", summary
@@ -47,12 +52,12 @@ def test_all_of_a_detector_but_its_class_layers_is_the_start(runs, make_recipe, 
     assert shipped["model_config"].keys() == {"num_queries", "mask_feature_size"}  # all else is of the detector
 
 
-def test_an_instance_segmenter_is_the_start_of_a_detector_too(runs, make_recipe):
+def test_an_instance_segmenter_is_the_start_of_a_detector_too(runs):
     _, segmenter, _ = runs
-    recipe = make_recipe("detection", encoder=str(segmenter), max_steps=1, learning_rate=0.0)
-    del recipe["model_config"]
-    finetune(recipe)
-    model = VLMViTForObjectDetection.from_pretrained(recipe["output_dir"])
+    recipe = load_recipe("detection/vit_nano_cpu.yaml", ["--encoder", str(segmenter)])
+    assert recipe["model_config"].keys() == {"num_queries"}
+    args = parse_arguments(recipe | {"use_cpu": True})
+    model = build_model(args, find_model("detection"), class_names=list("01234"))
     theirs = VLMViTForInstanceSegmentation.from_pretrained(segmenter).state_dict()
     assert all(torch.equal(v, theirs[k]) for k, v in model.state_dict().items() if k not in model.class_layers())
 
