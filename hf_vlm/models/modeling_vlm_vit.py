@@ -34,7 +34,7 @@ from .vit_layers import (
 )
 
 # Parameters of the encoder and of the methods that are tokens, or are added to them.
-TOKENS = ("class_token", "register_tokens", "mask_token", "position_embedding")
+TOKENS = ("class_token", "register_tokens", "mask_token", "position_embedding", "query_token")
 SMALL_STD = 0.02  # of their initial values where the configuration names none
 
 
