@@ -14,16 +14,8 @@ import pyarrow as pa
 from hf_vlm.data.formats.annotations import MASK_FIELDS, OBJECT_FIELDS, check_boxes, check_labels
 from hf_vlm.data.formats.box_conventions import warn_of_convention
 from hf_vlm.data.formats.categories import Categories, make_categories
-from hf_vlm.data.formats.columns import (
-    ANNOTATION_NAMES,
-    COLUMN_NAMES,
-    OBJECT_NAMES,
-    POSITION,
-    TABLE_NAMES,
-    ColumnMap,
-    RowReader,
-    find_columns,
-)
+from hf_vlm.data.formats.column_names import ANNOTATION_NAMES, COLUMN_NAMES, OBJECT_NAMES, TABLE_NAMES
+from hf_vlm.data.formats.columns import POSITION, ColumnMap, RowReader, find_columns
 from hf_vlm.data.formats.table_files import FILE_NAMES, holds_file_names, read_table
 from hf_vlm.data.io.decode import image_size
 from hf_vlm.data.io.files import is_remote

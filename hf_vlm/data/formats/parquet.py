@@ -15,14 +15,8 @@ import pyarrow.compute as pc
 from hf_vlm.data.formats.annotations import check_boxes, check_labels
 from hf_vlm.data.formats.box_conventions import as_xywh, warn_of_convention
 from hf_vlm.data.formats.categories import Categories, make_categories, read_categories
-from hf_vlm.data.formats.columns import (
-    ANNOTATION_NAMES,
-    POSITION,
-    ColumnMap,
-    RowReader,
-    category_feature,
-    find_columns,
-)
+from hf_vlm.data.formats.column_names import ANNOTATION_NAMES
+from hf_vlm.data.formats.columns import POSITION, ColumnMap, RowReader, category_feature, find_columns
 from hf_vlm.data.formats.parquet_files import find_parquet_files, open_parquet_file, read_features, read_metadata
 from hf_vlm.data.formats.repeated_images import check_repeated_images
 from hf_vlm.data.formats.splits import choose_split, common_folder, describe_folder, group_by_split

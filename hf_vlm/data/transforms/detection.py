@@ -118,7 +118,7 @@ class DetectionTransform:
         mask_labels: dict[str, Any] = {}
         if objects.masks is not None and self.train:
             masks = objects.masks.rasterise(self.size)  # (n, H, W)
-            are_shown: Array = masks.any(axis=(1, 2))
+            are_shown = np.asarray(masks.any(axis=(1, 2)))
             objects, mask_labels["masks"] = objects.select(are_shown), torch.from_numpy(masks[are_shown])
         elif objects.masks is not None:
             mask_labels["segmentation"] = objects.masks.encode(original_size)

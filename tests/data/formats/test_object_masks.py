@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from sample_data import HEIGHT, WIDTH, png, write_images, write_parquet
+from sample_data import HEIGHT, WIDTH, png, write_devkit, write_images, write_parquet
 
 from hf_vlm.data.segmentations import encode_mask, read_segmentation
 from hf_vlm.data.sources import open_source
@@ -130,3 +130,21 @@ def test_yolo_polygons_as_labelling_tools_export_them(tmp_path):
     assert not open_source(tmp_path, object_masks=False).has_object_masks
     (tmp_path / "labels" / "train" / "a.txt").write_text(lines[0])
     assert not open_source(tmp_path).has_object_masks
+
+
+@pytest.mark.parametrize("in_colours", [False, True])
+def test_voc(tmp_path, in_colours):
+    write_devkit(tmp_path)
+    text = (tmp_path / "Annotations" / "a.xml").read_text()
+    (tmp_path / "Annotations" / "a.xml").write_text(text.replace("</object>", "</object>" + text[12:-13], 1))
+    values = (EXPECTED * np.array([1, 2], np.uint8)[:, None, None]).sum(0).astype(np.uint8)
+    values[0] = 255
+    palette = np.stack([sum((np.arange(256) >> 3 * b + c & 1) << 7 - b for b in range(8)) for c in range(3)], axis=1)
+    folder = tmp_path / "SegmentationObject"
+    folder.mkdir()
+    Image.fromarray(palette.astype(np.uint8)[values] if in_colours else values).save(folder / "a.png")
+    Image.fromarray(values).save(folder / "b.png")  # two, of one object
+    source = open_source(tmp_path)
+    assert_masks(source)
+    assert [example["objects"]["segmentation"] for example in source][1] == [""]
+    assert not open_source(tmp_path, object_masks=False).has_object_masks
