@@ -516,6 +516,7 @@ OFFICIAL = {
                 "average of the weights": ("0.993", "none"),
             },
             "rfdetr/models/transformer.py": {"boxes of the anchors": ("0.05 of the image", "two cells")},
+            "rfdetr/models/criterion.py": {"points of the mask loss": ("anywhere", "half of them at the objects")},
             "rfdetr/models/heads/segmentation.py": {
                 "blocks of the mask head": ("depthwise convolutions", "plain ones"),
             },

@@ -18,13 +18,8 @@ from .vit_layers import gather_tokens
 
 OVERSAMPLING = 3  # candidates per point of the loss
 UNCERTAIN_FRACTION = 0.75  # of the points: those of the candidates where the mask is least sure
+OBJECT_REGION = 1.5  # widths and heights of an object's box from which points at it are
 SMOOTHING = 1.0  # added to both sides of Dice's fraction
-
-
-def sample_points(batch_size: int, mask_hw: tuple[int, int], ratio: int, device: torch.device) -> Tensor:
-    """Random candidates (batch, points, 2) for the points of the losses: x and y as fractions of the image."""
-    rows, columns = mask_hw
-    return torch.rand(batch_size, OVERSAMPLING * max(rows, rows * columns // ratio), 2, device=device)
 
 
 @dataclass(frozen=True)
@@ -63,6 +58,24 @@ class InstanceTargets(DetectionTargets):
             rows, columns = (y * height).long().clamp(max=height - 1), (x * width).long().clamp(max=width - 1)
             values.append(masks[:, rows, columns].float())
         return values
+
+
+def sample_points(targets: DetectionTargets, mask_hw: tuple[int, int], ratio: int) -> Tensor:
+    """Random candidates (batch, points, 2) for the points of the losses: x and y as fractions of the image.
+
+    Half of them are anywhere in the image, and half in or close to the box of one of its objects: of points anywhere,
+    small objects would have hardly one, and empty masks would fit them.
+    """
+    rows, columns = mask_hw
+    batch, num_points = targets.boxes.shape[0], OVERSAMPLING * max(rows, rows * columns // ratio)
+    anywhere = torch.rand(batch, num_points, 2, device=targets.boxes.device)
+    if targets.boxes.shape[1] == 0:
+        return anywhere
+    counts = targets.is_object.sum(dim=1)[:, None]  # (batch, 1)
+    chosen = gather_tokens(targets.boxes, (torch.rand_like(anywhere[..., 0]) * counts).long())  # (batch, points, 4)
+    at_objects = chosen[..., :2] + OBJECT_REGION * (anywhere - 0.5) * chosen[..., 2:]
+    is_at_object = (torch.rand_like(anywhere[..., 0]) < 0.5) & (counts > 0)  # (batch, points)
+    return torch.where(is_at_object[..., None], at_objects.clamp(0, 1), anywhere)
 
 
 class MaskLoss:

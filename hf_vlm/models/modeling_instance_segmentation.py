@@ -104,7 +104,7 @@ class VLMViTForInstanceSegmentation(VLMViTForObjectDetection):
         )
         if points is None:
             mask_hw = self.mask_head.mask_hw(image_hw)
-            points = sample_points(batch_size, mask_hw, self.config.mask_point_ratio, device)
+            points = sample_points(targets, mask_hw, self.config.mask_point_ratio)
         pixels, queries = self.mask_head.at_points(feature_map, found.states, points.float(), image_hw)
         masks = MaskLoss(pixels, queries, self.mask_head.bias.float(), targets.at(points), self.config)
         loss, loss_dict = self.loss_of(found, targets, masks)

@@ -95,14 +95,22 @@ def test_most_points_are_those_where_the_mask_is_least_sure():
     torch.testing.assert_close(found[0], logits[0, where[0].long()])
 
 
-def test_candidates_cover_the_image_and_follow_the_masks_size():
+def test_candidates_are_anywhere_and_at_the_objects():
+    """Half and half; each object of an image has as many, whatever its size; without objects all are anywhere."""
     torch.manual_seed(0)
-    assert sample_points(3, (8, 8), 16, torch.device("cpu")).shape == (3, 3 * 8, 2)
-    points = sample_points(2, (64, 96), 16, torch.device("cpu"))
-    assert points.shape == (2, 3 * 64 * 96 // 16, 2)
-    histogram = np.histogram2d(*points[0].T.numpy(), bins=4, range=[[0, 1], [0, 1]])[0]
+    labels = random_labels((2, 0, 1))
+    labels[0]["boxes"] = torch.tensor([[0.2, 0.3, 0.04, 0.02], [0.8, 0.7, 0.1, 0.1]])
+    points = sample_points(targets_of(labels), (64, 96), 16)
+    assert points.shape == (3, 3 * 64 * 96 // 16, 2)
+    assert points.min() >= 0
+    assert points.max() <= 1
+    for x, y, width, height in labels[0]["boxes"].tolist():
+        reach = torch.tensor([width, height]) * 0.75
+        is_near = ((points[0] - torch.tensor([x, y])).abs() <= reach).all(dim=1)
+        assert is_near.float().mean() == pytest.approx(0.25 + 0.5 * 1.5**2 * width * height, abs=0.04)
+    histogram = np.histogram2d(*points[1].T.numpy(), bins=4, range=[[0, 1], [0, 1]])[0]
     assert histogram.min() > 0.6 * histogram.mean()
-    assert not torch.equal(*points)
+    assert sample_points(targets_of(random_labels((0, 0))), (8, 8), 16).shape == (2, 3 * 8, 2)
 
 
 def dense_masks(model, inputs):
