@@ -140,7 +140,7 @@ def dense_loss(model, inputs):
         cost = boxes_cost[stage, image, : len(truth)].detach().numpy()
         for (i, t), (j, x) in itertools.product(enumerate(truth), enumerate(logits)):
             mask, dice = slow_losses(x[:num_points], t[:num_points])
-            cost[i, j] += 5 * mask + 5 * dice
+            cost[i, j] += config.mask_cost * mask + config.dice_cost * dice
         for i, j in zip(*linear_sum_assignment(cost)):
             order = logits[j].abs().argsort()[: int(0.75 * num_points)].tolist()
             chosen = [*order, *range(num_points - len(order))]
