@@ -222,7 +222,7 @@ def _metadata(values: Mapping[str, Any], run: dict[str, Any], task: "Task") -> M
     models = [name for name in recorded_origins(run) if is_hub_id(name)]
     results = [
         EvalResult(
-            task_type=task.name,
+            task_type=task.pipeline,
             dataset_type=source if source and is_hub_id(source) else "unknown",
             dataset_name=printable(Path(source).name) if source else "unknown",
             dataset_split=values["eval_split"],
@@ -236,7 +236,7 @@ def _metadata(values: Mapping[str, Any], run: dict[str, Any], task: "Task") -> M
     return ModelCardData(
         model_name=values["model_name"],
         library_name="transformers",
-        pipeline_tag=task.name,
+        pipeline_tag=task.pipeline,
         license=values["license"],
         tags=["hf_vlm", "vision-transformer", "self-supervised-learning"],
         datasets=[source] if source and is_hub_id(source) else None,
