@@ -132,7 +132,7 @@ def model_task(run_dir: str | Path) -> str:
     Raises:
         ValueError: The folder holds no `config.json`.
     """
-    return _task(_read_config(Path(run_dir))).name
+    return _task(_read_config(Path(run_dir))).pipeline
 
 
 def model_auto_class(run_dir: str | Path) -> str:

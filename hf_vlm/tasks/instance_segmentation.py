@@ -18,7 +18,7 @@ from hf_vlm.models.image_processing_instance_segmentation import (
 )
 from hf_vlm.tasks.detection import collate, minimum_fields, predict_detection
 from hf_vlm.tasks.detector import detection_transform
-from hf_vlm.tasks.task import Evaluation, Task
+from hf_vlm.tasks.task import Evaluation, ServedOutput, Task
 
 __all__ = ["INSTANCE_SEGMENTATION", "evaluate_instance_segmentation", "predict_instances"]
 
@@ -119,6 +119,11 @@ INSTANCE_SEGMENTATION = Task(
     collate=collate,
     evaluate=evaluate_instance_segmentation,
     post_process=post_process,
+    served=ServedOutput(
+        output_class="transformers.models.detr.modeling_detr.DetrSegmentationOutput",
+        fields=("logits", "pred_boxes", "pred_masks"),
+        is_set=True,
+    ),
     headline={"mask_ap": "mask AP", "mask_ap50": "mask AP50", "boundary_ap": "boundary AP", "box_ap": "box AP"},
     metric_names={
         "mask_ap/": "mask AP",
