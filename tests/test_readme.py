@@ -90,6 +90,8 @@ def small(command):
         arguments += ["--dataloader_num_workers", "0", "--use_cpu", "true", "--bf16", "false"]
     if arguments[1].startswith("region_detection"):  # after one step it is sure of nothing
         arguments += ["--labels_per_image", "1", "--rounds", "1"]
+    if arguments[0] == "push":  # verification starts a process that imports torch again
+        arguments += ["--verify", "false"]
     if arguments[0] == "embed":
         arguments += ["--num_queries", "2", "--num_neighbors", "2"]
     return arguments
@@ -101,7 +103,9 @@ def test_the_commands_run_in_their_order(hub, run_process, tmp_path):
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert {line.split()[1] for line in make.splitlines() if line.strip()} <= set(targets)
     lines = commands.replace("\\\n", "").splitlines()
-    runs = [small(line) for line in lines if line.strip()]
+    # An export takes as long as all others together, and a server has no end: tests/deploy/ has one of each.
+    others = ("hf-vlm export", "hf-vlm serve")
+    runs = [small(line) for line in lines if line.strip() and not line.startswith(others)]
     code = f"{PREPARE}\nCOMMANDS = {runs!r}\n{RUN_COMMANDS}"
     printed = run_process(code, tmp_path, token="owner")
     assert "AP" in printed

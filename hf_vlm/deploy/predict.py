@@ -29,7 +29,7 @@ class Predictor:
 
     @classmethod
     def from_pretrained(cls, path_or_repo: str | Path, *, device: "str | torch.device | None" = None) -> "Predictor":
-        """Load a run's folder, or a model from the Hub.
+        """Load the folder of a run or of an export, or a model from the Hub.
 
         Args:
             device: Device to compute on; the accelerator by default where there is one, else the CPU.

@@ -1,5 +1,6 @@
 """What a model predicts on an image, in numpy and Pillow: this file imports neither torch nor transformers."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,17 @@ class Prediction:
 
     def __len__(self) -> int:
         return len(self.scores)
+
+    def select(self, rows: NDArray[Any]) -> "Prediction":
+        """The detections of some rows, given by their numbers or by a mask, in that order."""
+        rows = np.arange(len(self))[rows]
+        return dataclasses.replace(
+            self,
+            scores=self.scores[rows],
+            labels=self.labels[rows],
+            label_names=[self.label_names[row] for row in rows],
+            boxes=None if self.boxes is None else self.boxes[rows],
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The prediction as JSON values: `detections` with boxes as in transformers' pipelines, and masks as COCO's

@@ -16,7 +16,7 @@ from hf_vlm.data.stream import ExampleStream
 from hf_vlm.data.transforms.classification import ClassificationTransform, collate_classification
 from hf_vlm.metrics.classification import classification_metrics, confusion_matrix, multi_label_metrics
 from hf_vlm.models.image_processing_classification import VLMViTClassificationImageProcessor
-from hf_vlm.tasks.task import Collate, Evaluation, Task
+from hf_vlm.tasks.task import Collate, Evaluation, ServedOutput, Task
 
 __all__ = ["CLASSIFICATION", "evaluate_classification", "predict_classification"]
 
@@ -171,6 +171,7 @@ CLASSIFICATION = Task(
     evaluate=evaluate_classification,
     has_confusion=has_confusion,
     post_process=post_process,
+    served=ServedOutput(output_class="transformers.modeling_outputs.ImageClassifierOutput", fields=("logits",)),
     headline={"top1": "accuracy", "balanced_accuracy": "balanced accuracy", "map": "mAP", "macro_f1": "macro F1"},
     metric_names={
         "recall/": "recall",

@@ -17,7 +17,7 @@ from hf_vlm.metrics import coco_detection_metrics
 from hf_vlm.models.image_processing_detection import VLMViTDetectionImageProcessor
 from hf_vlm.tasks.detector import Find, detect, detection_transform, original_size
 from hf_vlm.tasks.pseudo_labels import find_pseudo_labels
-from hf_vlm.tasks.task import Collate, Evaluation, Task
+from hf_vlm.tasks.task import Collate, Evaluation, ServedOutput, Task
 
 __all__ = ["DETECTION", "evaluate_detection", "predict_detection"]
 
@@ -131,6 +131,11 @@ DETECTION = Task(
     evaluate=evaluate_detection,
     post_process=post_process,
     find_labels=find_pseudo_labels,
+    served=ServedOutput(
+        output_class="transformers.models.detr.modeling_detr.DetrObjectDetectionOutput",
+        fields=("logits", "pred_boxes"),
+        is_set=True,
+    ),
     headline={"ap": "AP", "ap50": "AP50"},
     metric_names={
         "ap/": "AP",

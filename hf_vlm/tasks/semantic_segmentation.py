@@ -24,7 +24,7 @@ from hf_vlm.data.transforms.segmentation import (
 )
 from hf_vlm.metrics.segmentation import confusion_segmentation_metrics, pixel_confusion
 from hf_vlm.models.image_processing_semantic_segmentation import VLMViTSemanticSegmentationImageProcessor
-from hf_vlm.tasks.task import Collate, Evaluation, Task
+from hf_vlm.tasks.task import Collate, Evaluation, ServedOutput, Task
 
 __all__ = ["SEMANTIC_SEGMENTATION", "count_pixels", "evaluate_segmentation"]
 
@@ -167,6 +167,7 @@ SEMANTIC_SEGMENTATION = Task(
     evaluate=evaluate_segmentation,
     has_confusion=has_confusion,
     post_process=post_process,
+    served=ServedOutput(output_class="transformers.modeling_outputs.SemanticSegmenterOutput", fields=("logits",)),
     headline={"miou": "mIoU", "pixel_accuracy": "pixel accuracy"},
     metric_names={
         "iou/": "IoU",

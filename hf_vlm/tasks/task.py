@@ -17,7 +17,7 @@ from hf_vlm.data.pseudo_labels import PseudoLabels
 from hf_vlm.data.source import Source
 from hf_vlm.data.stream import Transform
 
-__all__ = ["Collate", "Evaluation", "Task"]
+__all__ = ["Collate", "Evaluation", "ServedOutput", "Task"]
 
 Collate = Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
 
@@ -38,6 +38,23 @@ class Evaluation:
     class_names: Sequence[str] = ()
     confusion: NDArray[np.int64] | None = None
     counted: str = "images"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedOutput:
+    """What an exported model returns: what serving reads of the model's output, in an output class of transformers.
+
+    Such a class is found by whoever loads the export, unlike one of hf_vlm.
+
+    Attributes:
+        output_class: Full name of the class.
+        fields: Its fields that are filled, by those of the model's output with the same names.
+        is_set: Whether the second axis of each field has no order, as the queries of a detector.
+    """
+
+    output_class: str
+    fields: tuple[str, ...]
+    is_set: bool = False
 
 
 def _no_fields(source: Source) -> dict[str, Any]:
@@ -79,6 +96,7 @@ class Task:
         find_labels: Function `(source, labels_from, *, size, num_channels, per_image, num_workers, rank, world_size,
             max_bad_fraction)` that returns [`PseudoLabels`], labels that nobody annotated, by which the head can be
             pretrained; None for tasks that have no such labels.
+        served: What exported models return; None for tasks that are not exported.
         reads_object_masks: Whether it takes the masks of objects, without which sources are opened else.
         fits_on_train: Whether evaluation needs the train split too, as classifiers on frozen features do.
     """
@@ -98,6 +116,7 @@ class Task:
     metric_names: Mapping[str, str] = field(default_factory=dict)
     recipes: Mapping[str, str] = field(default_factory=dict)
     find_labels: Callable[..., PseudoLabels] | None = None
+    served: ServedOutput | None = None
     reads_object_masks: bool = False
     fits_on_train: bool = False
 
