@@ -49,7 +49,8 @@ def test_all_of_a_detector_but_its_class_layers_is_the_start(runs, make_recipe, 
         if name not in model.class_layers() and not name.startswith("mask_head."):
             assert torch.equal(value, theirs[name]), name
     shipped = load_recipe("instance_segmentation/vit_nano_cpu.yaml", ["--encoder", str(detector)])
-    assert shipped["model_config"].keys() == {"num_queries", "mask_feature_size"}  # all else is of the detector
+    kept = {"num_queries", "mask_feature_size", "mask_point_ratio"}  # all else is of the detector
+    assert shipped["model_config"].keys() == kept
 
 
 def test_an_instance_segmenter_is_the_start_of_a_detector_too(runs):
