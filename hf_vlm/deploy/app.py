@@ -54,7 +54,7 @@ def build_app(predictor: Any, examples: Sequence[str | Path] = (), *, name: str 
         return image, predictor.predict([image], 0.0)[0]
 
     def show(path: str | None, threshold: float) -> tuple[Any, ...]:
-        nothing = None, "", [], None, gr.Button(interactive=False)
+        nothing: tuple[Any, ...] = None, "", [], None, gr.Button(interactive=False)
         if path is None:
             return nothing
         try:
