@@ -112,13 +112,13 @@ SETS = {
         encoder={"image_size": "[240, 320]"},
         head={},
         training={
-            "max_steps": 2500,
+            "max_steps": 2000,
             "augmentation.jitter": "[0.3, 0.3, 0.3, 0.05]",
             "augmentation.crop_probability": 0.8,
             "augmentation.crop_scale": "[0.4, 1.3]",
             **CELLS,
         },
-        pretraining={"max_steps": 800, **CELLS, **CROPS},
+        pretraining={"max_steps": 500, **CELLS, **CROPS},
     ),
     # Nothing was tuned on it: the recipes as they are, so the larger encoder and 1000 steps, at 192 x 256 pixels.
     "camvid": DataSet(

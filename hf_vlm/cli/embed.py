@@ -36,6 +36,7 @@ def run(argv: Sequence[str]) -> None:
         format=format,
         num_samples=num_examples,
         allow_outside=arguments.allow_outside,
+        object_masks=False,
     )
     queries = arguments.queries
     if queries and num_examples is not None and max(queries) >= num_examples:

@@ -18,7 +18,10 @@ COMMANDS = {
     "evaluate": "metrics of a model on a split:             hf-vlm evaluate RUN --data SOURCE --split test",
     "embed": "features, neighbours and maps of images:   hf-vlm embed RUN --data SOURCE --neighbors neighbors.png",
     "predict": "objects or classes of images:              hf-vlm predict RUN photo.jpg --save out.png",
+    "export": "for ONNX and other runtimes:               hf-vlm export RUN --format onnx",
+    "serve": "predictions over HTTP and a web page:     hf-vlm serve RUN",
     "push": "publish a run on the Hub:                  hf-vlm push RUN my-org/my-detector",
+    "doctor": "examine the installation and machine:      hf-vlm doctor",
     "demo": "all of it on built-in images, offline:     hf-vlm demo",
 }
 # What a disk says to whoever writes, for outputs that are written without a message of their own.
@@ -45,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _set_up_output()
     for library in (
         "httpx",
+        "httpx2",
         "datasets",
         "transformers",
         "accelerate",

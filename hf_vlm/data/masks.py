@@ -25,9 +25,11 @@ def read_classes(example: dict[str, Any], num_classes: int) -> np.ndarray[Any, A
     values = decode_mask(example["mask"])
     is_class = (values >= 0) & (values < num_classes) | (values == IGNORED)
     if not is_class.all():
+        advice = "Compare the names of the source's classes with the mask's values."
+        if values.max() > IGNORED:
+            advice = "If these are colours, name them in a labelmap.txt or a class_dict.csv in the folder of the data."
         raise ValueError(
             f"The mask of image {example.get('image_id')} has the value {values[~is_class][0]}, but there are "
-            f"{num_classes} classes, 0 to {num_classes - 1}, and {IGNORED} for pixels without one. Compare the names "
-            "of the source's classes with the mask's values."
+            f"{num_classes} classes, 0 to {num_classes - 1}, and {IGNORED} for pixels without one. {advice}"
         )
     return values.astype(np.uint8)

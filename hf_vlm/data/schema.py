@@ -15,11 +15,17 @@ def image_feature() -> datasets.Image:
     return datasets.Image(decode=False)
 
 
-def objects_feature(class_names: Sequence[str]) -> dict[str, datasets.List]:
-    """Type of `objects`: lists with one entry per object; `bbox` is x, y, width, height in absolute pixels."""
-    return {
+def objects_feature(class_names: Sequence[str], *, has_masks: bool = False) -> dict[str, datasets.List]:
+    """Type of `objects`: lists with one entry per object; `bbox` is x, y, width, height in absolute pixels.
+
+    Args:
+        class_names: Names of the categories.
+        has_masks: Whether objects have their `segmentation`, as text (see `hf_vlm.data.segmentations`).
+    """
+    feature = {
         "bbox": datasets.List(datasets.List(datasets.Value("float32"), length=4)),
         "category": datasets.List(datasets.ClassLabel(names=list(class_names))),
         "area": datasets.List(datasets.Value("float32")),
         "iscrowd": datasets.List(datasets.Value("int64")),
     }
+    return feature | {"segmentation": datasets.List(datasets.Value("string"))} if has_masks else feature

@@ -60,6 +60,11 @@ class Source:
         return list(self.features["objects"]["category"].feature.names) if "objects" in self.features else None
 
     @property
+    def has_object_masks(self) -> bool:
+        """Whether the column `objects` has the field `segmentation`."""
+        return "objects" in self.features and "segmentation" in self.features["objects"]
+
+    @property
     def mask_names(self) -> list[str] | None:
         """Class names of the column `mask`; None where there is none, or its names are not known."""
         if self.mask_class_names is None or "mask" not in self.features:
@@ -69,6 +74,14 @@ class Source:
     def unlabelled(self) -> "Source":
         """The source with nothing but `image` and `image_id`."""
         return replace(self, dataset=self.dataset.select_columns(["image", "image_id"]))
+
+    def without_object_masks(self) -> "Source":
+        """The source without the field `segmentation` of its objects."""
+        if not self.has_object_masks:
+            return self
+        features = datasets.Features(self.features)
+        features["objects"] = objects_feature(self.object_names or [])
+        return replace(self, dataset=self.dataset.map(_drop_segmentation, features=features))
 
     def with_classes(self, names: Sequence[str]) -> "Source":
         """The source with the classes `names`, where its own are some of them or are in another order.
@@ -87,7 +100,7 @@ class Source:
         if "label" in maps:
             features["label"] = datasets.ClassLabel(names=list(names))
         if "objects" in maps:
-            features["objects"] = objects_feature(names)
+            features["objects"] = objects_feature(names, has_masks=self.has_object_masks)
         mask_names = tuple(names) if "mask" in maps else self.mask_class_names
         dataset = self.dataset.map(_Renumbered(maps), features=features)
         return replace(self, dataset=dataset, mask_class_names=mask_names)
@@ -126,6 +139,11 @@ class Source:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return iter(self.dataset)
+
+
+def _drop_segmentation(example: dict[str, Any]) -> dict[str, Any]:
+    objects = {name: values for name, values in example["objects"].items() if name != "segmentation"}
+    return {**example, "objects": objects}
 
 
 def _indices(own: Sequence[str], names: Sequence[str]) -> list[int]:

@@ -14,7 +14,8 @@ import aiohttp
 from hf_vlm.data.formats.coco import find_coco_files, open_coco
 from hf_vlm.data.formats.hub import open_hub
 from hf_vlm.data.formats.imagefolder import IMAGE_EXTENSIONS, open_imagefolder
-from hf_vlm.data.formats.mask_classes import read_mask_classes
+from hf_vlm.data.formats.mask_classes import name_mask_classes
+from hf_vlm.data.formats.mask_folder import looks_like_mask_folder, open_mask_folder
 from hf_vlm.data.formats.metadata import is_metadata
 from hf_vlm.data.formats.mixture import mix_sources
 from hf_vlm.data.formats.parquet import open_parquet
@@ -79,6 +80,9 @@ FILE_FORMATS = {
     ),
     "parquet": FileFormat(open_parquet, (".parquet",), _holds_parquet, takes_several=True),
     "webdataset": FileFormat(open_webdataset, (".tar",), lambda folder, found: ".tar" in found, takes_several=True),
+    "masks": FileFormat(
+        open_mask_folder, (), lambda folder, found: _has_images(found) and looks_like_mask_folder(folder)
+    ),
     "imagefolder": FileFormat(open_imagefolder, (), lambda folder, found: _has_images(found)),
 }
 FORMATS = ("scenes", *FILE_FORMATS, "hub")
@@ -94,6 +98,7 @@ def open_source(
     name: str | None = None,
     revision: str | None = None,
     allow_outside: bool = False,
+    object_masks: bool = True,
 ) -> Source:
     """Open a source, whose images stay encoded.
 
@@ -110,11 +115,12 @@ def open_source(
         name: Configuration of a dataset on the Hub.
         revision: Branch, tag or commit of a dataset on the Hub.
         allow_outside: Whether annotations and tables may name files outside of the source's folder or host.
+        object_masks: Whether `objects` have their masks, where the source holds some; without them it opens faster.
 
     Returns:
         A source with the columns `image` ({"bytes", "path"}) and `image_id`, and as the source has them `label`,
-        `objects` {bbox, category, area, iscrowd}, `mask` and `instance_mask`. The values of masks are named by the
-        lines of a file `mask_classes.txt` in the folder.
+        `objects` {bbox, category, area, iscrowd, segmentation}, `mask` and `instance_mask`. The classes of
+        masks are named by a file `mask_classes.txt`, `labelmap.txt` or `class_dict.csv` in the folder.
 
     Raises:
         ValueError: There is nothing of the format, no such split, the labels make no sense, or the source names files
@@ -123,10 +129,11 @@ def open_source(
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"num_samples={num_samples} must be positive")
     with outside_allowed(allow_outside), collect_warnings() as findings:
+        options: dict[str, Any] = {"format": format, "num_samples": num_samples, "object_masks": object_masks}
         if isinstance(source, Mapping):
-            opened = _open_mixture(source, split, format=format, num_samples=num_samples)
+            opened = _open_mixture(source, split, **options)
         else:
-            opened = _open(source, split, format=format, num_samples=num_samples, name=name, revision=revision)
+            opened = _open(source, split, **options, name=name, revision=revision)
     if allow_outside:
         opened = replace(opened, dataset=opened.dataset.map(TrustedRows(), features=opened.features))
     return replace(opened, findings=tuple(dict.fromkeys(findings)))
@@ -138,6 +145,7 @@ def _open(
     *,
     format: str | None,
     num_samples: int | None = None,
+    object_masks: bool,
     name: str | None = None,
     revision: str | None = None,
 ) -> Source:
@@ -146,25 +154,30 @@ def _open(
         raise ValueError(f"unknown format {format!r}; the formats are {', '.join(FORMATS)}")
     if (name is not None or revision is not None) and format != "hub":
         raise ValueError(f"name and revision belong to datasets on the Hub; {source} has the format {format!r}")
+    options: dict[str, Any] = {"num_samples": num_samples, "object_masks": object_masks}
     if format == "scenes":
         preset = str(source).removeprefix("scenes").removeprefix(":") or "easy"
-        opened = scenes_source(preset, canonical_split(split), num_samples=num_samples)
+        opened = scenes_source(preset, canonical_split(split), **options)
     elif format == "hub":
-        opened = open_hub(str(source), split, num_samples=num_samples, name=name, revision=revision)
+        opened = open_hub(str(source), split, name=name, revision=revision, **options)
     else:
-        opened = _open_files(str(source), split, format=format, num_samples=num_samples)
+        opened = _open_files(str(source), split, format=format, **options)
     return replace(opened, name=redact_url(source), format=format, split=split)
 
 
-def _open_mixture(source: Mapping[str, float], split: str, *, format: str | None, num_samples: int | None) -> Source:
+def _open_mixture(
+    source: Mapping[str, float], split: str, *, format: str | None, num_samples: int | None, object_masks: bool
+) -> Source:
     if not source:
         raise ValueError("a mixture needs at least one source with its weight")
-    mixture = mix_sources({part: _open(part, split, format=format) for part in source}, source)
+    mixture = mix_sources(
+        {part: _open(part, split, format=format, object_masks=object_masks) for part in source}, source
+    )
     dataset = mixture.dataset if num_samples is None else mixture.dataset.take(num_samples)
     return replace(mixture, dataset=dataset, name=", ".join(map(redact_url, source)), format="mixture", split=split)
 
 
-def _open_files(source: str, split: str, *, format: str, num_samples: int | None) -> Source:
+def _open_files(source: str, split: str, *, format: str, **options: Any) -> Source:
     """Open files on disk or behind a URL."""
     with _as_value_error(source):
         paths, takes_several = find_paths(source), FILE_FORMATS[format].takes_several
@@ -178,13 +191,13 @@ def _open_files(source: str, split: str, *, format: str, num_samples: int | None
         missing = [path for path in missing if not path.exists()]
         if missing:
             raise ValueError(f"{missing[0]} does not exist{did_you_mean(str(missing[0]), siblings(missing[0]))}")
-        if format == "imagefolder" and not paths[0].is_dir():
+        if format in ("masks", "imagefolder") and not paths[0].is_dir():
             raise ValueError(f"{source} is a file; give the folder of the images")
         if len(paths) > 1 and not takes_several:
             several = [name for name, entry in FILE_FORMATS.items() if entry.takes_several]
             raise ValueError(f"{source} names {len(paths)} files; only {' and '.join(several)} may be several")
-        opened = FILE_FORMATS[format].open(paths if len(paths) > 1 else paths[0], split, num_samples=num_samples)
-        return replace(opened, mask_class_names=read_mask_classes(paths[0])) if "mask" in opened.features else opened
+        opened = FILE_FORMATS[format].open(paths if len(paths) > 1 else paths[0], split, **options)
+        return name_mask_classes(opened, paths[0])
 
 
 @contextmanager

@@ -2,18 +2,11 @@
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
+from typing import TYPE_CHECKING
 
 from hf_vlm.data.images import ImageLike, expand_images, load_image
-from hf_vlm.viz.detections import render_detections
-from hf_vlm.viz.masks import render_mask
-from hf_vlm.viz.sheets import captioned, legend, stacked
+from hf_vlm.deploy.prediction import Prediction
 
 if TYPE_CHECKING:
     import torch
@@ -21,74 +14,6 @@ if TYPE_CHECKING:
     from hf_vlm.features.loading import LoadedModel
 
 __all__ = ["Prediction", "Predictor"]
-
-MAX_NAMES_IN_CAPTION = 3
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """A model's predictions on one image, best first: detections, or classes of the whole image or of its pixels.
-
-    Attributes:
-        scores: (n,) float32, 0 to 1; of the classes of pixels, the fraction of the image that each covers.
-        labels: (n,) int64 class numbers.
-        label_names: n class names.
-        image_size: Height and width of the image in pixels, after its orientation was applied.
-        boxes: (n, 4) float32 x1, y1, x2, y2 in pixels of the image; None for tasks without boxes.
-        segmentation: (height, width) class number of each pixel; None for tasks that do not classify pixels.
-        path: Path of the image; None where it was not read from a file.
-    """
-
-    scores: NDArray[np.float32]
-    labels: NDArray[np.int64]
-    label_names: list[str]
-    image_size: tuple[int, int]
-    boxes: NDArray[np.float32] | None = None
-    segmentation: NDArray[np.int64] | None = None
-    path: str | None = None
-
-    def __len__(self) -> int:
-        return len(self.scores)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The prediction as JSON values: `detections` with boxes as in transformers' pipelines, or `classes` with
-        their scores, or with the fractions of the image that they cover.
-        """
-        height, width = self.image_size
-        value = "score" if self.segmentation is None else "fraction"
-        entries: list[dict[str, Any]] = [
-            {"label": name, "label_id": int(label), value: float(score)}
-            for name, label, score in zip(self.label_names, self.labels, self.scores, strict=True)
-        ]
-        if self.boxes is not None:
-            for entry, box in zip(entries, self.boxes, strict=True):
-                entry["box"] = dict(zip(("xmin", "ymin", "xmax", "ymax"), map(float, box), strict=True))
-        what = "classes" if self.boxes is None else "detections"
-        return {"path": self.path, "height": height, "width": width, what: entries}
-
-    def draw(self, image: ImageLike | None = None, *, scale: int | None = None) -> Image.Image:
-        """The image (read from its path by default) with boxes, names and scores rendered on it or below it, or in
-        the colours of its pixels' classes, with these below it.
-
-        Raises:
-            ValueError: There is neither an image nor a path, or the image has another size.
-        """
-        source = self.path if image is None else image
-        if source is None:
-            raise ValueError("This prediction was not made from a file: give the image to render it on.")
-        array = load_image(source, num_channels=3)
-        if array.shape[:2] != self.image_size:
-            raise ValueError(f"The image is {array.shape[:2]}, but the prediction was made on {self.image_size}.")
-        if self.boxes is not None:
-            return render_detections(
-                array, self.boxes, self.label_names, scores=self.scores, class_ids=self.labels, scale=scale
-            )
-        best = list(zip(self.label_names, self.scores, strict=True))[:MAX_NAMES_IN_CAPTION]
-        picture = render_detections(array, [], [], scale=scale)  # enlarged as a picture with boxes is
-        if self.segmentation is not None:
-            names = legend(self.label_names, width=picture.width, class_ids=self.labels.tolist())
-            return stacked(render_mask(picture, self.segmentation), names)
-        return captioned(picture, ", ".join(f"{name}: {score:.2f}" for name, score in best) or "nothing")
 
 
 class Predictor:
@@ -104,7 +29,7 @@ class Predictor:
 
     @classmethod
     def from_pretrained(cls, path_or_repo: str | Path, *, device: "str | torch.device | None" = None) -> "Predictor":
-        """Load a run's folder, or a model from the Hub.
+        """Load the folder of a run or of an export, or a model from the Hub.
 
         Args:
             device: Device to compute on; the accelerator by default where there is one, else the CPU.
@@ -161,6 +86,7 @@ class Predictor:
         return [
             Prediction(
                 boxes=result["boxes"].float().cpu().numpy() if "boxes" in result else None,
+                masks=result["masks"].cpu().numpy() if "masks" in result else None,
                 segmentation=result["segmentation"].cpu().numpy() if "segmentation" in result else None,
                 scores=result["scores"].float().cpu().numpy(),
                 labels=result["labels"].long().cpu().numpy(),

@@ -13,6 +13,7 @@ from transformers.utils import CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
 from hf_vlm.data.io.durable import PARTIAL_FOLDER
+from hf_vlm.features.exported import is_exported, load_exported
 from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
 from hf_vlm.models.convert_families import ALIASES, FAMILIES
 from hf_vlm.models.convert_image_processor import load_processor
@@ -33,6 +34,7 @@ __all__ = [
     "quiet_transformers",
     "read_own_config",
     "refuse_missing",
+    "shared_head_shape",
 ]
 
 logger = logging.getLogger(__name__)
@@ -59,11 +61,13 @@ class LoadedModel:
 
 
 def load_model(source: str | Path) -> LoadedModel:
-    """The model in the folder of a run or under a name on the Hub; for a pretraining model, its encoder.
+    """The model in the folder of a run or an export, or under a name on the Hub; of a pretraining model its encoder.
 
     Raises:
         ValueError: There is none, it is not of this package, or weights are missing.
     """
+    if is_exported(source):
+        return _load_exported(source)
     if _is_of_transformers(source):
         encoder, processor = load_frozen_encoder(source)
         return LoadedModel(_encoder_entry(), encoder, processor)
@@ -71,6 +75,19 @@ def load_model(source: str | Path) -> LoadedModel:
     if entry is None or entry.task == "pretraining":
         entry = _encoder_entry()
     model, processor = _load(source, entry.model_class, entry.processor_class, what="model")
+    return LoadedModel(entry, model, processor)
+
+
+def _load_exported(source: str | Path) -> LoadedModel:
+    entry = find_model_type(read_config(str(source)).get("model_type"))
+    if entry is None:
+        raise ValueError(f"{source} holds no exported model of hf_vlm.")
+    try:
+        processor = entry.processor_class.from_pretrained(source)
+    except OSError as error:
+        raise ValueError(f"{source} holds no image processor: {str(error).splitlines()[0]}") from error
+    with quiet_transformers():
+        model = cast(PreTrainedModel, load_exported(source).eval())  # it is one to whoever runs or evaluates it
     return LoadedModel(entry, model, processor)
 
 
@@ -128,7 +145,8 @@ def find_head(source: str, model_class: type[PreTrainedModel]) -> ModelEntry | N
 
     Args:
         source: Folder or Hub id of an encoder, or of a model that has one.
-        model_class: The model that is to take the head, which can come from models of this class or a subclass.
+        model_class: The model that is to take the head, which can come from models of this class, of one that derives
+            from it, or of one with a head that it derives from.
     """
     if not (issubclass(model_class, ModelOnEncoder) and model_class.head_shape):
         return None
@@ -136,7 +154,15 @@ def find_head(source: str, model_class: type[PreTrainedModel]) -> ModelEntry | N
         entry = find_model_type(read_config(source).get("model_type"))
     except ValueError:  # whoever loads the encoder says what is wrong
         return None
-    return entry if entry is not None and issubclass(entry.model_class, model_class) else None
+    return entry if entry is not None and shared_head_shape(entry.model_class, model_class) else None
+
+
+def shared_head_shape(first: type[PreTrainedModel], second: type[PreTrainedModel]) -> tuple[str, ...]:
+    """Fields of the configuration that the weights depend on which the heads of two models share; empty if none."""
+    if not (issubclass(first, second) or issubclass(second, first)):
+        return ()
+    shapes = [set(getattr(model_class, "head_shape", ())) for model_class in (first, second)]
+    return tuple(sorted(set.intersection(*shapes)))
 
 
 def image_statistics(source: str, num_channels: int) -> dict[str, Any] | None:

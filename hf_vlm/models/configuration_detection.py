@@ -29,6 +29,8 @@ class VLMViTDetectionConfig(PreTrainedConfig):
             levels.
         num_queries (`int`, defaults to 300): Most objects found in an image. Free to change at run time, and clipped
             to the number of locations of the neck maps.
+        initializer_range (`float`, *optional*): Standard deviation of the initial weights of neck and decoder; `None`
+            for Xavier's rule, as in DETR: 0.02 is far too little for narrow layers.
         anchor_size (`float`, defaults to 2.0): Side of the boxes that proposals start from, in cells of their map.
         prior_probability (`float`, defaults to 0.01): Score that untrained class heads give.
         dense_loss_weight (`float`, defaults to 1.0): Weight of the one-to-many head that only training uses; 0 builds
@@ -59,7 +61,7 @@ class VLMViTDetectionConfig(PreTrainedConfig):
     num_queries: int = 300
     hidden_act: str = "relu"
     layer_norm_eps: float = 1e-6
-    initializer_range: float = 0.02
+    initializer_range: float | None = None
     anchor_size: float | int = 2.0
     prior_probability: float = 0.01
     class_cost: float | int = 2
@@ -89,18 +91,20 @@ class VLMViTDetectionConfig(PreTrainedConfig):
         for name in ("num_self_attention_heads", "num_cross_attention_heads"):
             if self.hidden_size % getattr(self, name):
                 raise ValueError(
-                    f"VLMViTDetectionConfig: hidden_size {self.hidden_size} is not divisible by {name} "
+                    f"{type(self).__name__}: hidden_size {self.hidden_size} is not divisible by {name} "
                     f"{getattr(self, name)}."
                 )
         if self.hidden_size % 4:
-            raise ValueError(f"VLMViTDetectionConfig: hidden_size {self.hidden_size} is not divisible by 4.")
+            raise ValueError(f"{type(self).__name__}: hidden_size {self.hidden_size} is not divisible by 4.")
         if self.num_neck_levels not in (1, 2):
-            raise ValueError(f"VLMViTDetectionConfig: num_neck_levels is {self.num_neck_levels}, but must be 1 or 2.")
+            raise ValueError(f"{type(self).__name__}: num_neck_levels is {self.num_neck_levels}, but must be 1 or 2.")
         for name in ("num_feature_taps", "num_decoder_layers", "num_queries", "num_points", "dense_top_k"):
             if getattr(self, name) < 1:
-                raise ValueError(f"VLMViTDetectionConfig: {name} is {getattr(self, name)}, but must be at least 1.")
+                raise ValueError(f"{type(self).__name__}: {name} is {getattr(self, name)}, but must be at least 1.")
         if not 0 < self.prior_probability < 1 or self.anchor_size <= 0:
-            raise ValueError("VLMViTDetectionConfig: prior_probability must lie between 0 and 1, anchor_size above 0.")
+            raise ValueError(
+                f"{type(self).__name__}: prior_probability must lie between 0 and 1, anchor_size above 0."
+            )
 
 
 __all__ = ["VLMViTDetectionConfig"]

@@ -91,6 +91,9 @@ class VLMViTConfig(BackboneConfigMixin, PreTrainedConfig):
         drop_path_rate (`float`, defaults to 0.0): Stochastic depth of the last layer, growing linearly from 0.
         drop_path_uniform (`bool`, defaults to `False`): Whether all layers have the rate of the last, as in DINOv2.
         use_qk_norm (`bool`, defaults to `False`): Normalise queries and keys per head (arXiv 2302.05442).
+        initializer_range (`float`, *optional*): Standard deviation of the initial weights of linear layers; `None`
+            for Xavier's rule, by which they grow as layers get narrower. Methods of self-supervision set it to 0.02
+            where it is `None`.
         apply_layernorm (`bool`, defaults to `True`): Whether backbone feature maps pass the final norm.
         reshape_hidden_states (`bool`, defaults to `True`): Whether the backbone gives maps of the patches (batch,
             hidden_size, rows, columns), and not all tokens (batch, prefix + patches, hidden_size).
@@ -125,7 +128,7 @@ class VLMViTConfig(BackboneConfigMixin, PreTrainedConfig):
     attention_dropout: float | int = 0.0
     qkv_bias: bool = True
     use_qk_norm: bool = False
-    initializer_range: float = 0.02
+    initializer_range: float | None = None
     apply_layernorm: bool = True
     reshape_hidden_states: bool = True
     _out_features: list[str] | None = None

@@ -99,6 +99,17 @@ class ModelOnEncoder(VLMViTPreTrainedModel):
             )
 
 
+class HeadOnFreezableEncoder(ModelOnEncoder):
+    """Base of heads whose configuration has `freeze_encoder`: then the encoder neither learns nor drops anything."""
+
+    def train(self, mode: bool = True) -> Self:
+        """Freezes the encoder again: `from_pretrained` lets all parameters learn, and then calls `eval`, so this."""
+        super().train(mode)
+        if self.config.freeze_encoder:
+            self.backbone.requires_grad_(False).eval()
+        return self
+
+
 def wanted_outputs(config: Any, **options: bool | None) -> dict[str, bool]:
     """Options `output_...` of a head's encoder: what is given, else what the head's configuration asks for.
 
@@ -108,4 +119,4 @@ def wanted_outputs(config: Any, **options: bool | None) -> dict[str, bool]:
     return {name: value for name, value in wanted.items() if value is not None}
 
 
-__all__ = ["ModelOnEncoder", "wanted_outputs"]
+__all__ = ["HeadOnFreezableEncoder", "ModelOnEncoder", "wanted_outputs"]

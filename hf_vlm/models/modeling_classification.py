@@ -12,11 +12,12 @@ from transformers.utils import auto_docstring
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_vlm_vit import VLMViTConfig, own_encoder_config
-from .model_on_encoder import ModelOnEncoder, wanted_outputs
+from .model_on_encoder import HeadOnFreezableEncoder, wanted_outputs
 from .modeling_vlm_vit import VLMViTModel
+from .vit_layers import VLMViTAttention, build_norm
 
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification")
-POOLINGS = ("mean", "class", "both")
+POOLINGS = ("mean", "class", "both", "attentive")
 
 
 @strict
@@ -30,8 +31,11 @@ class VLMViTClassificationConfig(PreTrainedConfig):
         problem_type (`str`, defaults to `"single_label_classification"`): One class per image, with a softmax over the
             classes, or `"multi_label_classification"`: any number of classes per image, with a sigmoid for each. It is
             set when the model is built, from what the data hold; a batch never changes it.
-        pooling (`str`, *optional*): What the classifier reads: `"mean"` of the patch tokens, the `"class"` token, or
-            `"both"` side by side, which is the default where the encoder has a class token.
+        pooling (`str`, *optional*): What the classifier reads: `"mean"` of the patch tokens, the `"class"` token,
+            `"both"` side by side, which is the default where the encoder has a class token, or what a learned query
+            finds in all tokens by cross-attention (`"attentive"`).
+        freeze_encoder (`bool`, defaults to `False`): Whether the head alone is trained, which measures the
+            encoder's features.
         label_smoothing (`float`, defaults to 0.0): Probability that is taken from the labels and spread evenly over
             all classes (arXiv 1512.00567); for several labels per image over "present" and "absent" of each class.
         temperature (`float`, defaults to 1.0): What the logits are divided by in evaluation mode, so that scores are
@@ -50,6 +54,7 @@ class VLMViTClassificationConfig(PreTrainedConfig):
     backbone_config: dict[str, Any] | PreTrainedConfig | None = None
     problem_type: str = "single_label_classification"  # never None: transformers would choose by the first labels
     pooling: str | None = None
+    freeze_encoder: bool = False
     label_smoothing: float | int = 0.0
     temperature: float | int = 1.0
     layer_norm_eps: float = 1e-6
@@ -75,10 +80,10 @@ class VLMViTClassificationConfig(PreTrainedConfig):
                     f"VLMViTClassificationConfig: {name} is {getattr(self, name)!r}, but must be one of "
                     f"{', '.join(choices)}."
                 )
-        if self.pooling != "mean" and not self.encoder.use_class_token:
+        if self.pooling in ("class", "both") and not self.encoder.use_class_token:
             raise ValueError(
                 f"VLMViTClassificationConfig: pooling is {self.pooling!r}, but the encoder has no class token: use "
-                "'mean'."
+                "'mean' or 'attentive'."
             )
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(
@@ -126,8 +131,25 @@ def classification_loss(logits: Tensor, labels: Tensor, *, problem_type: str, la
     return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
 
 
+class AttentivePooling(nn.Module):
+    """One learned query that attends to all tokens, as in the attentive probes of I-JEPA's successors (V-JEPA, arXiv
+    2404.08471, whose MLP it leaves out): what MAE-like encoders know of an image is in no single token.
+    """
+
+    def __init__(self, config: VLMViTConfig):
+        super().__init__()
+        self.norm = build_norm(config, config.hidden_size)
+        self.query_token = nn.Parameter(torch.empty(1, 1, config.hidden_size))
+        self.attention = VLMViTAttention(config)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens (batch, tokens, dim) to features (batch, 1, dim)."""
+        tokens = self.norm(tokens)
+        return self.attention(self.query_token.expand(tokens.shape[0], -1, -1), context=tokens)[0]
+
+
 @auto_docstring
-class VLMViTForImageClassification(ModelOnEncoder):
+class VLMViTForImageClassification(HeadOnFreezableEncoder):
     """The encoder with a classifier on its pooled tokens.
 
     As in BEiT and MAE (arXiv 2106.08254, 2111.06377), whose classifiers read the mean of the patches, the pooled
@@ -145,9 +167,11 @@ class VLMViTForImageClassification(ModelOnEncoder):
         config.check(config.num_labels)  # again: from_pretrained(..., num_labels=1) sets fields that were checked
         width = config.encoder.hidden_size
         self.backbone = VLMViTModel(config.encoder)
+        self.attentive_pooling = AttentivePooling(config.encoder) if config.pooling == "attentive" else None
         self.pooled_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.classifier = nn.Linear((2 if config.pooling == "both" else 1) * width, config.num_labels)
         self.post_init()
+        self.train(self.training)
 
     @can_return_tuple
     @auto_docstring
@@ -182,6 +206,8 @@ class VLMViTForImageClassification(ModelOnEncoder):
 
     def _pool(self, tokens: Tensor) -> Tensor:
         """Tokens (batch, prefix + patches, dim) to normalised features (batch, dim or 2 x dim), class token first."""
+        if self.attentive_pooling is not None:
+            return self.pooled_norm(self.attentive_pooling(tokens)).flatten(1)
         parts = [tokens[:, 0]] if self.config.pooling != "mean" else []
         if self.config.pooling != "class":
             parts.append(tokens[:, self.config.encoder.num_prefix_tokens :].mean(dim=1))

@@ -1,6 +1,6 @@
 """Semantic segmentation on the plain ViT: a batch norm and a linear layer on the maps of its last layers."""
 
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from transformers.utils import auto_docstring
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_vlm_vit import VLMViTConfig, own_encoder_config
-from .model_on_encoder import ModelOnEncoder, wanted_outputs
+from .model_on_encoder import HeadOnFreezableEncoder, wanted_outputs
 from .modeling_vlm_vit import VLMViTBackbone
 from .ssl_layers import SyncedBatchNorm1d
 
@@ -96,7 +96,7 @@ def segmentation_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 @auto_docstring
-class VLMViTForSemanticSegmentation(ModelOnEncoder):
+class VLMViTForSemanticSegmentation(HeadOnFreezableEncoder):
     """The encoder with a class for each patch, from which those of the pixels are interpolated.
 
     The head is that of DINOv2's and DINOv3's linear evaluation: the encoder's final norm on each of its last layers,
@@ -118,13 +118,6 @@ class VLMViTForSemanticSegmentation(ModelOnEncoder):
         self.classifier = nn.Linear(width, config.num_labels)
         self.post_init()
         self.train(self.training)
-
-    def train(self, mode: bool = True) -> Self:
-        """Freezes the encoder again: `from_pretrained` lets all parameters learn, and then calls `eval`, so this."""
-        super().train(mode)
-        if self.config.freeze_encoder:
-            self.backbone.requires_grad_(False).eval()
-        return self
 
     @can_return_tuple
     @auto_docstring

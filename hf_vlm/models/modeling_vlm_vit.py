@@ -34,7 +34,8 @@ from .vit_layers import (
 )
 
 # Parameters of the encoder and of the methods that are tokens, or are added to them.
-TOKENS = ("class_token", "register_tokens", "mask_token", "position_embedding")
+TOKENS = ("class_token", "register_tokens", "mask_token", "position_embedding", "query_token")
+SMALL_STD = 0.02  # of their initial values where the configuration names none
 
 
 class VLMViTEmbeddings(nn.Module):
@@ -155,13 +156,15 @@ class VLMViTPreTrainedModel(PreTrainedModel):
         std = self.config.initializer_range
         if isinstance(module, SelfInitialised):
             module.init_parameters()
+        elif std is None and isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+            init.xavier_uniform_(module.weight)
         elif isinstance(module, nn.Linear):
             init.trunc_normal_(module.weight, std=std)
         elif isinstance(module, LayerScale):
             init.constant_(module.gain, module.value)
         for name in TOKENS:
             if name in module._parameters:
-                init.trunc_normal_(getattr(module, name), std=std)
+                init.trunc_normal_(getattr(module, name), std=std or SMALL_STD)
 
 
 def check_pixel_values(pixel_values: Tensor, config: VLMViTConfig) -> None:

@@ -23,7 +23,7 @@ from hf_vlm.metrics.precision_recall import best_f1
 from hf_vlm.models.image_processing_classification import VLMViTClassificationImageProcessor
 from hf_vlm.tasks.calibration import Calibration, rounded, threshold_of_best_f1
 from hf_vlm.tasks.reports.classification import ClassificationOutcomes, MultiLabelOutcomes, report_classification
-from hf_vlm.tasks.task import Collate, Evaluation, Task
+from hf_vlm.tasks.task import Collate, Evaluation, ServedOutput, Task
 
 __all__ = ["CLASSIFICATION", "evaluate_classification", "predict_classification"]
 
@@ -221,6 +221,7 @@ CLASSIFICATION = Task(
     post_process=post_process,
     calibrate=calibrate,
     report=report_classification,
+    served=ServedOutput(output_class="transformers.modeling_outputs.ImageClassifierOutput", fields=("logits",)),
     headline={"top1": "accuracy", "balanced_accuracy": "balanced accuracy", "map": "mAP", "macro_f1": "macro F1"},
     metric_names={
         "recall/": "recall",

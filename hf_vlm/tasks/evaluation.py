@@ -69,7 +69,14 @@ def evaluate_split(
         )
     streams, images = {}, []
     for name in ("train", split) if task.fits_on_train else (split,):
-        source = open_source(data, name, format=format, num_samples=num_examples, allow_outside=allow_outside)
+        source = open_source(
+            data,
+            name,
+            format=format,
+            num_samples=num_examples,
+            allow_outside=allow_outside,
+            object_masks=task.reads_object_masks,
+        )
         names = task.class_names(source)
         if not task.fits_on_train:
             source = match_class_names(source, names, loaded.class_names, f"the model {run_dir}")

@@ -10,7 +10,7 @@ from hf_vlm.features.accuracy import evaluate_features
 from hf_vlm.features.extraction import eval_transform_for
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
-from hf_vlm.tasks.task import Collate, Evaluation, Task
+from hf_vlm.tasks.task import Collate, Evaluation, ServedOutput, Task
 
 __all__ = ["FEATURE_EXTRACTION"]
 
@@ -55,6 +55,10 @@ FEATURE_EXTRACTION = Task(
     transform=transform,
     collate=collate,
     evaluate=evaluate,
+    served=ServedOutput(
+        output_class="transformers.modeling_outputs.BaseModelOutputWithPooling",
+        fields=("last_hidden_state", "pooler_output"),
+    ),
     headline={"knn": "kNN accuracy", "linear": "linear accuracy"},
     metric_names={
         "knn": "kNN accuracy on its features",

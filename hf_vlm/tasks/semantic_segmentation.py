@@ -25,7 +25,7 @@ from hf_vlm.data.transforms.segmentation import (
 from hf_vlm.metrics.segmentation import confusion_segmentation_metrics, pixel_confusion
 from hf_vlm.models.image_processing_semantic_segmentation import VLMViTSemanticSegmentationImageProcessor
 from hf_vlm.tasks.reports.segmentation import SegmentationOutcomes, report_segmentation
-from hf_vlm.tasks.task import Collate, Evaluation, Task
+from hf_vlm.tasks.task import Collate, Evaluation, ServedOutput, Task
 
 __all__ = ["SEMANTIC_SEGMENTATION", "count_pixels", "evaluate_segmentation"]
 
@@ -165,7 +165,8 @@ def post_process(
 
 
 SEMANTIC_SEGMENTATION = Task(
-    name="image-segmentation",
+    name="semantic-segmentation",
+    pipeline="image-segmentation",
     class_names=class_names,
     transform=segmentation_transform,
     collate=collate,
@@ -173,6 +174,7 @@ SEMANTIC_SEGMENTATION = Task(
     has_confusion=has_confusion,
     post_process=post_process,
     report=report_segmentation,
+    served=ServedOutput(output_class="transformers.modeling_outputs.SemanticSegmenterOutput", fields=("logits",)),
     headline={"miou": "mIoU", "pixel_accuracy": "pixel accuracy"},
     metric_names={
         "iou/": "IoU",

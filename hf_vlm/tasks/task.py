@@ -19,7 +19,7 @@ from hf_vlm.data.stream import Transform
 from hf_vlm.tasks.calibration import Calibration
 from hf_vlm.tasks.reports.parts import Part, default_report
 
-__all__ = ["Collate", "Evaluation", "Task"]
+__all__ = ["Collate", "Evaluation", "ServedOutput", "Task"]
 
 Collate = Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
 
@@ -45,6 +45,23 @@ class Evaluation:
     outcomes: Any = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class ServedOutput:
+    """What an exported model returns: what serving reads of the model's output, in an output class of transformers.
+
+    Such a class is found by whoever loads the export, unlike one of hf_vlm.
+
+    Attributes:
+        output_class: Full name of the class.
+        fields: Its fields that are filled, by those of the model's output with the same names.
+        is_set: Whether the second axis of each field has no order, as the queries of a detector.
+    """
+
+    output_class: str
+    fields: tuple[str, ...]
+    is_set: bool = False
+
+
 def _no_fields(source: Source) -> dict[str, Any]:
     return {}
 
@@ -66,7 +83,8 @@ class Task:
     """What the commands need of a task.
 
     Attributes:
-        name: Name of transformers' pipeline for it, as in the rows of the registry.
+        name: Its name, as in the rows of the registry.
+        pipeline: Name of transformers' pipeline for it, where that is another: two tasks may have the same.
         class_names: Function from a source to the names of its classes; ValueError where the data do not fit.
         head_fields: Function from a source to configuration fields of the model that depend on the data.
         minimum_fields: Function from a source to the lowest values of configuration fields that suffice for its
@@ -77,9 +95,9 @@ class Task:
             an [`Evaluation`], the same on all ranks.
         has_confusion: Function from a model to whether its evaluation has a confusion matrix.
         post_process: Function `(processor, outputs, *, threshold, sizes, model)` that returns one dict per image:
-            `scores` and `labels` (n,), best first, and where the task has them `boxes` (n, 4) in pixels, or
-            `segmentation` (height, width), the class of each pixel, whose `scores` are fractions of the image. A
-            threshold of None is the model's own. None for tasks without predictions.
+            `scores` and `labels` (n,), best first, and where the task has them `boxes` (n, 4) in pixels, `masks` (n,
+            height, width) bool, or `segmentation` (height, width), the class of each pixel, whose `scores` are
+            fractions of the image. A threshold of None is the model's own. None for tasks without predictions.
         calibrate: Function from the metrics of an evaluation on held-out images to the settings that the model takes
             from it: its score threshold, or the temperature of its logits.
         report: Function from an [`Evaluation`] to the parts of a report: tables, plots, and images to look at. By
@@ -91,10 +109,13 @@ class Task:
         find_labels: Function `(source, labels_from, *, size, num_channels, per_image, num_workers, rank, world_size,
             max_bad_fraction)` that returns [`PseudoLabels`], labels that nobody annotated, by which the head can be
             pretrained; None for tasks that have no such labels.
+        served: What exported models return; None for tasks that are not exported.
+        reads_object_masks: Whether it takes the masks of objects, without which sources are opened else.
         fits_on_train: Whether evaluation needs the train split too, as classifiers on frozen features do.
     """
 
     name: str
+    pipeline: str = ""
     class_names: Callable[[Source], list[str]]
     transform: Callable[..., Transform]
     collate: Callable[..., Collate]
@@ -110,4 +131,9 @@ class Task:
     metric_names: Mapping[str, str] = field(default_factory=dict)
     recipes: Mapping[str, str] = field(default_factory=dict)
     find_labels: Callable[..., PseudoLabels] | None = None
+    served: ServedOutput | None = None
+    reads_object_masks: bool = False
     fits_on_train: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pipeline", self.pipeline or self.name)

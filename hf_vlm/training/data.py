@@ -11,6 +11,8 @@ from hf_vlm.data.sources import open_source
 from hf_vlm.data.stream import ExampleStream
 from hf_vlm.data.transforms.views import ViewTransform
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
+from hf_vlm.registry import find_model
+from hf_vlm.tasks import TASKS
 from hf_vlm.training.arguments import VisionTrainingArguments
 
 __all__ = [
@@ -33,8 +35,14 @@ def open_recipe_source(args: VisionTrainingArguments, split: str, num_examples: 
     """
     if not args.data:
         raise ValueError("No data: name a folder, a file, a Hub id or scenes with --data or in the recipe.")
+    task = TASKS.get(find_model(args.method).task)  # none of methods that pretrain an encoder
     source = open_source(
-        args.data, split, format=args.format, num_samples=num_examples, allow_outside=args.allow_outside
+        args.data,
+        split,
+        format=args.format,
+        num_samples=num_examples,
+        allow_outside=args.allow_outside,
+        object_masks=task is not None and task.reads_object_masks,
     )
     check_pixel_range(source)
     return source
@@ -69,6 +77,7 @@ def open_unlabelled_source(args: VisionTrainingArguments) -> Source:
         args.unlabelled_data,
         args.train_split,
         num_samples=args.num_unlabelled_examples,
+        object_masks=False,
         allow_outside=args.allow_outside,
     )
     check_pixel_range(source)

@@ -217,12 +217,13 @@ def open_probe_source(args: VisionTrainingArguments, source: Source) -> Source:
             args.eval_split,
             format=format,
             num_samples=args.num_eval_examples,
+            object_masks=False,
             allow_outside=args.allow_outside,
         )
     except ValueError as error:
         # A copy (one shard of one) with its own position: iterating changes that of a stream.
         if args.probe_data:
-            images = open_source(data, args.train_split, allow_outside=args.allow_outside)
+            images = open_source(data, args.train_split, allow_outside=args.allow_outside, object_masks=False)
         else:
             images = replace(source, dataset=source.dataset.shard(num_shards=1, index=0))
         logger.info("Probes use images of the split %r: %s", args.train_split, error)

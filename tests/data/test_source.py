@@ -62,6 +62,7 @@ def test_masks_follow_the_names_of_their_classes():
     of_objects = source.with_classes(["4", "3", "2", "1", "0"])  # which no background is among
     assert of_objects.mask_names == source.mask_names
     np.testing.assert_array_equal(decode_mask(next(iter(of_objects))["mask"]), values)
+    assert next(iter(of_objects))["objects"]["segmentation"] == example["objects"]["segmentation"] != []
 
 
 def test_sources_are_named_without_secrets(tmp_path):

@@ -227,7 +227,7 @@ def test_what_opening_warns_of_is_kept_with_the_source(tmp_path):
 
 def test_scenes_by_name():
     for source, preset in (("scenes", "easy"), ("scenes:easy", "easy"), ("scenes:hard", "hard")):
-        expected = next(iter(scenes_source(preset, "validation")))
+        expected = next(iter(scenes_source(preset, "validation", object_masks=True)))
         assert next(iter(open_source(source, "val"))) == expected
 
 

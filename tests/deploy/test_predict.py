@@ -9,7 +9,8 @@ from PIL import Image
 from transformers import pipeline
 
 from hf_vlm.data.images import image_paths
-from hf_vlm.deploy.predict import Prediction, Predictor
+from hf_vlm.deploy.predict import Predictor
+from hf_vlm.deploy.prediction import Prediction
 from hf_vlm.tasks.calibration import Calibration
 from hf_vlm.viz.sheets import class_color
 

@@ -5,11 +5,16 @@ The ideas are those of transformers' own tests `test_can_init_all_missing_weight
 """
 
 import copy
+import math
 
 import pytest
 import torch
 from tiny import TINY, batch, build, perturb
 from transformers.modeling_utils import PreTrainedModel
+
+from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
+from hf_vlm.models.modeling_detection import VLMViTDetectionConfig, VLMViTForObjectDetection
+from hf_vlm.models.modeling_simclr import SimCLRConfig, SimCLRForPreTraining
 
 WITH_TEACHER = ("moco_v3", "mae_image_losses", "dinov2", "dinov2_centering", "ijepa")
 
@@ -46,6 +51,31 @@ def new_pair(name, folder, state_dict):
     """A new model, and one of the same configuration that is given these weights, all others being missing."""
     new = build(name, folder, {"layerscale_value": 1e-5, "num_register_tokens": 1})
     return new, type(new).from_pretrained(None, config=copy.deepcopy(new.config), state_dict=state_dict)
+
+
+def standard_deviation(linear):
+    return linear.weight.std().item()
+
+
+def test_heads_and_their_encoders_are_initialised_by_width():
+    """Xavier's rule: a deviation of 0.02 leaves narrow layers without a signal, and detectors hardly learn."""
+    encoder = VLMViTConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=32)
+    detector = VLMViTForObjectDetection(VLMViTDetectionConfig(backbone_config=encoder, hidden_size=64))
+    fan = math.sqrt(2 / (64 + 256))
+    assert standard_deviation(detector.backbone.layers[0].mlp.up_projection) == pytest.approx(fan, rel=0.05)
+    decoder = detector.decoder.layers[0]
+    assert standard_deviation(decoder.value) == pytest.approx(math.sqrt(2 / 128), rel=0.05)
+    assert standard_deviation(detector.class_head) == pytest.approx(0.02, rel=0.2)  # all scores about the prior
+
+
+def test_methods_keep_small_initial_weights_unless_told_otherwise():
+    fields = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32}
+    encoder = VLMViTConfig(**fields)
+    model = SimCLRForPreTraining(SimCLRConfig(backbone_config=encoder))
+    assert standard_deviation(model.backbone.layers[0].attention.value) == pytest.approx(0.02, rel=0.05)
+    assert encoder.initializer_range is None  # the caller's is left as it is
+    model = SimCLRForPreTraining(SimCLRConfig(backbone_config=VLMViTConfig(**fields, initializer_range=0.08)))
+    assert standard_deviation(model.backbone.layers[0].attention.value) == pytest.approx(0.08, rel=0.05)
 
 
 @pytest.mark.usefixtures("seeded", "garbage")

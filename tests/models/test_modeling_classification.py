@@ -57,6 +57,7 @@ def test_the_pooling_follows_the_encoder_unless_given() -> None:
     assert classification_config().pooling == "both"
     assert classification_config(backbone_config=encoder_config(use_class_token=False)).pooling == "mean"
     assert classification_config(pooling="class").pooling == "class"
+    assert classification_config(backbone_config=encoder_config(use_class_token=False), pooling="attentive")
 
 
 def test_configuration_round_trip(tmp_path: Path) -> None:
@@ -289,7 +290,7 @@ def test_pipeline_finds_what_the_processor_finds(
     found = pipeline("image-classification", model=model, image_processor=processor)(image)
     with torch.no_grad():
         outputs = model(**processor(images=image, return_tensors="pt"))
-    (expected,) = processor.post_process_image_classification(outputs, problem_type=problem_type)
+    (expected,) = processor.post_process_image_classification(outputs, 0.0, problem_type=problem_type)
     assert [item["label"] for item in found] == [model.config.id2label[i] for i in expected["labels"].tolist()]
     assert [item["score"] for item in found] == pytest.approx(expected["scores"].tolist())
     assert len(found) == 3
@@ -334,3 +335,38 @@ def test_the_temperature_divides_logits_in_evaluation_alone(model: VLMViTForImag
 def test_a_temperature_is_above_0() -> None:
     with pytest.raises(ValueError, match="temperature is 0, but must be above 0"):
         classification_config(temperature=0)
+
+
+# --- attentive pooling and frozen encoders --------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_attentive_pooling_is_softmax_attention_of_one_query() -> None:
+    torch.manual_seed(0)
+    model = VLMViTForImageClassification(classification_config(pooling="attentive")).eval().double()
+    perturb(model)
+    pooling, tokens = model.attentive_pooling, torch.randn(2, 5, 32, dtype=torch.float64)
+    normed = torch.nn.functional.layer_norm(tokens, (32,), pooling.norm.weight, pooling.norm.bias, pooling.norm.eps)
+    attention = pooling.attention
+    expected = torch.empty(2, 1, 32, dtype=torch.float64)
+    for image in range(2):
+        query = attention.query(pooling.query_token[0, 0])
+        heads = []
+        for head in (slice(0, 16), slice(16, 32)):
+            scores = attention.key(normed[image])[:, head] @ query[head] / 4  # the root of 16
+            heads.append(scores.softmax(0) @ attention.value(normed[image])[:, head])
+        expected[image, 0] = attention.projection(torch.cat(heads))
+    torch.testing.assert_close(pooling(tokens), expected)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "attentive"])
+def test_a_frozen_encoder_keeps_every_bit_while_the_head_learns(pooling: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    VLMViTForImageClassification(classification_config(pooling=pooling, freeze_encoder=True)).save_pretrained(tmp_path)
+    model = VLMViTForImageClassification.from_pretrained(tmp_path).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model(**batch_of(6)).loss.backward()
+    optimizer.step()
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {name for name, parameter in model.named_parameters() if not name.startswith("backbone.")}

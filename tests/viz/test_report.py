@@ -106,7 +106,7 @@ def test_names_in_the_data_are_text(written):
     assert "script" not in page.tags
     assert not {"i", "b", "u"} & {*page.tags}
     assert "image" in page.tags  # the heat map, by matplotlib
-    assert page.text.count(HOSTILE[0]) > 3
+    assert page.text.count(HOSTILE[0][:20]) > 3  # names in plots are shortened
     assert "\x1b" not in written[0]
     assert "\u202e" not in written[0]
     assert not [name for _, name, _ in page.attributes if name.startswith("on")]

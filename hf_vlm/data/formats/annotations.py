@@ -1,22 +1,24 @@
 """The normaliser of objects, one for all formats; and what is wrong with labels and boxes, reported once on opening.
 
-Whatever a format reads becomes one dict per image with four lists of equal lengths: `bbox`, `category`, `area` and
-`iscrowd`. What exporters leave out or write as null is filled in the same way everywhere; what cannot be filled is
-refused, with its location.
+Whatever a format reads becomes one dict per image with lists of equal lengths: `bbox`, `category`, `area`, `iscrowd`,
+and where it has masks `segmentation`. What exporters leave out or write as null is filled in the same way everywhere;
+what cannot be filled is refused, with its location.
 """
 
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
 from hf_vlm.data.boxes import MIN_BOX_SIDE, clean_boxes
 from hf_vlm.data.formats.box_conventions import XYWH, as_stored, check_convention
 from hf_vlm.data.io.messages import summarise
+from hf_vlm.data.segmentations import box_of_segmentation, segmentation_text
 
 __all__ = [
+    "MASK_FIELDS",
     "OBJECT_FIELDS",
     "TOLERANCE",
     "ObjectLists",
@@ -31,6 +33,8 @@ logger = logging.getLogger(__name__)
 Array = np.ndarray[Any, Any]
 
 OBJECT_FIELDS = {name: name for name in ("bbox", "category", "area", "iscrowd")}  # stored under their own names
+MASK_FIELDS = {**OBJECT_FIELDS, "segmentation": "segmentation"}
+OPTIONAL = ("bbox", "area", "iscrowd", "segmentation")  # lists that may be empty; a box needs a segmentation then
 SEQUENCES, NUMBERS, CATEGORIES = (list, tuple), (int, float), (str, int, float)  # types; a union would be slower
 MAX_INTEGER = 2**1000  # larger ones are beyond float64
 TOLERANCE = 0.5  # pixels that a box may stick out: annotation tools round
@@ -43,19 +47,27 @@ class ObjectLists(TypedDict):
     category: list[Any]  # as the source has it: a number or a name
     area: list[float]
     iscrowd: list[int]
+    segmentation: NotRequired[list[str]]  # see `hf_vlm.data.segmentations`
 
 
 def normalise_objects(
-    stored: Any, fields: Mapping[str, str], location: object, *, name_of: Callable[[int], str] = "object {}".format
+    stored: Any,
+    fields: Mapping[str, str],
+    location: object,
+    *,
+    name_of: Callable[[int], str] = "object {}".format,
+    has_masks: bool = False,
 ) -> ObjectLists:
     """Objects in the one form, from a list with one dict per object, or a dict with one list per field.
 
     Args:
         stored: What a format reads; None for no objects.
-        fields: Names in `stored` of `bbox` and `category`, and where they occur of `area` and `iscrowd`. An area that
-            is missing, null, not positive or not finite becomes that of the box; a missing or null iscrowd becomes 0.
+        fields: Names in `stored` of `bbox` and `category`, and where they occur of `area`, `iscrowd` and
+            `segmentation`. A box that is missing becomes that of the segmentation; an area that is missing, null, not
+            positive or not finite that of the box; a missing or null iscrowd 0.
         location: File, row or example of the objects, for messages.
         name_of: Name of the object at an index, for messages.
+        has_masks: Whether to keep the segmentation; it becomes "" where it is missing, empty or broken.
 
     Raises:
         ValueError: An object has no category or no bbox of four numbers, its area is no number, its iscrowd neither
@@ -63,8 +75,12 @@ def normalise_objects(
     """
     columns = _as_columns(stored or [], fields, location)
     objects: ObjectLists = {"bbox": [], "category": [], "area": [], "iscrowd": []}
-    problems = []
-    for index, (box, category, area, crowd) in enumerate(zip(*columns)):
+    problems, texts = [], []
+    for index, (box, category, area, crowd, segmentation) in enumerate(zip(*columns)):
+        has_box = box is not None and box != []
+        text = segmentation_text(segmentation) if has_masks or not has_box else ""
+        if text and not has_box:
+            box = box_of_segmentation(text)
         problem = _problem(box, category, area, crowd)
         if problem is not None:
             problems.append(f"{name_of(index)} {problem}")
@@ -74,26 +90,36 @@ def normalise_objects(
         objects["category"].append(category)
         objects["area"].append(float(area) if area is not None and 0 < area < math.inf else box[2] * box[3])
         objects["iscrowd"].append(0 if _is_null(crowd) else int(crowd))
+        texts.append(text)
     if problems:
         raise ValueError(f"{location}: {len(problems)} objects make no sense: {summarise(problems)}")
+    if has_masks:
+        objects["segmentation"] = texts
     return objects
 
 
 def _as_columns(stored: Any, fields: Mapping[str, str], location: object) -> list[list[Any]]:
-    """The four fields of the objects, None where a value is missing."""
+    """The fields of the objects, None where a value is missing."""
     if isinstance(stored, Mapping):
-        found = {name: stored.get(fields.get(name)) or [] for name in OBJECT_FIELDS}
+        found = {name: _as_list(stored.get(fields.get(name))) for name in MASK_FIELDS}
         if not all(isinstance(values, list) for values in found.values()):
             raise ValueError(f"{location}: objects must be lists of their fields, or a list of dicts")
-        number = len(found["bbox"])
+        number = len(found["bbox"] or found["segmentation"])
         counts = {fields[name]: len(values) for name, values in found.items() if name in fields}
-        optional = {fields[name] for name in ("area", "iscrowd") if name in fields and not found[name]}
+        optional = {fields[name] for name in OPTIONAL if name in fields and not found[name]}
         if any(count != number for name, count in counts.items() if name not in optional):
             raise ValueError(f"{location}: an object needs one value of each field; there are {counts}")
         return [values or [None] * number for values in found.values()]
     if not isinstance(stored, list) or not all(isinstance(item, Mapping) for item in stored):
         raise ValueError(f"{location}: objects must be lists of their fields, or a list of dicts")
-    return [[item.get(fields.get(name)) for item in stored] for name in OBJECT_FIELDS]
+    return [[item.get(fields.get(name)) for item in stored] for name in MASK_FIELDS]
+
+
+def _as_list(values: Any) -> Any:
+    """The values of a field; of structs, as run lengths are, from a struct of lists."""
+    if isinstance(values, Mapping) and all(isinstance(inner, list) for inner in values.values()):
+        return [dict(zip(values, items)) for items in zip(*values.values())]
+    return values or []
 
 
 def _problem(box: Any, category: Any, area: Any, crowd: Any) -> str | None:
@@ -126,14 +152,17 @@ def _is_null(value: Any) -> bool:
     return value is None or value != value
 
 
-def select_objects(objects: ObjectLists, kept: Sequence[int]) -> ObjectLists:
-    """The objects at some indices."""
-    return {
+def select_objects(objects: ObjectLists, kept: Sequence[int], *, has_masks: bool = True) -> ObjectLists:
+    """The objects at some indices, with their masks where they have and should have them."""
+    selected: ObjectLists = {
         "bbox": [objects["bbox"][index] for index in kept],
         "category": [objects["category"][index] for index in kept],
         "area": [objects["area"][index] for index in kept],
         "iscrowd": [objects["iscrowd"][index] for index in kept],
     }
+    if has_masks and "segmentation" in objects:
+        selected["segmentation"] = [objects["segmentation"][index] for index in kept]
+    return selected
 
 
 def check_labels(

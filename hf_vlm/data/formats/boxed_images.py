@@ -1,5 +1,6 @@
 """Sources of image files with boxes beside them: COCO, Pascal VOC and YOLO end here."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,12 +12,16 @@ import pyarrow as pa
 
 from hf_vlm.data.formats.annotations import ObjectLists, check_boxes, select_objects
 from hf_vlm.data.formats.box_conventions import XYWH
-from hf_vlm.data.formats.fitted_boxes import fit_boxes
+from hf_vlm.data.formats.fitted_boxes import Motion, fit_boxes
 from hf_vlm.data.io.indexed import TableReader, indexed_stream
+from hf_vlm.data.io.messages import summarise
 from hf_vlm.data.schema import image_feature, objects_feature
+from hf_vlm.data.segmentations import orient_segmentation, scale_segmentation
 from hf_vlm.data.source import Source
 
 __all__ = ["BoxedImages", "boxed_images_source"]
+
+logger = logging.getLogger(__name__)
 
 Array = np.ndarray[Any, Any]
 
@@ -59,7 +64,38 @@ class BoxedImages:
                 factors = fitted.boxes[:, 2:].prod(axis=1) / boxes[:, 2:].prod(axis=1)
             areas = np.array(objects["area"]) * np.where(np.isfinite(factors), factors, 1.0)
             objects = {**objects, "bbox": fitted.boxes.tolist(), "area": areas.tolist()}
+        if "segmentation" in objects and fitted.motion is not None:
+            objects = {**objects, "segmentation": self._moved_segmentations(fitted.motion)}
         return replace(self, objects=objects, sizes=fitted.sizes), fitted.is_clear[: len(paths)]
+
+    def _moved_segmentations(self, motion: Motion) -> list[str]:
+        texts = list(self.objects["segmentation"])
+        is_moved = (motion.orientation != 1) | (motion.factors != 1).any(axis=1)  # (images,)
+        for index, row in enumerate(self.rows.tolist()):
+            if row < len(is_moved) and is_moved[row]:
+                width, height = map(int, self.sizes[row].tolist())
+                turned = orient_segmentation(texts[index], int(motion.orientation[row]), (width, height))
+                texts[index] = scale_segmentation(turned, motion.factors[row].tolist())
+        return texts
+
+    def with_checked_masks(self, source: object) -> "BoxedImages":
+        """The objects without `segmentation` where none has a mask; where some have, a warning names the others."""
+        if "segmentation" not in self.objects:
+            return self
+        texts = self.objects["segmentation"]
+        if not any(texts):
+            return replace(self, objects=select_objects(self.objects, range(len(texts)), has_masks=False))
+        missing = [index for index, text in enumerate(texts) if not text and not self.objects["iscrowd"][index]]
+        if missing:
+            logger.warning(
+                "%s: %d of %d objects have no mask, or one that is empty or broken; instance segmentation takes them "
+                "as crowds, which are neither trained on nor evaluated: %s",
+                source,
+                len(missing),
+                len(texts),
+                summarise(map(self.name_of, missing)),
+            )
+        return self
 
     def by_image(self, num_images: int, source: object) -> list[ObjectLists]:
         """The objects of each of the first images, without the boxes of which nothing remains in their image.
@@ -99,9 +135,9 @@ def boxed_images_source(
     }
     annotated_sizes = None
     if boxes is not None:
-        boxes, is_clear = boxes.fitted(paths, source)
+        boxes, is_clear = boxes.with_checked_masks(source).fitted(paths, source)
         columns["objects"] = boxes.by_image(len(paths), source)
-        features["objects"] = objects_feature(boxes.class_names)
+        features["objects"] = objects_feature(boxes.class_names, has_masks="segmentation" in boxes.objects)
         kept = np.flatnonzero(is_clear)
         columns = {name: [values[row] for row in kept] for name, values in columns.items()}
         annotated_sizes = None if boxes.are_measured else boxes.sizes[kept]

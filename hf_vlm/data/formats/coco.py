@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from hf_vlm.data.formats.annotations import normalise_objects
+from hf_vlm.data.formats.annotations import MASK_FIELDS, normalise_objects
 from hf_vlm.data.formats.boxed_images import BoxedImages, boxed_images_source
 from hf_vlm.data.formats.imagefolder import find_images
 from hf_vlm.data.formats.pairing import locate_names
-from hf_vlm.data.formats.segmentations import box_of_segmentation
 from hf_vlm.data.formats.splits import canonical_split, choose_split, common_folder, describe_folder, group_by_split
 from hf_vlm.data.io.files import can_list, is_folder, read_beginning, read_bytes
 from hf_vlm.data.io.messages import summarise
@@ -30,11 +29,11 @@ Record = dict[str, Any]
 LIST_OF_COCO = re.compile(r'"(images|annotations)"\s*:\s*\[')
 ROBOFLOW_NAME = "_annotations.coco.json"
 IDS = (int, str)  # types of ids
-FIELDS = {"bbox": "bbox", "category": "category_id", "area": "area", "iscrowd": "iscrowd"}
+FIELDS = {**MASK_FIELDS, "category": "category_id"}
 
 
-def open_coco(source: Path, split: str, *, num_samples: int | None = None) -> Source:
-    """Stream the images and boxes of a COCO json, in the order of the json.
+def open_coco(source: Path, split: str, *, num_samples: int | None = None, object_masks: bool = True) -> Source:
+    """Stream the images and boxes of a COCO json, in the order of the json; with `object_masks` also masks of objects.
 
     Layouts: one json beside its images or beside a folder `images`; `annotations/instances_<split>*.json` with a
     folder of images per split (`train2017/`, `images/`, `images/train/`); `<split>/_annotations.coco.json` with the
@@ -64,7 +63,7 @@ def open_coco(source: Path, split: str, *, num_samples: int | None = None) -> So
     image_ids = _image_ids(content["images"], chosen[0])[:num_samples]
     if not content["annotations"]:
         logger.warning("%s has no annotations: its images are used without labels", chosen[0])
-    boxes = _boxes(content, chosen[0]) if content["annotations"] else None
+    boxes = _boxes(content, chosen[0], object_masks) if content["annotations"] else None
     if num_samples is None and can_list(source) and len(_coco_beside(chosen[0])) == 1:
         _warn_of_unlisted(paths, chosen[0])
     return boxed_images_source(paths, image_ids, boxes, chosen[0])
@@ -188,7 +187,7 @@ def _image_folders(file: Path, root: Path, split: str) -> Iterator[Path]:
     yield base
 
 
-def _boxes(content: Record, file: Path) -> BoxedImages:
+def _boxes(content: Record, file: Path, has_masks: bool) -> BoxedImages:
     annotations = content["annotations"]
     repeated = [name for name, n in Counter(image["file_name"] for image in content["images"]).items() if n > 1]
     if repeated:
@@ -211,19 +210,11 @@ def _boxes(content: Record, file: Path) -> BoxedImages:
     def name_of(index: int) -> str:
         return f"annotation {annotations[index].get('id')}"
 
-    objects = normalise_objects(list(map(_with_box, annotations)), FIELDS, file, name_of=name_of)
+    objects = normalise_objects(annotations, FIELDS, file, name_of=name_of, has_masks=has_masks)
     objects["category"] = [category_of[category] for category in objects["category"]]
     rows = np.array([row_of[item["image_id"]] for item in annotations])
     sizes = np.array([[_side(image.get(side)) for side in ("width", "height")] for image in content["images"]])
     return BoxedImages(names, objects, rows, sizes, name_of)
-
-
-def _with_box(annotation: Record) -> Record:
-    """An annotation with the box of its segmentation where it has no other."""
-    if annotation.get("bbox"):
-        return annotation
-    box = box_of_segmentation(annotation.get("segmentation"))
-    return annotation if box is None else {**annotation, "bbox": box}
 
 
 def _side(value: Any) -> float:

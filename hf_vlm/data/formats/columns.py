@@ -11,21 +11,24 @@ import numpy as np
 
 from hf_vlm.data.boxes import clean_boxes
 from hf_vlm.data.formats.annotations import ObjectLists, normalise_objects, select_objects
-from hf_vlm.data.formats.box_conventions import CENTERS, CORNERS, XYWH, as_xywh
+from hf_vlm.data.formats.box_conventions import XYWH, as_xywh
 from hf_vlm.data.formats.categories import Categories
+from hf_vlm.data.formats.column_names import (
+    ANNOTATION_NAMES,
+    COLUMN_NAMES,
+    IMAGE_NAMES,
+    OBJECT_NAMES,
+    POLYGON_NAMES,
+    SIDE_NAMES,
+    SIZE_NAMES,
+)
 from hf_vlm.data.io.files import join
 from hf_vlm.data.io.messages import summarise
 from hf_vlm.data.io.trust import check_inside, outside_is_allowed
 from hf_vlm.data.schema import image_feature, objects_feature
 
 __all__ = [
-    "ANNOTATION_NAMES",
-    "COLUMN_NAMES",
-    "NUMBER_NAMES",
-    "OBJECT_NAMES",
     "POSITION",
-    "SIDE_NAMES",
-    "TABLE_NAMES",
     "ColumnMap",
     "RowReader",
     "category_feature",
@@ -41,66 +44,6 @@ Row = dict[str, Any]
 LISTS = datasets.List | datasets.LargeList
 POSITION = "__position__"  # column that a reader adds to its rows, where it knows their position
 BOX = "__bbox__"  # field that `read_objects` makes of four others
-
-# Names that the columns of the schema have in sources, the likeliest first.
-IMAGE_NAMES = (
-    "image",
-    "img",
-    "jpg",
-    "jpeg",
-    "png",
-    "webp",
-    "picture",
-    "image_bytes",
-    "image_path",
-    "file_name",
-    "path",
-)
-COLUMN_NAMES = {
-    "label": (
-        *("label", "labels", "fine_label", "class"),
-        *("label_name", "class_name", "category", "category_name", "class_label"),
-    ),
-    "objects": ("objects", "annotations"),
-    "mask": ("mask", "semantic_mask", "annotation"),
-    "instance_mask": ("instance_mask",),
-    "image_id": ("image_id", "id"),
-    "width": ("width", "image_width"),
-    "height": ("height", "image_height"),
-}
-OBJECT_NAMES = {
-    "bbox": ("bbox", "bboxes", "boxes"),
-    "category": (
-        *("category", "categories", "category_id", "category_ids", "label", "labels", "class", "classes"),
-        *("class_label", "class_id", "category_name", "class_name", "label_name", "labelname", "name"),
-    ),
-    "area": ("area", "areas"),
-    "iscrowd": ("iscrowd", "is_crowd"),
-}
-SIDE_NAMES = (  # of boxes whose four numbers are fields of their own
-    (CORNERS, ("xmin", "ymin", "xmax", "ymax")),
-    (CORNERS, ("x_min", "y_min", "x_max", "y_max")),
-    (CORNERS, ("x1", "y1", "x2", "y2")),
-    (CORNERS, ("left", "top", "right", "bottom")),
-    (CORNERS, ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2")),
-    (XYWH, ("bbox_x", "bbox_y", "bbox_width", "bbox_height")),
-    (XYWH, ("x", "y", "w", "h")),
-    (XYWH, ("x", "y", "width", "height")),
-    (XYWH, ("left", "top", "width", "height")),
-    (CENTERS, ("x_center", "y_center", "width", "height")),
-    (CENTERS, ("cx", "cy", "w", "h")),
-)
-SIZE_NAMES = frozenset((*COLUMN_NAMES["width"], *COLUMN_NAMES["height"]))
-NUMBER_NAMES = frozenset((*SIZE_NAMES, *OBJECT_NAMES["area"], *(name for _, sides in SIDE_NAMES for name in sides)))
-# All names of annotations; columns with the telling ones among them are named where they are not read.
-TABLE_NAMES = frozenset(
-    name
-    for names in (*COLUMN_NAMES.values(), *OBJECT_NAMES.values(), *(sides for _, sides in SIDE_NAMES))
-    for name in names
-)
-ANNOTATION_NAMES = TABLE_NAMES - SIZE_NAMES - {"id", "image_id", "name", "area", "areas"}
-ANNOTATION_NAMES -= {*"xywh", "cx", "cy", "left", "top", "right", "bottom"}
-ANNOTATION_NAMES |= {"segmentation", "segments", "polygon", "polygons", "keypoints", "rle"}
 
 
 @dataclass(frozen=True)
@@ -145,14 +88,26 @@ class ColumnMap:
         columns = {name: column for name, column in self.columns.items() if name not in names}
         return ColumnMap(columns) if "objects" in names else replace(self, columns=columns)
 
+    @property
+    def has_object_masks(self) -> bool:
+        """Whether objects have masks."""
+        return "segmentation" in self.objects
+
+    def without_object_masks(self) -> "ColumnMap":
+        """The map without the masks of objects."""
+        return replace(self, objects={name: field for name, field in self.objects.items() if name != "segmentation"})
+
     def read_objects(self, row: Row, location: object) -> ObjectLists:
         """The objects of a row in the one form; see `normalise_objects`."""
         stored = row.get(self.columns["objects"]) if not self.is_flat else None
         names = (*self.objects.values(), *self.sides)
         if self.is_flat:
             stored = {name: _as_list(row.get(name), is_box=name == self.objects.get("bbox")) for name in names}
+            polygons = self.objects.get("segmentation", "")
+            if len(stored[self.objects["category"]]) == 1 != len(stored.get(polygons, [None])):
+                stored[polygons] = [row[polygons]]
         if not self.sides:
-            return normalise_objects(stored, self.objects, location)
+            return normalise_objects(stored, self.objects, location, has_masks=self.has_object_masks)
         if isinstance(stored, list) and all(isinstance(item, Mapping) for item in stored):
             stored = {name: [item.get(name) for item in stored] for name in names}
         if isinstance(stored, Mapping):
@@ -160,7 +115,8 @@ class ColumnMap:
             if len(set(map(len, sides))) > 1:
                 raise ValueError(f"{location}: an object needs one number of each of {', '.join(self.sides)}")
             stored = {**stored, BOX: [_as_box(box, self.convention) for box in zip(*sides)]}
-        return normalise_objects(stored, {**self.objects, "bbox": BOX}, location)
+        fields = {**self.objects, "bbox": BOX}
+        return normalise_objects(stored, fields, location, has_masks=self.has_object_masks)
 
 
 def _as_list(value: Any, *, is_box: bool) -> list[Any]:
@@ -263,8 +219,9 @@ def _flat_fields(features: Mapping[str, Any]) -> dict[str, Any]:
     many = {name: inner for name, inner in in_lists.items() if name not in boxes & numbers}
     if find_objects(many)[0]:
         return many
-    of_image = {*in_lists, *SIZE_NAMES, "name"}
+    of_image = {*in_lists, *SIZE_NAMES, "name", *COLUMN_NAMES["mask"], "masks"}
     one = {name: feature for name, feature in features.items() if name not in of_image}
+    one |= {name: in_lists[name] for name in in_lists if name.lower() in POLYGON_NAMES}
     return one | {name: in_lists[name] for name in boxes & numbers}
 
 
@@ -281,7 +238,16 @@ def object_fields(feature: Any) -> dict[str, Any]:
     if isinstance(feature, LISTS):
         return dict(feature.feature) if isinstance(feature.feature, dict) else {}
     fields = feature.items() if isinstance(feature, dict) else ()
-    return {name: inner.feature for name, inner in fields if isinstance(inner, LISTS)}
+    return {
+        name: inner.feature if isinstance(inner, LISTS) else dict(inner)
+        for name, inner in fields
+        if isinstance(inner, LISTS) or _is_struct_of_lists(inner)
+    }
+
+
+def _is_struct_of_lists(feature: Any) -> bool:
+    """Whether a type is what `datasets` makes of a list of structs within a struct, as of run lengths."""
+    return isinstance(feature, dict) and all(isinstance(inner, LISTS) for inner in feature.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,7 +268,7 @@ class RowReader:
         if self.label is not None:
             features["label"] = datasets.ClassLabel(names=list(self.label.names))
         if self.category is not None:
-            features["objects"] = objects_feature(self.category.names)
+            features["objects"] = objects_feature(self.category.names, has_masks=self.map.has_object_masks)
         for name in ("mask", "instance_mask"):
             if name in self.map.columns:
                 features[name] = image_feature()

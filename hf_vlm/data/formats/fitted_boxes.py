@@ -15,7 +15,7 @@ import numpy as np
 from hf_vlm.data.formats.image_sizes import FileSizes, read_file_sizes, sample_images
 from hf_vlm.data.io.messages import summarise
 
-__all__ = ["FittedBoxes", "fit_boxes"]
+__all__ = ["FittedBoxes", "Motion", "fit_boxes"]
 
 logger = logging.getLogger(__name__)
 
@@ -26,12 +26,20 @@ MIN_FIT, MAX_MISFIT = 0.99, 0.95  # fraction of boxes in a frame, from which on 
 SLACK = 1.0  # pixels that boxes may stick out: annotation tools round
 
 
+class Motion(NamedTuple):
+    """How what is annotated in images is moved into these as they are shown: turned first, then scaled."""
+
+    orientation: Array  # (images,), EXIF's, 1 where nothing is turned
+    factors: Array  # (images, 2), of width and height
+
+
 class FittedBoxes(NamedTuple):
     """Boxes in the images as they are shown."""
 
     boxes: Array  # (n, 4), x, y, width, height in pixels
     sizes: Array  # (images, 2), width and height; infinity where they are not known
     is_clear: Array  # (images,) bool, false for those whose boxes may be of another picture
+    motion: Motion | None = None  # of the first images; None where all boxes stay as they are
 
 
 def fit_boxes(boxes: Array, rows: Array, annotated: Array, images: Sequence[Path], source: object) -> FittedBoxes:
@@ -58,23 +66,24 @@ def fit_boxes(boxes: Array, rows: Array, annotated: Array, images: Sequence[Path
     sizes = annotated.copy()
     sizes[:number] = np.where(np.isfinite(files.shown), files.shown, annotated[:number])
     is_of_images = rows < number
-    fitted, unclear = _fit_all(boxes[is_of_images], rows[is_of_images], annotated[:number], files, images, source)
+    motion, unclear = _motion(boxes[is_of_images], rows[is_of_images], annotated[:number], files, images, source)
     is_clear = np.ones(len(annotated), dtype=bool)
     is_clear[:number] = ~unclear
     boxes = boxes.copy()
-    boxes[is_of_images] = fitted
-    return FittedBoxes(boxes, sizes, is_clear)
+    boxes[is_of_images] = _move(boxes[is_of_images], rows[is_of_images], motion, annotated)
+    return FittedBoxes(boxes, sizes, is_clear, motion)
 
 
-def _fit_all(
+def _motion(
     boxes: Array, rows: Array, annotated: Array, files: FileSizes, images: Sequence[Path], source: object
-) -> tuple[Array, Array]:
-    """The fitted boxes (n, 4), and the images (images,) bool of which it is not clear how theirs lie in them."""
+) -> tuple[Motion, Array]:
+    """How boxes are moved, and the images (images,) bool of which it is not clear how theirs lie in them."""
     differ = _differ(annotated, files.shown)
     is_scaled = differ & _have_equal_shape(annotated, files.shown)
     is_turned = differ & ~is_scaled & (annotated == files.shown[:, ::-1]).all(axis=1)
     has_boxes = np.bincount(rows, minlength=len(images)) > 0
     unclear = differ & ~is_scaled & ~is_turned & has_boxes
+    motion = Motion(np.ones(len(images), dtype=np.int64), np.ones((len(images), 2)))
     findings = []
     frame = _frame(boxes[is_turned[rows]], rows[is_turned[rows]], annotated, files.shown)
     if frame is None:
@@ -83,13 +92,12 @@ def _fit_all(
         unclear |= is_turned & has_boxes & (files.orientation < 5)
         # Turning by a half leaves the size as it is, but who ignores one orientation ignores all.
         is_turned = (files.orientation > 1) & (annotated == files.stored).all(axis=1)
-        boxes = _turn(boxes, np.where(is_turned, files.orientation, 1)[rows], annotated[rows])
+        motion = motion._replace(orientation=np.where(is_turned, files.orientation, 1))
         findings.append(_describe("their boxes are turned as EXIF says", is_turned, annotated, files, images))
     else:
         findings.append(_describe("their boxes fit the image as it is shown", is_turned, annotated, files, images))
     if is_scaled.any():
-        factors = np.where(is_scaled[:, None], files.shown / annotated, 1.0)[rows]  # (n, 2)
-        boxes = boxes * np.tile(factors, 2)
+        motion = motion._replace(factors=np.where(is_scaled[:, None], files.shown / annotated, 1.0))
         findings.append(_describe("their boxes are scaled to the file", is_scaled, annotated, files, images))
     if unclear.any():
         findings.append(_describe(_remedy(files, unclear), unclear, annotated, files, images))
@@ -98,7 +106,13 @@ def _fit_all(
         findings.append("the last of these are left out")
     if findings:
         logger.warning("%s: %s", source, "; ".join(findings))
-    return boxes, unclear
+    return motion, unclear
+
+
+def _move(boxes: Array, rows: Array, motion: Motion, annotated: Array) -> Array:
+    turned = _turn(boxes, motion.orientation[rows], annotated[rows])
+    moved: Array = turned * np.tile(motion.factors[rows], 2)
+    return moved
 
 
 def _differ(annotated: Array, shown: Array) -> Array:

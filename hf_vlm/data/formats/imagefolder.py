@@ -25,7 +25,7 @@ MAX_STRAY_FRACTION = 0.1  # of the images, that may lie in no folder of a class
 NO_ANNOTATIONS = ("readme", "license", "licence", "thumbs.db", "desktop.ini")  # beginnings of names
 
 
-def open_imagefolder(folder: Path, split: str, *, num_samples: int | None = None) -> Source:
+def open_imagefolder(folder: Path, split: str, *, num_samples: int | None = None, object_masks: bool = True) -> Source:
     """Stream the images of a folder, in the order of their paths.
 
     Subfolders named as splits (`train`, `val`, `valid`, `validation`, `test`) are splits; without them all is `train`.
@@ -65,7 +65,9 @@ def open_imagefolder(folder: Path, split: str, *, num_samples: int | None = None
     if metadata:
         everything = {str(path) for path in find_images(folder)}
         inside = choose_split(splits or {"train": [folder]}, split, folder)
-        return metadata_source(metadata, everything, list(chosen), inside, folder, num_samples=num_samples)
+        return metadata_source(
+            metadata, everything, list(chosen), inside, folder, num_samples=num_samples, object_masks=object_masks
+        )
     labelled = {name: _without_masks(layout) for name, layout in images.items()}
     masks = sorted(chosen.keys() - choose_split(labelled, split, folder).keys())
     if masks:

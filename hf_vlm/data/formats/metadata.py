@@ -11,24 +11,18 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from hf_vlm.data.formats.annotations import OBJECT_FIELDS, check_boxes, check_labels
+from hf_vlm.data.formats.annotations import MASK_FIELDS, OBJECT_FIELDS, check_boxes, check_labels
 from hf_vlm.data.formats.box_conventions import warn_of_convention
 from hf_vlm.data.formats.categories import Categories, make_categories
-from hf_vlm.data.formats.columns import (
-    ANNOTATION_NAMES,
-    COLUMN_NAMES,
-    POSITION,
-    TABLE_NAMES,
-    ColumnMap,
-    RowReader,
-    find_columns,
-)
+from hf_vlm.data.formats.column_names import ANNOTATION_NAMES, COLUMN_NAMES, OBJECT_NAMES, TABLE_NAMES
+from hf_vlm.data.formats.columns import POSITION, ColumnMap, RowReader, find_columns
 from hf_vlm.data.formats.table_files import FILE_NAMES, holds_file_names, read_table
 from hf_vlm.data.io.decode import image_size
 from hf_vlm.data.io.files import is_remote
 from hf_vlm.data.io.indexed import TableReader, indexed_stream
 from hf_vlm.data.io.messages import summarise
 from hf_vlm.data.schema import image_feature
+from hf_vlm.data.segmentations import segmentation_text
 from hf_vlm.data.source import Source
 
 __all__ = ["is_metadata", "metadata_source"]
@@ -61,6 +55,7 @@ def metadata_source(
     source: Path,
     *,
     num_samples: int | None,
+    object_masks: bool,
 ) -> Source:
     """Stream the images of a split that metadata name.
 
@@ -74,6 +69,7 @@ def metadata_source(
         folders: Those of the split.
         source: Name of the source, for messages.
         num_samples: Number of examples to read, from the first on; None for all.
+        object_masks: Whether to read the masks of objects.
 
     Raises:
         ValueError: A row cannot be read or names a mask that does not exist; no row names an image of the split; or
@@ -81,6 +77,7 @@ def metadata_source(
     """
     stored = _read_rows(files, images)
     columns = _find_columns(stored, source)
+    columns = columns if object_masks else columns.without_object_masks()
     rows, columns = _by_image(stored, columns)
     named = [rows[str(path)] for path in chosen if str(path) in rows]
     if not named:
@@ -95,7 +92,8 @@ def metadata_source(
     named = named[:num_samples]
     category, is_clean = _check_objects(rows.values(), named, columns, source)
     kept = dict(columns.columns) if category is None else {**columns.columns, OBJECTS: OBJECTS}
-    reader = RowReader(map=ColumnMap(kept, OBJECT_FIELDS), label=label, category=category, cleans_boxes=not is_clean)
+    fields = MASK_FIELDS if columns.has_object_masks else OBJECT_FIELDS
+    reader = RowReader(map=ColumnMap(kept, fields), label=label, category=category, cleans_boxes=not is_clean)
     empty = dict.fromkeys(columns.source_names)
     examples = [reader({POSITION: position, **empty, **row}) for position, row in enumerate(named)]
     table = pa.Table.from_pylist(examples, schema=reader.features.arrow_schema)
@@ -150,7 +148,7 @@ def _read_rows(files: Sequence[Path], images: Collection[str]) -> list[Row]:
                 if isinstance(mask, str):
                     row[name] = {"bytes": None, "path": _find(file, mask, paths)}
                     unknown += [f"{mask} in {row[ROW_LOCATION]}"] * (row[name]["path"] not in images)
-            rows.append(row)
+            rows.append(_with_mask_texts(row))
     outside = [row for row in rows if row[FILE_NAME] not in images and _is_outside(row[FILE_NAME], files)]
     if outside:
         examples = summarise(f"{row[FILE_NAME]} in {row[ROW_LOCATION]}" for row in outside)
@@ -158,6 +156,19 @@ def _read_rows(files: Sequence[Path], images: Collection[str]) -> list[Row]:
     if unknown:
         raise ValueError(f"{len(unknown)} masks that metadata name do not exist: {summarise(unknown)}")
     return rows
+
+
+def _with_mask_texts(row: Row) -> Row:
+    """A row whose masks of objects are text: polygons and run lengths in one column have no type in common."""
+    for column in set(COLUMN_NAMES["objects"]) & row.keys():
+        stored = row[column]
+        items = stored if isinstance(stored, list) else [stored]
+        for item in (item for item in items if isinstance(item, dict)):
+            for name in set(OBJECT_NAMES["segmentation"]) & item.keys():
+                values = item[name]
+                one_each = isinstance(stored, dict) and isinstance(values, list)
+                item[name] = [segmentation_text(v) for v in values] if one_each else segmentation_text(values)
+    return row
 
 
 def _find(file: Path, name: str, paths: Mapping[str, str]) -> str:

@@ -24,8 +24,8 @@ def mix_sources(sources: Mapping[str, Source], weights: Mapping[str, float]) -> 
     """Sample each example from one of several sources, with probabilities in proportion to their weights.
 
     An epoch ends when every source has been read to its end; until then shorter ones begin again. The mixture has the
-    columns that all of them have, without the labels where their classes differ. Its image_ids are theirs times the
-    number of sources, plus the position of the source.
+    columns that all of them have, without the labels where their classes differ, and masks of objects where all have
+    them. Its image_ids are theirs times the number of sources, plus the position of the source.
 
     Raises:
         ValueError: A weight is not positive.
@@ -33,6 +33,8 @@ def mix_sources(sources: Mapping[str, Source], weights: Mapping[str, float]) -> 
     wrong = [f"{name}: {weight!r}" for name, weight in weights.items() if not _is_weight(weight)]
     if wrong:
         raise ValueError(f"the weights of a mixture must be positive numbers, not {summarise(wrong)}")
+    if not all(source.has_object_masks for source in sources.values()):
+        sources = {name: source.without_object_masks() for name, source in sources.items()}
     shared = [name for name in COLUMNS if all(name in source.features for source in sources.values())]
     columns = [name for name in shared if _has_equal_classes(name, sources)]
     numbered = [

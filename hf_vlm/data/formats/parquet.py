@@ -15,14 +15,8 @@ import pyarrow.compute as pc
 from hf_vlm.data.formats.annotations import check_boxes, check_labels
 from hf_vlm.data.formats.box_conventions import as_xywh, warn_of_convention
 from hf_vlm.data.formats.categories import Categories, make_categories, read_categories
-from hf_vlm.data.formats.columns import (
-    ANNOTATION_NAMES,
-    POSITION,
-    ColumnMap,
-    RowReader,
-    category_feature,
-    find_columns,
-)
+from hf_vlm.data.formats.column_names import ANNOTATION_NAMES
+from hf_vlm.data.formats.columns import POSITION, ColumnMap, RowReader, category_feature, find_columns
 from hf_vlm.data.formats.parquet_files import find_parquet_files, open_parquet_file, read_features, read_metadata
 from hf_vlm.data.formats.repeated_images import check_repeated_images
 from hf_vlm.data.formats.splits import choose_split, common_folder, describe_folder, group_by_split
@@ -45,7 +39,9 @@ SAMPLE_BUFFER = 2**22  # bytes read at a time of these images
 MAX_COMPARED = 2**26  # bytes of images that are compared: of 100 kB each the first 600, among which shuffled ones meet
 
 
-def open_parquet(source: Path | Sequence[Path], split: str, *, num_samples: int | None = None) -> Source:
+def open_parquet(
+    source: Path | Sequence[Path], split: str, *, num_samples: int | None = None, object_masks: bool = True
+) -> Source:
     """Stream the rows of Parquet files, of one, of several or of the files of a split in a folder.
 
     Each row group is a shard.
@@ -64,6 +60,7 @@ def open_parquet(source: Path | Sequence[Path], split: str, *, num_samples: int 
     files = _Files(choose_split(splits, split, name))
     parts = files.parts(num_samples)
     columns = _without_repeated_ids(files, find_columns(files.features, name), name)
+    columns = columns if object_masks else columns.without_object_masks()
     label = _check_labels(files, splits, columns, name)
     folder = _folder_of_names(files, columns, root)
     category, is_clean, max_objects = _check_objects(files, splits, columns, name, folder)

@@ -10,7 +10,8 @@ from typing import Any
 
 import datasets
 
-from hf_vlm.data.formats.columns import LISTS, NUMBER_NAMES, TABLE_NAMES
+from hf_vlm.data.formats.column_names import NUMBER_NAMES, TABLE_NAMES
+from hf_vlm.data.formats.columns import LISTS
 from hf_vlm.data.formats.parquet_files import open_parquet_file, read_features, read_metadata
 from hf_vlm.data.io.cells import rows_of_group
 from hf_vlm.data.io.files import read_bytes

@@ -3,16 +3,18 @@
 import logging
 import xml.etree.ElementTree as ET
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from hf_vlm.data.formats.annotations import OBJECT_FIELDS, normalise_objects
+from hf_vlm.data.formats.annotations import MASK_FIELDS, normalise_objects
 from hf_vlm.data.formats.box_conventions import CORNERS
 from hf_vlm.data.formats.boxed_images import BoxedImages, boxed_images_source
 from hf_vlm.data.formats.splits import choose_split
 from hf_vlm.data.formats.voc_files import find_splits, looks_like_voc, pair_images
+from hf_vlm.data.formats.voc_masks import read_object_masks
 from hf_vlm.data.io.files import map_files, read_bytes
 from hf_vlm.data.io.messages import summarise
 from hf_vlm.data.source import Source
@@ -41,7 +43,7 @@ class VocImage(NamedTuple):
     file_name: str  # of the image; empty where it is not given
 
 
-def open_voc(source: Path, split: str, *, num_samples: int | None = None) -> Source:
+def open_voc(source: Path, split: str, *, num_samples: int | None = None, object_masks: bool = True) -> Source:
     """Stream the images and boxes of Pascal VOC annotations, in the order of their names.
 
     Layouts: `Annotations/.../*.xml` beside `JPEGImages` or `images`, with the splits in `ImageSets/Main/<split>.txt`,
@@ -51,8 +53,9 @@ def open_voc(source: Path, split: str, *, num_samples: int | None = None) -> Sou
     corners count from 0, as some tools write them, are recognised and named in a warning. Objects marked as difficult
     have `iscrowd` 1: evaluation ignores them. Classes are in alphabetical order, those of all splits.
 
-    So difficult objects are neither trained on nor counted as errors. Images without an xml file are left out; xml
-    files without an image stay, as images that cannot be read.
+    So difficult objects are neither trained on nor counted as errors. With `object_masks`, an image of the same name
+    in `SegmentationObject` holds the masks of the objects. Images without an xml file are left out; xml files without
+    an image stay, as images that cannot be read.
 
     Raises:
         ValueError: There are no xml files, no such split or no images; a file cannot be read, may belong to several
@@ -67,7 +70,7 @@ def open_voc(source: Path, split: str, *, num_samples: int | None = None) -> Sou
     found = [(row, file, item) for row, file in enumerate(files) for item in parsed[file].objects]
     index_of = {name: index for index, name in enumerate(names)}
     first, last = _counting(parsed.values(), source)
-    stored = [
+    stored: list[dict[str, Any]] = [
         {
             "bbox": (left - first, top - first, right - left + last, bottom - top + last),
             "category": index_of[item.name],
@@ -76,9 +79,12 @@ def open_voc(source: Path, split: str, *, num_samples: int | None = None) -> Sou
         for _, _, item in found
         for left, top, right, bottom in [item.corners]
     ]
+    if object_masks:
+        masks = read_object_masks(files, [len(parsed[file].objects) for file in files])
+        stored = [item | {"segmentation": text} for item, text in zip(stored, chain.from_iterable(masks))]
     boxes = BoxedImages(
         class_names=names,
-        objects=normalise_objects(stored, OBJECT_FIELDS, source),
+        objects=normalise_objects(stored, MASK_FIELDS, source, has_masks=object_masks),
         rows=np.array([row for row, _, _ in found], dtype=np.int64),
         sizes=np.array([parsed[file].size for file in files], dtype=np.float64).reshape(-1, 2),
         name_of=lambda index: f"{found[index][2].name} of {found[index][1].name}",

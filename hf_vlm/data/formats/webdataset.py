@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from hf_vlm.data.formats.annotations import OBJECT_FIELDS
+from hf_vlm.data.formats.annotations import MASK_FIELDS, OBJECT_FIELDS
 from hf_vlm.data.formats.categories import Categories
 from hf_vlm.data.formats.columns import ColumnMap, RowReader
 from hf_vlm.data.formats.imagefolder import IMAGE_EXTENSIONS
@@ -37,7 +37,9 @@ Row = dict[str, Any]
 NUM_FIRST = 100  # samples that show what a tar holds
 
 
-def open_webdataset(source: Path | Sequence[Path], split: str, *, num_samples: int | None = None) -> Source:
+def open_webdataset(
+    source: Path | Sequence[Path], split: str, *, num_samples: int | None = None, object_masks: bool = True
+) -> Source:
     """Stream the samples of tar files: of one, of several, or of a folder of them. Each tar is a shard.
 
     A sample is the files that follow each other with the same name up to the first dot. `jpg`, `png` and so on is the
@@ -62,6 +64,7 @@ def open_webdataset(source: Path | Sequence[Path], split: str, *, num_samples: i
     first = _first_samples(shards[0])
     everything = [shard for tars in splits.values() for shard in _with_names(tars, root)]
     columns, label, category = find_classes(first, everything, [shards[0][0].parent, root])
+    columns = columns if object_masks else columns.without_object_masks()
     found = {"label": label, "objects": category}
     reader = _Reader(
         columns.without(*(name for name, classes in found.items() if classes is None)),
@@ -114,7 +117,8 @@ class _Reader:
     @property
     def rows(self) -> RowReader:
         names = ("image_id", *self.columns.columns, *(["objects"] if self.columns.objects else []))
-        columns = ColumnMap({name: name for name in names}, OBJECT_FIELDS if self.columns.objects else {})
+        fields = MASK_FIELDS if self.columns.has_object_masks else OBJECT_FIELDS
+        columns = ColumnMap({name: name for name in names}, fields if self.columns.objects else {})
         return RowReader(map=columns, label=self.label, category=self.category, cleans_boxes=True)
 
     def __call__(self, shards: list[tuple[str, str]]) -> Iterator[tuple[int, Row]]:

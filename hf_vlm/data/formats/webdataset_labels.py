@@ -14,7 +14,8 @@ from tqdm.auto import tqdm
 from hf_vlm.data.formats.annotations import check_boxes
 from hf_vlm.data.formats.box_conventions import warn_of_convention
 from hf_vlm.data.formats.categories import Categories, make_categories
-from hf_vlm.data.formats.columns import COLUMN_NAMES, OBJECT_NAMES, SIDE_NAMES, ColumnMap, find_objects
+from hf_vlm.data.formats.column_names import COLUMN_NAMES, OBJECT_NAMES, SIDE_NAMES
+from hf_vlm.data.formats.columns import ColumnMap, find_objects
 from hf_vlm.data.formats.webdataset_samples import (
     LabelError,
     Sample,

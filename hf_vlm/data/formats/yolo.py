@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hf_vlm.data.formats.annotations import OBJECT_FIELDS, normalise_objects
+from hf_vlm.data.formats.annotations import MASK_FIELDS, normalise_objects
 from hf_vlm.data.formats.box_conventions import CENTERS
 from hf_vlm.data.formats.boxed_images import BoxedImages, boxed_images_source
 from hf_vlm.data.formats.image_sizes import read_file_sizes
@@ -22,7 +22,7 @@ __all__ = ["looks_like_yolo", "open_yolo"]
 logger = logging.getLogger(__name__)
 
 
-def open_yolo(source: Path, split: str, *, num_samples: int | None = None) -> Source:
+def open_yolo(source: Path, split: str, *, num_samples: int | None = None, object_masks: bool = True) -> Source:
     """Stream the images and boxes of a YOLO data set, in the order of the image files' names.
 
     The source is a `data.yaml` with `train`, `val`, `test` (folders of images, text files that list images, or lists
@@ -30,9 +30,9 @@ def open_yolo(source: Path, split: str, *, num_samples: int | None = None) -> So
     `images/<split>` and `labels/<split>`, with `<split>/images` and `<split>/labels`, or with labels beside the
     images; its classes are in `classes.txt`, else they are the numbers that occur. The labels of
     `.../images/.../a.jpg` are in `.../labels/.../a.txt` or beside it, one line per object: class, centre x, centre y,
-    width, height, also with keypoints where the data.yaml has `kpt_shape`; or class and the points of a polygon, whose
-    bounding box is taken. Images without labels have no objects; listed images that are missing stay, as ones that
-    cannot be read.
+    width, height, also with keypoints where the data.yaml has `kpt_shape`; or class and the points of a polygon, which
+    is the mask where `object_masks` are wanted, and whose bounding box is the box. Images without labels have no
+    objects; listed images that are missing stay, as ones that cannot be read.
 
     Opening reads the headers of the labelled images, since boxes in pixels need the images' sizes.
 
@@ -70,11 +70,15 @@ def open_yolo(source: Path, split: str, *, num_samples: int | None = None) -> So
     labelled = np.unique(rows).tolist()
     sizes = np.full((len(images), 2), np.inf)
     sizes[labelled] = read_file_sizes([images[row] for row in labelled]).shown
+    scales = np.nan_to_num(sizes[rows], posinf=0.0)  # (n, 2)
     relative = np.array([line.box for _, line in objects], dtype=np.float64).reshape(-1, 4)
-    pixels = relative * np.tile(np.nan_to_num(sizes[rows], posinf=0.0), 2)
+    stored = {"bbox": (relative * np.tile(scales, 2)).tolist(), "category": categories}
+    if object_masks:
+        polygons = (np.reshape(line.polygon, (-1, 2)) for _, line in objects)
+        stored["segmentation"] = [(polygon * scale).tolist() for polygon, scale in zip(polygons, scales)]
     boxes = BoxedImages(
         class_names=names,
-        objects=normalise_objects({"bbox": pixels.tolist(), "category": categories}, OBJECT_FIELDS, source),
+        objects=normalise_objects(stored, MASK_FIELDS, source, has_masks=object_masks),
         rows=rows,
         sizes=sizes,
         name_of=lambda index: f"{labels[rows[index]].name}, line {objects[index][1].number}",

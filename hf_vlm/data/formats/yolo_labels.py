@@ -27,6 +27,7 @@ class Line(NamedTuple):
     category: int
     box: tuple[float, ...]  # x, y, width, height in fractions of the image
     num_values: int  # after the category
+    polygon: tuple[float, ...] = ()  # x1, y1, x2, y2, ... in fractions of the image; of a box there is none
 
 
 def find_labels(images: Sequence[Path], source: object) -> list[Path | None]:
@@ -188,5 +189,6 @@ def _parse_line(line: str, location: str, num_keypoint_values: int) -> Line:
         return Line(0, int(category), (x - width / 2, y - height / 2, width, height), number)
     if number >= 6 and number % 2 == 0:
         x, y = min(values[::2]), min(values[1::2])
-        return Line(0, int(category), (x, y, max(values[::2]) - x, max(values[1::2]) - y), number)
+        box = (x, y, max(values[::2]) - x, max(values[1::2]) - y)
+        return Line(0, int(category), box, number, tuple(values))
     raise ValueError(f"{location}: {line!r} must have a class and 4 numbers, or a class and the points of a polygon")

@@ -20,6 +20,7 @@ from hf_vlm.data.inspection.duplicates import (
     fingerprint,
     near_duplicates,
 )
+from hf_vlm.data.inspection.mask_stats import PixelCounts, count_values
 from hf_vlm.data.inspection.pixel_range import MAX_DARK_BITS
 from hf_vlm.data.inspection.report import (
     BoxReport,
@@ -78,6 +79,8 @@ class Accumulator:
     formats: Counter[str] = field(default_factory=Counter)
     unreadable: list[Unreadable] = field(default_factory=list)
     bad_masks: list[str] = field(default_factory=list)
+    pixels: PixelCounts = field(default_factory=PixelCounts)
+    num_object_masks: int = 0
     examples: list[ExampleSummary] = field(default_factory=list)
 
 
@@ -88,6 +91,7 @@ class ImageStats:
     row: tuple[Any, ...]  # an IMAGE_DTYPE without its position
     format: str
     has_bad_mask: bool
+    mask_values: dict[int, int] | None  # pixels by value, of the mask that gives each a class
 
 
 def inspect_source(
@@ -161,7 +165,9 @@ def _image_stats(example: Example) -> ImageStats | str:
     )
     masks = (example[name] for name in ("mask", "instance_mask") if name in example)
     bad_mask = any(image_size(mask) != (height, width) for mask in masks)
-    return ImageStats(row, f"{header.format} {header.mode}".strip() if header is not None else "other", bad_mask)
+    values = count_values(example["mask"]) if "mask" in example else None
+    name = f"{header.format} {header.mode}".strip() if header is not None else "other"
+    return ImageStats(row, name, bad_mask or ("mask" in example and values is None), values)
 
 
 def _accumulate(accumulator: Accumulator, batch: list[Example], results: list[ImageStats | str]) -> None:
@@ -173,6 +179,9 @@ def _accumulate(accumulator: Accumulator, batch: list[Example], results: list[Im
             continue
         objects = example.get("objects", {"category": [], "bbox": []})
         boxes += [(len(accumulator.names), *box) for box in zip(objects["category"], objects["bbox"], strict=True)]
+        accumulator.num_object_masks += sum(map(bool, objects.get("segmentation", ())))
+        if result.mask_values is not None:
+            accumulator.pixels.add(name, result.mask_values)
         rows.append((len(accumulator.names) + len(accumulator.unreadable), *result.row))
         accumulator.names.append(name)
         accumulator.formats[result.format] += 1
@@ -207,12 +216,15 @@ def _report(accumulator: Accumulator, source: Source, findings: list[str], *, is
         issues += _label_issues(images, label_counts, accumulator.names)
     if source.object_names is not None:
         box_report = _box_report(images, boxes, source.object_names)
+        if source.has_object_masks:
+            box_report = replace(box_report, num_masks=accumulator.num_object_masks)
         finding, is_certain = _convention(images, boxes, source.name)
         if finding is not None:
             issues.append(Issue(f"boxes; {finding}", len(boxes), []))
         if is_certain:  # sizes of boxes that are something else say nothing
             box_report = replace(box_report, small_relative_size=None)
         issues += _box_issues(images, boxes, box_report, accumulator.names)
+    issues += accumulator.pixels.issues(source.mask_names)
     return Report(
         num_images=len(images),
         is_complete=is_complete,
@@ -226,6 +238,7 @@ def _report(accumulator: Accumulator, source: Source, findings: list[str], *, is
         total_pixels=int((images["width"].astype(np.int64) * images["height"]).sum()),
         label_counts=label_counts,
         boxes=box_report,
+        masks=accumulator.pixels.report(source.mask_names),
         exact_duplicates=exact,
         near_duplicates=near,
         unreadable=accumulator.unreadable,

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -64,11 +64,21 @@ class BoxReport:
     size_fractions: dict[str, float]  # small, medium and large, by width x height and COCO's limits
     relative_size: MinMedianMax | None  # sqrt(area / area of the image)
     small_relative_size: float | None  # median of the small boxes; of the smallest tenth where next to none are small
+    num_masks: int | None = None  # objects with a mask; None where the source has none
 
     @property
     def patches_wanted(self) -> int | None:
         """Patches per side of the resized image from which on half of the small objects span at least two."""
         return None if self.small_relative_size is None else math.ceil(MIN_PATCHES / self.small_relative_size)
+
+
+@dataclass(frozen=True)
+class MaskReport:
+    """Masks with the class of each pixel, of the readable images."""
+
+    class_pixels: dict[str, int]  # by name, or by value where names are not known
+    class_images: dict[str, int]  # that have a pixel of the class
+    pixels_without_class: int
 
 
 @dataclass(frozen=True)
@@ -99,6 +109,7 @@ class Report:
     total_pixels: int
     label_counts: dict[str, int] | None
     boxes: BoxReport | None
+    masks: MaskReport | None
     exact_duplicates: list[list[str]]
     near_duplicates: list[list[str]]  # without those of which every byte is equal
     unreadable: list[Unreadable]
@@ -120,6 +131,7 @@ def format_report(report: Report) -> str:
         "Images": _image_lines(report),
         "Labels": _class_lines(report.label_counts, "images") if report.label_counts is not None else [],
         "Boxes": _box_lines(report.boxes) if report.boxes is not None else [],
+        "Masks": _mask_lines(report.masks) if report.masks is not None else [],
         "To look at": _issue_lines(report),
     }
     lines = []
@@ -152,6 +164,8 @@ def _image_lines(report: Report) -> Lines:
 def _box_lines(boxes: BoxReport) -> Lines:
     lines = [("number", f"{boxes.num_boxes:,}"), ("per image", _min_median_max(boxes.per_image))]
     lines.append(("empty images", f"{boxes.num_images_without:,}"))
+    if boxes.num_masks is not None:
+        lines.append(("masks", f"of {boxes.num_masks:,} objects"))
     lines += _class_lines(boxes.class_counts, "boxes")
     if boxes.relative_size is None or boxes.patches_wanted is None:
         return lines
@@ -170,12 +184,18 @@ def _box_lines(boxes: BoxReport) -> Lines:
     return [*lines, ("advice", advice)]
 
 
+def _mask_lines(masks: MaskReport) -> Lines:
+    total = sum(masks.class_pixels.values()) + masks.pixels_without_class
+    lines = [("pixels", f"{_count(total)} in all, {masks.pixels_without_class / total:.1%} without a class")]
+    return lines + _class_lines(masks.class_pixels, "pixels", show=lambda count: f"{count / total:.2%}")
+
+
 def _image_size(grid: int, patch_size: int) -> int:
     """The smallest usual size, a multiple of two patches, that holds this many patches per side."""
     return math.ceil(grid / 2) * 2 * patch_size
 
 
-def _class_lines(counts: Mapping[str, int], unit: str) -> Lines:
+def _class_lines(counts: Mapping[str, int], unit: str, *, show: Callable[[int], str] = "{:,}".format) -> Lines:
     """The classes with bars, the largest first; of many classes the largest and the smallest."""
     ranked = sorted(counts.items(), key=lambda item: -item[1])
     if not ranked:
@@ -187,7 +207,7 @@ def _class_lines(counts: Mapping[str, int], unit: str) -> Lines:
     lines = []
     for name, count in shown:
         bar = "#" * math.ceil(BAR_WIDTH * count / largest)
-        lines.append(("", f"{name:<{width}}  {count:>{len(f'{largest:,}')},}  {bar}"))
+        lines.append(("", f"{name:<{width}}  {show(count):>{len(show(largest))}}  {bar}"))
     if hidden > 0:
         lines.insert(head, ("", f"... {hidden} more classes"))
     present = [count for _, count in ranked if count]

@@ -45,6 +45,8 @@ def _binary_cells(values: Iterable[Any]) -> Iterator[bytes]:
             yield value
         elif isinstance(value, dict):  # {"bytes", "path"}
             yield from _binary_cells(value.values())
+        elif isinstance(value, list) and value and isinstance(value[0], bytes | dict | list):  # of objects
+            yield from _binary_cells(value)
 
 
 def check_names(file: pq.ParquetFile, leaves: Sequence[str]) -> None:

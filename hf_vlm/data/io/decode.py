@@ -72,10 +72,10 @@ def decode_image(
     ), size  # (H, W) or (H, W, C) to (H, W, C)
 
 
-def decode_mask(mask: EncodedImage) -> Array:
+def decode_mask(mask: EncodedImage, *, as_colors: bool = False) -> Array:
     """The values of a mask (height, width) int32, as they are stored: of a palette the indices, not its colours.
 
-    A mask in colours has the values 65536 red + 256 green + blue.
+    A mask in colours has the values 65536 red + 256 green + blue; with `as_colors` every mask has.
 
     Raises:
         BadImageError: As for `decode_image`.
@@ -84,8 +84,8 @@ def decode_mask(mask: EncodedImage) -> Array:
     try:
         with open_image(data) as file:
             _check_size((file.height, file.width))
-            if file.mode == "LA":
-                file = file.convert("L")
+            if as_colors or file.mode == "LA":
+                file = file.convert("RGB" if as_colors else "L")
             values = np.asarray(file).astype(np.int32)
     except Exception as error:  # Pillow raises anything for broken files
         raise BadImageError(f"{_name(mask)}: {error}") from error

@@ -20,6 +20,7 @@ from hf_vlm.data.io.messages import error_text
 __all__ = [
     "MANIFEST_FILE",
     "PARTIAL_FOLDER",
+    "created_folder",
     "damage",
     "disk_errors",
     "is_partial",
@@ -150,6 +151,30 @@ def _describe(folder: Path, files: list[Path]) -> dict[str, dict[str, Any]]:
 
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         return dict(zip((path.relative_to(folder).as_posix() for path in files), pool.map(describe, files)))
+
+
+@contextlib.contextmanager
+def created_folder(path: Path) -> Iterator[Path]:
+    """A folder to write into that is renamed to the path, which must not exist, on success, and deleted otherwise.
+
+    Raises:
+        ValueError: The path cannot be written.
+    """
+    partial = path.parent / PARTIAL_FOLDER / path.name
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+        partial.mkdir()
+        yield partial
+        sync_tree(partial)
+        partial.rename(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error_text(error)}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):  # others may be writing there
+            partial.parent.rmdir()
 
 
 @contextlib.contextmanager

@@ -9,6 +9,8 @@ import torch
 
 __all__ = ["collate_detection", "collate_views", "empty_batch", "stack"]
 
+MAX_MESSAGE_BYTES = 2**16  # of a tensor that is sent within a message
+
 
 def collate_views(examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Stack `pixel_values` (V, C, H, W) or (C, H, W), `local_pixel_values` where there are any, and `label`.
@@ -36,18 +38,26 @@ def collate_detection(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-class WorkerLabels(list[dict[str, torch.Tensor]]):
+class WorkerLabels(list[dict[str, Any]]):
     """Labels that leave a data worker as arrays within its message, and arrive as a plain list of dicts of tensors.
 
-    Tensors would each travel as a file in shared memory: with 16 images of 6 tensors 17 ms per batch instead of 1.
+    Small tensors would each travel as a file in shared memory: with 16 images of 6 tensors 17 ms per batch instead of
+    1. Masks do, since within the message they would be copied.
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _as_tensors, ([{name: value.numpy() for name, value in labels.items()} for labels in self],)
+        return _as_tensors, ([{name: _as_array(value) for name, value in labels.items()} for labels in self],)
 
 
-def _as_tensors(labels: list[dict[str, np.ndarray[Any, Any]]]) -> list[dict[str, torch.Tensor]]:
-    return [{name: torch.from_numpy(array) for name, array in arrays.items()} for arrays in labels]
+def _as_array(value: Any) -> Any:
+    return value.numpy() if isinstance(value, torch.Tensor) and value.nbytes <= MAX_MESSAGE_BYTES else value
+
+
+def _as_tensors(labels: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in image.items()}
+        for image in labels
+    ]
 
 
 def stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

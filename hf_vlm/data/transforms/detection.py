@@ -2,7 +2,8 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import compress
 from typing import Any, Self
 
 import numpy as np
@@ -10,8 +11,9 @@ import torch
 
 from hf_vlm.data.boxes import clean_boxes
 from hf_vlm.data.io.decode import decode_image
+from hf_vlm.data.segmentations import read_segmentation
 from hf_vlm.data.transforms.image_ops import Normalizer, rotate_quarter_turns
-from hf_vlm.data.transforms.objects import Objects, Span
+from hf_vlm.data.transforms.objects import Masks, Objects, Span
 from hf_vlm.data.transforms.options import as_probability, as_size, build_settings
 from hf_vlm.data.transforms.windows import WindowParameters, WindowSettings, render_window, sample_window
 
@@ -48,10 +50,13 @@ class DetectionTransform:
     - `class_labels` (n,) int64;
     - `boxes` (n, 4) float32, centre x, centre y, width, height relative to the output;
     - `image_id` (1,) int64; `orig_size` (2,) int64, height and width of the original as it is displayed;
-    - `area` (n,) float32, pixels of the original; `iscrowd` (n,) int64.
+    - `area` (n,) float32, pixels of the original; `iscrowd` (n,) int64;
+    - with `masks`, in training `masks` (n, H, W) bool, and else `segmentation`, a list of COCO's run lengths
+      {"size", "counts"} at the size of the original.
 
     Boxes are clipped to the image, and degenerate ones dropped with all that belongs to them. In training crowds are
-    dropped too, as they name no single object.
+    dropped too, as they name no single object. With `masks`, an object without one is a crowd, and in training objects
+    are dropped that no pixel of the output shows; a box that is cut becomes that of the mask that is left.
 
     Args:
         size: Size of the output in pixels, one number or (height, width).
@@ -60,6 +65,7 @@ class DetectionTransform:
         image_std: Standard deviation of the values in 0 to 1; one number, or one per channel.
         num_channels: Channels of the images; colour jitter needs 3.
         num_classes: Number of classes, below which class ids are checked to lie; None for no check.
+        masks: Whether to give the masks of objects, which need `objects` with the field `segmentation`.
         settings: Settings of the augmentation; None for the defaults.
 
     Raises:
@@ -76,12 +82,14 @@ class DetectionTransform:
         image_std: float | Sequence[float],
         num_channels: int = 3,
         num_classes: int | None = None,
+        masks: bool = False,
         settings: DetectionSettings | None = None,
     ) -> None:
         self.size = as_size("size", size)
         self.train = train
         self.num_channels = num_channels
         self.num_classes = num_classes
+        self.masks = masks
         self.settings = settings or DetectionSettings()
         self.normalize = Normalizer(image_mean, image_std, num_channels=num_channels)
         self.num_dropped_boxes = 0
@@ -107,6 +115,13 @@ class DetectionTransform:
         if self.train:
             objects = objects.select(objects.iscrowd == 0)
         image, objects = self.render(image, objects, parameters)
+        mask_labels: dict[str, Any] = {}
+        if objects.masks is not None and self.train:
+            masks = objects.masks.rasterise(self.size)  # (n, H, W)
+            are_shown = np.asarray(masks.any(axis=(1, 2)))
+            objects, mask_labels["masks"] = objects.select(are_shown), torch.from_numpy(masks[are_shown])
+        elif objects.masks is not None:
+            mask_labels["segmentation"] = objects.masks.encode(original_size)
         pixel_values = np.empty((self.num_channels, *self.size), dtype=np.float32)  # (C, H, W)
         self.normalize(image, pixel_values)
         low, high = objects.boxes[:, :2], objects.boxes[:, 2:]
@@ -119,6 +134,7 @@ class DetectionTransform:
                 "orig_size": torch.tensor(original_size, dtype=torch.int64),
                 "area": torch.from_numpy(objects.area),
                 "iscrowd": torch.from_numpy(objects.iscrowd),
+                **mask_labels,
             },
         }
 
@@ -166,7 +182,23 @@ class DetectionTransform:
             area=boxes[:, 2] * boxes[:, 3] if area is None else np.asarray(area, dtype=np.float32),
             iscrowd=np.zeros(len(boxes), dtype=np.int64) if iscrowd is None else np.asarray(iscrowd, dtype=np.int64),
         )
-        return read.select(keep)
+        read = read.select(keep)
+        return self._with_masks(read, example, keep, height, width) if self.masks else read
+
+    def _with_masks(self, objects: Objects, example: dict[str, Any], keep: Array, height: int, width: int) -> Objects:
+        """The kept objects with their masks; those without are crowds."""
+        segmentations = example["objects"].get("segmentation")
+        if segmentations is None or len(segmentations) != len(keep):
+            found = "no" if segmentations is None else f"{len(segmentations)} values of"
+            raise ValueError(
+                f"Image {example['image_id']} has {len(keep)} boxes but {found} 'segmentation': this needs a source "
+                "with masks of objects, as polygons or run lengths."
+            )
+        try:
+            masks = Masks.of([read_segmentation(text, height, width) for text in compress(segmentations, keep)])
+        except ValueError as error:
+            raise ValueError(f"An object of image {example['image_id']} {error}.") from error
+        return replace(objects, masks=masks, iscrowd=np.where(masks.are_there, objects.iscrowd, 1))
 
     def _check_classes(self, class_labels: Array, num_boxes: int, image_id: int) -> None:
         if len(class_labels) != num_boxes:

@@ -37,16 +37,21 @@ class DetectionOutcomes:
     threshold: float
 
 
-def report_detection(evaluation: Any) -> list[Part]:
-    """The parts of a detector's report; all but AP are at IoU 0.5."""
+def report_detection(evaluation: Any, prefix: str = "") -> list[Part]:
+    """The parts of a detector's report; all but AP are at IoU 0.5 of the boxes.
+
+    Args:
+        prefix: Of the names of the metrics of boxes.
+    """
     names, outcomes = list(evaluation.class_names), evaluation.outcomes
     matches, threshold = outcomes.matches, outcomes.threshold
+    box_metrics = {n.removeprefix(prefix): v for n, v in evaluation.metrics.items() if n.startswith(prefix)}
     counts = detection_confusion(matches, threshold, len(names))
     above = f"detections with scores above {threshold:.3f}, the model's threshold"
     return [
         _operating_points(matches, threshold),
-        _classes(matches, names, threshold, evaluation.metrics),
-        _sizes(matches, threshold, evaluation.metrics),
+        _classes(matches, names, threshold, box_metrics),
+        _sizes(matches, threshold, box_metrics),
         _precision_recall(matches, names),
         _f1(matches, threshold),
         confusion(

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hf_vlm.data.formats.annotations import OBJECT_FIELDS, check_labels, normalise_objects
+from hf_vlm.data.formats.annotations import MASK_FIELDS, OBJECT_FIELDS, check_labels, normalise_objects
 from hf_vlm.data.schema import image_feature
 from hf_vlm.data.sources import open_source
 
@@ -172,6 +172,13 @@ def test_values_that_tables_use_for_missing_ones_are_filled():
         "area": [12, 12],
         "iscrowd": [0, 1],
     }
+    polygon = [[1, 2, 4, 2, 4, 6]]
+    stored = [{"category": "ant", "segmentation": polygon}, {"bbox": [1, 2, 3, 4], "category": "ant"}]
+    found = normalise_objects(stored, MASK_FIELDS, "here", has_masks=True)
+    assert found["bbox"] == [[1, 2, 3, 4]] * 2
+    assert found["segmentation"] == ["[[1.0,2.0,4.0,2.0,4.0,6.0]]", ""]
+    lists = {"category": ["ant"], "segmentation": [polygon]}
+    assert normalise_objects(lists, MASK_FIELDS, "here")["bbox"] == [[1, 2, 3, 4]]
     assert normalise_objects(None, OBJECT_FIELDS, "here") == {"bbox": [], "category": [], "area": [], "iscrowd": []}
 
 

@@ -5,13 +5,10 @@ import logging
 import unicodedata
 
 import fsspec
-import numpy as np
 import pytest
-from faster_coco_eval import mask
 from sample_data import HEIGHT, WIDTH, assert_coco_examples, make_coco, png, write_coco
 
 from hf_vlm.data.formats.coco import find_coco_files, open_coco
-from hf_vlm.data.formats.segmentations import box_of_segmentation
 from hf_vlm.data.io.decode import decode_image
 from hf_vlm.data.sources import guess_format, open_source
 from hf_vlm.data.stream import ExampleStream
@@ -227,27 +224,47 @@ def test_boxes_of_segmentations(tmp_path, segmentation, missing):
     assert example["objects"]["bbox"] == [SQUARE]
 
 
-def test_boxes_of_run_lengths_are_those_of_the_reference():
-    generator = np.random.default_rng(0)
-    for density in (0.02, 0.3, 0.8) * 20:
-        height, width = generator.integers(2, 40, 2).tolist()
-        pixels = np.zeros((height, width), np.uint8)
-        pixels[: height // 2 + 1, : width // 2 + 1] = generator.random((height // 2 + 1, width // 2 + 1)) < density
-        runs = mask.encode(np.asfortranarray(np.roll(pixels, (height // 3, width // 3), (0, 1))))
-        expected = mask.toBbox(runs).tolist() if pixels.any() else None
-        assert box_of_segmentation({"size": [height, width], "counts": runs["counts"].decode()}) == expected
+MASKS = [
+    ([[2, 3, 6, 3, 6, 8, 2, 8]], "[[2.0,3.0,6.0,3.0,6.0,8.0,2.0,8.0]]"),
+    ({"size": [HEIGHT, WIDTH], "counts": "k05700000e3"}, f'{{"size":[{HEIGHT},{WIDTH}],"counts":"k05700000e3"}}'),
+    ([], ""),
+    ({"size": [HEIGHT, WIDTH], "counts": [0, 500]}, ""),  # longer than its image
+]
 
 
-# Text that is none or without an end, and runs that are longer than the image, negative or no numbers.
-COUNTS = ["~~~", "\u00e9", "o" * 50, [0, 17], [-1, 3], [[1], [2, 3]], ["a"], None]
-BROKEN = [{"size": [4, 4], "counts": counts} for counts in COUNTS]
+def write_coco_masks(folder, segmentations):
+    """A COCO json, as labelling tools export it, of one image with an object for each segmentation."""
+    content = make_coco(1)
+    content["annotations"] = [
+        {"id": i, "image_id": 50, "category_id": 2, "bbox": [2, 3, 4, 5], "iscrowd": 0, "segmentation": segmentation}
+        for i, segmentation in enumerate(segmentations)
+    ]
+    write_coco(folder / "annotations" / "instances_default.json", folder / "images", content, num_images=1)
 
 
-@pytest.mark.parametrize(
-    "segmentation", [None, [], [[1, 2, 3]], "a", [["a", "b"]], 7, {"size": [4], "counts": [0, 1]}, *BROKEN]
-)
-def test_what_is_no_segmentation_has_no_box(segmentation):
-    assert box_of_segmentation(segmentation) is None
+def test_masks_of_objects_are_text(tmp_path, caplog):
+    write_coco_masks(tmp_path, [stored for stored, _ in MASKS])
+    source = open_source(tmp_path)
+    assert source.has_object_masks
+    (example,) = source
+    assert example["objects"]["segmentation"] == [text for _, text in MASKS]
+    assert source.features.encode_example(example) == example
+    finding, _ = source.findings
+    assert "2 of 4 objects have no mask, or one that is empty or broken" in finding
+    assert "annotation 2, annotation 3" in finding
+    unmasked = open_source(tmp_path, object_masks=False)
+    assert not unmasked.has_object_masks
+    assert list(unmasked) == list(source.without_object_masks())
+    assert unmasked.features == source.without_object_masks().features
+    assert "no mask" not in str(unmasked.findings)
+
+
+def test_a_source_without_masks_says_so(tmp_path):
+    write_coco_masks(tmp_path, [[], None])
+    source = open_source(tmp_path)
+    assert not source.has_object_masks
+    assert "segmentation" not in next(iter(source))["objects"]
+    assert "no mask" not in str(source.findings)
 
 
 def test_coco_files_that_do_not_fit(tmp_path):

@@ -1,5 +1,7 @@
 """Boxes of annotations that speak of images of another size: fitted where it is clear how, refused where it is not."""
 
+import json
+
 import cv2
 import numpy as np
 import pytest
@@ -9,7 +11,9 @@ from sample_data import write_json
 from hf_vlm.data.formats.fitted_boxes import _turn, fit_boxes
 from hf_vlm.data.inspection.inspect import format_report, inspect_source
 from hf_vlm.data.io.decode import decode_image
+from hf_vlm.data.segmentations import encode_mask, read_segmentation
 from hf_vlm.data.sources import open_source
+from hf_vlm.data.transforms.objects import Masks
 
 WIDTH, HEIGHT = 40, 20
 FAR = [28, 4, 10, 8]  # lies outside the image where that is 20 wide
@@ -63,6 +67,24 @@ def test_boxes_of_the_stored_pixels_are_turned_as_the_image_is(tmp_path, caplog)
             orientation > 1
         )
         assert not inspect_source(source).issues
+
+
+@pytest.mark.parametrize("has_runs", [False, True])
+def test_masks_are_moved_as_the_boxes_are(tmp_path, has_runs):
+    x, y, width, height = FAR
+    polygon = [x, y, x + width, y, x + width, y + height, x, y + height]
+    pixels = np.ones((height, width), bool)
+    mask = encode_mask(pixels, offset=(y, x), size=(HEIGHT, WIDTH)) if has_runs else [polygon]
+    for orientation, size in [(o, (WIDTH, HEIGHT)) for o in (1, 5, 6, 7, 8)] + [(1, (2 * WIDTH, 2 * HEIGHT))]:
+        factor = size[0] // WIDTH
+        write(tmp_path, [[factor * side for side in FAR]], orientation=orientation, size=size)
+        content = json.loads((tmp_path / "instances_train.json").read_text())
+        content["annotations"][0] |= {"segmentation": mask, "bbox": FAR}
+        write_json(tmp_path / "instances_train.json", **content)
+        (example,) = open_source(tmp_path)
+        image, shown = decode_image(example["image"], num_channels=1)
+        masks = Masks.of([read_segmentation(text, *shown) for text in example["objects"]["segmentation"]])
+        np.testing.assert_array_equal(masks.rasterise(shown)[0], image[:, :, 0] > 127)
 
 
 def test_half_turns_follow_the_other_orientations(tmp_path):

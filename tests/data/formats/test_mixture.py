@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import yaml
 from datasets import Dataset
+from sample_data import make_coco, write_coco
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from hf_vlm.data.sources import open_source
@@ -139,3 +140,16 @@ def test_a_recipe_trains_on_a_mixture_and_records_it(tmp_path):
     saved = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
     assert saved["data"] == recipe["data"]
     assert "scenes:easy, scenes:hard" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_masks_of_objects_stay_where_all_sources_have_them(tmp_path):
+    for name, segmentation in (("a", [[1, 2, 4, 2, 4, 6]]), ("b", [[1, 2, 4, 2, 4, 6]]), ("c", [])):
+        content = make_coco(1)
+        content["annotations"][0]["segmentation"] = segmentation
+        write_coco(tmp_path / name / "a.json", tmp_path / name, content, num_images=1)
+    for names, has_masks in (("ab", True), ("ac", False)):
+        mixture = open_source({str(tmp_path / name): 1 for name in names})
+        assert mixture.has_object_masks == has_masks
+        for example in mixture:
+            assert ("segmentation" in example["objects"]) == has_masks
+            assert example["objects"]["bbox"] == [[0, 1, 4, 3]]

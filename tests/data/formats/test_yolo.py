@@ -38,7 +38,7 @@ def write_yaml(file, **values):
 
 def content(source, split="train"):
     found = {}
-    for example in open_source(source, split):
+    for example in open_source(source, split, object_masks=False):
         objects = example["objects"]
         boxes = [pytest.approx(box, abs=1e-4) for box in objects["bbox"]]
         found[example["image"]["path"].rpartition("/")[2][0]] = list(zip(objects["category"], boxes))
@@ -395,7 +395,7 @@ def test_labelimg(tmp_path, caplog):
     write(tmp_path, ".", ".")
     (tmp_path / "classes.txt").write_text("cat\ndog\nbird\n")
     assert guess_format(tmp_path) == "yolo"
-    assert open_source(tmp_path).object_names == ["cat", "dog", "bird"]
+    assert open_source(tmp_path, object_masks=False).object_names == ["cat", "dog", "bird"]
     assert content(tmp_path) == EXPECTED
     assert not caplog.text
 
@@ -419,7 +419,7 @@ def test_darknet_of_cvat(tmp_path, caplog):
     )
     (tmp_path / "train.txt").write_text("".join(f"data/obj_train_data/{name}.jpg\n" for name in "abc"))
     assert guess_format(tmp_path) == "yolo"
-    assert open_source(tmp_path).object_names == ["cat", "dog", "bird"]
+    assert open_source(tmp_path, object_masks=False).object_names == ["cat", "dog", "bird"]
     assert content(tmp_path) == EXPECTED
     assert not caplog.text
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -253,6 +254,40 @@ def test_masks_of_another_size_are_named():
     report = inspect_source(source_of(files, features, mask=encoded_masks))
     what = "images whose mask is not of their size, or cannot be read"
     assert found(report) == {what: (2, ["1.png", "2.png"])}
+
+
+def test_pixels_of_masks_are_counted_by_class():
+    masks = [np.zeros((60, 80), np.uint8), np.full((60, 80), 2, np.uint8)]
+    masks[0][:15] = 1
+    masks[0][:, :8] = 255
+    masks[1][:2] = [[7], [200]]
+    columns = {"mask": [{"bytes": encoded(Image.fromarray(mask)), "path": None} for mask in masks]}
+    source = source_of([encoded(picture(row)) for row in range(2)], {"mask": image_feature()}, **columns)
+    report = inspect_source(replace(source, mask_class_names=("road", "car", "sky", "tree")))
+    counts = [np.count_nonzero(np.stack(masks) == value) for value in range(4)]
+    assert report.masks.class_pixels == dict(zip(("road", "car", "sky", "tree"), counts))
+    assert report.masks.class_images == {"road": 1, "car": 1, "sky": 1, "tree": 0}
+    assert report.masks.pixels_without_class == 60 * 8
+    assert found(report) == {
+        "pixels of masks with values that are none of the 4 classes: 7, 200": (160, ["1.png"]),
+        "classes without a pixel": (1, ["tree"]),
+    }
+    text = format_report(report)
+    assert "9.44 k in all, 5.1% without a class" in text
+    assert f"sky   {counts[2] / (sum(counts) + 480):.2%}" in text
+    unnamed = inspect_source(source)
+    assert unnamed.masks.class_pixels == {str(v): np.count_nonzero(np.stack(masks) == v) for v in (0, 1, 2, 7, 200)}
+    assert not unnamed.issues
+
+
+def test_objects_with_masks_are_counted():
+    objects = objects_of((0, [2, 2, 9, 9]), (0, [20, 20, 9, 9]), (0, [40, 20, 9, 9]))
+    objects["segmentation"] = ["[[2,2,11,2,11,11]]", "", '{"size":[60,80],"counts":[5,5]}']
+    source = source_of([encoded(picture(0))], {"objects": objects_feature(["ant"], has_masks=True)}, objects=[objects])
+    report = inspect_source(source)
+    assert report.boxes.num_masks == 2
+    assert "of 2 objects" in format_report(report)
+    assert inspect_source(source.without_object_masks()).boxes.num_masks is None
 
 
 def test_the_first_examples_are_those_of_the_stream():

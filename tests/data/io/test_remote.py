@@ -1,5 +1,6 @@
 """Servers that are not trusted: silent and slow ones, and such that send elsewhere."""
 
+import asyncio
 import io
 import time
 
@@ -9,7 +10,7 @@ from PIL import Image
 
 from hf_vlm.data.io import files, remote, retries
 from hf_vlm.data.io.decode import BadImageError, decode_image
-from hf_vlm.data.io.messages import UnreachableError
+from hf_vlm.data.io.messages import OutsideError, UnreachableError
 
 
 @pytest.fixture(autouse=True)
@@ -99,3 +100,52 @@ def test_a_server_without_a_length_may_send_pieces_of_any_size(monkeypatch):
         assert file.read(50) + file.read() == content
     with pytest.raises(ValueError, match="bytes are more than the 20 that one file may have"):
         files.read_bytes("http://host/a", limit=20)
+
+
+def fetch(url, limit=10**6, seconds=5.0):
+    return asyncio.run(remote.fetch_public(url, limit=limit, seconds=seconds))
+
+
+def test_what_strangers_name_is_fetched_from_public_servers_alone(tmp_path, serve, monkeypatch):
+    content = bytes(range(256)) * 1000
+    (tmp_path / "a.png").write_bytes(content)
+    with serve(tmp_path) as (url, counts):
+        port = url.rpartition(":")[2]
+        for host in ("127.0.0.1", "localhost", "[::1]", "[::ffff:127.0.0.1]", "0.0.0.0", "10.1.2.3"):
+            with pytest.raises(OutsideError, match="on this machine or in its own network"):
+                fetch(f"http://{host}:{port}/a.png")
+        with pytest.raises((OSError, OutsideError)):  # 127.0.0.1 as one number, which aiohttp takes for no host
+            fetch(f"http://2130706433:{port}/a.png")
+        assert counts["all"] == 0
+        monkeypatch.setattr(remote, "_is_global", lambda address: True)
+        assert fetch(f"{url}/a.png") == content
+        assert fetch(f"http://localhost:{port}/a.png") == content
+        with pytest.raises(ValueError, match="more than the 1,000 bytes"):
+            fetch(f"{url}/a.png", limit=1000)
+        with pytest.raises(OSError, match="the server answers with the status 404"):
+            fetch(f"{url}/b.png")
+    for wrong in ("file:///etc/passwd", "a.png", "http://", "http://[::1", "ftp://a/b"):
+        with pytest.raises(ValueError, match=r"URL|host|port"):
+            fetch(wrong)
+
+
+def test_what_strangers_name_may_not_redirect_to_private_servers(tmp_path, serve, monkeypatch):
+    (tmp_path / "a.png").write_bytes(b"secret")
+    with serve(tmp_path) as (private, counts), serve(tmp_path, lambda number: f"{private}/a.png") as (url, _):
+        first = iter([True])  # the server that is named; the others are judged as they are
+        is_global = remote._is_global
+        monkeypatch.setattr(remote, "_is_global", lambda address: next(first, False) or is_global(address))
+        with pytest.raises(OutsideError, match="redirects to"):
+            fetch(f"{url}/a.png")
+        assert counts["all"] == 0
+
+
+@pytest.mark.parametrize("failure", ["silent", "slow"])
+def test_what_strangers_name_has_its_time(tmp_path, serve, monkeypatch, failure):
+    monkeypatch.setattr(remote, "_is_global", lambda address: True)
+    (tmp_path / "a.png").write_bytes(bytes(1000))
+    with serve(tmp_path, lambda number: failure) as (url, _):
+        start = time.monotonic()
+        with pytest.raises(TimeoutError):
+            fetch(f"{url}/a.png", seconds=0.2)
+        assert time.monotonic() - start < 3

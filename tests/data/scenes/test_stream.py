@@ -1,9 +1,11 @@
 import itertools
+import json
 import pickle
 
 import cv2
 import numpy as np
 import pytest
+from faster_coco_eval.core import mask as coco_mask
 
 from hf_vlm.data.scenes.render import PRESETS, render_scene
 from hf_vlm.data.scenes.stream import scenes_source
@@ -96,3 +98,12 @@ def test_mistakes_are_named():
         scenes_source("easy", "val")
     with pytest.raises(ValueError, match="num_samples=0 must be positive"):
         scenes_source("easy", num_samples=0)
+
+
+def test_masks_of_objects_are_those_of_the_scene():
+    for example in scenes_source("hard", num_samples=4, object_masks=True):
+        scene = render_scene(0, example["image_id"], PRESETS["hard"], split="train")
+        texts = example["objects"]["segmentation"]
+        assert len(texts) == len(scene.boxes) >= 3
+        for row, text in enumerate(texts):
+            np.testing.assert_array_equal(coco_mask.decode(json.loads(text)), scene.instance_mask == row + 1)

@@ -86,3 +86,13 @@ def test_labels_arrive_from_workers_as_the_process_itself_makes_them():
                 assert theirs[name].dtype == value.dtype
                 assert not theirs[name].is_shared()  # no file of its own
                 theirs[name] += 1  # may be written to
+
+
+def test_masks_arrive_from_workers_in_shared_memory_and_run_lengths_as_they_are():
+    masks = torch.rand(3, 200, 200) < 0.5
+    labels = {"masks": masks, "segmentation": [{"size": [2, 2], "counts": "13"}]}
+    examples = [{"pixel_values": torch.zeros(3, 4, 4), "labels": labels}]
+    (batch,) = torch.utils.data.DataLoader(examples, batch_size=1, num_workers=1, collate_fn=collate_detection)
+    assert torch.equal(batch["labels"][0]["masks"], masks)
+    assert batch["labels"][0]["masks"].is_shared()
+    assert batch["labels"][0]["segmentation"] == labels["segmentation"]

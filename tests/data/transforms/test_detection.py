@@ -1,14 +1,17 @@
 """Boxes against the rectangles found again in the pixels, and the messages for wrong objects."""
 
 import io
+import json
 import logging
 
 import numpy as np
 import pytest
 import torch
+from faster_coco_eval.core import mask as coco_mask
 from PIL import Image
 
 from hf_vlm.data.io.decode import BadImageError
+from hf_vlm.data.segmentations import encode_mask
 from hf_vlm.data.transforms.detection import DetectionSettings, DetectionTransform
 from hf_vlm.data.transforms.image_ops import adjust_color, resize
 from hf_vlm.data.transforms.windows import WindowParameters, sample_window
@@ -222,6 +225,107 @@ def test_colours_are_those_of_the_sampled_steps():
     np.testing.assert_allclose(denormalize(transformed["pixel_values"]), expected, atol=1e-5)
 
 
+def blobs(generator, height=HEIGHT, width=WIDTH):
+    """Masks (3, height, width) of three discs with holes, and the image that has one in each channel."""
+    ys, xs = np.mgrid[:height, :width]
+    masks = []
+    for _ in range(3):
+        y, x, radius = generator.uniform(20, height - 20), generator.uniform(20, width - 20), generator.uniform(12, 30)
+        distance = np.hypot(ys - y, xs - x)
+        masks.append((distance < radius) & (distance > radius / 3))
+    return np.stack(masks), (np.stack(masks, axis=2) * 255).astype(np.uint8)
+
+
+def masked_example(masks, image, **changes):
+    encoded = [encode_mask(mask, offset=(0, 0), size=mask.shape) for mask in masks]
+    boxes = coco_mask.toBbox(encoded).tolist()
+    return make_example(boxes, image=image, segmentation=[json.dumps(mask) for mask in encoded], **changes)
+
+
+def test_augmented_masks_are_where_the_image_shows_the_objects():
+    transform = DetectionTransform((100, 130), train=True, masks=True, settings=EVERYTHING, **NORMALIZE)
+    for seed in range(25):
+        example = masked_example(*blobs(np.random.default_rng(seed % 5)))
+        transformed = transform(example, np.random.default_rng(seed))
+        labels, pixels = transformed["labels"], denormalize(transformed["pixel_values"])
+        assert labels["masks"].dtype == torch.bool
+        assert len(labels["masks"]) == len(labels["boxes"]) == len(labels["class_labels"]) > 0
+        for label, mask, box in zip(labels["class_labels"], labels["masks"].numpy(), corners(labels, (100, 130))):
+            # The nearest pixel differs from the interpolated ones at edges alone.
+            assert ((pixels[label] > 0.5) ^ mask).mean() < 0.02
+            assert not (mask & (pixels[label] < 0.01)).any()
+            rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+            edges = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
+            assert np.abs(box - edges).max() <= 1.5  # of a tip, whose pixel may be none of the nearest
+
+
+def test_masks_leave_the_rest_as_it_is():
+    masked, plain = (
+        DetectionTransform(64, train=True, masks=masks, settings=DetectionSettings(crop_probability=0), **NORMALIZE)
+        for masks in (True, False)
+    )
+    example = masked_example(*blobs(np.random.default_rng(1)))
+    for seed in range(4):
+        first, second = (transform(example, np.random.default_rng(seed)) for transform in (masked, plain))
+        assert torch.equal(first["pixel_values"], second["pixel_values"])
+        assert first["labels"].keys() - second["labels"].keys() == {"masks"}
+        assert all(torch.equal(first["labels"][name], value) for name, value in second["labels"].items())
+
+
+def test_eval_masks_are_run_lengths_at_the_size_of_the_image():
+    masks, image = blobs(np.random.default_rng(2))
+    transform = DetectionTransform(64, train=False, masks=True, settings=EVERYTHING, **NORMALIZE)
+    labels = transform(masked_example(masks, image), np.random.default_rng(0))["labels"]
+    assert "masks" not in labels
+    np.testing.assert_array_equal(coco_mask.decode(labels["segmentation"]).transpose(2, 0, 1), masks)
+    polygon = [[10, 20, 50, 20, 50, 50, 10, 50]]
+    example = make_example([BOXES[0]], segmentation=[json.dumps(polygon)], image=image)
+    (mask,) = transform(example, np.random.default_rng(0))["labels"]["segmentation"]
+    assert mask["size"] == [HEIGHT, WIDTH]
+    assert isinstance(mask["counts"], str)
+    np.testing.assert_array_equal(coco_mask.decode(mask), render_rectangles([BOXES[0]], HEIGHT, WIDTH)[:, :, 0] > 0)
+
+
+def test_exif_orientation_is_applied_before_the_masks():
+    masks, image = blobs(np.random.default_rng(3))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned clockwise
+    example = masked_example(masks, image)
+    example["image"] = encode(np.ascontiguousarray(np.rot90(image)), exif=exif)
+    settings = DetectionSettings(crop_probability=0, flip_probability=0)
+    transform = DetectionTransform((HEIGHT, WIDTH), train=True, masks=True, settings=settings, **NORMALIZE)
+    transformed = transform(example, np.random.default_rng(0))
+    np.testing.assert_array_equal(transformed["labels"]["masks"], masks)
+    np.testing.assert_array_equal(denormalize(transformed["pixel_values"]) > 0.5, masks)
+
+
+def test_objects_without_a_mask_are_crowds():
+    masks, image = blobs(np.random.default_rng(4))
+    example = masked_example(masks, image)
+    example["objects"]["segmentation"][1] = ""
+    labels = DetectionTransform(64, train=False, masks=True, **NORMALIZE)(example, np.random.default_rng(0))["labels"]
+    assert labels["iscrowd"].tolist() == [0, 1, 0]
+    assert coco_mask.area(labels["segmentation"]).tolist() == [masks[0].sum(), 0, masks[2].sum()]
+    plain = DetectionSettings(crop_probability=0)
+    labels = DetectionTransform(64, train=True, masks=True, settings=plain, **NORMALIZE)(
+        example, np.random.default_rng(0)
+    )["labels"]
+    assert labels["class_labels"].tolist() == [0, 2]
+    assert labels["masks"].shape == (2, 64, 64)
+
+
+def test_an_object_that_no_pixel_shows_is_dropped_with_its_mask():
+    masks = np.zeros((2, HEIGHT, WIDTH), bool)
+    masks[0, 41, 61] = masks[1, 30:60, 50:90] = True  # of a ninth of the output's pixel, beside its centre
+    example = masked_example(masks, np.zeros((HEIGHT, WIDTH, 3), np.uint8))
+    plain = DetectionSettings(crop_probability=0, flip_probability=0)
+    transform = DetectionTransform((HEIGHT // 4, WIDTH // 4), train=True, masks=True, settings=plain, **NORMALIZE)
+    labels = transform(example, np.random.default_rng(0))["labels"]
+    assert labels["class_labels"].tolist() == [1]
+    assert labels["masks"].shape == (1, HEIGHT // 4, WIDTH // 4)
+    assert transform(make_example([], segmentation=[]), np.random.default_rng(0))["labels"]["masks"].shape[0] == 0
+
+
 def test_transform_depends_on_the_generator_alone():
     transform = DetectionTransform(64, train=True, settings=EVERYTHING, **NORMALIZE)
     first, again, other = (transform(make_example(), np.random.default_rng(seed)) for seed in (1, 1, 2))
@@ -261,11 +365,17 @@ def test_grey_images():
         (make_example(categories=[0, 1, 5]), "Image 42 has an object of class 5, but there are 3 classes, 0 to 2"),
         (make_example(categories=[0, -1, 2]), "Image 42 has an object of class -1"),
         (make_example(categories=[0, 1]), "Image 42 has 3 boxes but 2 classes"),
+        (make_example(segmentation=["", ""]), "Image 42 has 3 boxes but 2 values of 'segmentation'"),
+        (make_example(), "Image 42 has 3 boxes but no 'segmentation': this needs a source with masks of objects"),
+        (
+            make_example(segmentation=['{"size":[160,120],"counts":[5,5]}'] * 3),
+            "An object of image 42 has run lengths of 120 x 160 pixels, but its image is 160 x 120",
+        ),
         ({"image": encode(np.zeros((4, 4, 3), np.uint8)), "image_id": 42}, "Image 42 has no column 'objects'"),
     ],
 )
 def test_wrong_objects_are_explained(example, message):
-    transform = DetectionTransform(64, train=False, num_classes=3, **NORMALIZE)
+    transform = DetectionTransform(64, train=False, masks=True, num_classes=3, **NORMALIZE)
     with pytest.raises(ValueError, match=message) as error:
         transform(example, np.random.default_rng(0))
     assert not isinstance(error.value, BadImageError)
