@@ -29,8 +29,8 @@ def run(argv: Sequence[str]) -> None:
         prepare_picture(arguments.plot, like="confusion.png", option="--plot")
     if arguments.report is not None:
         prepare_folder(arguments.report)
-    if arguments.calibrate and not Path(arguments.run).is_dir():
-        raise ValueError(f"--calibrate stores settings in the model's folder, but {arguments.run} is no folder.")
+    if arguments.calibrate:
+        _check_calibrated(arguments.run)
     quiet_libraries()
     split = evaluate_split(
         arguments.run,
@@ -54,6 +54,17 @@ def run(argv: Sequence[str]) -> None:
         print(f"Report: {write_report(arguments.report, arguments.run, split)}")
     if arguments.calibrate:
         _calibrate(Path(arguments.run), split.task.calibrate(evaluation.metrics))
+
+
+def _check_calibrated(run: str) -> None:
+    from hf_vlm.features.exported import is_exported
+
+    if not Path(run).is_dir():
+        raise ValueError(f"--calibrate stores settings in the model's folder, but {run} is no folder.")
+    if is_exported(run):
+        raise ValueError(
+            f"--calibrate: {run} is an export, whose program cannot change. Calibrate its run, and export it."
+        )
 
 
 def _calibrate(folder: Path, calibration: "Calibration") -> None:

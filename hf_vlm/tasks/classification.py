@@ -128,7 +128,7 @@ def evaluate_classification(
     Raises:
         ValueError: The stream has no images, or several classes per image where the model predicts one, or vice versa.
     """
-    with _inputs_of(model.classifier) as features:
+    with _inputs_of(getattr(model, "classifier", None)) as features:
         logits, labels = predict_classification(model, stream, num_classes=len(class_names), batch_size=batch_size)
     if stream.world_size > 1:
         logits, labels = (torch.cat(gather_object([part])) for part in (logits, labels))
@@ -147,7 +147,7 @@ def evaluate_classification(
         logits=(logits * model.config.temperature).numpy(),
         labels=labels.numpy(),
         temperature=model.config.temperature,
-        features=torch.cat(features).numpy() if stream.world_size == 1 else None,
+        features=torch.cat(features).numpy() if features and stream.world_size == 1 else None,
     )
     return Evaluation(
         metrics=metrics | _calibration_metrics(outcomes),
@@ -158,9 +158,12 @@ def evaluate_classification(
 
 
 @contextmanager
-def _inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
-    """A list that gets the inputs of a module meanwhile, float32 on the CPU."""
+def _inputs_of(module: nn.Module | None) -> Iterator[list[Tensor]]:
+    """A list that gets the inputs of a module meanwhile, float32 on the CPU; exported models have no modules."""
     inputs: list[Tensor] = []
+    if module is None:
+        yield inputs
+        return
     hook = module.register_forward_pre_hook(lambda _, given: inputs.append(given[0].float().cpu()))
     try:
         yield inputs

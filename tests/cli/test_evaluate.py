@@ -54,6 +54,10 @@ def test_what_cannot_be_done_is_said_first(classifier, tmp_path, capsys, monkeyp
     words = ["--data", str(tmp_path / "images")]
     assert main(["evaluate", "me/classifier", *words, "--calibrate"]) == 2
     assert "me/classifier is no folder" in capsys.readouterr().err
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "export.json").write_text("{}")
+    assert main(["evaluate", str(tmp_path / "export"), *words, "--calibrate"]) == 2
+    assert "Calibrate its run" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     assert main(["evaluate", str(classifier), *words, "--report", str(tmp_path / "file")]) == 2
     assert "cannot be written" in capsys.readouterr().err
