@@ -91,6 +91,7 @@ def _histogram(part: Histogram) -> "Figure":
         axis.stairs(counts, edges, fill=True, alpha=0.5, label=plain_text(name))
     if highest > 100:  # detectors have many more wrong detections of low scores than others
         axis.set_yscale("symlog", linthresh=1)
+        axis.set_ylabel(f"{part.ylabel} (logarithmic scale)")
     axis.set_ylim(0)
     _add_legend(figure, len(part.counts))
     return figure

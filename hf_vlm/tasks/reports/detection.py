@@ -50,8 +50,8 @@ def report_detection(evaluation: Any, prefix: str = "") -> list[Part]:
     above = f"detections with scores above {threshold:.3f}, the model's threshold"
     return [
         _operating_points(matches, threshold),
-        _classes(matches, names, threshold, box_metrics),
         _sizes(matches, threshold, box_metrics),
+        _classes(matches, names, threshold, box_metrics),
         _precision_recall(matches, names),
         _f1(matches, threshold),
         confusion(
@@ -65,7 +65,7 @@ def report_detection(evaluation: Any, prefix: str = "") -> list[Part]:
             matches.scores,
             {"right": matches.is_right, "wrong": matches.counts & ~matches.is_right},
             title="Scores of right and wrong detections",
-            note="The further apart, the better a threshold separates them. The scale is logarithmic.",
+            note="The further apart, the better a threshold separates them.",
             xlabel="score",
             ylabel="detections",
             at=threshold,
