@@ -70,7 +70,7 @@ def build_app(predictor: Any, examples: Sequence[str | Path] = (), *, name: str 
         gr.Markdown(f"# {markdown(name)}")
         with gr.Row(equal_height=False):
             with gr.Column(min_width=300):
-                photo = _image_input()
+                photo = _image_input(examples)
                 threshold = _threshold_input(sample)
                 if examples:
                     gr.Examples([os.fspath(path) for path in examples], photo, label="Examples")
@@ -91,12 +91,14 @@ def build_app(predictor: Any, examples: Sequence[str | Path] = (), *, name: str 
     return app
 
 
-def _image_input() -> gr.Image:
+def _image_input(examples: Sequence[str | Path]) -> gr.Image:
     photo = gr.Image(label="Image", sources=["upload", "clipboard"], type="filepath", image_mode=None, buttons=[])
+    uploads, allowed = Path(photo.GRADIO_CACHE).resolve(), {Path(path).resolve() for path in examples}
 
     async def keep(path: str | Path | None) -> str | None:
-        if path is not None and "://" in str(path):  # gradio would fetch it
-            raise gr.Error("This page fetches no URLs: choose a file.", print_exception=False)
+        """Refuses URLs, which gradio would fetch, and files of this machine, which it opens where it is mounted."""
+        if path is not None and Path(path).resolve() not in allowed and uploads not in Path(path).resolve().parents:
+            raise gr.Error("This page takes uploaded files alone.", print_exception=False)
         return await move(path)
 
     move, photo.async_move_resource_to_block_cache = photo.async_move_resource_to_block_cache, keep

@@ -109,6 +109,7 @@ def served(saved_detector, tmp_path):
 def test_in_a_browser(served, saved_detector, tmp_path):
     pytest.importorskip("gradio")
     browsers = pytest.importorskip("playwright.sync_api")
+    browsers.expect.set_options(timeout=30_000)
     if not os.path.exists(CHROMIUM):
         pytest.skip("there is no Chromium")
     url, server = served
