@@ -241,12 +241,14 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(entries)
 
     def preupload(self, kind: str, id: str, revision: str) -> None:
-        self.repo(kind, id, write=True).resolve(revision)
+        repo = self.repo(kind, id, write=True)
+        there = repo.commits[repo.resolve(revision)]
         answers = []
         for file in json.loads(self.body)["files"]:
             large = any(fnmatch.fnmatch(file["path"], pattern) for pattern in LARGE_FILES)
             mode = "lfs" if large or file["size"] > 10_000_000 else "regular"
-            answers.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": None})
+            oid = there[file["path"]].etag if file["path"] in there else None
+            answers.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
         self.reply({"files": answers})
 
     def large_batch(self, kind: str, id: str) -> None:

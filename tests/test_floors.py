@@ -31,6 +31,7 @@ DATA_LEVELS = {
     "stream": 2,
     "loader": 2,
     "pseudo_labels": 3,
+    "shards": 3,
     "formats": 3,
     "transforms": 3,
     "scenes": 3,

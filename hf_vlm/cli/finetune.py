@@ -18,14 +18,14 @@ def run(argv: Sequence[str]) -> None:
 
     from accelerate import PartialState
 
-    from hf_vlm.deploy.model_card import write_model_card
+    from hf_vlm.deploy.push import write_hub_files
     from hf_vlm.registry import find_model
     from hf_vlm.tasks import TASKS
     from hf_vlm.training.run import finetune, quiet_libraries
 
     quiet_libraries()
     recipe, source = read_recipe(argv, command="finetune")
-    metrics = finetune(recipe, source, write_card=write_model_card)["metrics"]
+    metrics = finetune(recipe, source, write_card=write_hub_files)["metrics"]
     folder = recipe["output_dir"]
     task = TASKS[find_model(recipe["method"]).task]
     headline = ", ".join(f"{label} {metrics[name]:.3f}" for name, label in task.headline.items() if name in metrics)

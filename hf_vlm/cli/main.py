@@ -21,6 +21,7 @@ COMMANDS = {
     "export": "for ONNX and other runtimes:               hf-vlm export RUN --format onnx",
     "serve": "predictions over HTTP and a web page:     hf-vlm serve RUN",
     "push": "publish a run on the Hub:                  hf-vlm push RUN my-org/my-detector",
+    "doctor": "examine the installation and machine:      hf-vlm doctor",
     "demo": "all of it on built-in images, offline:     hf-vlm demo",
 }
 # What a disk says to whoever writes, for outputs that are written without a message of their own.
@@ -47,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _set_up_output()
     for library in (
         "httpx",
+        "httpx2",
         "datasets",
         "transformers",
         "accelerate",

@@ -2,7 +2,7 @@
 
 import argparse
 
-__all__ = ["add_allow_outside"]
+__all__ = ["add_allow_outside", "as_bool"]
 
 
 def add_allow_outside(parser: argparse.ArgumentParser) -> None:
@@ -12,13 +12,14 @@ def add_allow_outside(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const=True,
         default=False,
-        type=_as_bool,
+        type=as_bool,
         metavar="true",
         help="follow what annotations and tables name outside of the source's folder or host",
     )
 
 
-def _as_bool(text: str) -> bool:
+def as_bool(text: str) -> bool:
+    """The value of an option that is true or false."""
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r} must be true or false")
     return text.lower() == "true"

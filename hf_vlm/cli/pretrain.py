@@ -20,8 +20,8 @@ def run(argv: Sequence[str]) -> None:
 
     from accelerate import PartialState
 
-    from hf_vlm.deploy.model_card import write_model_card
     from hf_vlm.deploy.next_steps import finetune_command
+    from hf_vlm.deploy.push import write_hub_files
     from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
     from hf_vlm.registry import find_model
     from hf_vlm.tasks.detection import DETECTION
@@ -32,7 +32,7 @@ def run(argv: Sequence[str]) -> None:
     quiet_libraries()
     recipe, source = read_recipe(argv, command="pretrain")
     summary = pretrain(
-        recipe, source, write_card=write_model_card, plot=plot_probes, render_labels=render_pseudo_labels
+        recipe, source, write_card=write_hub_files, plot=plot_probes, render_labels=render_pseudo_labels
     )
     folder = recipe["output_dir"]
     if not PartialState().is_main_process:  # the others are done while it still writes

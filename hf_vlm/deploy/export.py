@@ -34,7 +34,7 @@ from hf_vlm.features.loading import LoadedModel, load_model, quiet_transformers
 from hf_vlm.tasks import TASKS, Task
 from hf_vlm.tasks.evaluation import evaluate_run
 from hf_vlm.tasks.task import ServedOutput
-from hf_vlm.training.provenance import publishable
+from hf_vlm.training.provenance import publishable, write_origins
 
 __all__ = ["ExportData", "ServingModel", "export_model"]
 
@@ -148,6 +148,7 @@ def export_model(
     with created_folder(output_dir) as folder:
         program.save_pretrained(folder)
         reference.processor.save_pretrained(folder)
+        write_origins(folder, str(run))
         if format in RUNTIMES and reference.model.config.model_type in runtime.POST_PROCESSING:
             shutil.copyfile(runtime.__file__, folder / PREDICT_FILE)
         comparison = compare(reference, load_model(folder), images)
@@ -157,7 +158,7 @@ def export_model(
                 f"The {precision} artifact of {run} in the format {format} does not pass the gate: "
                 f"{'; '.join(found)}. Nothing was written to {output_dir}."
             )
-        record = {"format": format, "precision": precision, "task": task.name, "megabytes": _megabytes(folder)}
+        record = {"format": format, "precision": precision, "task": task.pipeline, "megabytes": _megabytes(folder)}
         record |= comparison.to_dict() | {"versions": program_versions(folder)}
         replace_text(folder / PARITY_FILE, json.dumps(record, indent=1) + "\n")
         write_exported_card(folder, name=output_dir.resolve().name, run=run, record=record)

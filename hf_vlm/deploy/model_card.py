@@ -23,14 +23,36 @@ if TYPE_CHECKING:
 
     from hf_vlm.tasks import Task
 
-__all__ = ["CARD_MARKER", "render_card", "write_model_card"]
+__all__ = [
+    "CARD_MARKER",
+    "model_auto_class",
+    "model_card",
+    "model_task",
+    "provenance",
+    "render_card",
+    "write_model_card",
+]
 
 # push() rewrites a card that carries this line, and leaves alone one without it.
 CARD_MARKER = "<!-- Written by hf_vlm from the run's files. Delete this line to keep your own edits when pushing. -->"
 
 
 def write_model_card(run_dir: str | Path, *, repo_id: str | None = None, license: str | None = None) -> Path:
-    """Write `README.md` into a run folder from its `config.json`, `recipe.yaml`, `run.json` and weights.
+    """Write `README.md` into a run folder; see `model_card`, which gives its text. Returns its path."""
+    path = Path(run_dir) / "README.md"
+    text = model_card(run_dir, repo_id=repo_id, license=license)
+    replace_text(path, text)
+    return path
+
+
+def model_card(
+    run_dir: str | Path,
+    *,
+    repo_id: str | None = None,
+    license: str | None = None,
+    pictures: Mapping[str, str] | None = None,
+) -> str:
+    """The card of a run, from its `config.json`, `recipe.yaml`, `run.json` and weights.
 
     Sentences and sections whose values no file holds are left out. Names from the files, as of classes, are escaped:
     whoever made the data wrote them.
@@ -40,9 +62,7 @@ def write_model_card(run_dir: str | Path, *, repo_id: str | None = None, license
             `hub_model_id`, or else the folder, for a model that stays local.
         license: Identifier of the weights' licence, as https://huggingface.co/docs/hub/repositories-licenses lists it;
             apache-2.0 by default, or none where weights of others were used: their terms decide.
-
-    Returns:
-        The path of the card.
+        pictures: Captions of pictures beside the card, by file name.
 
     Raises:
         ValueError: The folder holds no `config.json`, or one of its files cannot be read.
@@ -59,16 +79,14 @@ def write_model_card(run_dir: str | Path, *, repo_id: str | None = None, license
         "model_path": json.dumps(repo_id or f"./{run_dir.resolve().name}", ensure_ascii=False)[1:-1],  # in quotes
         "model_name": markdown((repo_id or run_dir.resolve().name).split("/")[-1]),
         "license": license or (None if recorded_origins(run) else "apache-2.0"),
+        "pictures": pictures or {},
     }
     if task.name not in TRAINABLE_TASKS:  # an encoder, to be fine-tuned
         encoder, detection = getattr(config, "backbone_config", config), TASKS["object-detection"]
         command = finetune_command(detection, encoder, values["model_path"], "./my-coco-folder")
         values["detection_command"] = command
     values["card_data"] = _metadata(values, run, task).to_yaml()
-    text = render_card(task.card, values)
-    path = run_dir / "README.md"
-    replace_text(path, text)
-    return path
+    return render_card(task.card, values)
 
 
 def render_card(template: str, values: Mapping[str, Any]) -> str:
@@ -85,6 +103,45 @@ def render_card(template: str, values: Mapping[str, Any]) -> str:
     environment.filters["code"] = code_span
     text = environment.get_template(template).render(values)
     return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
+
+
+def provenance(folder: str | Path, license: str) -> str:
+    """The section of a card on the licence and origins of the weights in a folder, from its `run.json`.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
+    run = _read(Path(folder) / "run.json")
+    return render_card("_provenance.md", _origin_values(run) | {"license": license})
+
+
+def _origin_values(run: dict[str, Any]) -> dict[str, Any]:
+    """What the templates say of where weights came from; None, or empty, where that is unknown."""
+    source = _source(run.get("data") or {})
+    return {
+        "encoder": _describe_encoder(run["encoder"]) if run.get("encoder") else None,
+        "origins": _describe_models(recorded_origins(run)),
+        "from_scratch": "encoder" in run and not run["encoder"],
+        "data": _describe_data(source) if source else None,
+    }
+
+
+def model_task(run_dir: str | Path) -> str:
+    """Name of transformers' pipeline for the model in a folder.
+
+    Raises:
+        ValueError: The folder holds no `config.json`.
+    """
+    return _task(_read_config(Path(run_dir))).pipeline
+
+
+def model_auto_class(run_dir: str | Path) -> str:
+    """Name of the Auto class of transformers that loads the model in a folder, with its head.
+
+    Raises:
+        ValueError: The folder holds no `config.json`.
+    """
+    return _auto_class(_code_by_class(_read_config(Path(run_dir))))
 
 
 def _read_config(run_dir: Path) -> "PreTrainedConfig":
@@ -127,20 +184,15 @@ def _values(
     encoder = getattr(config, "backbone_config", config)
     size = _read(run_dir / "preprocessor_config.json").get("size")
     data = run.get("data") or {}
-    source = _source(data)
     recipe_text = yaml.safe_dump(recipe, sort_keys=True).strip() if recipe else None
-    auto_map = getattr(config, "auto_map", None) or {}
     class_names = data.get("class_names") or [config.id2label[i] for i in sorted(config.id2label)]
     return {
         "config": config,
         "class_names": list(map(markdown, class_names)),
         "method": _method_name(run.get("method")),
-        "auto_class": _auto_class({name: code for name, code in auto_map.items() if name.isidentifier()}),
-        "encoder": _describe_encoder(run["encoder"]) if run.get("encoder") else None,
-        "origins": _describe_models(recorded_origins(run)),
-        "from_scratch": "encoder" in run and not run["encoder"],
+        "auto_class": _auto_class(_code_by_class(config)),
+        **_origin_values(run),
         "metrics": _metric_rows(run.get("metrics") or {}, task),
-        "data": _describe_data(source) if source else None,
         "train_split": data.get("split"),
         "eval_split": recipe.get("eval_split"),
         "num_examples": f"{data['num_examples']:,}" if data.get("num_examples") else None,
@@ -170,7 +222,7 @@ def _metadata(values: Mapping[str, Any], run: dict[str, Any], task: "Task") -> M
     models = [name for name in recorded_origins(run) if is_hub_id(name)]
     results = [
         EvalResult(
-            task_type=task.name,
+            task_type=task.pipeline,
             dataset_type=source if source and is_hub_id(source) else "unknown",
             dataset_name=printable(Path(source).name) if source else "unknown",
             dataset_split=values["eval_split"],
@@ -184,13 +236,19 @@ def _metadata(values: Mapping[str, Any], run: dict[str, Any], task: "Task") -> M
     return ModelCardData(
         model_name=values["model_name"],
         library_name="transformers",
-        pipeline_tag=task.name,
+        pipeline_tag=task.pipeline,
         license=values["license"],
         tags=["hf_vlm", "vision-transformer", "self-supervised-learning"],
         datasets=[source] if source and is_hub_id(source) else None,
         base_model=models if len(models) > 1 else next(iter(models), None),
         eval_results=results or None,
     )
+
+
+def _code_by_class(config: "PreTrainedConfig") -> dict[str, str]:
+    """The code of each Auto class that loads a model; names are those of a file, and may be anything there."""
+    auto_map = getattr(config, "auto_map", None) or {}
+    return {name: code for name, code in auto_map.items() if name.isidentifier()}
 
 
 def _auto_class(auto_map: Mapping[str, Any]) -> str:

@@ -85,6 +85,7 @@ class Predictor:
         return [
             Prediction(
                 boxes=result["boxes"].float().cpu().numpy() if "boxes" in result else None,
+                masks=result["masks"].cpu().numpy() if "masks" in result else None,
                 segmentation=result["segmentation"].cpu().numpy() if "segmentation" in result else None,
                 scores=result["scores"].float().cpu().numpy(),
                 labels=result["labels"].long().cpu().numpy(),

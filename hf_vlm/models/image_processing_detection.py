@@ -78,23 +78,33 @@ class VLMViTDetectionImageProcessor(VLMViTImageProcessor):
         Raises:
             ValueError: if there are not as many target sizes as images.
         """
-        logits, boxes = outputs.logits.float(), outputs.pred_boxes.float()
-        num_queries, num_labels = logits.shape[1:]
-        limit = max(300, num_queries) if max_detections is None else max_detections
-        scores, index = logits.sigmoid().flatten(1).topk(min(limit, num_queries * num_labels))  # (batch, kept)
-        centre, size = boxes[..., :2], boxes[..., 2:]
-        corners = torch.cat([centre - size / 2, centre + size / 2], dim=-1).clamp(0, 1)
-        corners = corners.gather(1, (index // num_labels)[..., None].expand(-1, -1, 4))  # (batch, kept, 4)
-        if target_sizes is not None:
-            if len(target_sizes) != len(logits):
-                raise ValueError(f"{len(target_sizes)} target_sizes are given for {len(logits)} images.")
-            height_width = torch.as_tensor(target_sizes, dtype=torch.float32, device=corners.device)  # (batch, 2)
-            corners = corners * height_width.flip(1).repeat(1, 2)[:, None]
+        scores, labels, _, corners = best_pairs(outputs, target_sizes, max_detections)
         keep = scores > threshold
-        return [
-            {"scores": s[k], "labels": i[k] % num_labels, "boxes": b[k]}
-            for s, i, b, k in zip(scores, index, corners, keep)
-        ]
+        return [{"scores": s[k], "labels": i[k], "boxes": b[k]} for s, i, b, k in zip(scores, labels, corners, keep)]
+
+
+def best_pairs(
+    outputs: Any, target_sizes: Tensor | Sequence[tuple[int, int]] | None, max_detections: int | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The best pairs of query and class; for the arguments see `post_process_object_detection`.
+
+    Returns:
+        scores (batch, kept) falling, classes (batch, kept), queries (batch, kept) and boxes (batch, kept, 4).
+    """
+    logits, boxes = outputs.logits.float(), outputs.pred_boxes.float()
+    num_queries, num_labels = logits.shape[1:]
+    limit = max(300, num_queries) if max_detections is None else max_detections
+    scores, index = logits.sigmoid().flatten(1).topk(min(limit, num_queries * num_labels))  # (batch, kept)
+    labels, queries = index % num_labels, index // num_labels
+    centre, size = boxes[..., :2], boxes[..., 2:]
+    corners = torch.cat([centre - size / 2, centre + size / 2], dim=-1).clamp(0, 1)
+    corners = corners.gather(1, queries[..., None].expand(-1, -1, 4))  # (batch, kept, 4)
+    if target_sizes is not None:
+        if len(target_sizes) != len(logits):
+            raise ValueError(f"{len(target_sizes)} target_sizes are given for {len(logits)} images.")
+        height_width = torch.as_tensor(target_sizes, dtype=torch.float32, device=corners.device)  # (batch, 2)
+        corners = corners * height_width.flip(1).repeat(1, 2)[:, None]
+    return scores, labels, queries, corners
 
 
 def coco_labels(
@@ -128,4 +138,4 @@ def coco_labels(
     }
 
 
-__all__ = ["VLMViTDetectionImageProcessor", "coco_labels"]
+__all__ = ["VLMViTDetectionImageProcessor", "best_pairs", "coco_labels"]

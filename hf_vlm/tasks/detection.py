@@ -15,7 +15,7 @@ from hf_vlm.data.stream import ExampleStream
 from hf_vlm.data.transforms.collate import collate_detection
 from hf_vlm.metrics import coco_detection_metrics
 from hf_vlm.models.image_processing_detection import VLMViTDetectionImageProcessor
-from hf_vlm.tasks.detector import detect, detection_transform, original_size
+from hf_vlm.tasks.detector import Find, detect, detection_transform, original_size
 from hf_vlm.tasks.pseudo_labels import find_pseudo_labels
 from hf_vlm.tasks.task import Collate, Evaluation, ServedOutput, Task
 
@@ -42,13 +42,18 @@ def collate(**_: Any) -> Collate:
 
 
 def predict_detection(
-    model: nn.Module, stream: ExampleStream, processor: VLMViTDetectionImageProcessor, *, batch_size: int = 32
+    model: nn.Module,
+    stream: ExampleStream,
+    processor: VLMViTDetectionImageProcessor,
+    *,
+    batch_size: int = 32,
+    find: Find | None = None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Predictions and references of all images of a stream, in pixels, for `coco_detection_metrics`."""
+    """Predictions (by `find`, see `detect`) and references of all images of a stream, in pixels, for COCO metrics."""
     was_training = model.training
     model.eval()
     predictions, references, num_queries = [], [], 0
-    batches = detect(model, stream, processor, batch_size=batch_size)
+    batches = detect(model, stream, processor, batch_size=batch_size, find=find)
     for batch in tqdm(batches, desc="Evaluating", leave=False, disable=stream.rank != 0 or None):
         predictions += batch.found
         references += [_reference(labels) for labels in batch.labels]
@@ -72,7 +77,7 @@ def _warn_of_few_queries(num_queries: int, references: Sequence[dict[str, Any]])
         )
 
 
-def _reference(labels: dict[str, Tensor]) -> dict[str, Any]:
+def _reference(labels: dict[str, Any]) -> dict[str, Any]:
     centre, extent = labels["boxes"].cpu().split(2, dim=-1)
     corners = torch.cat([centre - extent / 2, centre + extent / 2], dim=-1)  # (n, 4) in 0..1
     height, width = original_size(labels)
@@ -81,6 +86,7 @@ def _reference(labels: dict[str, Tensor]) -> dict[str, Any]:
         "labels": labels["class_labels"].cpu(),
         "area": labels["area"].cpu(),
         "iscrowd": labels["iscrowd"].cpu(),
+        **({"masks": labels["segmentation"]} if "segmentation" in labels else {}),
     }
 
 

@@ -159,7 +159,8 @@ def post_process(
 
 
 SEMANTIC_SEGMENTATION = Task(
-    name="image-segmentation",
+    name="semantic-segmentation",
+    pipeline="image-segmentation",
     class_names=class_names,
     transform=segmentation_transform,
     collate=collate,

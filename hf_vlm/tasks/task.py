@@ -74,7 +74,8 @@ class Task:
     """What the commands need of a task.
 
     Attributes:
-        name: Name of transformers' pipeline for it, as in the rows of the registry.
+        name: Its name, as in the rows of the registry.
+        pipeline: Name of transformers' pipeline for it, where that is another: two tasks may have the same.
         class_names: Function from a source to the names of its classes; ValueError where the data do not fit.
         head_fields: Function from a source to configuration fields of the model that depend on the data.
         minimum_fields: Function from a source to the lowest values of configuration fields that suffice for its
@@ -85,9 +86,9 @@ class Task:
             an [`Evaluation`], the same on all ranks.
         has_confusion: Function from a model to whether its evaluation has a confusion matrix.
         post_process: Function `(processor, outputs, *, threshold, sizes, model)` that returns one dict per image:
-            `scores` and `labels` (n,), best first, and where the task has them `boxes` (n, 4) in pixels, or
-            `segmentation` (height, width), the class of each pixel, whose `scores` are fractions of the image. A
-            threshold of None is the task's default. None for tasks without predictions.
+            `scores` and `labels` (n,), best first, and where the task has them `boxes` (n, 4) in pixels, `masks` (n,
+            height, width) bool, or `segmentation` (height, width), the class of each pixel, whose `scores` are
+            fractions of the image. A threshold of None is the task's default. None for tasks without predictions.
         headline: Labels of the metrics that commands print first, by name of the metric; higher is better for all.
         metric_names: Names of metrics in a model card, that of `ap/<class>` under `ap/`; others keep their keys.
         recipes: Shipped recipes by encoder preset.
@@ -101,6 +102,7 @@ class Task:
     """
 
     name: str
+    pipeline: str = ""
     class_names: Callable[[Source], list[str]]
     transform: Callable[..., Transform]
     collate: Callable[..., Collate]
@@ -117,3 +119,6 @@ class Task:
     served: ServedOutput | None = None
     reads_object_masks: bool = False
     fits_on_train: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pipeline", self.pipeline or self.name)

@@ -7,9 +7,13 @@ import re
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from tiny import build
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from hf_vlm.deploy.model_card import CARD_MARKER, write_model_card
 from hf_vlm.deploy.push import push
+from hf_vlm.registry import MODELS
+from hf_vlm.tasks import TASKS
 
 
 def change(run, **values):
@@ -237,6 +241,36 @@ def test_weights_of_others_are_named_and_their_terms_decide(encoder_run):
     assert "published under cc-by-nc-4.0" in write_model_card(encoder_run, license="cc-by-nc-4.0").read_text()
     with pytest.raises(ValueError, match=r"trained with weights of org/dinov2 and siglip: .*--license"):
         push(encoder_run, "me/my-encoder")
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in MODELS if row.task in TASKS and row.name != "backbone"], ids=lambda row: row.name
+)
+def test_the_metadata_of_every_task_are_what_the_hub_takes(row, encoder_run, tmp_path):
+    """The rules of https://huggingface.co/docs/hub/model-cards, which the Hub applies when a card is sent."""
+    build(row.name).save_pretrained(tmp_path)
+    row.processor_class().save_pretrained(tmp_path)
+    for name in ("recipe.yaml", "run.json"):
+        (tmp_path / name).write_text((encoder_run / name).read_text())
+    task = TASKS[row.task]
+    change(tmp_path, metrics={**dict.fromkeys(task.headline, 0.5), "ap/cat": 0.25, "other": math.nan})
+    text = write_model_card(tmp_path, repo_id="me/model").read_text()
+    check_form(text)
+    assert sections(text)[-1] == "Licence and provenance"
+    metadata = yaml.safe_load(text.split("---\n")[1])
+    assert metadata["pipeline_tag"] in PIPELINE_REGISTRY.get_supported_tasks()
+    assert metadata["library_name"] == "transformers"
+    assert metadata["license"] == "apache-2.0"
+    assert metadata["datasets"] == ["org/pictures"]
+    assert all(isinstance(tag, str) for tag in metadata["tags"])
+    (index,) = metadata["model-index"]
+    for result in index["results"]:
+        assert result["task"]["type"] == metadata["pipeline_tag"]
+        assert result["dataset"]["type"] == "org/pictures"
+        for metric in result["metrics"]:
+            assert (type(metric["type"]), type(metric["value"])) == (str, float)
+    found = {result.metric_type for result in ModelCard(text).data.eval_results}
+    assert found == {*task.headline, "ap/cat"}
 
 
 def test_not_a_model(tmp_path):

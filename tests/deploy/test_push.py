@@ -7,9 +7,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from hub_server import Blob
 from PIL import Image
+from safetensors.torch import load, save
 
-from hf_vlm.deploy.push import files_to_push
+from hf_vlm.cli.main import main
+from hf_vlm.deploy import verify
+from hf_vlm.deploy.push import export_upload, files_to_push, model_upload
 
 DETECTOR_FILES = [
     "config.json",
@@ -29,6 +33,25 @@ DETECTOR_FILES = [
 def picture(path):
     pixels = np.random.default_rng(0).integers(0, 256, (60, 100, 3), dtype=np.uint8)
     Image.fromarray(pixels).resize((300, 200)).save(path)
+
+
+def write_export(folder, run):
+    """A folder as `hf-vlm export` writes it, whose program prints the sum of its weights."""
+    shutil.copytree(run, folder, ignore=lambda _, names: set(names) - {*files_to_push(run)})
+    for name in ("model.safetensors", "run.json", "recipe.yaml"):
+        (folder / name).unlink()
+    (folder / "model.onnx").write_bytes(bytes(range(100)))
+    manifest = {"components": {"model": {"file": "model.onnx"}}, "export_format": "onnx"}
+    (folder / "export.json").write_text(json.dumps(manifest))
+    (folder / "parity.json").write_text("{}")
+    (folder / "__pycache__").mkdir()
+    (folder / "__pycache__" / "predict.pyc").write_bytes(b"")
+    card = "---\nlibrary_name: onnx\n---\n\n# Exported\n\n| | |\n|---|---|\n| size | 1 MB |\n"
+    (folder / "README.md").write_text(card)
+    program = (
+        "import pathlib, sys\nprint(sys.argv[1], sum(pathlib.Path(__file__).with_name('model.onnx').read_bytes()))"
+    )
+    (folder / "predict.py").write_text(program)
 
 
 def litter(run):
@@ -112,13 +135,14 @@ def test_a_token_is_never_published(detector_run, name):
     with (detector_run / name).open("a") as file:
         file.write("\n# hub_token: hf_" + "aB3" * 11)
     with pytest.raises(ValueError, match=f"{name} holds what looks like a Hugging Face token"):
-        files_to_push(detector_run)
+        model_upload(detector_run, "me/my-detector")
 
 
 PUSH = """
 import json, os, shutil
 import huggingface_hub
 from huggingface_hub import create_repo
+from hf_vlm.cli.main import main
 from hf_vlm.deploy.push import push
 
 said = {}
@@ -129,8 +153,12 @@ def attempt(name, run, repo_id, token="owner", **options):
     except ValueError as error:
         said[name] = "REFUSED " + str(error)
 
-attempt("detector", "detector", "me/my-detector", commit_message="first")
+attempt("detector", "detector", "my-detector", commit_message="first")
 attempt("encoder", "encoder", "me/my-encoder")
+
+attempt("export", "export", "me/my-export")
+attempt("export with a licence", "export", "me/my-export", license="mit")
+assert main(["push", "export", "me/my-export", "--license", "mit"]) == 0
 
 # The same run with sharded weights and a card of the publisher's own words, to a branch.
 shutil.copytree("detector", "sharded")
@@ -159,7 +187,8 @@ print("RESULT", json.dumps(said))
 """
 
 LOAD = """
-import json, torch
+import base64, json, runpy, torch
+from huggingface_hub import snapshot_download
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForObjectDetection, pipeline
 
@@ -171,8 +200,19 @@ with torch.no_grad():
     outputs = model(**processor(images=image, return_tensors="pt"))
 found = processor.post_process_object_detection(outputs, threshold=0.3, target_sizes=[(200, 300)])[0]
 piped = pipeline("object-detection", model="me/my-detector", **options)(image, threshold=0.3)
+folder = snapshot_download("me/my-detector")
+handler = runpy.run_path(f"{folder}/handler.py")["EndpointHandler"](folder)
+photo = open("photo.jpg", "rb").read()
+text = base64.b64encode(photo).decode()
+parameters = {"threshold": 0.3}
+inputs = [photo, image, text, f"data:image/jpeg;base64,{text}"]
+answers = [handler({"inputs": value, "parameters": parameters}) for value in inputs]
+wrong = [{}, {"inputs": "photo.jpg"}, {"inputs": "http://127.0.0.1/a.jpg"}, {"inputs": photo[:200]}, {"inputs": 7}]
+wrong.append({"inputs": photo, "parameters": {"threshold": 7}})
+refusals = [handler(data) for data in wrong]
 print("RESULT", json.dumps(dict(
-    module=type(model).__module__, piped=piped, **{k: v.tolist() for k, v in found.items()}
+    answers=answers, refusals=refusals, module=type(model).__module__, piped=piped,
+    **{k: v.tolist() for k, v in found.items()}
 )))
 """
 
@@ -189,7 +229,10 @@ def pushed(start_hub, saved_detector, saved_encoder, tmp_path_factory):
     shutil.copytree(saved_detector, runs / "detector")
     shutil.copytree(saved_encoder, runs / "encoder")
     litter(runs / "detector")
-    said = json.loads(run_python(PUSH).split("RESULT ")[1])
+    write_export(runs / "export", runs / "detector")
+    printed = run_python(PUSH)
+    assert f"Published at {hub.endpoint}/me/my-export" in printed
+    said = json.loads(printed.split("RESULT ")[1])
     picture(runs / "photo.jpg")
     cards = "".join(hub.files(f"me/my-{kind}")["README.md"].decode() for kind in ("detector", "encoder"))
     code = "\n".join(re.findall(r"```python\n(.*?)```", cards, re.DOTALL)).replace("threshold=0.5", "threshold=0.3")
@@ -200,8 +243,12 @@ def test_what_arrives_is_the_run(pushed):
     hub, said, runs, _ = pushed
     assert said["detector"] == f"{hub.endpoint}/me/my-detector"
     files = hub.files("me/my-detector")
-    assert set(files) == {*files_to_push(runs / "detector"), "README.md"}
-    assert all(files[name] == (runs / "detector" / name).read_bytes() for name in files)
+    names = {*files_to_push(runs / "detector"), "README.md"}
+    assert set(files) == names | {"handler.py", "requirements.txt"}
+    assert all(files[name] == (runs / "detector" / name).read_bytes() for name in names)
+    assert b'TASK = "object-detection"' in files["handler.py"]
+    assert b'TASK = "image-feature-extraction"' in hub.files("me/my-encoder")["handler.py"]
+    assert b'"me/my-detector"' in files["README.md"]
     assert hub.repos["model", "me/my-detector"].messages[1:3] == ["first", "Upload a model trained with hf_vlm"]
 
 
@@ -231,6 +278,100 @@ def test_a_pushed_detector_gives_the_same_boxes_elsewhere(pushed):
     expected = [(name, f"{round(score, 2)}") for name, score in zip(names, result["scores"], strict=True)]
     assert [line[:2] for line in lines] == expected * 2
     assert printed.endswith("torch.Size([1, 16])\n")
+
+
+def test_the_handler_of_an_endpoint_answers_as_the_pipeline_does(pushed):
+    result = json.loads(pushed[3].split("RESULT ")[1].splitlines()[0])
+    assert len(result["piped"]) >= 3
+    assert result["answers"] == [result["piped"]] * 4
+    for answer, text in zip(
+        result["refusals"], ["inputs must be an image"] * 5 + ["scores are from 0 to 1"], strict=True
+    ):
+        assert text in answer["error"]
+
+
+def test_an_export_is_pushed_whole_with_a_licence(pushed):
+    hub, said, runs, _ = pushed
+    assert said["export"].startswith("REFUSED export does not record where its weights came from")
+    assert said["export with a licence"] == f"{hub.endpoint}/me/my-export"
+    files = hub.files("me/my-export")
+    assert set(files) == {*files_to_push(runs / "export"), "README.md"}
+    assert {"export.json", "model.onnx", "parity.json", "predict.py", "modeling_detection.py"} <= set(files)
+    assert b"license: mit" in files["README.md"]
+    assert b"| size | 1 MB |" in files["README.md"]
+    assert b"## Licence and provenance\n\nThe weights are published under mit." in files["README.md"]
+    (runs / "export" / "run.json").write_text('{"origins": []}')
+    assert b"license: apache-2.0" in export_upload(runs / "export").files["README.md"]
+    (runs / "export" / "run.json").write_text('{"origins": ["org/dinov2"]}')
+    with pytest.raises(ValueError, match=r"trained with weights of org/dinov2: .*--license"):
+        export_upload(runs / "export")
+    card = export_upload(runs / "export", "cc-by-nc-4.0").files["README.md"]
+    assert b"weights of [org/dinov2](https://huggingface.co/org/dinov2)" in card
+
+
+def new_commit(hub, name, content):
+    """Changes a file of the pushed detector behind its publisher's back."""
+    repo = hub.repos["model", "me/my-detector"]
+    files = dict(repo.commits[repo.resolve("main")])
+    files[name] = Blob(content, large=files[name].large)
+    return repo.commit("changed", files, "changed")
+
+
+def test_verification_finds_weights_and_code_that_are_not_those_of_the_run(
+    pushed, fork_server, program_environment, monkeypatch
+):
+    """The process that loads is a fork of one that has imported the libraries, which takes seconds."""
+    hub, _, runs, _ = pushed
+
+    def start(argv, folder, environment):
+        settings = {**environment, **program_environment, "HF_TOKEN": "owner"}
+        return fork_server.run(argv, cwd=folder, env=settings)
+
+    monkeypatch.setattr(verify, "start", start)
+    arguments = runs / "detector", "AutoModelForObjectDetection", "me/my-detector"
+    assert verify.verify_model(*arguments, "main") < 1e-5
+    weights = load(hub.files("me/my-detector")["model.safetensors"])
+    weights = {name: value * 1.05 for name, value in weights.items()}
+    with pytest.raises(ValueError, match=r"on the Hub does not give what .*detector gives: \w+ differs by"):
+        verify.verify_model(*arguments, new_commit(hub, "model.safetensors", save(weights, {"format": "pt"})))
+    broken = b"raise RuntimeError('not the code that was trained')"
+    with pytest.raises(ValueError, match=r"does not load from the Hub: RuntimeError: not the code that was trained"):
+        verify.verify_model(*arguments, new_commit(hub, "modeling_detection.py", broken))
+    with pytest.raises(ValueError, match=r"returns \['b'\], but run returns \['a'\]"):
+        verify.compare_outputs({"a": np.ones(1)}, {"b": np.ones(1)}, "me/x", "run")
+    with pytest.raises(ValueError, match="a differs by inf"):
+        verify.compare_outputs({"a": np.ones(1)}, {"a": np.ones(2)}, "me/x", "run")
+    with pytest.raises(ValueError, match="a differs by nan"):
+        verify.compare_outputs({"a": np.ones(1)}, {"a": np.full(1, np.nan)}, "me/x", "run")
+
+
+def test_a_dry_run_lists_what_would_be_sent_and_sends_nothing(detector_run, capsys):
+    assert main(["push", str(detector_run), "me/new", "--private", "--revision", "dev", "--dry_run"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("Would be sent to the model repository me/new (private, branch dev):\n")
+    listed = {line.split()[-1] for line in out.splitlines()[1:-1]}
+    assert listed == {*files_to_push(detector_run), "README.md", "handler.py", "requirements.txt"}
+    size = (detector_run / "config.json").stat().st_size
+    assert re.search(rf"{size / 1000:.1f} kB  config\.json$", out, re.MULTILINE)
+    assert not (detector_run / "README.md").exists()
+    assert main(["push", str(detector_run), "me/new", "--splits", "train"]) == 2
+    assert "--splits is for --type dataset, and not for --type model" in capsys.readouterr().err
+
+
+def test_pictures_of_private_data_are_sent_only_when_asked_for(detector_run):
+    for name in ("predictions.png", "confusion.png", "notes.png"):
+        picture(detector_run / name)
+    sent = model_upload(detector_run, "me/x").files  # of built-in scenes
+    assert {"predictions.png", "confusion.png"} <= set(sent)
+    assert "notes.png" not in sent
+    assert "![Confusion matrix.](confusion.png)" in sent["README.md"].decode()
+    record = json.loads((detector_run / "run.json").read_text())
+    (detector_run / "run.json").write_text(json.dumps(record | {"data": {"source": "patients"}}))
+    sent = model_upload(detector_run, "me/x").files
+    assert "predictions.png" not in sent
+    assert "predictions.png" not in sent["README.md"].decode()
+    assert "confusion.png" in sent
+    assert "predictions.png" in model_upload(detector_run, "me/x", pictures=True).files
 
 
 def test_pushing_again_replaces_what_is_stale_and_keeps_a_card_of_ones_own(pushed):

@@ -4,10 +4,10 @@ import json
 
 TRAIN = """
 import json
-from hf_vlm.deploy.model_card import write_model_card
+from hf_vlm.deploy.push import write_hub_files
 from hf_vlm.training.run import {train}
 recipe = json.loads('''{recipe}''')
-{train}(recipe, write_card=write_model_card)
+{train}(recipe, write_card=write_hub_files)
 """
 LOAD = """
 import torch
@@ -58,6 +58,8 @@ def test_a_detector_is_pushed_while_it_trains(hub_server, run_python):
     assert len(set(weights)) == 2  # after each of the two steps
     files = hub_server.files("me/det")
     assert {"model.safetensors", "modeling_detection.py", "recipe.yaml", "run.json", "README.md"} <= set(files)
+    assert b'TASK = "object-detection"' in files["handler.py"]
+    assert "requirements.txt" in files
     assert not [name for name in files if name.endswith((".bin", ".pt", ".pth")) or "state" in name]
     card = files["README.md"].decode()
     assert "me/det" in card

@@ -5,10 +5,13 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 
 from hf_vlm.data.formats.box_conventions import warn_of_convention
 from hf_vlm.data.formats.categories import Categories, read_categories
 from hf_vlm.data.formats.columns import ColumnMap, RowReader, category_feature, find_columns
+from hf_vlm.data.formats.mask_classes import MASK_CLASSES_FILE, name_mask_classes
 from hf_vlm.data.formats.repeated_images import check_repeated_images
 from hf_vlm.data.formats.splits import choose_split
 from hf_vlm.data.io.decode import image_size
@@ -80,7 +83,9 @@ def open_hub(
     num_examples = (declared.num_examples if declared is not None else None) or None
     if num_examples is not None and num_samples is not None:
         num_examples = min(num_examples, num_samples)
-    return Source(dataset=examples, num_examples=num_examples)
+    opened = Source(dataset=examples, num_examples=num_examples)
+    path = _mask_classes(source, revision) if "mask" in reader.features else None
+    return opened if path is None else name_mask_classes(opened, path)
 
 
 def _place(source: str, revision: str | None) -> str:
@@ -88,6 +93,16 @@ def _place(source: str, revision: str | None) -> str:
     if Path(source).exists():
         return source
     return f"hf://datasets/{source}" if revision is None else f"hf://datasets/{source}@{revision}"
+
+
+def _mask_classes(source: str, revision: str | None) -> Path | None:
+    """The file that names the values of masks, or the folder on disk to look for it; None where there is none."""
+    if Path(source).exists():
+        return Path(source)
+    try:
+        return Path(hf_hub_download(source, MASK_CLASSES_FILE, repo_type="dataset", revision=revision))
+    except EntryNotFoundError:
+        return None
 
 
 def _judge_boxes(examples: datasets.IterableDataset, columns: ColumnMap, source: str) -> None:

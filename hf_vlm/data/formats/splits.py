@@ -9,6 +9,7 @@ from hf_vlm.data.io.messages import redact_url, summarise
 
 __all__ = [
     "SPLIT_ALIASES",
+    "NoSplitError",
     "canonical_split",
     "choose_split",
     "common_folder",
@@ -27,6 +28,14 @@ CANONICAL = {alias: split for split, aliases in SPLIT_ALIASES.items() for alias 
 SHARD_NAME = re.compile(r"(.+)-\d{5}-of-\d{5}")
 
 Content = TypeVar("Content")
+
+
+class NoSplitError(ValueError):
+    """A source has no split of a name; `splits` are the names that it has."""
+
+    def __init__(self, source: object, split: str, splits: Sequence[str]) -> None:
+        super().__init__(f"{source} has no split {split!r}; it has {', '.join(splits)}")
+        self.splits = tuple(splits)
 
 
 def canonical_split(name: str) -> str:
@@ -79,11 +88,11 @@ def choose_split(splits: Mapping[str, Content], split: str, source: object) -> C
     """The content of a split.
 
     Raises:
-        ValueError: There is no such split; the message names those that are there.
+        NoSplitError: There is no such split; the message names those that are there.
     """
     by_name = {canonical_split(name): content for name, content in splits.items()}
     if canonical_split(split) not in by_name:
-        raise ValueError(f"{source} has no split {split!r}; it has {', '.join(splits)}")
+        raise NoSplitError(source, split, list(splits))
     return by_name[canonical_split(split)]
 
 

@@ -1,0 +1,1 @@
+"""Programs that are sent to the Hub; each also runs as it is there."""
