@@ -52,6 +52,7 @@ class Prediction:
             labels=self.labels[rows],
             label_names=[self.label_names[row] for row in rows],
             boxes=None if self.boxes is None else self.boxes[rows],
+            masks=None if self.masks is None else self.masks[rows],
         )
 
     def to_dict(self) -> dict[str, Any]:
