@@ -58,12 +58,13 @@ def _server(arguments: argparse.Namespace) -> Any:
     """The endpoint and the page, with the model loaded."""
     from hf_vlm.deploy.server import Limits, OneAtATime, build_server
 
-    predictor = OneAtATime(_predictor(arguments.run))
+    model = _predictor(arguments.run)
+    predictor = OneAtATime(model)
     name, page = Path(arguments.run).name, None
     if arguments.page:
         from hf_vlm.deploy.app import build_app
 
-        page = build_app(predictor, _examples(arguments.examples), name=name)
+        page = build_app(predictor, _examples(arguments.examples), name=name, threshold=model.score_threshold)
     limits = Limits(
         max_bytes=round(arguments.max_megabytes * MEGABYTE),
         max_requests=arguments.max_requests,

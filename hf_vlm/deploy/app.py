@@ -36,7 +36,9 @@ SAVE_JSON = """(found) => {
 }"""
 
 
-def build_app(predictor: Any, examples: Sequence[str | Path] = (), *, name: str = "Predictions") -> gr.Blocks:
+def build_app(
+    predictor: Any, examples: Sequence[str | Path] = (), *, name: str = "Predictions", threshold: float = 0.5
+) -> gr.Blocks:
     """A page that shows predictions, of any task. It is gradio's `Blocks`: `launch()` serves it alone.
 
     The model sees an image once; thresholds are applied to what it predicted.
@@ -45,6 +47,7 @@ def build_app(predictor: Any, examples: Sequence[str | Path] = (), *, name: str 
         predictor: A [`Predictor`], or what has its `predict(images, threshold)`.
         examples: Images to choose from.
         name: Title of the page.
+        threshold: Lowest score that is shown at first, where an image has several classes or objects.
     """
     # This shows which task it is, and a first call takes longest.
     sample = predictor.predict([np.full((64, 64, 3), 128, np.uint8)], 0.0)[0]
@@ -72,7 +75,7 @@ def build_app(predictor: Any, examples: Sequence[str | Path] = (), *, name: str 
         with gr.Row(equal_height=False):
             with gr.Column(min_width=300):
                 photo = _image_input(examples)
-                threshold = _threshold_input(sample)
+                lowest = _threshold_input(sample, threshold)
                 if examples:
                     gr.Examples([os.fspath(path) for path in examples], photo, label="Examples")
             with gr.Column(scale=2, min_width=300):
@@ -84,9 +87,9 @@ def build_app(predictor: Any, examples: Sequence[str | Path] = (), *, name: str 
                 with gr.Accordion("JSON", open=False):
                     record = gr.JSON(show_label=False)
                 save = gr.Button("Save as JSON", interactive=False, size="sm")
-        inputs, outputs = [photo, threshold], [picture, counts, rows, record, save]
+        inputs, outputs = [photo, lowest], [picture, counts, rows, record, save]
         photo.change(show, inputs, outputs, api_name="predict")
-        threshold.change(show, inputs, outputs, show_progress="hidden", api_visibility="private")
+        lowest.change(show, inputs, outputs, show_progress="hidden", api_visibility="private")
         save.click(None, record, None, js=SAVE_JSON)
     app.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
     return app
@@ -108,11 +111,13 @@ def _image_input(examples: Sequence[str | Path]) -> gr.Image:
     return photo
 
 
-def _threshold_input(sample: Prediction) -> gr.Slider:
+def _threshold_input(sample: Prediction, start: float) -> gr.Slider:
     if sample.segmentation is not None:
         return gr.Slider(0, 1, 0, step=0.01, label="Smallest part of the image that a class covers")
     has_several = sample.boxes is not None or len(sample) > 1  # one class per image is reported whatever its score
-    return gr.Slider(lowest_threshold(sample), 1, 0.5 if has_several else 0, step=0.01, label="Lowest score")
+    lowest = lowest_threshold(sample)
+    value = max(lowest, round(start, 2)) if has_several else 0
+    return gr.Slider(lowest, 1, value, step=0.01, label="Lowest score")
 
 
 def mount_app(server: Any, page: gr.Blocks, *, max_bytes: int) -> Any:

@@ -31,6 +31,11 @@ class ExportedPredictor:
         if POST_PROCESSING[self._runtime.config["model_type"]] is find_features:
             raise ValueError(f"{folder} holds an encoder, which predicts no classes: export a fine-tuned model.")
 
+    @property
+    def score_threshold(self) -> float:
+        """The threshold that is used where none is given."""
+        return float(self._runtime.processor.get("score_threshold", 0.5))
+
     def predict(self, images: Sequence[NDArray[Any]], threshold: float | None = None) -> list[Prediction]:
         """Predictions of images.
 

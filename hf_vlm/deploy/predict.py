@@ -45,6 +45,11 @@ class Predictor:
         to_best_device(predictor.model, device)
         return predictor
 
+    @property
+    def score_threshold(self) -> float:
+        """The threshold that is used where none is given and an image has several classes or objects."""
+        return float(getattr(self.processor, "score_threshold", 0.5))
+
     def predict(
         self, images: ImageLike | Iterable[ImageLike], threshold: float | None = None, *, batch_size: int = 8
     ) -> list[Prediction]:

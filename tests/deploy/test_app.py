@@ -63,17 +63,17 @@ ONE = {"scores": SCORES[:1], "labels": np.arange(1), "label_names": ["cat"]}
     [
         (
             {**CLASSES, "boxes": BOXES},
-            0.5,
+            0.37,
             r"1 **cat**, 1 **\*dog\***",
             [["cat", 0.9, 1, 2, 30, 31], ["*dog*", 0.6, 5, 5, 9, 9]],
         ),
         (
             {**CLASSES, "boxes": BOXES, "masks": MASKS},
-            0.5,
+            0.37,
             r"1 **cat**, 1 **\*dog\***",
             [["cat", 0.9, 1, 2, 30, 31], ["*dog*", 0.6, 5, 5, 9, 9]],
         ),
-        (CLASSES, 0.5, r"**cat** 0.90, **\*dog\*** 0.60", [["cat", 0.9], ["*dog*", 0.6]]),
+        (CLASSES, 0.37, r"**cat** 0.90, **\*dog\*** 0.60", [["cat", 0.9], ["*dog*", 0.6]]),
         (ONE, 0, "**cat** 0.90", [["cat", 0.9]]),
         (HALVES, 0, "**road** 0.60", [["road", 0.6]]),
     ],
@@ -83,7 +83,7 @@ def test_every_task_is_shown(fields, start, summary, rows, tmp_path):
     from hf_vlm.deploy.app import build_app
 
     predictor = Fixed(**fields)
-    app = build_app(predictor, name="a_model")
+    app = build_app(predictor, name="a_model", threshold=0.3698)
     assert [block.value for block in app.blocks.values() if isinstance(block, gradio.Slider)] == [start]
     show = next(function.fn for function in app.fns.values() if function.api_name == "predict")
     Image.effect_noise((64, 48), 90).save(tmp_path / "a.png")

@@ -73,6 +73,7 @@ def test_a_stored_threshold_is_used_by_predictions_and_the_pipeline(detector_run
     threshold, default = 0.62, Predictor.from_pretrained(detector_run, device="cpu").predict(image)[0]
     Calibration(processor={"score_threshold": threshold}).store(detector_run)
     predictor = Predictor.from_pretrained(detector_run, device="cpu")
+    assert predictor.score_threshold == threshold
     stored = predictor.predict(image)[0]
     check([stored], predictor.predict(image, threshold))
     assert len(predictor.predict(image, 0.5)[0]) == len(default) > len(stored) > 0

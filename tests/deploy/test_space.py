@@ -27,7 +27,7 @@ import json, pathlib, runpy, sys, types
 from huggingface_hub import snapshot_download
 space = pathlib.Path(snapshot_download("me/demo", repo_type="space", local_dir="space")).resolve()
 sys.path.insert(0, str(space))
-def build_app(predictor, examples, name):
+def build_app(predictor, examples, name, threshold):
     assert name == 'demo'
     found = [prediction.to_dict() for prediction in predictor.predict(examples, 0.3)]
     return types.SimpleNamespace(launch=lambda: print("RESULT", json.dumps(found)))

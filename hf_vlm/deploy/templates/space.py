@@ -7,7 +7,8 @@ from hf_vlm.deploy.predict import Predictor
 
 here = Path(__file__).parent
 predictor = Predictor.from_pretrained(here / "model")
-app = build_app(predictor, sorted(map(str, here.glob("examples/*"))), name="{{ name }}")
+examples = sorted(map(str, here.glob("examples/*")))
+app = build_app(predictor, examples, name="{{ name }}", threshold=predictor.score_threshold)
 
 if __name__ == "__main__":
     app.launch()
