@@ -23,7 +23,8 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--threshold",
         type=float,
-        help="lowest score to report, 0 to 1; by default 0.5, and 0 for models with one class per image or pixel",
+        help="lowest score to report, 0 to 1; by default the model's own, which fine-tuning sets to that of the best "
+        "F1 (0.5 if it did not), and 0 for models with one class per image or pixel",
     )
     parser.add_argument("--save", type=Path, help="picture to write; a folder where there are several images")
     arguments = parser.parse_args(argv)

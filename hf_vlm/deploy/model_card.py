@@ -182,13 +182,15 @@ def _values(
 ) -> dict[str, Any]:
     """Every variable of the templates; None, or empty, where it is unknown."""
     encoder = getattr(config, "backbone_config", config)
-    size = _read(run_dir / "preprocessor_config.json").get("size")
+    processor = _read(run_dir / "preprocessor_config.json")
+    size = processor.get("size")
     data = run.get("data") or {}
     recipe_text = yaml.safe_dump(recipe, sort_keys=True).strip() if recipe else None
     class_names = data.get("class_names") or [config.id2label[i] for i in sorted(config.id2label)]
     return {
         "config": config,
         "class_names": list(map(markdown, class_names)),
+        "score_threshold": processor.get("score_threshold"),
         "method": _method_name(run.get("method")),
         "auto_class": _auto_class(_code_by_class(config)),
         **_origin_values(run),

@@ -53,8 +53,9 @@ class Predictor:
         Args:
             images: Paths (of files, of folders, or with wildcards), Pillow images, or arrays (height, width) or
                 (height, width, channels) of uint8 with RGB colours; one or several.
-            threshold: Lowest score to report, 0 to 1; by default 0.5, and 0 for models with one class per image or
-                pixel, of which the fraction of the image is the score.
+            threshold: Lowest score to report, 0 to 1; by default the model's own (`score_threshold` of its image
+                processor), and 0 for models with one class per image or pixel, of which the fraction of the image is
+                the score.
             batch_size: Images that go through the model at a time.
 
         Returns:

@@ -21,7 +21,7 @@ class VLMViTInstanceSegmentationImageProcessor(VLMViTDetectionImageProcessor):
     def post_process_instance_segmentation(
         self,
         outputs: Any,
-        threshold: float = 0.5,
+        threshold: float | None = None,
         mask_threshold: float = 0.5,
         overlap_mask_area_threshold: float = 0.5,
         target_sizes: Tensor | Sequence[tuple[int, int]] | None = None,
@@ -31,8 +31,8 @@ class VLMViTInstanceSegmentationImageProcessor(VLMViTDetectionImageProcessor):
         """The instances in each image, from the outputs of a [`VLMViTForInstanceSegmentation`].
 
         Args:
-            threshold: Lowest score kept, 0 to 1. That of transformers' pipeline is 0.9 unless it is given another,
-                which a model that learned from few images seldom reaches.
+            threshold: Scores above it are kept, 0 to 1; `score_threshold` when not given. That of transformers'
+                pipeline is 0.9 unless it is given another, which a model that learned from few images seldom reaches.
             mask_threshold: Probability above which a pixel belongs to an instance.
             overlap_mask_area_threshold: Fraction of its mask that an instance must show in the map of ids, where
                 better ones cover it, to be kept.
@@ -70,7 +70,7 @@ class VLMViTInstanceSegmentationImageProcessor(VLMViTDetectionImageProcessor):
     def find_instances(
         self,
         outputs: Any,
-        threshold: float = 0.5,
+        threshold: float | None = None,
         target_sizes: Tensor | Sequence[tuple[int, int]] | None = None,
         max_detections: int | None = None,
     ) -> list[dict[str, Any]]:
@@ -80,6 +80,7 @@ class VLMViTInstanceSegmentationImageProcessor(VLMViTDetectionImageProcessor):
             One dict per image: `scores` (n,) falling, `labels` (n,), `boxes` (n, 4) (x0, y0, x1, y1), `mask_logits`
             (n, rows, columns), and `size`, the height and width for [`binary_masks`].
         """
+        threshold = self.score_threshold if threshold is None else threshold
         scores, labels, queries, boxes = best_pairs(outputs, target_sizes, max_detections)
         sizes = [outputs.pred_masks.shape[2:]] * scores.shape[0] if target_sizes is None else target_sizes
         return [

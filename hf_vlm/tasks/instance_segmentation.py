@@ -1,5 +1,6 @@
 """Instance segmentation: boxes and masks with classes, evaluated by COCO metrics of masks, boundaries and boxes."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,8 +17,10 @@ from hf_vlm.models.image_processing_instance_segmentation import (
     VLMViTInstanceSegmentationImageProcessor,
     binary_masks,
 )
-from hf_vlm.tasks.detection import collate, minimum_fields, predict_detection
+from hf_vlm.tasks.calibration import threshold_of_best_f1
+from hf_vlm.tasks.detection import F1_NAMES, choose_threshold, collate, minimum_fields, predict_detection
 from hf_vlm.tasks.detector import detection_transform
+from hf_vlm.tasks.reports.detection import report_detection
 from hf_vlm.tasks.task import Evaluation, ServedOutput, Task
 
 __all__ = ["INSTANCE_SEGMENTATION", "evaluate_instance_segmentation", "predict_instances"]
@@ -81,7 +84,8 @@ def evaluate_instance_segmentation(
     per_class: bool = False,
     fit_stream: ExampleStream | None = None,
 ) -> Evaluation:
-    """COCO metrics of masks, their boundaries and boxes over a stream, gathered from all ranks.
+    """COCO metrics of masks, their boundaries and boxes over a stream, gathered from all ranks, and the best F1 of
+    the boxes, as a detector's evaluation has it.
 
     Raises:
         ValueError: The stream has no images.
@@ -90,7 +94,9 @@ def evaluate_instance_segmentation(
     if stream.world_size > 1:
         predictions, references = gather_object(predictions), gather_object(references)
     options: dict[str, Any] = {"class_names": class_names, "per_class": per_class, "max_detections": MAX_DETECTIONS}
-    return Evaluation(metrics=coco_instance_metrics(predictions, references, **options))
+    metrics = coco_instance_metrics(predictions, references, **options)
+    best, outcomes = choose_threshold(predictions, references, processor)
+    return Evaluation(metrics=metrics | best, class_names=class_names, outcomes=outcomes)
 
 
 def post_process(
@@ -101,8 +107,10 @@ def post_process(
     sizes: Sequence[tuple[int, int]],
     model: nn.Module,
 ) -> list[dict[str, Tensor]]:
-    """Boxes in pixels, scores, labels and `masks` (n, height, width) of each image, of scores above 0.5 by default."""
-    found = processor.find_instances(outputs, threshold=0.5 if threshold is None else threshold, target_sizes=sizes)
+    """Boxes in pixels, scores, labels and `masks` (n, height, width) of each image; the threshold is the processor's
+    where none is given.
+    """
+    found = processor.find_instances(outputs, threshold=threshold, target_sizes=sizes)
     return [
         {name: image[name] for name in ("scores", "labels", "boxes")}
         | {"masks": torch.cat(list(binary_masks(image["mask_logits"], image["size"])))}
@@ -119,6 +127,8 @@ INSTANCE_SEGMENTATION = Task(
     collate=collate,
     evaluate=evaluate_instance_segmentation,
     post_process=post_process,
+    calibrate=threshold_of_best_f1,
+    report=functools.partial(report_detection, prefix="box_"),
     served=ServedOutput(
         output_class="transformers.models.detr.modeling_detr.DetrSegmentationOutput",
         fields=("logits", "pred_boxes", "pred_masks"),
@@ -136,6 +146,7 @@ INSTANCE_SEGMENTATION = Task(
         "boundary_ap50": "boundary AP50",
         "box_ap": "box AP",
         "box_ap50": "box AP50",
+        **F1_NAMES,
     },
     recipes={"nano": "instance_segmentation/vit_nano_cpu.yaml", "small": "instance_segmentation/vit_small.yaml"},
     card="instance_segmenter.md",

@@ -14,6 +14,7 @@ from hf_vlm.metrics.instance_segmentation import encode_masks
 from hf_vlm.models.image_processing_instance_segmentation import VLMViTInstanceSegmentationImageProcessor
 from hf_vlm.models.modeling_instance_segmentation import VLMViTInstanceSegmentationOutput
 from hf_vlm.tasks import instance_segmentation
+from hf_vlm.tasks.detection import choose_threshold
 from hf_vlm.tasks.evaluation import eval_stream
 from hf_vlm.tasks.instance_segmentation import INSTANCE_SEGMENTATION as TASK
 from hf_vlm.tasks.instance_segmentation import predict_instances
@@ -65,8 +66,14 @@ def test_references_are_the_masks_of_the_scenes(model, processor):
 
 def test_metrics_are_those_of_the_predictions_in_one_rank_and_in_two(model, processor, monkeypatch):
     evaluation = TASK.evaluate(model, held_out(processor), processor, class_names=NAMES, batch_size=2)
+    sizes = next(part for part in TASK.report(evaluation) if part.title == "Sizes")
+    assert [row[2:4] for row in sizes.rows] == [
+        pytest.approx([evaluation.metrics[f"box_{kind}_{row[0]}"] for kind in ("ap", "ar")], nan_ok=True)
+        for row in sizes.rows
+    ]
     predictions, references = predict_instances(model, held_out(processor), processor, batch_size=5)
     expected = coco_instance_metrics(predictions, references, class_names=NAMES)
+    expected |= choose_threshold(predictions, references, processor)[0]
     assert evaluation.metrics == pytest.approx(expected, nan_ok=True)
     assert {*TASK.headline} <= expected.keys()
     parts = [predict_instances(model, held_out(processor, rank=r, world_size=2), processor) for r in range(2)]
