@@ -107,7 +107,7 @@ class Predictor:
         return found
 
     def predict_video(
-        self, video: Video, threshold: float | None = None, *, batch_size: int = 8, **tiling: Any
+        self, video: Video, threshold: float | None = None, *, batch_size: int = 8, **options: Any
     ) -> Iterator[tuple[Frame, Prediction]]:
         """The frames of a video, each with its prediction; `batch_size` of them are in memory.
 
@@ -115,10 +115,10 @@ class Predictor:
             video: What `hf_vlm.data.video.open_video` returns.
             threshold: As for `predict`.
             batch_size: Frames that go through the model at a time.
-            tiling: `tile` and `overlap` of `predict`.
+            options: `tile`, `overlap` and `with_appearance` of `predict`.
         """
         for frames in _batched(video, batch_size):
-            found = self.predict([frame.image for frame in frames], threshold, batch_size=batch_size, **tiling)
+            found = self.predict([frame.image for frame in frames], threshold, batch_size=batch_size, **options)
             for frame, prediction in zip(frames, found, strict=True):
                 yield (
                     frame,
