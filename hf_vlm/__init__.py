@@ -15,6 +15,7 @@ if TYPE_CHECKING or not _is_command():
     from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
     from hf_vlm.models.image_processing_classification import VLMViTClassificationImageProcessor
     from hf_vlm.models.image_processing_detection import VLMViTDetectionImageProcessor
+    from hf_vlm.models.image_processing_instance_segmentation import VLMViTInstanceSegmentationImageProcessor
     from hf_vlm.models.image_processing_semantic_segmentation import VLMViTSemanticSegmentationImageProcessor
     from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
     from hf_vlm.models.modeling_classification import VLMViTClassificationConfig, VLMViTForImageClassification
@@ -22,6 +23,10 @@ if TYPE_CHECKING or not _is_command():
     from hf_vlm.models.modeling_dinov2 import DINOv2Config, DINOv2ForPreTraining
     from hf_vlm.models.modeling_distill import DistillConfig, DistillForPreTraining
     from hf_vlm.models.modeling_ijepa import IJEPAConfig, IJEPAForPreTraining
+    from hf_vlm.models.modeling_instance_segmentation import (
+        VLMViTForInstanceSegmentation,
+        VLMViTInstanceSegmentationConfig,
+    )
     from hf_vlm.models.modeling_lejepa import LeJEPAConfig, LeJEPAForPreTraining
     from hf_vlm.models.modeling_mae import MAEConfig, MAEForPreTraining
     from hf_vlm.models.modeling_mae_image_losses import MAEImageLossesConfig, MAEImageLossesForPreTraining
@@ -78,9 +83,12 @@ __all__ = [
     "VLMViTDetectionConfig",
     "VLMViTDetectionImageProcessor",
     "VLMViTForImageClassification",
+    "VLMViTForInstanceSegmentation",
     "VLMViTForObjectDetection",
     "VLMViTForSemanticSegmentation",
     "VLMViTImageProcessor",
+    "VLMViTInstanceSegmentationConfig",
+    "VLMViTInstanceSegmentationImageProcessor",
     "VLMViTModel",
     "VLMViTSemanticSegmentationConfig",
     "VLMViTSemanticSegmentationImageProcessor",

@@ -15,6 +15,8 @@ from transformers import (
     AutoImageProcessor,
     AutoModel,
     AutoModelForImageClassification,
+    AutoModelForImageSegmentation,
+    AutoModelForInstanceSegmentation,
     AutoModelForObjectDetection,
     AutoModelForPreTraining,
     AutoModelForSemanticSegmentation,
@@ -25,6 +27,7 @@ from transformers.modeling_utils import PreTrainedModel
 from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
 from hf_vlm.models.image_processing_classification import VLMViTClassificationImageProcessor
 from hf_vlm.models.image_processing_detection import VLMViTDetectionImageProcessor
+from hf_vlm.models.image_processing_instance_segmentation import VLMViTInstanceSegmentationImageProcessor
 from hf_vlm.models.image_processing_semantic_segmentation import VLMViTSemanticSegmentationImageProcessor
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_classification import VLMViTClassificationConfig, VLMViTForImageClassification
@@ -32,6 +35,10 @@ from hf_vlm.models.modeling_detection import VLMViTDetectionConfig, VLMViTForObj
 from hf_vlm.models.modeling_dinov2 import DINOv2Config, DINOv2ForPreTraining
 from hf_vlm.models.modeling_distill import DistillConfig, DistillForPreTraining
 from hf_vlm.models.modeling_ijepa import IJEPAConfig, IJEPAForPreTraining
+from hf_vlm.models.modeling_instance_segmentation import (
+    VLMViTForInstanceSegmentation,
+    VLMViTInstanceSegmentationConfig,
+)
 from hf_vlm.models.modeling_lejepa import LeJEPAConfig, LeJEPAForPreTraining
 from hf_vlm.models.modeling_mae import MAEConfig, MAEForPreTraining
 from hf_vlm.models.modeling_mae_image_losses import MAEImageLossesConfig, MAEImageLossesForPreTraining
@@ -50,11 +57,12 @@ class ModelEntry:
     """A row: name in recipes, task, configuration and model class, Auto class and image processor."""
 
     name: str
-    task: str  # "pretraining", or a task of `hf_vlm.tasks`, named as transformers' pipelines are
+    task: str  # "pretraining", or a task of `hf_vlm.tasks`
     config_class: type[PreTrainedConfig]
     model_class: type[PreTrainedModel]
     auto_class: Any
     processor_class: type[VLMViTImageProcessor] = VLMViTImageProcessor
+    pipeline_class: Any = None  # Auto class by which transformers' pipeline loads it, where that is another
 
 
 MODELS = (
@@ -84,6 +92,15 @@ MODELS = (
         VLMViTDetectionImageProcessor,
     ),
     ModelEntry(
+        "instance_segmentation",
+        "instance-segmentation",
+        VLMViTInstanceSegmentationConfig,
+        VLMViTForInstanceSegmentation,
+        AutoModelForInstanceSegmentation,
+        VLMViTInstanceSegmentationImageProcessor,
+        AutoModelForImageSegmentation,
+    ),
+    ModelEntry(
         "classification",
         "image-classification",
         VLMViTClassificationConfig,
@@ -93,14 +110,19 @@ MODELS = (
     ),
     ModelEntry(
         "semantic_segmentation",
-        "image-segmentation",
+        "semantic-segmentation",
         VLMViTSemanticSegmentationConfig,
         VLMViTForSemanticSegmentation,
         AutoModelForSemanticSegmentation,
         VLMViTSemanticSegmentationImageProcessor,
     ),
 )
-HEADS = (AutoModelForObjectDetection, AutoModelForImageClassification, AutoModelForSemanticSegmentation)
+HEADS = (
+    AutoModelForObjectDetection,
+    AutoModelForInstanceSegmentation,
+    AutoModelForImageClassification,
+    AutoModelForSemanticSegmentation,
+)
 
 
 def find_model(name: str, tasks: Collection[str] | None = None) -> ModelEntry:
@@ -127,6 +149,8 @@ def _register() -> None:
             entry.config_class, image_processor_classes={"pil": entry.processor_class}, exist_ok=True
         )
         entry.auto_class.register(entry.config_class, entry.model_class, exist_ok=True)
+        if entry.pipeline_class is not None:
+            entry.pipeline_class.register(entry.config_class, entry.model_class, exist_ok=True)
         if entry.config_class is not VLMViTConfig:  # user code may call AutoModel as well
             AutoModel.register(entry.config_class, entry.model_class, exist_ok=True)
         entry.config_class.register_for_auto_class()

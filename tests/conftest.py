@@ -45,6 +45,13 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True)
+def no_network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names that are no folder are not looked for on the Hub, which takes half a minute of retries; see `hub`."""
+    if "hub" not in request.fixturenames:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
 @pytest.fixture(scope="session")
 def hub() -> Iterator[Hub]:
     """A Hub on loopback. There is one, for clients read its address when they are imported; `hub.clear()` empties it.

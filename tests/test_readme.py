@@ -31,7 +31,8 @@ for index in range(8):
             save_image(Path("my-class-folders", split, name, f"{index}.png"))
 for split in ("train", "validation", "test"):
     boxes = [
-        {"id": i, "image_id": i, "category_id": i % 2, "bbox": [4, 6, 20, 30], "area": 600, "iscrowd": 0}
+        {"id": i, "image_id": i, "category_id": i % 2, "bbox": [4, 6, 20, 30], "area": 600, "iscrowd": 0,
+         "segmentation": [[4, 6, 24, 6, 24, 36, 4, 36]]}
         for i in range(8)
     ]
     Path("my-coco-folder", split, "_annotations.coco.json").write_text(json.dumps({
@@ -71,7 +72,8 @@ HEADS = {  # by recipe
     "classification/vit_small.yaml": {},
     "simclr/vit_small.yaml": {"projection_hidden_size": 32},
 }
-HEADS["region_detection/vit_small.yaml"] = HEADS["detection/vit_small.yaml"]
+for recipe in ("region_detection/vit_small.yaml", "instance_segmentation/vit_small.yaml"):
+    HEADS[recipe] = HEADS["detection/vit_small.yaml"]
 NAMES = {"my-org/my-detector": "me/my-detector"}  # who pushes in the test
 
 

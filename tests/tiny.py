@@ -87,6 +87,20 @@ def masks(num_images):
     return labels
 
 
+def instances(num_images):
+    """Boxes with ellipses in them as masks."""
+    y, x = torch.meshgrid(*[(torch.arange(32) + 0.5) / 32] * 2, indexing="ij")
+    labels = boxes(num_images)
+    for label in labels:
+        centre_x, centre_y, width, height = label["boxes"][:, :, None, None].unbind(1)
+        label["masks"] = ((x - centre_x) / width) ** 2 + ((y - centre_y) / height) ** 2 < 0.25
+    return labels
+
+
+def candidates(num_images):
+    return {"points": torch.rand(num_images, 24, 2)}
+
+
 PROJECTION = {"projection_hidden_size": 32, "projection_size": 16}
 MAE = {"decoder_config": DECODER}
 LEJEPA = {**PROJECTION, "num_slices": 16}
@@ -136,6 +150,13 @@ TINY = {
     "ijepa": Tiny("ijepa", {"predictor_config": DECODER}, choices=block_indices),
     "distill": Tiny("distill", frozen="teacher"),
     "detection": Tiny("detection", DETECTION, num_views=0, labels=boxes),
+    "instance_segmentation": Tiny(
+        "instance_segmentation",
+        {**DETECTION, "mask_feature_size": 16},
+        num_views=0,
+        choices=candidates,
+        labels=instances,
+    ),
     "classification": Tiny("classification", {"id2label": DETECTION["id2label"]}, num_views=0, labels=classes),
     "semantic_segmentation": Tiny(
         "semantic_segmentation", {"id2label": DETECTION["id2label"]}, num_views=0, labels=masks

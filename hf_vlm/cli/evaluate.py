@@ -1,15 +1,86 @@
-"""`hf-vlm evaluate RUN --data SOURCE --split test [--plot confusion.png]`"""
+"""`hf-vlm evaluate RUN --data SOURCE --split test [--report report] [--plot confusion.png] [--calibrate]`"""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hf_vlm.cli.options import add_allow_outside
-from hf_vlm.cli.outputs import prepare_file, prepare_picture
+from hf_vlm.cli.outputs import prepare_file, prepare_folder, prepare_picture
+
+if TYPE_CHECKING:
+    from hf_vlm.tasks.calibration import Calibration
 
 
 def run(argv: Sequence[str]) -> None:
-    """Prints the metrics of a model as a table."""
+    """Prints the metrics of a model as a table, writes its report, and calibrates it where asked to."""
+    arguments = _parser().parse_args(argv)
+
+    from hf_vlm.data.io.messages import one_line
+    from hf_vlm.tasks.evaluation import evaluate_split
+    from hf_vlm.training.record import as_json
+    from hf_vlm.training.run import quiet_libraries
+    from hf_vlm.viz.confusion import plot_confusion
+    from hf_vlm.viz.report import write_report
+
+    if arguments.save is not None:
+        prepare_file(arguments.save)
+    if arguments.plot is not None:
+        prepare_picture(arguments.plot, like="confusion.png", option="--plot")
+    if arguments.report is not None:
+        prepare_folder(arguments.report)
+    if arguments.calibrate:
+        _check_calibrated(arguments.run)
+    quiet_libraries()
+    split = evaluate_split(
+        arguments.run,
+        arguments.data,
+        arguments.split,
+        format=arguments.format,
+        num_examples=arguments.num_examples,
+        allow_outside=arguments.allow_outside,
+        max_bad_fraction=arguments.max_bad_fraction,
+        needs_confusion=arguments.plot is not None,
+    )
+    evaluation = split.evaluation
+    width = max(map(len, evaluation.metrics))
+    print("\n".join(f"{one_line(name):<{width}}  {value:.4f}" for name, value in evaluation.metrics.items()))
+    if arguments.save:
+        arguments.save.write_text(as_json(evaluation.metrics) + "\n")
+    if arguments.plot and evaluation.confusion is not None:
+        plot_confusion(arguments.plot, evaluation.confusion, evaluation.class_names, counted=evaluation.counted)
+        print(f"Confusion matrix: {arguments.plot}")
+    if arguments.report:
+        print(f"Report: {write_report(arguments.report, arguments.run, split)}")
+    if arguments.calibrate:
+        _calibrate(Path(arguments.run), split.task.calibrate(evaluation.metrics))
+
+
+def _check_calibrated(run: str) -> None:
+    from hf_vlm.features.exported import is_exported
+
+    if not Path(run).is_dir():
+        raise ValueError(f"--calibrate stores settings in the model's folder, but {run} is no folder.")
+    if is_exported(run):
+        raise ValueError(
+            f"--calibrate: {run} is an export, whose program cannot change. Calibrate its run, and export it."
+        )
+
+
+def _calibrate(folder: Path, calibration: "Calibration") -> None:
+    from hf_vlm.deploy.model_card import write_model_card
+    from hf_vlm.deploy.push import writes_card
+
+    if not calibration:
+        raise ValueError("--calibrate: this evaluation determines neither a score threshold nor a temperature.")
+    calibration.store(folder)
+    if writes_card(folder):  # it states them
+        write_model_card(folder)
+    stored = ", ".join(f"{name} {value}" for name, value in calibration.settings.items())
+    print(f"Stored in {folder}: {stored}")
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hf-vlm evaluate",
         description="Prints the metrics of a model's task: COCO metrics of a detector, accuracy and calibration of a "
@@ -24,33 +95,16 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("--max_bad_fraction", type=float, default=0.01, help="fraction of unreadable images to accept")
     parser.add_argument("--save", type=Path, help="JSON file for the metrics")
     parser.add_argument("--plot", type=Path, help="picture of the confusion matrix, for tasks that have one")
-    arguments = parser.parse_args(argv)
-
-    from hf_vlm.data.io.messages import one_line
-    from hf_vlm.tasks.evaluation import evaluate_run
-    from hf_vlm.training.record import as_json
-    from hf_vlm.training.run import quiet_libraries
-    from hf_vlm.viz.confusion import plot_confusion
-
-    if arguments.save is not None:
-        prepare_file(arguments.save)
-    if arguments.plot is not None:
-        prepare_picture(arguments.plot, like="confusion.png", option="--plot")
-    quiet_libraries()
-    evaluation = evaluate_run(
-        arguments.run,
-        arguments.data,
-        arguments.split,
-        format=arguments.format,
-        num_examples=arguments.num_examples,
-        allow_outside=arguments.allow_outside,
-        max_bad_fraction=arguments.max_bad_fraction,
-        needs_confusion=arguments.plot is not None,
+    parser.add_argument(
+        "--report",
+        type=Path,
+        metavar="FOLDER",
+        help="folder for report.html, a page of curves, tables, worst images and likely label errors, and report.json",
     )
-    width = max(map(len, evaluation.metrics))
-    print("\n".join(f"{one_line(name):<{width}}  {value:.4f}" for name, value in evaluation.metrics.items()))
-    if arguments.save:
-        arguments.save.write_text(as_json(evaluation.metrics) + "\n")
-    if arguments.plot and evaluation.confusion is not None:
-        plot_confusion(arguments.plot, evaluation.confusion, evaluation.class_names, counted=evaluation.counted)
-        print(f"Confusion matrix: {arguments.plot}")
+    parser.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="store in the model's folder what this split determines, as fine-tuning does with its held-out images: "
+        "the score threshold of the best F1, or the temperature of a classifier; do not report on the same split",
+    )
+    return parser

@@ -18,6 +18,11 @@ def prepare_picture(path: Path, *, like: str, option: str = "--save") -> None:
     prepare_file(path)
 
 
+def prepare_folder(path: Path) -> None:
+    """Make a folder to write into; ValueError where that is impossible."""
+    prepare_file(path / "file")
+
+
 def prepare_file(path: Path) -> None:
     """Make the folder of a file; ValueError where that is impossible."""
     if path.is_dir():

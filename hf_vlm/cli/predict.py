@@ -63,8 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--threshold",
         type=float,
-        help="lowest score to report, 0 to 1; by default the model's own, else 0.5, and 0 for models with one class "
-        "per image or pixel",
+        help="lowest score to report, 0 to 1; by default the model's own, which fine-tuning sets to that of the best "
+        "F1 (0.5 if it did not), and 0 for models with one class per image or pixel",
     )
     parser.add_argument(
         "--save", type=Path, help="picture or video to write; a folder where there are several images or videos"

@@ -24,6 +24,7 @@ __all__ = ["build_app", "mount_app"]
 NUM_CACHED = 4  # images whose predictions are kept, for thresholds to be applied to
 MAX_SIDE = 1600  # pixels of the rendered picture
 MAX_NAMES = 5  # of classes in a line
+LOWEST_WITH_MASKS = 0.1
 MAX_WAITING = 64  # events of all visitors
 KEPT_SECONDS = 3600  # of uploaded files
 SAVE_JSON = """(found) => {
@@ -51,10 +52,10 @@ def build_app(predictor: Any, examples: Sequence[str | Path] = (), *, name: str 
     @functools.lru_cache(maxsize=NUM_CACHED)
     def predicted(path: str) -> tuple[NDArray[Any], Prediction]:
         image, _ = decode_image(path)
-        return image, predictor.predict([image], 0.0)[0]
+        return image, predictor.predict([image], lowest_threshold(sample))[0]
 
     def show(path: str | None, threshold: float) -> tuple[Any, ...]:
-        nothing = None, "", [], None, gr.Button(interactive=False)
+        nothing: tuple[Any, ...] = None, "", [], None, gr.Button(interactive=False)
         if path is None:
             return nothing
         try:
@@ -70,7 +71,7 @@ def build_app(predictor: Any, examples: Sequence[str | Path] = (), *, name: str 
         gr.Markdown(f"# {markdown(name)}")
         with gr.Row(equal_height=False):
             with gr.Column(min_width=300):
-                photo = _image_input()
+                photo = _image_input(examples)
                 threshold = _threshold_input(sample)
                 if examples:
                     gr.Examples([os.fspath(path) for path in examples], photo, label="Examples")
@@ -91,12 +92,14 @@ def build_app(predictor: Any, examples: Sequence[str | Path] = (), *, name: str 
     return app
 
 
-def _image_input() -> gr.Image:
+def _image_input(examples: Sequence[str | Path]) -> gr.Image:
     photo = gr.Image(label="Image", sources=["upload", "clipboard"], type="filepath", image_mode=None, buttons=[])
+    uploads, allowed = Path(photo.GRADIO_CACHE).resolve(), {Path(path).resolve() for path in examples}
 
     async def keep(path: str | Path | None) -> str | None:
-        if path is not None and "://" in str(path):  # gradio would fetch it
-            raise gr.Error("This page fetches no URLs: choose a file.", print_exception=False)
+        """Refuses URLs, which gradio would fetch, and files of this machine, which it opens where it is mounted."""
+        if path is not None and Path(path).resolve() not in allowed and uploads not in Path(path).resolve().parents:
+            raise gr.Error("This page takes uploaded files alone.", print_exception=False)
         return await move(path)
 
     move, photo.async_move_resource_to_block_cache = photo.async_move_resource_to_block_cache, keep
@@ -109,7 +112,7 @@ def _threshold_input(sample: Prediction) -> gr.Slider:
     if sample.segmentation is not None:
         return gr.Slider(0, 1, 0, step=0.01, label="Smallest part of the image that a class covers")
     has_several = sample.boxes is not None or len(sample) > 1  # one class per image is reported whatever its score
-    return gr.Slider(0, 1, 0.5 if has_several else 0, step=0.01, label="Lowest score")
+    return gr.Slider(lowest_threshold(sample), 1, 0.5 if has_several else 0, step=0.01, label="Lowest score")
 
 
 def mount_app(server: Any, page: gr.Blocks, *, max_bytes: int) -> Any:
@@ -132,6 +135,11 @@ def mount_app(server: Any, page: gr.Blocks, *, max_bytes: int) -> Any:
     )
     server.state.end_streams = server.routes[-1].app.stop_event.set
     return server
+
+
+def lowest_threshold(sample: Prediction) -> float:
+    """Where the slider begins, and what the model is asked for: masks of all candidates would fill the memory."""
+    return 0.0 if sample.masks is None else LOWEST_WITH_MASKS
 
 
 def summary(found: Prediction) -> str:

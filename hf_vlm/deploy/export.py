@@ -158,7 +158,7 @@ def export_model(
                 f"The {precision} artifact of {run} in the format {format} does not pass the gate: "
                 f"{'; '.join(found)}. Nothing was written to {output_dir}."
             )
-        record = {"format": format, "precision": precision, "task": task.name, "megabytes": _megabytes(folder)}
+        record = {"format": format, "precision": precision, "task": task.pipeline, "megabytes": _megabytes(folder)}
         record |= comparison.to_dict() | {"versions": program_versions(folder)}
         replace_text(folder / PARITY_FILE, json.dumps(record, indent=1) + "\n")
         write_exported_card(folder, name=output_dir.resolve().name, run=run, record=record)

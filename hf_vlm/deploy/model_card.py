@@ -132,7 +132,7 @@ def model_task(run_dir: str | Path) -> str:
     Raises:
         ValueError: The folder holds no `config.json`.
     """
-    return _task(_read_config(Path(run_dir))).name
+    return _task(_read_config(Path(run_dir))).pipeline
 
 
 def model_auto_class(run_dir: str | Path) -> str:
@@ -182,13 +182,15 @@ def _values(
 ) -> dict[str, Any]:
     """Every variable of the templates; None, or empty, where it is unknown."""
     encoder = getattr(config, "backbone_config", config)
-    size = _read(run_dir / "preprocessor_config.json").get("size")
+    processor = _read(run_dir / "preprocessor_config.json")
+    size = processor.get("size")
     data = run.get("data") or {}
     recipe_text = yaml.safe_dump(recipe, sort_keys=True).strip() if recipe else None
     class_names = data.get("class_names") or [config.id2label[i] for i in sorted(config.id2label)]
     return {
         "config": config,
         "class_names": list(map(markdown, class_names)),
+        "score_threshold": processor.get("score_threshold"),
         "method": _method_name(run.get("method")),
         "auto_class": _auto_class(_code_by_class(config)),
         **_origin_values(run),
@@ -222,7 +224,7 @@ def _metadata(values: Mapping[str, Any], run: dict[str, Any], task: "Task") -> M
     models = [name for name in recorded_origins(run) if is_hub_id(name)]
     results = [
         EvalResult(
-            task_type=task.name,
+            task_type=task.pipeline,
             dataset_type=source if source and is_hub_id(source) else "unknown",
             dataset_name=printable(Path(source).name) if source else "unknown",
             dataset_split=values["eval_split"],
@@ -236,7 +238,7 @@ def _metadata(values: Mapping[str, Any], run: dict[str, Any], task: "Task") -> M
     return ModelCardData(
         model_name=values["model_name"],
         library_name="transformers",
-        pipeline_tag=task.name,
+        pipeline_tag=task.pipeline,
         license=values["license"],
         tags=["hf_vlm", "vision-transformer", "self-supervised-learning"],
         datasets=[source] if source and is_hub_id(source) else None,

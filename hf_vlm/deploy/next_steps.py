@@ -73,7 +73,7 @@ def finetuning_recipe(source: Source, encoder: str | None = None) -> tuple[str, 
 
 
 def fitting_tasks(source: Source) -> list[Task]:
-    """The tasks that a source has labels for, the most detailed first."""
+    """The tasks that a source has labels for, in the order of the table of tasks: boxes first."""
     tasks = []
     for task in (TASKS[name] for name in TRAINABLE_TASKS):
         with contextlib.suppress(ValueError):  # not labels for this task

@@ -68,8 +68,9 @@ class Predictor:
         Args:
             images: Paths (of files, of folders, or with wildcards), Pillow images, or arrays (height, width) or
                 (height, width, channels) of uint8 with RGB colours; one or several.
-            threshold: Lowest score to report, 0 to 1; by default 0.5, and 0 for models with one class per image or
-                pixel, of which the fraction of the image is the score.
+            threshold: Lowest score to report, 0 to 1; by default the model's own (`score_threshold` of its image
+                processor), and 0 for models with one class per image or pixel, of which the fraction of the image is
+                the score.
             batch_size: Images, or tiles of one, that go through the model at a time.
             tile: Side in pixels of the tiles in which objects are looked for in images that are larger; by default an
                 image is looked at whole, resized to what the model takes.
@@ -136,6 +137,8 @@ class Predictor:
             found += self._predict_arrays(windows, threshold)
         if any(one.boxes is None for one in found):
             raise ValueError(f"tile is {tile}, but tiles are for models that predict boxes; leave it out.")
+        if any(one.masks is not None for one in found):
+            raise ValueError(f"tile is {tile}, but masks of objects are not merged from tiles; leave it out.")
         return merge_tiles(found, tiles, image_size=(size[0], size[1]))
 
     def _predict_arrays(
@@ -154,6 +157,7 @@ class Predictor:
         return [
             Prediction(
                 boxes=result["boxes"].float().cpu().numpy() if "boxes" in result else None,
+                masks=result["masks"].cpu().numpy() if "masks" in result else None,
                 segmentation=result["segmentation"].cpu().numpy() if "segmentation" in result else None,
                 scores=result["scores"].float().cpu().numpy(),
                 labels=result["labels"].long().cpu().numpy(),

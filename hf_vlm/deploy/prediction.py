@@ -26,6 +26,7 @@ class Prediction:
         label_names: n class names.
         image_size: Height and width of the image in pixels, after its orientation was applied.
         boxes: (n, 4) float32 x1, y1, x2, y2 in pixels of the image; None for tasks without boxes.
+        masks: (n, height, width) bool, the pixels of each object; None for tasks without masks of objects.
         segmentation: (height, width) class number of each pixel; None for tasks that do not classify pixels.
         path: Path of the image, or of its video; None where it was not read from a file.
         frame: Position of the image in its video, from 0; None for single images.
@@ -39,6 +40,7 @@ class Prediction:
     label_names: list[str]
     image_size: tuple[int, int]
     boxes: NDArray[np.float32] | None = None
+    masks: NDArray[np.bool_] | None = None
     segmentation: NDArray[np.int64] | None = None
     path: str | None = None
     frame: int | None = None
@@ -60,12 +62,15 @@ class Prediction:
             boxes=None if self.boxes is None else self.boxes[rows],
             track_ids=None if self.track_ids is None else self.track_ids[rows],
             appearance=None if self.appearance is None else self.appearance[rows],
+            masks=None if self.masks is None else self.masks[rows],
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The prediction as JSON values: `detections` with boxes as in transformers' pipelines, or `classes` with
-        their scores, or with the fractions of the image that they cover.
+        """The prediction as JSON values: `detections` with boxes as in transformers' pipelines, and masks as COCO's
+        run lengths, or `classes` with their scores, or with the fractions of the image that they cover.
         """
+        from hf_vlm.data.segmentations import encode_mask
+
         height, width = self.image_size
         value = "score" if self.segmentation is None else "fraction"
         entries: list[dict[str, Any]] = [
@@ -78,18 +83,24 @@ class Prediction:
         if self.track_ids is not None:
             for entry, track_id in zip(entries, self.track_ids.tolist(), strict=True):
                 entry["track_id"] = track_id
+        if self.masks is not None:
+            for entry, mask in zip(entries, self.masks, strict=True):
+                entry["mask"] = encode_mask(mask, offset=(0, 0), size=self.image_size)
         what = "classes" if self.boxes is None else "detections"
         moment = {} if self.frame is None else {"frame": self.frame, "seconds": self.seconds}
         return {"path": self.path, **moment, "height": height, "width": width, what: entries}
 
     def to_coco(self, *, image_id: int) -> list[dict[str, Any]]:
-        """The detections as COCO's annotations: `bbox` is [x, y, width, height] in pixels, `category_id` the class.
+        """The detections as COCO's annotations: `bbox` is [x, y, width, height] in pixels, `category_id` the class,
+        `segmentation` the run lengths of the mask where there is one.
 
         They have scores, as COCO's results have, so that `pycocotools` and its like load them with `loadRes`.
 
         Raises:
             ValueError: The task has no boxes.
         """
+        from hf_vlm.data.segmentations import encode_mask
+
         corners = self._boxes("COCO's annotations").astype(np.float64)
         boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)  # (n, 4) x, y, w, h
         annotations: list[dict[str, Any]] = [
@@ -103,6 +114,10 @@ class Prediction:
             }
             for label, box, score in zip(self.labels.tolist(), boxes.tolist(), self.scores.tolist(), strict=True)
         ]
+        if self.masks is not None:
+            for annotation, mask in zip(annotations, self.masks, strict=True):
+                annotation["segmentation"] = encode_mask(mask, offset=(0, 0), size=self.image_size)
+                annotation["area"] = int(mask.sum())
         if self.track_ids is not None:
             for annotation, track_id in zip(annotations, self.track_ids.tolist(), strict=True):
                 annotation["track_id"] = track_id
@@ -141,6 +156,7 @@ class Prediction:
             raise ValueError('supervision is not installed: pip install "hf_vlm[track]"') from error
         return supervision.Detections(
             xyxy=boxes.astype(np.float32),
+            mask=self.masks,
             confidence=self.scores,
             class_id=self.labels.astype(int),
             tracker_id=None if self.track_ids is None else self.track_ids.astype(int),
@@ -153,15 +169,15 @@ class Prediction:
         return self.boxes
 
     def draw(self, image: "ImageLike | None" = None, *, scale: int | None = None) -> Image.Image:
-        """The image (read from its path by default) with boxes, names and scores rendered on it or below it, or in
-        the colours of its pixels' classes, with these below it.
+        """The image (read from its path by default) with masks, boxes, names and scores rendered on it or below it,
+        or in the colours of its pixels' classes, with these below it.
 
         Raises:
             ValueError: There is neither an image nor a path, or the image has another size.
         """
         from hf_vlm.data.images import load_image
         from hf_vlm.viz.detections import render_detections
-        from hf_vlm.viz.masks import render_mask
+        from hf_vlm.viz.masks import render_mask, render_objects
         from hf_vlm.viz.sheets import captioned, legend, stacked
 
         source = (self.path if self.frame is None else None) if image is None else image
@@ -170,6 +186,8 @@ class Prediction:
         array = load_image(source, num_channels=3)
         if array.shape[:2] != self.image_size:
             raise ValueError(f"The image is {array.shape[:2]}, but the prediction was made on {self.image_size}.")
+        if self.masks is not None:
+            array = np.asarray(render_objects(Image.fromarray(array), self.masks, self.labels.tolist()))
         if self.boxes is not None:
             return render_detections(
                 array, self.boxes, self.label_names, scores=self.scores, class_ids=self.labels, scale=scale

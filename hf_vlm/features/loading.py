@@ -34,6 +34,7 @@ __all__ = [
     "quiet_transformers",
     "read_own_config",
     "refuse_missing",
+    "shared_head_shape",
 ]
 
 logger = logging.getLogger(__name__)
@@ -144,7 +145,8 @@ def find_head(source: str, model_class: type[PreTrainedModel]) -> ModelEntry | N
 
     Args:
         source: Folder or Hub id of an encoder, or of a model that has one.
-        model_class: The model that is to take the head, which can come from models of this class or a subclass.
+        model_class: The model that is to take the head, which can come from models of this class, of one that derives
+            from it, or of one with a head that it derives from.
     """
     if not (issubclass(model_class, ModelOnEncoder) and model_class.head_shape):
         return None
@@ -152,7 +154,15 @@ def find_head(source: str, model_class: type[PreTrainedModel]) -> ModelEntry | N
         entry = find_model_type(read_config(source).get("model_type"))
     except ValueError:  # whoever loads the encoder says what is wrong
         return None
-    return entry if entry is not None and issubclass(entry.model_class, model_class) else None
+    return entry if entry is not None and shared_head_shape(entry.model_class, model_class) else None
+
+
+def shared_head_shape(first: type[PreTrainedModel], second: type[PreTrainedModel]) -> tuple[str, ...]:
+    """Fields of the configuration that the weights depend on which the heads of two models share; empty if none."""
+    if not (issubclass(first, second) or issubclass(second, first)):
+        return ()
+    shapes = [set(getattr(model_class, "head_shape", ())) for model_class in (first, second)]
+    return tuple(sorted(set.intersection(*shapes)))
 
 
 def image_statistics(source: str, num_channels: int) -> dict[str, Any] | None:

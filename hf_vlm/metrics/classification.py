@@ -7,9 +7,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hf_vlm.metrics.calibration import calibration_error
+
 __all__ = ["classification_metrics", "confusion_matrix", "multi_label_metrics"]
 
-NUM_BINS = 15  # bins of confidence, as in Guo et al. 2017
 Floats = NDArray[np.float64]
 
 
@@ -52,7 +53,7 @@ def classification_metrics(
         "top5": float(hits[:, :5].any(axis=1).mean()),
         "balanced_accuracy": float(np.nanmean(recalls)),
         "macro_f1": _macro_f1(counts.diagonal(), counts.sum(axis=0), counts.sum(axis=1)),
-        "ece": _calibration_error(scores.max(axis=1), hits[:, 0]),
+        "ece": calibration_error(scores.max(axis=1), hits[:, 0]),
     }
     if per_class:
         metrics |= {f"recall/{name}": float(recall) for name, recall in zip(names, recalls)}
@@ -132,15 +133,6 @@ def _macro_f1(both: NDArray[Any], predicted: NDArray[Any], true: NDArray[Any]) -
     total = predicted + true
     occurs = total > 0
     return float(np.mean(2 * both[occurs] / total[occurs])) if occurs.any() else float("nan")
-
-
-def _calibration_error(confidences: Floats, is_right: NDArray[np.bool_]) -> float:
-    bins = np.clip(
-        np.ceil(confidences * NUM_BINS).astype(np.int64) - 1, 0, NUM_BINS - 1
-    )  # (low, high] as in the paper
-    # Images in a bin x |accuracy - confidence| is the absolute sum of the differences in it.
-    gaps = np.bincount(bins, weights=is_right - confidences, minlength=NUM_BINS)
-    return float(np.abs(gaps).sum() / len(confidences))
 
 
 def _array(values: Any) -> Floats:

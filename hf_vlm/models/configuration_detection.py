@@ -91,18 +91,20 @@ class VLMViTDetectionConfig(PreTrainedConfig):
         for name in ("num_self_attention_heads", "num_cross_attention_heads"):
             if self.hidden_size % getattr(self, name):
                 raise ValueError(
-                    f"VLMViTDetectionConfig: hidden_size {self.hidden_size} is not divisible by {name} "
+                    f"{type(self).__name__}: hidden_size {self.hidden_size} is not divisible by {name} "
                     f"{getattr(self, name)}."
                 )
         if self.hidden_size % 4:
-            raise ValueError(f"VLMViTDetectionConfig: hidden_size {self.hidden_size} is not divisible by 4.")
+            raise ValueError(f"{type(self).__name__}: hidden_size {self.hidden_size} is not divisible by 4.")
         if self.num_neck_levels not in (1, 2):
-            raise ValueError(f"VLMViTDetectionConfig: num_neck_levels is {self.num_neck_levels}, but must be 1 or 2.")
+            raise ValueError(f"{type(self).__name__}: num_neck_levels is {self.num_neck_levels}, but must be 1 or 2.")
         for name in ("num_feature_taps", "num_decoder_layers", "num_queries", "num_points", "dense_top_k"):
             if getattr(self, name) < 1:
-                raise ValueError(f"VLMViTDetectionConfig: {name} is {getattr(self, name)}, but must be at least 1.")
+                raise ValueError(f"{type(self).__name__}: {name} is {getattr(self, name)}, but must be at least 1.")
         if not 0 < self.prior_probability < 1 or self.anchor_size <= 0:
-            raise ValueError("VLMViTDetectionConfig: prior_probability must lie between 0 and 1, anchor_size above 0.")
+            raise ValueError(
+                f"{type(self).__name__}: prior_probability must lie between 0 and 1, anchor_size above 0."
+            )
 
 
 __all__ = ["VLMViTDetectionConfig"]

@@ -11,7 +11,14 @@ from .image_processing_vlm_vit import VLMViTImageProcessor
 
 
 class VLMViTDetectionImageProcessor(VLMViTImageProcessor):
-    """[`VLMViTImageProcessor`] with labels and post-processing of a [`VLMViTForObjectDetection`]."""
+    """[`VLMViTImageProcessor`] with labels and post-processing of a [`VLMViTForObjectDetection`].
+
+    Attributes:
+        score_threshold: Lowest score that `post_process_object_detection` keeps where no other is given. Fine-tuning
+            stores the one of the best F1 on held-out images here.
+    """
+
+    score_threshold = 0.5
 
     def preprocess(
         self,
@@ -58,7 +65,7 @@ class VLMViTDetectionImageProcessor(VLMViTImageProcessor):
     def post_process_object_detection(
         self,
         outputs: Any,
-        threshold: float = 0.5,
+        threshold: float | None = None,
         target_sizes: Tensor | Sequence[tuple[int, int]] | None = None,
         max_detections: int | None = None,
     ) -> list[dict[str, Tensor]]:
@@ -67,7 +74,8 @@ class VLMViTDetectionImageProcessor(VLMViTImageProcessor):
         The best pairs of query and class are kept, so one query may give two classes, as COCO's evaluation wants it.
 
         Args:
-            threshold: lowest score kept, 0 to 1.
+            threshold: Scores above it are kept, 0 to 1; `score_threshold` when not given. transformers' pipeline gives
+                0.5, unless it is called with `threshold=None`.
             target_sizes: (height, width) of each original image in pixels. Without it boxes are fractions.
             max_detections: Largest number of detections per image; as many as queries, and at least 300, when not
                 given. COCO's evaluation counts up to 100 per image and class.
@@ -78,23 +86,33 @@ class VLMViTDetectionImageProcessor(VLMViTImageProcessor):
         Raises:
             ValueError: if there are not as many target sizes as images.
         """
-        logits, boxes = outputs.logits.float(), outputs.pred_boxes.float()
-        num_queries, num_labels = logits.shape[1:]
-        limit = max(300, num_queries) if max_detections is None else max_detections
-        scores, index = logits.sigmoid().flatten(1).topk(min(limit, num_queries * num_labels))  # (batch, kept)
-        centre, size = boxes[..., :2], boxes[..., 2:]
-        corners = torch.cat([centre - size / 2, centre + size / 2], dim=-1).clamp(0, 1)
-        corners = corners.gather(1, (index // num_labels)[..., None].expand(-1, -1, 4))  # (batch, kept, 4)
-        if target_sizes is not None:
-            if len(target_sizes) != len(logits):
-                raise ValueError(f"{len(target_sizes)} target_sizes are given for {len(logits)} images.")
-            height_width = torch.as_tensor(target_sizes, dtype=torch.float32, device=corners.device)  # (batch, 2)
-            corners = corners * height_width.flip(1).repeat(1, 2)[:, None]
-        keep = scores > threshold
-        return [
-            {"scores": s[k], "labels": i[k] % num_labels, "boxes": b[k]}
-            for s, i, b, k in zip(scores, index, corners, keep)
-        ]
+        scores, labels, _, corners = best_pairs(outputs, target_sizes, max_detections)
+        keep = scores > (self.score_threshold if threshold is None else threshold)
+        return [{"scores": s[k], "labels": i[k], "boxes": b[k]} for s, i, b, k in zip(scores, labels, corners, keep)]
+
+
+def best_pairs(
+    outputs: Any, target_sizes: Tensor | Sequence[tuple[int, int]] | None, max_detections: int | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The best pairs of query and class; for the arguments see `post_process_object_detection`.
+
+    Returns:
+        scores (batch, kept) falling, classes (batch, kept), queries (batch, kept) and boxes (batch, kept, 4).
+    """
+    logits, boxes = outputs.logits.float(), outputs.pred_boxes.float()
+    num_queries, num_labels = logits.shape[1:]
+    limit = max(300, num_queries) if max_detections is None else max_detections
+    scores, index = logits.sigmoid().flatten(1).topk(min(limit, num_queries * num_labels))  # (batch, kept)
+    labels, queries = index % num_labels, index // num_labels
+    centre, size = boxes[..., :2], boxes[..., 2:]
+    corners = torch.cat([centre - size / 2, centre + size / 2], dim=-1).clamp(0, 1)
+    corners = corners.gather(1, queries[..., None].expand(-1, -1, 4))  # (batch, kept, 4)
+    if target_sizes is not None:
+        if len(target_sizes) != len(logits):
+            raise ValueError(f"{len(target_sizes)} target_sizes are given for {len(logits)} images.")
+        height_width = torch.as_tensor(target_sizes, dtype=torch.float32, device=corners.device)  # (batch, 2)
+        corners = corners * height_width.flip(1).repeat(1, 2)[:, None]
+    return scores, labels, queries, corners
 
 
 def coco_labels(
@@ -128,4 +146,4 @@ def coco_labels(
     }
 
 
-__all__ = ["VLMViTDetectionImageProcessor", "coco_labels"]
+__all__ = ["VLMViTDetectionImageProcessor", "best_pairs", "coco_labels"]

@@ -4,9 +4,9 @@ Everything is computed in float32 and for all decoder stages at once: `stages` c
 layer. The cost of matching is linear in the batch, for only the objects of an image are compared with its queries.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -143,17 +143,15 @@ def matching_cost(
     l1 = (predicted - target_boxes).abs().sum(-1)
     giou = iou_and_giou(to_corners(predicted), to_corners(target_boxes))[1]
     cost = class_cost * (positive - negative) + bbox_cost * l1 - giou_cost * giou
-    # Above the cost of any finite pair: a broken prediction is matched last, but does not drown the others.
-    finite = torch.isfinite(cost)
-    worst = torch.where(finite, cost, 0).amax() + 1 if cost.numel() else 0
-    return torch.where(finite, cost, worst).transpose(-1, -2)
+    return cost.transpose(-1, -2)
 
 
 @torch.no_grad()
 def match(cost: Tensor, counts: Sequence[int]) -> Matches:
     """Cheapest one-to-one assignment of each image and stage of a cost (stages, batch, objects, queries).
 
-    Where an image has more objects than there are queries, the objects of the highest cost stay without one.
+    Matches are ordered by stage, then by image. Where an image has more objects than there are queries, the objects of
+    the highest cost stay without one.
 
     Raises:
         ImportError: if scipy is not installed.
@@ -162,7 +160,10 @@ def match(cost: Tensor, counts: Sequence[int]) -> Matches:
         from scipy.optimize import linear_sum_assignment
     except ImportError as error:
         raise ImportError("Training a detector needs scipy to match boxes: `pip install scipy`.") from error
-    blocks = cost.cpu().numpy()  # one transfer for all stages
+    # Above the cost of any finite pair: a broken prediction is matched last, but does not drown the others.
+    finite = torch.isfinite(cost)
+    worst = torch.where(finite, cost, 0).amax() + 1 if cost.numel() else 0
+    blocks = torch.where(finite, cost, worst).cpu().numpy()  # one transfer for all stages
     rows: list[tuple[int, int, int, int]] = []
     for stage in range(blocks.shape[0]):
         for image, count in enumerate(counts):
@@ -273,6 +274,23 @@ def mean_over_ranks(counts: Tensor) -> Tensor:
     return counts.clamp(min=1) / torch.distributed.get_world_size()
 
 
+class MatchedLoss(Protocol):
+    """What a detector with more outputs than boxes adds to the matching and to the loss.
+
+    Attributes:
+        weights: Weight of each loss, by its name.
+    """
+
+    @property
+    def weights(self) -> Mapping[str, float]: ...
+
+    def cost(self) -> Tensor:
+        """Cost (stages, batch, objects, queries) of giving a query an object, beside that of class and box."""
+
+    def losses(self, matches: Matches) -> dict[str, Tensor]:
+        """Losses (stages,) by name, summed over the matches."""
+
+
 def detection_loss(
     logits: Tensor,
     boxes: Tensor,
@@ -280,6 +298,7 @@ def detection_loss(
     anchors: Tensor,
     targets: DetectionTargets,
     config: VLMViTDetectionConfig,
+    other: MatchedLoss | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The training loss and its parts.
 
@@ -288,10 +307,11 @@ def detection_loss(
         boxes: (stages, batch, queries, 4) as (cx, cy, w, h).
         dense: logits (batch, locations, labels) and boxes (batch, locations, 4) of the one-to-many head.
         anchors: (locations, 4).
+        other: What queries learn beside classes and boxes.
 
     Returns:
-        the loss, and detached parts: `loss_class`, `loss_bbox` and `loss_giou` of the last layer, not weighted;
-        `loss_proposals`, `loss_aux` (all earlier layers) and `loss_dense`, weighted within.
+        the loss, and detached parts: `loss_class`, `loss_bbox`, `loss_giou` and those of `other` of the last layer,
+        not weighted; `loss_proposals`, `loss_aux` (all earlier layers) and `loss_dense`, weighted within.
     """
     with torch.autocast(logits.device.type, enabled=False):
         logits, boxes = logits.float(), boxes.float()
@@ -299,8 +319,11 @@ def detection_loss(
             logits, boxes, targets,
             class_cost=config.class_cost, bbox_cost=config.bbox_cost, giou_cost=config.giou_cost,
         )  # fmt: skip
-        parts = set_losses(logits, boxes, targets, match(cost, targets.counts))  # three of (stages,)
-        weights = (config.class_loss_weight, config.bbox_loss_weight, config.giou_loss_weight)
+        matches = match(cost if other is None else cost + other.cost(), targets.counts)
+        sums = dict(zip(("loss_class", "loss_bbox", "loss_giou"), set_losses(logits, boxes, targets, matches)))
+        weights = dict(zip(sums, (config.class_loss_weight, config.bbox_loss_weight, config.giou_loss_weight)))
+        if other is not None:
+            sums, weights = {**sums, **other.losses(matches)}, {**weights, **other.weights}
         num_objects = targets.boxes.new_tensor(float(sum(targets.counts)))
         if dense is None:
             (divisor,) = mean_over_ranks(num_objects[None])
@@ -309,10 +332,10 @@ def detection_loss(
                 dense[0].float(), dense[1].float(), anchors[:, :2], targets, top_k=config.dense_top_k
             )
             divisor, dense_divisor = mean_over_ranks(torch.stack([num_objects, alignment]))
-        table = torch.stack(parts) / divisor  # (3, stages)
-        per_stage = table.new_tensor(weights) @ table  # (stages,)
+        table = torch.stack(list(sums.values())) / divisor  # (losses, stages)
+        per_stage = table.new_tensor([weights[name] for name in sums]) @ table  # (stages,)
         loss = per_stage.sum()
-        loss_dict = dict(zip(("loss_class", "loss_bbox", "loss_giou"), table[:, -1]))
+        loss_dict = dict(zip(sums, table[:, -1]))
         loss_dict |= {"loss_proposals": per_stage[0], "loss_aux": per_stage[1:-1].sum()}
         if dense is not None:
             loss_dict["loss_dense"] = (focal + config.giou_loss_weight * dense_giou) / dense_divisor
@@ -322,6 +345,7 @@ def detection_loss(
 
 __all__ = [
     "DetectionTargets",
+    "MatchedLoss",
     "Matches",
     "dense_losses",
     "detection_loss",

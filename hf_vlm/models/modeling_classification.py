@@ -38,6 +38,9 @@ class VLMViTClassificationConfig(PreTrainedConfig):
             encoder's features.
         label_smoothing (`float`, defaults to 0.0): Probability that is taken from the labels and spread evenly over
             all classes (arXiv 1512.00567); for several labels per image over "present" and "absent" of each class.
+        temperature (`float`, defaults to 1.0): What the logits are divided by in evaluation mode, so that scores are
+            the probabilities of being right (arXiv 1706.04599): in `forward`, so that pipelines and exported models
+            agree. Fine-tuning fits it on held-out images. The loss is that of the undivided logits.
 
     Raises:
         ValueError: for a value out of its choices or its range, a pooling that the encoder has no token for, or fewer
@@ -53,6 +56,7 @@ class VLMViTClassificationConfig(PreTrainedConfig):
     pooling: str | None = None
     freeze_encoder: bool = False
     label_smoothing: float | int = 0.0
+    temperature: float | int = 1.0
     layer_norm_eps: float = 1e-6
     initializer_range: float = 0.02
 
@@ -86,6 +90,8 @@ class VLMViTClassificationConfig(PreTrainedConfig):
                 f"VLMViTClassificationConfig: label_smoothing is {self.label_smoothing}, but must be at least 0 and "
                 "below 1."
             )
+        if not self.temperature > 0:
+            raise ValueError(f"VLMViTClassificationConfig: temperature is {self.temperature}, but must be above 0.")
         if num_labels < 2:
             raise ValueError(
                 f"VLMViTClassificationConfig: num_labels is {num_labels}, but at least 2 classes are needed, of which "
@@ -192,6 +198,8 @@ class VLMViTForImageClassification(HeadOnFreezableEncoder):
             loss = self.loss_function(
                 logits, labels, problem_type=self.config.problem_type, label_smoothing=self.config.label_smoothing
             )
+        if not self.training:
+            logits = logits / self.config.temperature
         return ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

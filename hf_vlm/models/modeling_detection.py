@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from .detection_layers import (
     grid_anchors,
     refine_boxes,
 )
-from .loss_detection import DetectionTargets, detection_loss
+from .loss_detection import DetectionTargets, MatchedLoss, detection_loss
 from .model_on_encoder import ModelOnEncoder, wanted_outputs
 from .modeling_vlm_vit import SMALL_STD, VLMViTBackbone
 from .vit_layers import gather_tokens
@@ -63,6 +63,29 @@ class VLMViTObjectDetectionOutput(ModelOutput):
     reference_boxes: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+
+
+class Detected(NamedTuple):
+    """What a detector finds: by the proposals and then by each decoder layer, or by the last layer alone."""
+
+    encoded: Any  # the output of the encoder
+    feature_maps: tuple[Tensor, ...]  # (batch, hidden_size, rows, columns) of each level of the neck
+    anchors: Tensor  # (locations, 4)
+    reference_boxes: Tensor  # (batch, queries, 4)
+    states: list[Tensor]  # (batch, queries, hidden_size) of each stage
+    logits: list[Tensor]  # (batch, queries, labels)
+    boxes: list[Tensor]  # (batch, queries, 4)
+
+    def outputs(self) -> dict[str, Any]:
+        """Fields of a [`VLMViTObjectDetectionOutput`]."""
+        return {
+            "logits": self.logits[-1],
+            "pred_boxes": self.boxes[-1],
+            "last_hidden_state": self.states[-1],
+            "reference_boxes": self.reference_boxes,
+            "hidden_states": self.encoded.hidden_states,
+            "attentions": self.encoded.attentions,
+        }
 
 
 class ProposalHead(nn.Module):
@@ -123,7 +146,7 @@ class VLMViTForObjectDetection(ModelOnEncoder):
     """
 
     config_class = VLMViTDetectionConfig
-    head_shape = (
+    head_shape: ClassVar[tuple[str, ...]] = (
         "num_feature_taps",
         "hidden_size",
         "neck_num_blocks",
@@ -171,6 +194,33 @@ class VLMViTForObjectDetection(ModelOnEncoder):
         heads = {name: module for name, module in self.named_modules() if isinstance(module, ClassHead)}
         return {f"{name}.{parameter}" for name, head in heads.items() for parameter, _ in head.named_parameters()}
 
+    def detect(self, pixel_values: Tensor, *, all_stages: bool, **wanted: bool) -> Detected:
+        """Runs encoder and head; `wanted` are options of the encoder."""
+        encoded = self.backbone(pixel_values, **wanted)
+        feature_maps = self.neck(encoded.feature_maps)
+        level_sizes = [(m.shape[2], m.shape[3]) for m in feature_maps]
+        source = torch.cat([m.flatten(2) for m in feature_maps], dim=-1).transpose(1, 2)  # (batch, locations, dim)
+        anchors = grid_anchors(level_sizes, self.config.anchor_size, source.device)  # (locations, 4)
+
+        proposals, proposal_logits, proposal_boxes = self.proposal_head(source, anchors, self.config.num_queries)
+        reference_boxes = proposal_boxes.detach()  # each stage learns its own boxes
+        states = self.decoder(proposals, reference_boxes, source, level_sizes)
+        if not all_stages:
+            states = states[-1:]  # what the earlier layers predict serves the loss only
+        logits = [self.class_head(queries) for queries in states]
+        boxes = [refine_boxes(reference_boxes, self.box_head(queries)) for queries in states]
+        if all_stages:
+            states, logits, boxes = [proposals, *states], [proposal_logits, *logits], [proposal_boxes, *boxes]
+        return Detected(encoded, feature_maps, anchors, reference_boxes, states, logits, boxes)
+
+    def loss_of(
+        self, found: Detected, targets: DetectionTargets, other: MatchedLoss | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of all stages and its parts; see [`detection_loss`]."""
+        stages = torch.stack(found.logits), torch.stack(found.boxes)
+        dense = None if self.dense_head is None else self.dense_head(found.feature_maps, found.anchors)
+        return self.loss_function(*stages, dense, found.anchors, targets, self.config, other)
+
     @capture_outputs  # records nothing, but without it the hooks of the encoder's layers break the compiled graph
     @auto_docstring
     def forward(
@@ -189,38 +239,17 @@ class VLMViTForObjectDetection(ModelOnEncoder):
         wanted = wanted_outputs(
             self.config, output_hidden_states=output_hidden_states, output_attentions=output_attentions
         )
-        encoded = self.backbone(pixel_values, **wanted)
-        feature_maps = self.neck(encoded.feature_maps)
-        level_sizes = [(m.shape[2], m.shape[3]) for m in feature_maps]
-        source = torch.cat([m.flatten(2) for m in feature_maps], dim=-1).transpose(1, 2)  # (batch, locations, dim)
-        anchors = grid_anchors(level_sizes, self.config.anchor_size, source.device)  # (locations, 4)
-
-        proposals, proposal_logits, proposal_boxes = self.proposal_head(source, anchors, self.config.num_queries)
-        reference_boxes = proposal_boxes.detach()  # each stage learns its own boxes
-        hidden_states = self.decoder(proposals, reference_boxes, source, level_sizes)
-
+        found = self.detect(pixel_values, all_stages=labels is not None, **wanted)
         loss = loss_dict = None
-        if labels is None:
-            hidden_states = hidden_states[-1:]  # what the earlier layers predict serves the loss only
-        logits = [self.class_head(states) for states in hidden_states]
-        boxes = [refine_boxes(reference_boxes, self.box_head(states)) for states in hidden_states]
         if labels is not None:
             targets = DetectionTargets.from_labels(
-                labels, batch_size=pixel_values.shape[0], num_labels=self.config.num_labels, device=source.device
+                labels,
+                batch_size=pixel_values.shape[0],
+                num_labels=self.config.num_labels,
+                device=found.anchors.device,
             )
-            stages = torch.stack([proposal_logits, *logits]), torch.stack([proposal_boxes, *boxes])
-            dense = None if self.dense_head is None else self.dense_head(feature_maps, anchors)
-            loss, loss_dict = self.loss_function(*stages, dense, anchors, targets, self.config)
-        return VLMViTObjectDetectionOutput(
-            loss=loss,
-            loss_dict=loss_dict,
-            logits=logits[-1],
-            pred_boxes=boxes[-1],
-            last_hidden_state=hidden_states[-1],
-            reference_boxes=reference_boxes,
-            hidden_states=encoded.hidden_states,
-            attentions=encoded.attentions,
-        )
+            loss, loss_dict = self.loss_of(found, targets)
+        return VLMViTObjectDetectionOutput(loss=loss, loss_dict=loss_dict, **found.outputs())
 
 
-__all__ = ["VLMViTDetectionConfig", "VLMViTForObjectDetection", "VLMViTObjectDetectionOutput"]
+__all__ = ["Detected", "VLMViTDetectionConfig", "VLMViTForObjectDetection", "VLMViTObjectDetectionOutput"]

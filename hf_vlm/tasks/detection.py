@@ -13,13 +13,22 @@ from tqdm.auto import tqdm
 from hf_vlm.data.source import Source
 from hf_vlm.data.stream import ExampleStream
 from hf_vlm.data.transforms.collate import collate_detection
-from hf_vlm.metrics import coco_detection_metrics
+from hf_vlm.metrics import best_f1, coco_detection_metrics, match_detections
 from hf_vlm.models.image_processing_detection import VLMViTDetectionImageProcessor
-from hf_vlm.tasks.detector import detect, detection_transform, original_size
+from hf_vlm.tasks.calibration import threshold_of_best_f1
+from hf_vlm.tasks.detector import Find, detect, detection_transform, original_size
 from hf_vlm.tasks.pseudo_labels import find_pseudo_labels
+from hf_vlm.tasks.reports.detection import DetectionOutcomes, report_detection
 from hf_vlm.tasks.task import Collate, Evaluation, ServedOutput, Task
 
-__all__ = ["DETECTION", "evaluate_detection", "predict_detection"]
+__all__ = ["DETECTION", "choose_threshold", "evaluate_detection", "predict_detection"]
+
+F1_NAMES = {  # of the metrics of `choose_threshold`
+    "f1": "best F1 over all score thresholds (IoU 0.5)",
+    "precision": "precision at the best F1",
+    "recall": "recall at the best F1",
+    "score_threshold": "score threshold of the best F1",
+}
 
 logger = logging.getLogger(__name__)
 
@@ -42,13 +51,18 @@ def collate(**_: Any) -> Collate:
 
 
 def predict_detection(
-    model: nn.Module, stream: ExampleStream, processor: VLMViTDetectionImageProcessor, *, batch_size: int = 32
+    model: nn.Module,
+    stream: ExampleStream,
+    processor: VLMViTDetectionImageProcessor,
+    *,
+    batch_size: int = 32,
+    find: Find | None = None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Predictions and references of all images of a stream, in pixels, for `coco_detection_metrics`."""
+    """Predictions (by `find`, see `detect`) and references of all images of a stream, in pixels, for COCO metrics."""
     was_training = model.training
     model.eval()
     predictions, references, num_queries = [], [], 0
-    batches = detect(model, stream, processor, batch_size=batch_size)
+    batches = detect(model, stream, processor, batch_size=batch_size, find=find)
     for batch in tqdm(batches, desc="Evaluating", leave=False, disable=stream.rank != 0 or None):
         predictions += batch.found
         references += [_reference(labels) for labels in batch.labels]
@@ -72,7 +86,7 @@ def _warn_of_few_queries(num_queries: int, references: Sequence[dict[str, Any]])
         )
 
 
-def _reference(labels: dict[str, Tensor]) -> dict[str, Any]:
+def _reference(labels: dict[str, Any]) -> dict[str, Any]:
     centre, extent = labels["boxes"].cpu().split(2, dim=-1)
     corners = torch.cat([centre - extent / 2, centre + extent / 2], dim=-1)  # (n, 4) in 0..1
     height, width = original_size(labels)
@@ -81,6 +95,7 @@ def _reference(labels: dict[str, Tensor]) -> dict[str, Any]:
         "labels": labels["class_labels"].cpu(),
         "area": labels["area"].cpu(),
         "iscrowd": labels["iscrowd"].cpu(),
+        **({"masks": labels["segmentation"]} if "segmentation" in labels else {}),
     }
 
 
@@ -94,13 +109,31 @@ def evaluate_detection(
     per_class: bool = False,
     fit_stream: ExampleStream | None = None,
 ) -> Evaluation:
-    """COCO metrics over a stream, gathered from all ranks; ValueError for a stream without images."""
+    """COCO metrics over a stream, gathered from all ranks; ValueError for a stream without images.
+
+    Also the best F1, see `choose_threshold`.
+    """
     predictions, references = predict_detection(model, stream, processor, batch_size=batch_size)
     if stream.world_size > 1:
         predictions, references = gather_object(predictions), gather_object(references)
-    return Evaluation(
-        metrics=coco_detection_metrics(predictions, references, class_names=class_names, per_class=per_class)
-    )
+    metrics = coco_detection_metrics(predictions, references, class_names=class_names, per_class=per_class)
+    best, outcomes = choose_threshold(predictions, references, processor)
+    return Evaluation(metrics=metrics | best, class_names=class_names, outcomes=outcomes)
+
+
+def choose_threshold(
+    predictions: Sequence[dict[str, Any]],
+    references: Sequence[dict[str, Any]],
+    processor: VLMViTDetectionImageProcessor,
+) -> tuple[dict[str, float], DetectionOutcomes]:
+    """The best `f1` over all score thresholds, at IoU 0.5 of the boxes and of all classes together, with its
+    `precision`, `recall` and `score_threshold`; and the matches of which they are, for the report.
+    """
+    matches = match_detections(predictions, references)
+    counted = matches.counts
+    best = best_f1(matches.scores[counted], matches.is_right[counted], len(matches.object_labels))
+    metrics = {"f1": best.f1, "precision": best.precision, "recall": best.recall, "score_threshold": best.threshold}
+    return metrics, DetectionOutcomes(matches, processor.score_threshold)
 
 
 def post_process(
@@ -111,8 +144,7 @@ def post_process(
     sizes: Sequence[tuple[int, int]],
     model: nn.Module,
 ) -> list[dict[str, Tensor]]:
-    """Boxes in pixels, scores and labels of each image; the threshold is 0.5 where none is given."""
-    threshold = 0.5 if threshold is None else threshold
+    """Boxes in pixels, scores and labels of each image; the threshold is the processor's where none is given."""
     return processor.post_process_object_detection(outputs, threshold=threshold, target_sizes=sizes)
 
 
@@ -124,6 +156,8 @@ DETECTION = Task(
     collate=collate,
     evaluate=evaluate_detection,
     post_process=post_process,
+    calibrate=threshold_of_best_f1,
+    report=report_detection,
     find_labels=find_pseudo_labels,
     served=ServedOutput(
         output_class="transformers.models.detr.modeling_detr.DetrObjectDetectionOutput",
@@ -142,6 +176,10 @@ DETECTION = Task(
         "ar_1": "AR, 1 detection per image",
         "ar_10": "AR, 10 detections",
         "ar_100": "AR, 100 detections",
+        "ar_small": "AR, small objects",
+        "ar_medium": "AR, medium objects",
+        "ar_large": "AR, large objects",
+        **F1_NAMES,
     },
     recipes={"nano": "detection/vit_nano_cpu.yaml", "small": "detection/vit_small.yaml"},
     card="detector.md",

@@ -1,6 +1,7 @@
 """A detector and the images that it is run on: how they are prepared, and what it finds in them."""
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,9 @@ from hf_vlm.data.transforms.collate import collate_detection
 from hf_vlm.data.transforms.detection import DetectionTransform
 from hf_vlm.models.image_processing_detection import VLMViTDetectionImageProcessor
 
-__all__ = ["DetectedBatch", "detect", "detection_transform", "original_size"]
+__all__ = ["DetectedBatch", "Find", "detect", "detection_transform", "original_size"]
+
+Find = Callable[[Any, Sequence[tuple[int, int]]], list[dict[str, Any]]]
 
 
 def detection_transform(
@@ -21,8 +24,13 @@ def detection_transform(
     train: bool,
     class_names: Sequence[str],
     augmentation: dict[str, Any] | None = None,
+    masks: bool = False,
 ) -> DetectionTransform:
-    """The transform that prepares images as the processor does, and augments them in training."""
+    """The transform that prepares images as the processor does, and augments them in training.
+
+    Args:
+        masks: Whether it gives the masks of the objects too.
+    """
     return DetectionTransform.from_dict(
         augmentation or {},
         size=(processor.size["height"], processor.size["width"]),
@@ -31,14 +39,15 @@ def detection_transform(
         image_std=processor.image_std,
         num_channels=len(processor.image_mean),
         num_classes=len(class_names),
+        masks=masks,
     )
 
 
 class DetectedBatch(NamedTuple):
     """What a detector finds in the images of a batch, on the CPU."""
 
-    found: list[dict[str, Tensor]]  # of all scores, as `post_process_object_detection` gives them, in pixels
-    labels: list[dict[str, Tensor]]  # as the transform made them
+    found: list[dict[str, Any]]  # of all scores, as `find` gives them, in pixels
+    labels: list[dict[str, Any]]  # as the transform made them
     num_queries: int  # of an image
 
 
@@ -49,16 +58,29 @@ def detect(
     *,
     batch_size: int,
     num_workers: int = 0,
+    find: Find | None = None,
 ) -> Iterator[DetectedBatch]:
-    """Runs a detector, which is in evaluation mode, on all images of a stream."""
+    """Runs a detector, which is in evaluation mode, on all images of a stream.
+
+    Args:
+        find: Function `(outputs, sizes)` from the outputs of a batch, and the height and width of its images, to what
+            is found in each, on the CPU; the processor's `post_process_object_detection` by default.
+    """
     device = next(model.parameters()).device
+    find = find or functools.partial(_find_boxes, processor)
     for batch in StreamLoader(stream, batch_size=batch_size, num_workers=num_workers, collate_fn=collate_detection):
         with torch.inference_mode():
             outputs = model(pixel_values=batch["pixel_values"].to(device))
             sizes = [original_size(labels) for labels in batch["labels"]]
-            found = processor.post_process_object_detection(outputs, threshold=0.0, target_sizes=sizes)
-        found = [{name: value.cpu() for name, value in image.items()} for image in found]
+            found = find(outputs, sizes)
         yield DetectedBatch(found, batch["labels"], outputs.logits.shape[1])
+
+
+def _find_boxes(
+    processor: VLMViTDetectionImageProcessor, outputs: Any, sizes: Sequence[tuple[int, int]]
+) -> list[dict[str, Any]]:
+    found = processor.post_process_object_detection(outputs, threshold=0.0, target_sizes=sizes)
+    return [{name: value.cpu() for name, value in image.items()} for image in found]
 
 
 def original_size(labels: dict[str, Tensor]) -> tuple[int, int]:

@@ -3,22 +3,46 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from hf_vlm.data.source import Source
 from hf_vlm.data.sources import open_source
-from hf_vlm.data.stream import ExampleStream
+from hf_vlm.data.stream import ExampleStream, Transform
 from hf_vlm.features.device import to_best_device
 from hf_vlm.features.loading import load_model
 from hf_vlm.tasks import TASKS
-from hf_vlm.tasks.task import Evaluation
+from hf_vlm.tasks.task import Evaluation, Task
 
-__all__ = ["eval_stream", "evaluate_run", "match_class_names"]
+__all__ = ["EvaluatedImage", "EvaluatedSplit", "eval_stream", "evaluate_run", "evaluate_split", "match_class_names"]
 
 logger = logging.getLogger(__name__)
 
 
-def evaluate_run(
+class EvaluatedImage(NamedTuple):
+    """An image of an evaluation."""
+
+    position: int  # in the source, where images that cannot be read count too
+    image_id: int
+    path: str | None
+
+
+class EvaluatedSplit(NamedTuple):
+    """A model's evaluation on a split, and what it was made of."""
+
+    evaluation: Evaluation
+    task: Task
+    source: Source
+    images: list[EvaluatedImage]  # in the order of the evaluation
+
+
+def evaluate_run(run_dir: str | Path, data: str, split: str, **options: Any) -> Evaluation:
+    """Evaluates a saved model on a split of a source: metrics of its task, also per class; see `evaluate_split`."""
+    return evaluate_split(run_dir, data, split, **options).evaluation
+
+
+def evaluate_split(
     run_dir: str | Path,
     data: str,
     split: str,
@@ -28,8 +52,8 @@ def evaluate_run(
     allow_outside: bool = False,
     max_bad_fraction: float = 0.01,
     needs_confusion: bool = False,
-) -> Evaluation:
-    """Evaluates a saved model on a split of a source: the metrics of its task, also per class.
+) -> EvaluatedSplit:
+    """Evaluates a saved model on a split of a source.
 
     Raises:
         ValueError: The folder holds no model, the data lack what its task needs or have other classes, more than
@@ -43,7 +67,7 @@ def evaluate_run(
             f"The model {run_dir} has no confusion matrix to plot: only models that give one class per image or pixel "
             "have one."
         )
-    streams = {}
+    streams, images = {}, []
     for name in ("train", split) if task.fits_on_train else (split,):
         source = open_source(
             data,
@@ -57,9 +81,9 @@ def evaluate_run(
         if not task.fits_on_train:
             source = match_class_names(source, names, loaded.class_names, f"the model {run_dir}")
             names = list(loaded.class_names)
-        transform = task.transform(loaded.processor, train=False, class_names=names)
-        streams[name] = eval_stream(source, transform, max_bad_fraction=max_bad_fraction)
-    return task.evaluate(
+        transform = _Recording(task.transform(loaded.processor, train=False, class_names=names))
+        streams[name], images = eval_stream(source, transform, max_bad_fraction=max_bad_fraction), transform.images
+    evaluation = task.evaluate(
         to_best_device(loaded.model),
         streams[split],
         loaded.processor,
@@ -67,6 +91,22 @@ def evaluate_run(
         per_class=True,
         fit_stream=streams["train"] if task.fits_on_train else None,
     )
+    return EvaluatedSplit(evaluation, task, source, images)
+
+
+class _Recording:
+    """A transform that records which images passed it, in this process."""
+
+    def __init__(self, transform: Transform) -> None:
+        self.transform = transform
+        self.images: list[EvaluatedImage] = []
+        self.num_seen = 0
+
+    def __call__(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        position, self.num_seen = self.num_seen, self.num_seen + 1
+        transformed = self.transform(example, rng)
+        self.images.append(EvaluatedImage(position, int(example["image_id"]), example["image"].get("path")))
+        return transformed
 
 
 def match_class_names(source: Source, found: Sequence[str], expected: Sequence[str], owner: str) -> Source:

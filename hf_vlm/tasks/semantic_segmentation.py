@@ -24,6 +24,7 @@ from hf_vlm.data.transforms.segmentation import (
 )
 from hf_vlm.metrics.segmentation import confusion_segmentation_metrics, pixel_confusion
 from hf_vlm.models.image_processing_semantic_segmentation import VLMViTSemanticSegmentationImageProcessor
+from hf_vlm.tasks.reports.segmentation import SegmentationOutcomes, report_segmentation
 from hf_vlm.tasks.task import Collate, Evaluation, ServedOutput, Task
 
 __all__ = ["SEMANTIC_SEGMENTATION", "count_pixels", "evaluate_segmentation"]
@@ -87,11 +88,13 @@ def count_pixels(
     *,
     num_classes: int,
     batch_size: int = 32,
-) -> NDArray[np.int64]:
-    """Pixels (classes, classes) of this rank's images by true class (rows) and predicted class, at the masks' size."""
+) -> tuple[NDArray[np.int64], SegmentationOutcomes]:
+    """Pixels (classes, classes) of this rank's images by true class (rows) and predicted class, at the masks' size;
+    and how good each image is.
+    """
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
-    counts = np.zeros((num_classes, num_classes), dtype=np.int64)
+    counts, outcomes = np.zeros((num_classes, num_classes), dtype=np.int64), SegmentationOutcomes()
     loader = DataLoader(stream, batch_size=batch_size, collate_fn=list)
     for examples in tqdm(loader, desc="Evaluating", leave=False, disable=stream.rank != 0 or None):
         inputs = torch.cat([example["pixel_values"] for example in examples])  # (images or windows, C, H, W)
@@ -101,9 +104,11 @@ def count_pixels(
             SemanticSegmenterOutput(logits=logits), target_sizes=[tuple(mask.shape) for mask in masks]
         )
         for mask, classes in zip(masks, found, strict=True):
-            counts += pixel_confusion(mask, classes.cpu(), num_classes, ignore_index=IGNORED)
+            of_image = pixel_confusion(mask, classes.cpu(), num_classes, ignore_index=IGNORED)
+            outcomes.add(of_image, classes.cpu().numpy(), mask.numpy())
+            counts += of_image
     model.train(was_training)
-    return counts
+    return counts, outcomes
 
 
 def evaluate_segmentation(
@@ -122,7 +127,7 @@ def evaluate_segmentation(
     Raises:
         ValueError: The stream has no pixel with a class.
     """
-    counts = count_pixels(model, stream, processor, num_classes=len(class_names), batch_size=batch_size)
+    counts, outcomes = count_pixels(model, stream, processor, num_classes=len(class_names), batch_size=batch_size)
     if stream.world_size > 1:
         counts = np.sum(gather_object([counts]), axis=0)
     return Evaluation(
@@ -130,6 +135,7 @@ def evaluate_segmentation(
         class_names=class_names,
         confusion=counts,
         counted="pixels",
+        outcomes=outcomes,
     )
 
 
@@ -159,13 +165,15 @@ def post_process(
 
 
 SEMANTIC_SEGMENTATION = Task(
-    name="image-segmentation",
+    name="semantic-segmentation",
+    pipeline="image-segmentation",
     class_names=class_names,
     transform=segmentation_transform,
     collate=collate,
     evaluate=evaluate_segmentation,
     has_confusion=has_confusion,
     post_process=post_process,
+    report=report_segmentation,
     served=ServedOutput(output_class="transformers.modeling_outputs.SemanticSegmenterOutput", fields=("logits",)),
     headline={"miou": "mIoU", "pixel_accuracy": "pixel accuracy"},
     metric_names={

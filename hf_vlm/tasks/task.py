@@ -16,6 +16,8 @@ from transformers.modeling_utils import PreTrainedModel
 from hf_vlm.data.pseudo_labels import PseudoLabels
 from hf_vlm.data.source import Source
 from hf_vlm.data.stream import Transform
+from hf_vlm.tasks.calibration import Calibration
+from hf_vlm.tasks.reports.parts import Part, default_report
 
 __all__ = ["Collate", "Evaluation", "ServedOutput", "Task"]
 
@@ -32,12 +34,15 @@ class Evaluation:
         confusion: (classes, classes) counts, rows the true class, columns the predicted one; None for tasks that have
             no such matrix.
         counted: What the matrix counts.
+        outcomes: What the task's `report` shows beside the metrics, in a form of its own; images are numbered in the
+            order of the stream.
     """
 
     metrics: dict[str, float]
     class_names: Sequence[str] = ()
     confusion: NDArray[np.int64] | None = None
     counted: str = "images"
+    outcomes: Any = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +70,10 @@ def _no_minimum(source: Source) -> dict[str, int]:
     return {}
 
 
+def _no_calibration(metrics: Mapping[str, float]) -> Calibration:
+    return Calibration()
+
+
 def _never(model: PreTrainedModel) -> bool:
     return False
 
@@ -74,7 +83,8 @@ class Task:
     """What the commands need of a task.
 
     Attributes:
-        name: Name of transformers' pipeline for it, as in the rows of the registry.
+        name: Its name, as in the rows of the registry.
+        pipeline: Name of transformers' pipeline for it, where that is another: two tasks may have the same.
         class_names: Function from a source to the names of its classes; ValueError where the data do not fit.
         head_fields: Function from a source to configuration fields of the model that depend on the data.
         minimum_fields: Function from a source to the lowest values of configuration fields that suffice for its
@@ -85,9 +95,13 @@ class Task:
             an [`Evaluation`], the same on all ranks.
         has_confusion: Function from a model to whether its evaluation has a confusion matrix.
         post_process: Function `(processor, outputs, *, threshold, sizes, model)` that returns one dict per image:
-            `scores` and `labels` (n,), best first, and where the task has them `boxes` (n, 4) in pixels, or
-            `segmentation` (height, width), the class of each pixel, whose `scores` are fractions of the image. A
-            threshold of None is the task's default. None for tasks without predictions.
+            `scores` and `labels` (n,), best first, and where the task has them `boxes` (n, 4) in pixels, `masks` (n,
+            height, width) bool, or `segmentation` (height, width), the class of each pixel, whose `scores` are
+            fractions of the image. A threshold of None is the model's own. None for tasks without predictions.
+        calibrate: Function from the metrics of an evaluation on held-out images to the settings that the model takes
+            from it: its score threshold, or the temperature of its logits.
+        report: Function from an [`Evaluation`] to the parts of a report: tables, plots, and images to look at. By
+            default a table of the classes and the confusion matrix, where there are any.
         headline: Labels of the metrics that commands print first, by name of the metric; higher is better for all.
         metric_names: Names of metrics in a model card, that of `ap/<class>` under `ap/`; others keep their keys.
         recipes: Shipped recipes by encoder preset.
@@ -101,6 +115,7 @@ class Task:
     """
 
     name: str
+    pipeline: str = ""
     class_names: Callable[[Source], list[str]]
     transform: Callable[..., Transform]
     collate: Callable[..., Collate]
@@ -110,6 +125,8 @@ class Task:
     has_confusion: Callable[[PreTrainedModel], bool] = _never
     minimum_fields: Callable[[Source], dict[str, int]] = _no_minimum
     post_process: Callable[..., list[dict[str, Tensor]]] | None = None
+    calibrate: Callable[[Mapping[str, float]], Calibration] = _no_calibration
+    report: Callable[[Evaluation], list[Part]] = default_report
     headline: Mapping[str, str] = field(default_factory=dict)
     metric_names: Mapping[str, str] = field(default_factory=dict)
     recipes: Mapping[str, str] = field(default_factory=dict)
@@ -117,3 +134,6 @@ class Task:
     served: ServedOutput | None = None
     reads_object_masks: bool = False
     fits_on_train: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pipeline", self.pipeline or self.name)

@@ -15,13 +15,14 @@ from hf_vlm.features.loading import (
     image_statistics,
     quiet_transformers,
     refuse_missing,
+    shared_head_shape,
 )
 from hf_vlm.models.configuration_vlm_vit import PRESETS, VLMViTConfig
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 from hf_vlm.models.ssl_frozen import nearest_hw
 from hf_vlm.models.ssl_model import SSLConfig
-from hf_vlm.registry import MODELS, ModelEntry
+from hf_vlm.registry import MODELS, ModelEntry, find_model_type
 from hf_vlm.training.arguments import VisionTrainingArguments
 from hf_vlm.training.finite import not_finite_weights
 from hf_vlm.training.scaling import scaled_momentum
@@ -100,7 +101,9 @@ def load_head(args: VisionTrainingArguments, entry: ModelEntry) -> PreTrainedMod
 
 def _head_shape(args: VisionTrainingArguments, entry: ModelEntry, saved: Any) -> dict[str, Any]:
     """Fields of the configuration that a trained head brings; ValueError where the recipe contradicts them."""
-    shape = {name: getattr(saved, name) for name in entry.model_class.head_shape}
+    source = find_model_type(saved.model_type)
+    assert source is not None  # it was loaded by its row
+    shape = {name: getattr(saved, name) for name in shared_head_shape(source.model_class, entry.model_class)}
     wrong = [name for name, value in shape.items() if _plain(args.model_config.get(name, value)) != _plain(value)]
     if wrong:
         raise ValueError(

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from hf_vlm.features.loading import find_head
+from hf_vlm.features.loading import find_head, shared_head_shape
 from hf_vlm.registry import find_model
 from hf_vlm.training.arguments import VisionTrainingArguments
 from hf_vlm.training.build import REGULARISATION
@@ -77,7 +77,8 @@ def _without_architecture(recipe: dict[str, Any], encoder: str, *, load_head: bo
         rest["encoder_config"] = {name: value for name, value in encoder_config.items() if name in REGULARISATION}
     if model_config:
         model_class = find_model(str(recipe.get("method"))).model_class
-        brought = model_class.head_shape if load_head and find_head(encoder, model_class) is not None else ()
+        head = find_head(encoder, model_class) if load_head else None
+        brought = () if head is None else shared_head_shape(head.model_class, model_class)
         rest["model_config"] = {name: value for name, value in model_config.items() if name not in brought}
     return rest
 

@@ -147,6 +147,8 @@ def as_json(values: Any) -> str:
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
             return {name: plain(item) for name, item in value.items()}
+        if isinstance(value, list):
+            return [plain(item) for item in value]
         return None if isinstance(value, float) and math.isnan(value) else value
 
     return json.dumps(plain(values), indent=2)

@@ -278,12 +278,17 @@ def _train_head(
         args.output_dir, _internal_call=True
     )  # before the last evaluation, which bad held-out images can stop
     if held_out is not None:
-        metrics = _last_metrics(trainer)
-        record.summary["metrics"] = {n.removeprefix("eval_"): v for n, v in metrics.items() if n.startswith("eval_")}
+        logged = _last_metrics(trainer)
+        metrics = {n.removeprefix("eval_"): v for n, v in logged.items() if n.startswith("eval_")}
+        record.summary["metrics"] = metrics
+        calibration = task.calibrate(metrics)
+        calibration.apply(trainer.model, processor)
     record.summary["finished"] = True
     if args.should_save:
         folder = Path(args.output_dir)
         with disk_errors("The record", folder, lambda: "Free space there; the model itself is whole."):
+            if held_out is not None:
+                calibration.store(folder)
             record.write(folder)
     if args.push_to_hub:
         trainer.push_to_hub()

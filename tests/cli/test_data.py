@@ -56,7 +56,7 @@ def test_the_commands_for_boxes_parse_and_name_what_was_given(tmp_path, capsys):
     assert sheet.is_file()
     assert "5, the first of the data" in printed
     commands = commands_in(printed)
-    assert [words[1] for words in commands] == ["pretrain", *["finetune"] * 3]  # boxes, pixels, images
+    assert [words[1] for words in commands] == ["pretrain", *["finetune"] * 4]  # boxes, masks, pixels, images
     for _, _, recipe, *overrides in commands:
         resolved = load_recipe(recipe, overrides)
         assert (resolved["data"], resolved["format"], resolved["train_split"]) == ("scenes:easy", "scenes", "test")

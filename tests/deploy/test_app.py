@@ -43,6 +43,8 @@ class Fixed:
         self.num_calls += 1
         height, width = images[0].shape[:2]
         fields = dict(self.fields)
+        if "masks" in fields and (height, width) != (48, 64):
+            fields["masks"] = np.zeros((3, height, width), bool)
         if "segmentation" in fields:
             fields["segmentation"] = np.arange(width)[None].repeat(height, 0) * 2 // width  # two halves
         return [Prediction(image_size=(height, width), **fields)]
@@ -51,6 +53,7 @@ class Fixed:
 SCORES = np.array([0.9, 0.6, 0.1], dtype=np.float32)
 CLASSES = {"scores": SCORES, "labels": np.arange(3), "label_names": ["cat", "*dog*", "cat"]}
 BOXES = np.array([[1, 2, 30, 31], [5, 5, 9, 9], [0, 0, 3.6, 3.4]], dtype=np.float32)
+MASKS = np.random.default_rng(0).random((3, 48, 64)) < 0.5
 HALVES = {"scores": SCORES[[1, 2]], "labels": np.arange(2), "label_names": ["road", "sky"], "segmentation": None}
 ONE = {"scores": SCORES[:1], "labels": np.arange(1), "label_names": ["cat"]}
 
@@ -60,6 +63,12 @@ ONE = {"scores": SCORES[:1], "labels": np.arange(1), "label_names": ["cat"]}
     [
         (
             {**CLASSES, "boxes": BOXES},
+            0.5,
+            r"1 **cat**, 1 **\*dog\***",
+            [["cat", 0.9, 1, 2, 30, 31], ["*dog*", 0.6, 5, 5, 9, 9]],
+        ),
+        (
+            {**CLASSES, "boxes": BOXES, "masks": MASKS},
             0.5,
             r"1 **cat**, 1 **\*dog\***",
             [["cat", 0.9, 1, 2, 30, 31], ["*dog*", 0.6, 5, 5, 9, 9]],
@@ -109,6 +118,7 @@ def served(saved_detector, tmp_path):
 def test_in_a_browser(served, saved_detector, tmp_path):
     pytest.importorskip("gradio")
     browsers = pytest.importorskip("playwright.sync_api")
+    browsers.expect.set_options(timeout=30_000)
     if not os.path.exists(CHROMIUM):
         pytest.skip("there is no Chromium")
     url, server = served

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import pipeline
 
 from hf_vlm.data.images import image_paths
 from hf_vlm.deploy.predict import Predictor
 from hf_vlm.deploy.prediction import Prediction
+from hf_vlm.tasks.calibration import Calibration
 from hf_vlm.viz.sheets import class_color
 
 
@@ -64,6 +66,19 @@ def test_equals_the_loop(predictor, images, threshold, batch_size):
         assert prediction.label_names == [("cat", "dog", "bird")[label] for _, label, _ in found]
         assert prediction.image_size == image.shape[:2]
         assert prediction.path is None
+
+
+def test_a_stored_threshold_is_used_by_predictions_and_the_pipeline(detector_run, images):
+    image = Image.fromarray(images[0])
+    threshold, default = 0.62, Predictor.from_pretrained(detector_run, device="cpu").predict(image)[0]
+    Calibration(processor={"score_threshold": threshold}).store(detector_run)
+    predictor = Predictor.from_pretrained(detector_run, device="cpu")
+    stored = predictor.predict(image)[0]
+    check([stored], predictor.predict(image, threshold))
+    assert len(predictor.predict(image, 0.5)[0]) == len(default) > len(stored) > 0
+    piped = pipeline("object-detection", model=str(detector_run))
+    np.testing.assert_allclose([found["score"] for found in piped(image, threshold=None)], stored.scores, atol=1e-5)
+    assert len(piped(image)) == len(default)  # transformers gives 0.5 by itself
 
 
 def test_files_folders_and_wildcards(predictor, images, tmp_path):

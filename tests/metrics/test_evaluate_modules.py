@@ -43,6 +43,21 @@ def test_coco_detection(tmp_path):
     assert module.compute(**options) == pytest.approx(expected, nan_ok=True, abs=0)
 
 
+def test_coco_instance_segmentation(tmp_path):
+    masks = np.zeros((3, 12, 16), dtype=np.uint8)
+    masks[0, 2:8, 3:9], masks[1, 4:10, 8:15], masks[2, 2:8, 4:9] = 1, 1, 1
+    references = [{"masks": masks[:2], "labels": [0, 1], "iscrowd": [0, 0]}, {"masks": [], "labels": []}]
+    predictions = [{"masks": masks[2:], "labels": [0], "scores": [0.9]}, {"masks": [], "labels": [], "scores": []}]
+    expected = metrics.coco_instance_metrics(predictions, references, class_names=["a", "b"])
+    assert expected["mask_ap50"] == 0.5
+    module = load("coco_instance_segmentation", tmp_path)
+    found = module.compute(predictions=predictions, references=references, class_names=["a", "b"])
+    assert found == pytest.approx(expected, nan_ok=True, abs=0)
+    for prediction, reference in zip(predictions, references, strict=True):
+        module.add(prediction=prediction, reference=reference)
+    assert module.compute(class_names=["a", "b"]) == pytest.approx(expected, nan_ok=True, abs=0)
+
+
 @pytest.mark.parametrize("name", ["knn_accuracy", "linear_accuracy"])
 def test_probes(name, tmp_path):
     rng = np.random.default_rng(0)

@@ -8,6 +8,7 @@ from torch import nn
 from hf_vlm.models.modeling_distill import RunningStandardizer
 from hf_vlm.models.ssl_prototypes import Centering, PrototypeHead
 
+HEADS = ("classification", "detection", "instance_segmentation", "semantic_segmentation")
 LOSSES = (PrototypeHead, Centering, RunningStandardizer)  # modules that compare features, beside the model itself
 
 
@@ -27,7 +28,7 @@ def loss_and_gradients(model, inputs, *, autocast):
     return {name: value for name, value in outputs.items() if torch.is_tensor(value)}, gradients
 
 
-@pytest.mark.parametrize("name", [*PRETRAINING, "classification", "detection", "semantic_segmentation"])
+@pytest.mark.parametrize("name", [*PRETRAINING, *HEADS])
 def test_the_loss_under_autocast_is_that_in_float32(name):
     model = build(name)
     keep_network_in_float32(model)

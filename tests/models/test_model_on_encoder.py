@@ -5,6 +5,7 @@ import torch
 from tiny import DETECTION, build, perturb
 from transformers import (
     AutoModelForImageClassification,
+    AutoModelForInstanceSegmentation,
     AutoModelForObjectDetection,
     AutoModelForSemanticSegmentation,
     ViTConfig,
@@ -13,6 +14,7 @@ from transformers import (
 from hf_vlm import (
     DINOv2ForPreTraining,
     VLMViTForImageClassification,
+    VLMViTForInstanceSegmentation,
     VLMViTForObjectDetection,
     VLMViTForSemanticSegmentation,
 )
@@ -20,14 +22,17 @@ from hf_vlm import (
 HEADS = {
     VLMViTForImageClassification: AutoModelForImageClassification,
     VLMViTForObjectDetection: AutoModelForObjectDetection,
+    VLMViTForInstanceSegmentation: AutoModelForInstanceSegmentation,
     VLMViTForSemanticSegmentation: AutoModelForSemanticSegmentation,
 }
 FIELDS = {
     VLMViTForImageClassification: {},
     VLMViTForObjectDetection: {**DETECTION, "hidden_size": 64},
+    VLMViTForInstanceSegmentation: {**DETECTION, "mask_feature_size": 8},
     VLMViTForSemanticSegmentation: {"num_feature_layers": 2, "freeze_encoder": True},
 }
-FIELDS[VLMViTForObjectDetection].pop("id2label")
+for fields in FIELDS.values():
+    fields.pop("id2label", None)
 NAMES = {0: "cat", 1: "dog", 2: "bird"}
 
 

@@ -290,7 +290,7 @@ def test_pipeline_finds_what_the_processor_finds(
     found = pipeline("image-classification", model=model, image_processor=processor)(image)
     with torch.no_grad():
         outputs = model(**processor(images=image, return_tensors="pt"))
-    (expected,) = processor.post_process_image_classification(outputs, problem_type=problem_type)
+    (expected,) = processor.post_process_image_classification(outputs, 0.0, problem_type=problem_type)
     assert [item["label"] for item in found] == [model.config.id2label[i] for i in expected["labels"].tolist()]
     assert [item["score"] for item in found] == pytest.approx(expected["scores"].tolist())
     assert len(found) == 3
@@ -315,6 +315,26 @@ def test_stock_trainer_trains_and_evaluates(model: VLMViTForImageClassification,
         loss = float(model(**batch).loss)
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert logged[0] == pytest.approx(loss, rel=1e-3)
+
+
+def test_the_temperature_divides_logits_in_evaluation_alone(model: VLMViTForImageClassification) -> None:
+    images, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
+    plain = model(images, labels)
+    model.config.temperature = 2.5
+    divided, trained = model(images, labels), model.train()(images, labels)
+    torch.testing.assert_close(divided.logits * 2.5, plain.logits)
+    torch.testing.assert_close(trained.logits, plain.logits)
+    assert divided.loss == plain.loss == trained.loss
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    processor = VLMViTClassificationImageProcessor(size={"height": 32, "width": 32})
+    found = pipeline("image-classification", model=model.eval(), image_processor=processor)(picture)
+    expected = model(**processor(picture, return_tensors="pt")).logits.softmax(dim=1)[0]
+    assert [entry["score"] for entry in found] == pytest.approx(expected.sort(descending=True).values.tolist())
+
+
+def test_a_temperature_is_above_0() -> None:
+    with pytest.raises(ValueError, match="temperature is 0, but must be above 0"):
+        classification_config(temperature=0)
 
 
 # --- attentive pooling and frozen encoders --------------------------------------------------------------------------

@@ -10,8 +10,9 @@ from tiny import build, perturb
 from transformers import AutoConfig, AutoModel, pipeline
 
 from hf_vlm.registry import MODELS, find_model
+from hf_vlm.tasks import TASKS
 
-WITH_PIPELINE = ("encoder", "detection", "classification", "semantic_segmentation")
+WITH_PIPELINE = ("encoder", "detection", "instance_segmentation", "classification", "semantic_segmentation")
 
 
 def save(name, folder):
@@ -20,7 +21,7 @@ def save(name, folder):
     perturb(model)
     model.save_pretrained(folder)
     entry.processor_class(size={"height": 32, "width": 32}).save_pretrained(folder)
-    return entry.task
+    return TASKS[entry.task].pipeline
 
 
 def images():
@@ -29,7 +30,12 @@ def images():
 
 
 def options(name):
-    return {"detection": {"threshold": 0.0}, "classification": {"top_k": 3}}.get(name, {})
+    instances = {"threshold": 0.0, "overlap_mask_area_threshold": 0.0}
+    return {
+        "detection": {"threshold": 0.0},
+        "instance_segmentation": instances,
+        "classification": {"top_k": 3},
+    }.get(name, {})
 
 
 def numbers(results):
@@ -65,6 +71,7 @@ def test_all_auto_classes_are_named_for_remote_code(entry, tmp_path):
     auto_map = json.loads((tmp_path / "saved" / "config.json").read_text())["auto_map"]
     module = entry.model_class.__module__.rpartition(".")[2]
     names = {"AutoConfig", "AutoModel", entry.auto_class.__name__}
+    names |= {entry.pipeline_class.__name__} if entry.pipeline_class else set()
     assert set(auto_map) == (names | {"AutoBackbone"} if entry.name in ("encoder", "backbone") else names)
     assert auto_map[entry.auto_class.__name__] == f"{module}.{entry.model_class.__name__}"
     if entry.name != "backbone":

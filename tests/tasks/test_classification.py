@@ -48,11 +48,14 @@ class BrightestChannel(torch.nn.Module):
 
     def __init__(self, problem_type):
         super().__init__()
-        self.config = SimpleNamespace(problem_type=problem_type, num_labels=3)
+        self.config = SimpleNamespace(problem_type=problem_type, num_labels=3, temperature=1.0)
+        self.classifier = torch.nn.Identity()
         self.gain = torch.nn.Parameter(torch.tensor(4.0))
 
     def forward(self, pixel_values):
-        return SimpleNamespace(logits=self.gain * pixel_values.mean(dim=(2, 3)))
+        return SimpleNamespace(
+            logits=self.classifier(self.gain * pixel_values.mean(dim=(2, 3))) / self.config.temperature
+        )
 
 
 COLORS = [(255, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 100, 200)]
@@ -98,11 +101,35 @@ def test_one_class_per_image():
     assert model.training
 
 
+def test_a_temperature_is_fitted_to_the_undivided_logits():
+    model = BrightestChannel(SINGLE)
+    before = evaluate(model, labelled()).metrics
+    calibration = CLASSIFICATION.calibrate(before)
+    assert calibration.config == {"temperature": pytest.approx(before["temperature"], rel=1e-3)}
+    assert not calibration.processor
+    calibration.apply(model, PROCESSOR)
+    assert model.config.temperature == calibration.config["temperature"] != 1
+    after = evaluate(model, labelled()).metrics
+    assert after["temperature"] == pytest.approx(before["temperature"], rel=1e-3)
+    assert after["ece"] == pytest.approx(before["ece_calibrated"], abs=1e-3) != before["ece"]
+    assert after["top1"] == before["top1"]
+
+
 def test_several_classes_per_image():
     evaluation = evaluate(BrightestChannel(MULTI), with_objects(), per_class=True)
     scores = 1 / (1 + np.exp(-4 * (np.array(COLORS) / 127.5 - 1)))
     labels = [[1, 0, 0], [1, 1, 0], [0, 1, 0], [0, 0, 1], [0, 0, 0]]
     expected = multi_label_metrics(scores, labels, class_names=NAMES, per_class=True)
+    f1_of = {
+        threshold: multi_label_metrics(scores, labels, threshold=threshold)["micro_f1"]
+        for threshold in np.linspace(0.025, 0.975, 39)
+    }
+    best = {name: evaluation.metrics.pop(name) for name in ("best_micro_f1", "score_threshold")}
+    assert best["best_micro_f1"] == pytest.approx(max(f1_of.values()))
+    assert f1_of[min(f1_of, key=lambda threshold: abs(threshold - best["score_threshold"]))] == best["best_micro_f1"]
+    assert CLASSIFICATION.calibrate(best).processor == {
+        "score_threshold": pytest.approx(best["score_threshold"], 1e-3)
+    }
     assert evaluation.metrics == pytest.approx(expected)
     assert evaluation.confusion is None
     assert CLASSIFICATION.has_confusion(BrightestChannel(SINGLE))

@@ -1,5 +1,7 @@
 """Evaluation of detectors against plain loops over the same images."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -80,4 +82,28 @@ def test_metrics_are_those_of_the_predictions(detector, processor):
     evaluation = evaluate_detection(detector, held_out(processor), processor, class_names=NAMES, batch_size=2)
     predictions, references = predict_detection(detector, held_out(processor), processor, batch_size=7)
     expected = coco_detection_metrics(predictions, references, class_names=NAMES)
-    assert evaluation.metrics == pytest.approx(expected, nan_ok=True)
+    assert {name: evaluation.metrics[name] for name in expected} == pytest.approx(expected, nan_ok=True)
+
+
+def test_the_threshold_of_the_best_f1_is_the_one_to_predict_with(processor):
+    """Of two right detections and many wrong ones of lower scores, the threshold keeps the former."""
+    labels = {
+        "class_labels": torch.tensor([0, 1]),
+        "boxes": torch.tensor([[0.3, 0.3, 0.2, 0.2], [0.7, 0.7, 0.2, 0.2]]),
+        "area": torch.full((2,), 90.0),
+        "iscrowd": torch.zeros(2),
+        "orig_size": torch.tensor([200, 300]),
+    }
+    model = Perfect([labels], 20, 3)
+    model.config = SimpleNamespace()
+    metrics = evaluate_detection(model, OneImage(labels), processor, class_names=NAMES[:3]).metrics
+    assert [metrics[name] for name in ("f1", "precision", "recall")] == [1, 1, 1]
+    calibration = DETECTION.calibrate(metrics)
+    low, high = torch.tensor([-9.0, 4.99]).sigmoid().tolist()  # of the wrong ones, and the lower of the right ones
+    assert calibration.processor == {"score_threshold": pytest.approx((low + high) / 2, rel=1e-3)}
+    assert not calibration.config
+    calibration.apply(model, processor)
+    outputs = model(torch.zeros(1, 3, 8, 8))
+    (found,) = DETECTION.post_process(processor, outputs, threshold=None, sizes=[(200, 300)], model=model)
+    assert sorted(found["labels"].tolist()) == [0, 1]
+    assert not DETECTION.calibrate({**metrics, "score_threshold": float("nan")})

@@ -16,7 +16,11 @@ from hf_vlm.training.build import build_config
 from hf_vlm.training.recipe import load_recipe, parse_arguments, parse_overrides, shipped_folder
 
 RECIPES = [path for path in sorted(shipped_folder("recipes").glob("*/*.yaml")) if path.parent.name != "accelerate"]
-WINDOWS = {"detection": DetectionSettings, "semantic_segmentation": SegmentationSettings}
+WINDOWS = {
+    "detection": DetectionSettings,
+    "instance_segmentation": DetectionSettings,
+    "semantic_segmentation": SegmentationSettings,
+}
 ONE = re.compile(r"deviation: ([^:]+): official (.+), here (.+?) \(.+\)")
 SEVERAL = re.compile(r"deviations \([^)]+\): (.+)")
 

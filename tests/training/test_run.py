@@ -19,7 +19,9 @@ from hf_vlm.data.io.durable import write_manifest
 from hf_vlm.data.source import Source
 from hf_vlm.data.sources import open_source
 from hf_vlm.data.transforms.views import ViewTransform
+from hf_vlm.models.image_processing_detection import VLMViTDetectionImageProcessor
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
+from hf_vlm.models.modeling_classification import VLMViTForImageClassification
 from hf_vlm.models.modeling_detection import VLMViTForObjectDetection
 from hf_vlm.models.modeling_mae import MAEForPreTraining
 from hf_vlm.models.modeling_simclr import SimCLRForPreTraining
@@ -251,6 +253,18 @@ def test_finetuning_from_an_encoder_and_evaluating_the_folder(make_recipe, tmp_p
     for name, value in summary["metrics"].items():
         assert again[name] == pytest.approx(value, nan_ok=True), name
     assert "ap/3" in again
+    threshold = summary["metrics"]["score_threshold"]
+    processor = VLMViTDetectionImageProcessor.from_pretrained(tmp_path / "detection")
+    assert processor.score_threshold == (pytest.approx(threshold, rel=1e-3) if math.isfinite(threshold) else 0.5)
+
+
+def test_finetuning_stores_the_temperature_of_a_classifier(make_recipe, tmp_path):
+    summary = finetune(make_recipe("classification", max_steps=1))
+    saved = VLMViTForImageClassification.from_pretrained(tmp_path / "classification")
+    assert saved.config.temperature == pytest.approx(summary["metrics"]["temperature"], rel=1e-3) != 1
+    again = evaluate_run(tmp_path / "classification", "scenes:easy", "validation", num_examples=8).metrics
+    assert again["ece"] == pytest.approx(summary["metrics"]["ece_calibrated"], abs=1e-3)
+    assert again["top1"] == summary["metrics"]["top1"]
 
 
 def test_evaluation_enters_the_log_and_the_last_one_the_record(make_recipe, tmp_path):

@@ -96,7 +96,9 @@ def test_the_stock_evaluation_has_a_loss(name, tmp_path):
         assert evaluated == pytest.approx(model.eval()(**inputs).loss.item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["simmim", "classification", "detection", "semantic_segmentation"])
+@pytest.mark.parametrize(
+    "name", ["simmim", "classification", "detection", "instance_segmentation", "semantic_segmentation"]
+)
 def test_the_stock_trainer_loads_the_best_model(name, tmp_path):
     settings = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 1, "eval_steps": 1}
     examples = examples_of(name, 4)

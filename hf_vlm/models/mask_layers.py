@@ -1,0 +1,77 @@
+"""The mask head of instance segmentation: a mask is the product of a map of features with what its query looks for."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .configuration_instance_segmentation import VLMViTInstanceSegmentationConfig
+from .detection_layers import ConvNormAct
+
+
+class MaskHead(nn.Module):
+    """Masks of queries from the finest map of the neck, as in RF-DETR (arXiv 2511.09554).
+
+    The map is enlarged, and refined by one block per decoder layer, so that each layer's queries meet a map of their
+    own. The blocks are plain convolutions of few channels: the backward pass of depthwise ones fails on some GPUs.
+    """
+
+    def __init__(self, config: VLMViTInstanceSegmentationConfig):
+        super().__init__()
+        width, size, eps = config.hidden_size, config.mask_feature_size, config.layer_norm_eps
+        self.stride = config.mask_stride
+        self.scale = size**-0.5  # as in attention: or else new masks would be sure of themselves
+        self.reduction = nn.Conv2d(width, size, 1)
+        self.blocks = nn.ModuleList(ConvNormAct(size, size, 3, eps) for _ in range(config.num_decoder_layers))
+        self.query_mlp = nn.Sequential(
+            nn.LayerNorm(width, eps=eps), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+        self.query_projection = nn.Linear(width, size)
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def forward(self, feature_map: Tensor, queries: Tensor, image_hw: tuple[int, int]) -> Tensor:
+        """Mask logits (batch, queries, rows, columns) of the last decoder layer's queries (batch, queries, dim)."""
+        *_, pixels = self.pixel_maps(feature_map, image_hw)
+        return torch.einsum("bqc,bcyx->bqyx", self.embed(queries), pixels) + self.bias
+
+    def at_points(
+        self, feature_map: Tensor, queries: Sequence[Tensor], points: Tensor, image_hw: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """The two factors of the masks of all stages at points alone, so that no mask is ever whole.
+
+        Args:
+            queries: (batch, queries, dim) of the proposals, then of each decoder layer.
+            points: (batch, points, 2) x and y as fractions of the image.
+
+        Returns:
+            float32 features of the points (stages, batch, channels, points), and embeddings of the queries (stages,
+            batch, queries, channels). Mask logits are their product and the bias.
+        """
+        grid = 2 * points[:, :, None] - 1  # (batch, points, 1, 2)
+        sampled = [
+            F.grid_sample(pixels.float(), grid, padding_mode="border", align_corners=False)[..., 0]
+            for pixels in self.pixel_maps(feature_map, image_hw)
+        ]
+        return torch.stack(sampled), torch.stack([self.embed(states) for states in queries]).float()
+
+    def pixel_maps(self, feature_map: Tensor, image_hw: tuple[int, int]) -> Iterator[Tensor]:
+        """Maps (batch, channels, rows, columns) at the masks' stride: enlarged, then after each block."""
+        pixels = F.interpolate(
+            self.reduction(feature_map), self.mask_hw(image_hw), mode="bilinear", align_corners=False
+        )
+        yield pixels
+        for block in self.blocks:
+            pixels = pixels + block(pixels)
+            yield pixels
+
+    def mask_hw(self, image_hw: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of the masks of an image."""
+        return -(-image_hw[0] // self.stride), -(-image_hw[1] // self.stride)
+
+    def embed(self, queries: Tensor) -> Tensor:
+        """Queries (batch, queries, dim) to the features that they look for (batch, queries, channels)."""
+        return self.scale * self.query_projection(queries + self.query_mlp(queries))
+
+
+__all__ = ["MaskHead"]

@@ -1,0 +1,1 @@
+"""What reports of evaluations are made of, and the parts that each task puts into them."""
