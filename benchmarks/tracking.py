@@ -1,8 +1,8 @@
 """Does appearance from the encoder keep identities where boxes alone lose them? Clips with truth, equal detections.
 
 `python benchmarks/tracking.py [--quick] [--pretrained RUN]`; needs the extra `hf_vlm[track]` for ByteTrack and the
-metrics (HOTA, IDF1, MOTA by `trackers.eval`). Clips are rendered (`render_clip`): five to seven objects of one class, of
-several colours that cross and hide each other before a panning background, with a shaking camera. Detections are the
+metrics (HOTA, IDF1, MOTA by `trackers.eval`). Clips are rendered (`render_clip`): five to seven objects of one class,
+of several colours, that cross and hide each other before a panning background and a shaking camera. Detections are the
 true boxes with misses, noise of position and size, and scores below 1, the same for all trackers. Appearance is the
 encoder's patch tokens within each detection: of random weights, or of the run of `--pretrained`.
 """
@@ -172,18 +172,12 @@ def main() -> None:
             cells.append(f"{values.mean():.1f} ± {values.std(ddof=1) if len(values) > 1 else 0:.1f}")
         print(f"| {name} | {' | '.join(cells)} | {frames / seconds[name]:.0f} |")
     mean = {name: {key: np.mean([one[key] for one in of]) for key in of[0]} for name, of in scores.items()}
-    ours = "appearance, pretrained" if arguments.pretrained else "appearance, random"
-    print(
-        json.dumps(
-            {
-                "idf1_bytetrack": round(mean["bytetrack"]["idf1"], 4),
-                "idf1_motion": round(mean["motion"]["idf1"], 4),
-                "idf1_ours": round(mean[ours]["idf1"], 4),
-                "idf1_random": round(mean["appearance, random"]["idf1"], 4),
-                "hota_ours": round(mean[ours]["hota"], 4),
-            }
-        )
-    )
+    appearance = "appearance, pretrained" if arguments.pretrained else "appearance, random"
+    names = {"bytetrack": "bytetrack", "ours": "motion", "appearance": appearance, "random": "appearance, random"}
+    figures = {f"idf1_{key}": mean[name]["idf1"] for key, name in names.items()} | {
+        "hota_ours": mean["motion"]["hota"]
+    }
+    print(json.dumps({key: round(float(value), 4) for key, value in figures.items()}))
 
 
 if __name__ == "__main__":

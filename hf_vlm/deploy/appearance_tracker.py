@@ -1,8 +1,9 @@
 """Tracks by motion and appearance: ByteTrack's two stages of association, with BoT-SORT's fusion of both distances.
 
-Motion is a Kalman filter of constant velocity per box, with the noise of ByteTrack (arXiv 2110.06864), relative to the
-size of the box. Appearance is a moving average of features per track, compared where motion allows the match
-(BoT-SORT, arXiv 2206.14651, equation 13). numpy and scipy alone: the trackers of libraries keep their filters private.
+Motion is a Kalman filter of constant velocity per box, with noise relative to the size of the box: of the position
+that of ByteTrack (arXiv 2110.06864), of the velocity four times as much, for cameras that shake. Appearance is a
+moving average of features per track, compared where motion allows the match (BoT-SORT, arXiv 2206.14651, equation 13).
+Only numpy and scipy are needed: the trackers of libraries keep their filters private.
 """
 
 from dataclasses import dataclass, fields
@@ -16,7 +17,7 @@ __all__ = ["AppearanceTracker", "TrackerSettings", "box_iou"]
 
 Array = NDArray[Any]
 
-POSITION_NOISE, VELOCITY_NOISE = 1 / 20, 1 / 160  # standard deviations relative to the box, per frame
+POSITION_NOISE, VELOCITY_NOISE = 1 / 20, 1 / 40  # standard deviations relative to the box, per frame
 IMPOSSIBLE = 1e6  # cost of a match that is not allowed
 
 
@@ -43,7 +44,7 @@ class TrackerSettings:
     max_missed: int = 30
     min_hits: int = 2
     min_iou: float = 0.2
-    min_low_iou: float = 0.5
+    min_low_iou: float = 0.2
     max_appearance_distance: float = 0.25
     growth: float = 0.1
     max_growth: float = 2.0
@@ -148,7 +149,7 @@ class AppearanceTracker:
         row_of = np.full(len(corners), -1)  # the track of each detection
         everyone = np.arange(len(tracks.ids))
         self._match(row_of, everyone, high, self._fused_cost(tracks, corners[high], features[high]))
-        free = np.setdiff1d(np.flatnonzero(tracks.missed == 1), row_of)
+        free = np.setdiff1d(everyone, row_of)
         distance = 1 - box_iou(_corners(tracks.box[free]), corners[low])
         self._match(row_of, free, low, np.where(distance <= 1 - self.settings.min_low_iou, distance, IMPOSSIBLE))
 

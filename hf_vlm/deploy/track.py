@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TRACKERS", "Tracker", "create_tracker", "track"]
 
-TRACKERS = ("appearance", "motion", "bytetrack", "botsort", "ocsort")  # the last three are of the package trackers
+TRACKERS = ("motion", "appearance", "bytetrack", "botsort", "ocsort")  # the last three are of the package trackers
 DEFAULT_THRESHOLD = 0.5
 LOW_SCORE = 0.2  # of the threshold: the score from which a detection may continue a track, as ByteTrack's 0.1 of 0.5
 
@@ -37,8 +37,8 @@ def create_tracker(name: str, *, threshold: float = 0.5, frame_rate: float = 30.
     """A tracker by its name, which forgets objects that were not seen for a second.
 
     Args:
-        name: `appearance`, by motion and by features of what boxes show; `motion`, the same without these; or
-            `bytetrack`, `botsort` or `ocsort` of the package trackers.
+        name: `motion`; `appearance`, by motion and by features of what boxes show; or `bytetrack`, `botsort`
+            or `ocsort` of the package trackers.
         threshold: Score from which a detection may begin a track. It replaces the libraries' own, which are for
             detectors whose scores are close to 1, and would track nothing of others.
         frame_rate: Frames per second that the tracker is given.
@@ -87,7 +87,7 @@ def track(
     predictor: "Predictor",
     video: Video,
     *,
-    tracker: str = "appearance",
+    tracker: str = "motion",
     threshold: float | None = None,
     batch_size: int = 8,
     **tiling: Any,

@@ -88,7 +88,7 @@ def test_appearance_is_the_mean_of_the_encoders_map_in_the_box(saved_detector, f
 
 def test_a_track_has_the_class_of_most_of_its_detections(frames, caplog):
     video = open_video(frames)
-    tracked = [prediction for _, prediction in track(FakePredictor(), video)]
+    tracked = [prediction for _, prediction in track(FakePredictor(), video, tracker="appearance")]
     assert [prediction.track_ids.tolist() for prediction in tracked] == [[1]] * 5
     assert [prediction.label_names for prediction in tracked] == [["cat"], ["cat"], ["dog"], ["dog"], ["dog"]]
     assert caplog.text.count("tracked by motion alone") == 1
