@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -159,9 +158,7 @@ def test_in_a_browser(served, saved_detector, tmp_path):
         uploads = tmp_path / "temporary"
         assert [path.name for path in uploads.rglob("photo.png")] == ["photo.png"]
         server.send_signal(signal.SIGINT)
-        started = time.monotonic()
-        assert server.wait(20) == 130
-        assert time.monotonic() - started < 5
+        assert server.wait(25) == 130  # before it would give up waiting for the page
         assert not list(uploads.rglob("photo.png"))
         browser.close()
 
