@@ -24,22 +24,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from hf_vlm.data.transforms.collate import collate_detection
+from hf_vlm.features.boxes import box_features
 from hf_vlm.features.loading import load_model
 from hf_vlm.models.image_processing_detection import VLMViTDetectionImageProcessor
 from hf_vlm.tasks.detection import DETECTION
 from hf_vlm.tasks.evaluation import eval_stream
 
 TEMPERATURE = 0.07
-POINTS = 7  # per side of a box, as RoIAlign's bins
-
-
-def box_features(maps: Tensor, boxes: Tensor) -> Tensor:
-    """Means (batch, boxes, dim) of maps (batch, dim, rows, columns) in boxes (batch, boxes, 4), cxcywh in 0..1."""
-    offsets = (torch.arange(POINTS, device=boxes.device) + 0.5) / POINTS - 0.5
-    grid = torch.cartesian_prod(offsets, offsets)  # (points, 2)
-    points = boxes[:, :, None, :2] + grid * boxes[:, :, None, 2:]  # (batch, boxes, points, 2)
-    sampled = F.grid_sample(maps, 2 * points - 1, padding_mode="border", align_corners=False)
-    return sampled.mean(-1).transpose(1, 2)
 
 
 def is_outside(boxes: Tensor, rows: int, columns: int) -> Tensor:

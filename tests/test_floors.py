@@ -37,6 +37,7 @@ DATA_LEVELS = {
     "scenes": 3,
     "sources": 4,
     "images": 4,
+    "video": 4,
     "inspection": 4,
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))

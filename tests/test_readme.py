@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from transformers import Dinov2Config, Dinov2Model
+from hf_vlm.data.video import VideoWriter
 
 rng = np.random.default_rng(0)
 
@@ -40,6 +41,11 @@ for split in ("train", "validation", "test"):
         "categories": [{"id": 0, "name": "cat"}, {"id": 1, "name": "dog"}],
     }))
 save_image(Path("photo.jpg"))
+save_image(Path("aerial.tif"))
+save_image(Path("photos", "1.jpg"))
+with VideoWriter(Path("clip.mp4"), 10) as writer:
+    for _ in range(2):
+        writer.write(rng.integers(0, 255, (48, 64, 3), dtype=np.uint8))
 Dinov2Model(
     Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14)
 ).save_pretrained("facebook/dinov2-small")

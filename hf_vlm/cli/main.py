@@ -18,6 +18,7 @@ COMMANDS = {
     "evaluate": "metrics of a model on a split:             hf-vlm evaluate RUN --data SOURCE --split test",
     "embed": "features, neighbours and maps of images:   hf-vlm embed RUN --data SOURCE --neighbors neighbors.png",
     "predict": "objects or classes of images:              hf-vlm predict RUN photo.jpg --save out.png",
+    "track": "objects of a video, numbered:           hf-vlm track RUN clip.mp4 --save out.mp4",
     "export": "for ONNX and other runtimes:               hf-vlm export RUN --format onnx",
     "serve": "predictions over HTTP and a web page:     hf-vlm serve RUN",
     "push": "publish a run on the Hub:                  hf-vlm push RUN my-org/my-detector",

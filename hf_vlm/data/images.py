@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from hf_vlm.data.formats.imagefolder import IMAGE_EXTENSIONS, find_images
 from hf_vlm.data.io.decode import decode_image
+from hf_vlm.data.io.messages import shown_path
 from hf_vlm.data.source import Source
 from hf_vlm.data.stream import ExampleStream
 
@@ -27,9 +28,11 @@ def image_paths(path: str | os.PathLike[str]) -> list[str]:
     """The image files of a folder (and those below it) or of wildcards, by name; a file or a URL is returned as it is.
 
     Raises:
-        ValueError: Where there are none.
+        ValueError: Where there are none, or a URL is none of a web server.
     """
     text = os.fspath(path)
+    if "://" in text and not text.startswith(("http://", "https://")):
+        raise ValueError(f"{shown_path(text)} is no URL of an image: give one of http:// or https://, or a path.")
     if "://" in text or os.path.isfile(text):
         return [text]
     if os.path.isdir(text):

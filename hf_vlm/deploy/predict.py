@@ -1,12 +1,20 @@
 """Predictions of a trained model of any task on images from anywhere."""
 
+import contextlib
+import dataclasses
+import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from hf_vlm.data.images import ImageLike, expand_images, load_image
+from hf_vlm.data.video import Frame, Video
 from hf_vlm.deploy.prediction import Prediction
+from hf_vlm.deploy.tiling import check_tiling, merge_tiles, tiles_of
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +59,14 @@ class Predictor:
         return float(getattr(self.processor, "score_threshold", 0.5))
 
     def predict(
-        self, images: ImageLike | Iterable[ImageLike], threshold: float | None = None, *, batch_size: int = 8
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        threshold: float | None = None,
+        *,
+        batch_size: int = 8,
+        tile: int | None = None,
+        overlap: float = 0.2,
+        with_appearance: bool = False,
     ) -> list[Prediction]:
         """Predictions of images.
 
@@ -61,31 +76,87 @@ class Predictor:
             threshold: Lowest score to report, 0 to 1; by default the model's own (`score_threshold` of its image
                 processor), and 0 for models with one class per image or pixel, of which the fraction of the image is
                 the score.
-            batch_size: Images that go through the model at a time.
+            batch_size: Images, or tiles of one, that go through the model at a time.
+            tile: Side in pixels of the tiles in which objects are looked for in images that are larger; by default an
+                image is looked at whole, resized to what the model takes.
+            overlap: Fraction of a tile's side that the next one repeats, at least: objects up to that size are seen
+                whole by one of them.
+            with_appearance: Whether boxes come with the features of what they show, of images that are not tiled.
 
         Returns:
             One prediction per image, in order; the files of folders and wildcards are sorted by name.
 
         Raises:
-            ValueError: An image cannot be read or a path matches none.
+            ValueError: An image cannot be read, a path matches none, or the model finds no boxes but tiles are asked
+                for.
         """
         import torch
 
         if threshold is not None and not 0 <= threshold <= 1:
             raise ValueError(f"threshold is {threshold}; scores are from 0 to 1.")
+        check_tiling(tile, overlap)
         everything = list(expand_images(images))
         found: list[Prediction] = []
         with torch.inference_mode():
             for first in range(0, len(everything), batch_size):
-                found += self._predict_batch(everything[first : first + batch_size], threshold)
+                batch = everything[first : first + batch_size]
+                arrays = [load_image(image, num_channels=self.processor.num_channels) for image in batch]
+                whole = [image for image in arrays if not _is_larger(image, tile)]
+                predicted = iter(self._predict_arrays(whole, threshold, with_appearance) if whole else [])
+                for image, array in zip(batch, arrays, strict=True):
+                    if tile is not None and _is_larger(array, tile):
+                        prediction = self._predict_tiles(array, threshold, batch_size, tile, overlap)
+                    else:
+                        prediction = next(predicted)
+                    path = os.fspath(image) if isinstance(image, str | os.PathLike) else None
+                    found.append(dataclasses.replace(prediction, path=path))
         return found
 
-    def _predict_batch(self, batch: Sequence[ImageLike], threshold: float | None) -> list[Prediction]:
+    def predict_video(
+        self, video: Video, threshold: float | None = None, *, batch_size: int = 8, **options: Any
+    ) -> Iterator[tuple[Frame, Prediction]]:
+        """The frames of a video, each with its prediction; `batch_size` of them are in memory.
+
+        Args:
+            video: What `hf_vlm.data.video.open_video` returns.
+            threshold: As for `predict`.
+            batch_size: Frames that go through the model at a time.
+            options: `tile`, `overlap` and `with_appearance` of `predict`.
+        """
+        for frames in _batched(video, batch_size):
+            found = self.predict([frame.image for frame in frames], threshold, batch_size=batch_size, **options)
+            for frame, prediction in zip(frames, found, strict=True):
+                yield (
+                    frame,
+                    dataclasses.replace(prediction, path=video.path, frame=frame.index, seconds=frame.seconds),
+                )
+
+    def _predict_tiles(
+        self, image: NDArray[Any], threshold: float | None, batch_size: int, tile: int, overlap: float
+    ) -> Prediction:
+        size = image.shape[:2]
+        tiles = tiles_of((size[0], size[1]), tile, overlap)
+        found: list[Prediction] = []
+        for first in range(0, len(tiles), batch_size):
+            windows = [np.ascontiguousarray(image[one.slices]) for one in tiles[first : first + batch_size]]
+            found += self._predict_arrays(windows, threshold)
+        if any(one.boxes is None for one in found):
+            raise ValueError(f"tile is {tile}, but tiles are for models that predict boxes; leave it out.")
+        if any(one.masks is not None for one in found):
+            raise ValueError(f"tile is {tile}, but masks of objects are not merged from tiles; leave it out.")
+        return merge_tiles(found, tiles, image_size=(size[0], size[1]))
+
+    def _predict_arrays(
+        self, arrays: Sequence[NDArray[Any]], threshold: float | None, with_appearance: bool = False
+    ) -> list[Prediction]:
         assert self.task.post_process is not None
-        arrays = [load_image(image, num_channels=self.processor.num_channels) for image in batch]
         sizes = [(array.shape[0], array.shape[1]) for array in arrays]
         inputs = self.processor(arrays, return_tensors="pt", input_data_format="channels_last")
-        outputs = self.model(**inputs.to(self.model.device))
+        from hf_vlm.features.boxes import recorded_maps
+
+        with contextlib.ExitStack() as stack:
+            maps = stack.enter_context(recorded_maps(self.model)) if with_appearance else []
+            outputs = self.model(**inputs.to(self.model.device))
         results = self.task.post_process(self.processor, outputs, threshold=threshold, sizes=sizes, model=self.model)
         names = self.model.config.id2label
         return [
@@ -97,7 +168,30 @@ class Predictor:
                 labels=result["labels"].long().cpu().numpy(),
                 label_names=[names[label] for label in result["labels"].tolist()],
                 image_size=size,
-                path=os.fspath(image) if isinstance(image, str | os.PathLike) else None,
+                appearance=_appearance(maps[-1][row], result["boxes"], size) if maps and "boxes" in result else None,
             )
-            for image, result, size in zip(batch, results, sizes, strict=True)
+            for row, (result, size) in enumerate(zip(results, sizes, strict=True))
         ]
+
+
+def _appearance(feature_map: "torch.Tensor", boxes: "torch.Tensor", size: tuple[int, int]) -> NDArray[np.float32]:
+    """Features (n, dim) of boxes (n, 4), in pixels of an image of that size, from its map (dim, rows, columns)."""
+    import torch
+
+    from hf_vlm.features.boxes import box_features
+
+    height, width = size
+    relative = boxes.float() / torch.tensor([width, height, width, height], device=boxes.device)
+    low, high = relative[:, :2], relative[:, 2:]
+    centered = torch.cat([(low + high) / 2, high - low], dim=1)  # (n, 4) cxcywh
+    return box_features(feature_map[None].float(), centered[None])[0].cpu().numpy()
+
+
+def _is_larger(image: NDArray[Any], tile: int | None) -> bool:
+    return tile is not None and max(image.shape[:2]) > tile
+
+
+def _batched(frames: Iterable[Frame], size: int) -> Iterator[list[Frame]]:
+    iterator = iter(frames)
+    while batch := list(itertools.islice(iterator, size)):
+        yield batch

@@ -8,9 +8,11 @@ the terrain in common; see `symbols.py` for the glyphs that they share.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import cv2
 import numpy as np
 
 from hf_vlm.data.scenes.backgrounds import BACKGROUNDS, STRIP_WIDTH, Strips, reflect, sample_background
@@ -55,6 +57,7 @@ class SceneSettings:
     max_overlap: float = 0.0  # fraction of an object that later objects may cover
     min_crop: int = 64  # side of the piece of a background that fills the scene
     max_speed: float = 2.0  # of an object in a clip, in pixels per frame
+    camera_shake: float = 0.0  # largest displacement of a clip's image by the camera, in pixels either way
 
     def __post_init__(self) -> None:
         for field, choice, known in (
@@ -75,6 +78,7 @@ class SceneSettings:
             (0, "max_contrast", self.max_contrast, 0.8),
             (0, "max_overlap", self.max_overlap, 1 - MIN_VISIBLE_FRACTION),
             (8, "min_crop", self.min_crop, STRIP_WIDTH),
+            (0, "camera_shake", self.camera_shake, self.image_size / 4),
         ]
         for low, name, value, high in bounds:
             if not low <= value <= high:
@@ -201,6 +205,8 @@ def render_clip(
 ) -> list[Scene]:
     """Render a clip: objects drift, turn and cross each other before a slowly panning background.
 
+    The truth leaves an object out while others hide nearly all of it, and its `track_ids` stay the same afterwards.
+
     Raises:
         ValueError: There is no such split.
     """
@@ -217,18 +223,34 @@ def render_clip(
     velocities = rng.uniform(-settings.max_speed, settings.max_speed, (count, 2))
     angles = rng.uniform(-settings.max_rotation, settings.max_rotation, count)
     spins = rng.uniform(-2, 2, count)  # degrees per frame
+    shake = _sample_shake(rng, settings.camera_shake)
 
     frames = []
     for frame in range(num_frames):  # positions are closed forms of the frame: its rounding does not add up
-        canvas = Canvas(view(frame * pan))
+        displacement = shake(frame)
+        canvas = Canvas(_displaced(view(frame * pan), displacement))
         centers = sizes / 2 + reflect(starts + frame * velocities, settings.image_size - sizes)  # (count, 2)
         for row, (item, finish) in enumerate(zip(items, finishes, strict=True)):
-            whole, fraction = np.divmod(centers[row], 1)
+            whole, fraction = np.divmod(centers[row] + displacement, 1)
             shape = item.pose(sizes[row, 0], angles[row] + frame * spins[row], shift=fraction)
             x, y = (int(side) - shape.opacity.shape[0] // 2 for side in whole)
             canvas.paint(shape, x, y, finish=finish, category=item.category, track_id=row)
         frames.append(canvas.scene())
     return frames
+
+
+def _sample_shake(rng: np.random.Generator, strength: float) -> Callable[[int], Array]:
+    """A function from a frame to the displacement (2,) of its image in pixels: a camera in a hand, smooth."""
+    rates = rng.uniform(0.2, 1.2, (2, 2))  # radians per frame; two waves for each of x and y
+    phases = rng.uniform(0, 2 * np.pi, (2, 2))
+    return lambda frame: strength * np.sin(phases + rates * frame).mean(axis=0)
+
+
+def _displaced(image: Array, displacement: Array) -> Array:
+    if not displacement.any():
+        return image
+    matrix = np.column_stack([np.eye(2), displacement])
+    return cv2.warpAffine(image, matrix, image.shape[1::-1], flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
 
 
 def _sample_position(

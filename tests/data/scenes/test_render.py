@@ -193,3 +193,23 @@ def test_mistakes_are_named():
         SceneSettings(num_classes=11)
     with pytest.raises(ValueError, match=r"min_objects=4 must be between 1 and 3"):
         SceneSettings(min_objects=4)
+
+
+def test_a_shaking_camera_displaces_all_objects_alike():
+    still = SceneSettings(min_objects=2, max_objects=2, max_speed=1.0, image_size=96)
+    shaking = replace(still, camera_shake=3.0)
+    moved = []
+    for before, after in zip(render_clip(0, 3, 12, still), render_clip(0, 3, 12, shaking), strict=True):
+        rows = [
+            (np.flatnonzero(before.track_ids == track)[0], np.flatnonzero(after.track_ids == track)[0])
+            for track in set(before.track_ids.tolist()) & set(after.track_ids.tolist())
+        ]
+        inside = [
+            after.boxes[j, :2] - before.boxes[i, :2]
+            for i, j in rows
+            if (after.boxes[j, :2] > 1).all() and (after.boxes[j, :2] + after.boxes[j, 2:] < 95).all()
+        ]
+        for displacement in inside:
+            np.testing.assert_allclose(displacement, inside[0], atol=1.5)
+        moved += inside
+    assert 1 < np.abs(moved).max() <= 3 + 1

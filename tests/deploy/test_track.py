@@ -1,0 +1,131 @@
+"""`hf-vlm track` and what it is made of: ids, classes by vote, files that agree with each other."""
+
+import dataclasses
+import importlib.util
+import json
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hf_vlm.cli.main import main
+from hf_vlm.data.video import open_video
+from hf_vlm.deploy.mot import read_mot
+from hf_vlm.deploy.predict import Predictor
+from hf_vlm.deploy.prediction import Prediction
+from hf_vlm.deploy.track import TRACKERS, create_tracker, track
+from hf_vlm.features.boxes import box_features
+
+
+@pytest.fixture
+def frames(tmp_path):
+    """A folder of ten frames whose names are in natural order alone."""
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
+    picture = Image.fromarray(noise).resize((96, 64))
+    for number in range(8, 13):
+        picture.crop((number, 0, number + 64, 48)).save(folder / f"frame{number}.png")
+    return folder
+
+
+class FakePredictor:
+    """One object that drifts, and whose class the detector is not sure of."""
+
+    processor = None
+    model = SimpleNamespace(config=SimpleNamespace(id2label={0: "cat", 1: "dog"}))
+    labels = (0, 1, 1, 1, 0)
+
+    def predict_video(self, video, threshold, **options):
+        for label, frame in zip(self.labels, video, strict=True):
+            index = frame.index
+            prediction = Prediction(
+                scores=np.array([0.6, 0.05], dtype=np.float32),
+                labels=np.array([label, 0]),
+                label_names=["", ""],
+                image_size=(48, 64),
+                boxes=np.array([[10 + index, 10, 30 + index, 30], [40, 40, 45, 45]], dtype=np.float32),
+            )
+            found = prediction.select(prediction.scores >= threshold)
+            yield frame, dataclasses.replace(found, frame=index, seconds=frame.seconds)
+
+
+def test_the_files_of_the_command_agree(frames, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Predictor, "from_pretrained", lambda run: FakePredictor())
+    words = ["track", "a/run", str(frames), "--threshold", "0.5", "--frame_rate", "5"]
+    words += ["--save", str(tmp_path / "out.mp4"), "--mot", str(tmp_path / "out.txt")]
+    assert main(words) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["frame"], line["seconds"]) for line in lines] == [(i, i / 5) for i in range(5)]
+    printed = [
+        [line["frame"] + 1, entry["track_id"], entry["box"]["xmin"], entry["box"]["ymin"], entry["score"]]
+        for line in lines
+        for entry in line["detections"]
+    ]
+    written = read_mot(tmp_path / "out.txt")
+    np.testing.assert_allclose(written[:, [0, 1, 2, 3, 6]], printed, atol=1e-3)
+    np.testing.assert_allclose(written[:, :6], [[1 + i, 1, 10 + i, 10, 20, 20] for i in range(5)])
+    drawn = open_video(tmp_path / "out.mp4")
+    assert (drawn.frame_rate, len(list(drawn))) == (5, 5)
+
+
+def test_appearance_is_the_mean_of_the_encoders_map_in_the_box(saved_detector, frames):
+    predictor = Predictor.from_pretrained(saved_detector, device="cpu")
+    image = next(iter(open_video(frames))).image
+    (prediction,) = predictor.predict(image, 0.4, with_appearance=True)
+    inputs = predictor.processor(Image.fromarray(image), return_tensors="pt")
+    feature_map = predictor.model.backbone(**inputs).feature_maps[-1].detach()
+    x1, y1, x2, y2 = (prediction.boxes / [64, 48, 64, 48]).T
+    import torch
+
+    centered = torch.tensor(np.stack([(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1], axis=1), dtype=torch.float32)
+    expected = box_features(feature_map, centered[None])[0].numpy()
+    np.testing.assert_allclose(prediction.appearance, expected, atol=1e-4)
+    assert predictor.predict(image, 1.0, with_appearance=True)[0].appearance.shape == (0, expected.shape[1])
+
+
+def test_a_track_has_the_class_of_most_of_its_detections(frames, caplog):
+    video = open_video(frames)
+    tracked = [prediction for _, prediction in track(FakePredictor(), video, tracker="appearance")]
+    assert [prediction.track_ids.tolist() for prediction in tracked] == [[1]] * 5
+    assert [prediction.label_names for prediction in tracked] == [["cat"], ["cat"], ["dog"], ["dog"], ["dog"]]
+    assert caplog.text.count("tracked by motion alone") == 1
+    assert [len(prediction) for _, prediction in track(FakePredictor(), video, threshold=0.7)] == [0] * 5
+
+
+@pytest.mark.parametrize("name", ["bytetrack", "botsort", "ocsort"])
+def test_without_the_library_the_extra_is_named(monkeypatch, name):
+    monkeypatch.setitem(sys.modules, "trackers", None)
+    with pytest.raises(ValueError, match=r'pip install "hf_vlm\[track\]"'):
+        create_tracker(name)
+
+
+@pytest.mark.parametrize("name", TRACKERS if importlib.util.find_spec("trackers") else TRACKERS[:2])
+def test_ids_of_every_tracker_follow_the_detections(name):
+    tracker = create_tracker(name, threshold=0.3)
+    image = np.random.default_rng(0).integers(0, 256, (120, 120, 3), dtype=np.uint8)
+    for frame in range(8):
+        order = [0, 1] if frame % 2 else [1, 0]
+        boxes = np.array([[10 + frame, 10, 30 + frame, 40], [70, 70 - frame, 100, 100 - frame]], dtype=np.float32)
+        prediction = Prediction(
+            scores=np.array([0.4, 0.45], dtype=np.float32)[order],
+            labels=np.array(order),
+            label_names=["a", "b"],
+            image_size=(120, 120),
+            boxes=boxes[order],
+        )
+        ids = tracker(prediction, image)[np.argsort(order)].tolist()
+    assert sorted(ids) == [1, 2]
+    assert tracker(prediction, image)[np.argsort(order)].tolist() == ids
+
+
+def test_what_cannot_be_tracked_is_one_message(saved_detector, frames, capsys):
+    for words, message in (
+        (["nowhere.mp4"], "There is no video at"),
+        ([str(frames), "--threshold", "0"], "give a score above 0"),
+        ([str(frames), "--save", "out.gif"], "name a video file"),
+    ):
+        assert main(["track", str(saved_detector), *words]) == 2
+        assert message in capsys.readouterr().err
