@@ -212,6 +212,20 @@ def test_every_task(name, format, tmp_path, photos):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("format", ["onnx", "openvino"])
+def test_masks(format, tmp_path, photos):
+    """There is no predict.py for masks: exports are run by hf_vlm."""
+    run = save_trained("instance_segmentation", tmp_path / "run", num_steps=60)
+    export_model(run, tmp_path / "out", format=format, data=DATA)
+    found = (Predictor.from_pretrained(path, device="cpu").predict(photos, 0.2) for path in (run, tmp_path / "out"))
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(other.labels, one.labels)
+        np.testing.assert_allclose(other.scores, one.scores, atol=1e-4)
+        assert (other.masks == one.masks).mean() > 0.999
+    assert not (tmp_path / "out" / "predict.py").exists()
+
+
+@pytest.mark.slow
 def test_an_encoder(tmp_path, photos):
     run = save_trained("encoder", tmp_path / "run", num_steps=0)
     export_model(run, tmp_path / "out", data=DATA)
@@ -223,6 +237,10 @@ def test_an_encoder(tmp_path, photos):
     np.testing.assert_allclose(found["features"], expected, atol=1e-4)
 
 
+# Of int8 the gate's agreement alone is asked for: in a model 32 wide, noise has classes that nearly tie.
+SCORE_TOLERANCE = {"fp32": 1e-4, "fp16": 0.01, "bf16": 0.05}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("format", "precision"),
@@ -231,12 +249,14 @@ def test_an_encoder(tmp_path, photos):
 def test_every_precision(run, format, precision, tmp_path, photos):
     record = export_model(run, tmp_path / "out", format=format, precision=precision, data=DATA)
     assert record["agreement"] >= 0.9
+    if precision not in SCORE_TOLERANCE:
+        return
     expected, found = (
         Predictor.from_pretrained(path, device="cpu").predict(photos) for path in (run, tmp_path / "out")
     )
     for one, other in zip(expected, found, strict=True):
         np.testing.assert_array_equal(other.labels, one.labels)
-        np.testing.assert_allclose(other.scores, one.scores, atol=1e-4 if precision == "fp32" else 0.05)
+        np.testing.assert_allclose(other.scores, one.scores, atol=SCORE_TOLERANCE[precision])
 
 
 @pytest.mark.slow
