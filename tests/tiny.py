@@ -6,11 +6,12 @@ code.
 """
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -218,3 +219,8 @@ def batch(name, num_images=4, *, with_choices=True):
     if tiny.labels is not None:
         inputs["labels"] = tiny.labels(num_images)
     return inputs | (tiny.choices(num_images) if with_choices else {})
+
+
+def slow_but(names: Iterable[str], *quick: str) -> list[Any]:
+    """Parameters of a test, all of them slow but a few: what it shows of these holds for nearly all others."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]

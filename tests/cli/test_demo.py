@@ -13,6 +13,7 @@ TINY = {"max_steps": 4, "eval_steps": 2, "logging_steps": 1, "num_train_examples
 SMALL_BATCHES = {"per_device_train_batch_size": 4, "disable_tqdm": True, "use_cpu": True, "dataloader_num_workers": 0}
 
 
+@pytest.mark.slow
 def test_the_demo_leaves_a_folder_to_look_at(tmp_path, capsys, monkeypatch, fork_server):
     monkeypatch.setattr("hf_vlm.cli.demo.subprocess", SimpleNamespace(Popen=fork_server.popen))
     monkeypatch.chdir(tmp_path)

@@ -21,7 +21,7 @@ def fuzz(fork_server, target, seed, count, folder):
     return found
 
 
-@pytest.mark.parametrize(("target", "count"), [("images", 1600), ("annotations", 400)])
+@pytest.mark.parametrize(("target", "count"), [("images", 800), ("annotations", 200)])
 def test_mutated_files(fork_server, tmp_path, target, count):
     fuzz(fork_server, target, 0, count, tmp_path)
 

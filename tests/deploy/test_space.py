@@ -38,6 +38,7 @@ assert pathlib.Path(hf_vlm.__file__).is_relative_to(space), hf_vlm.__file__
 """
 
 
+@pytest.mark.slow
 def test_a_pushed_space_predicts_with_its_own_package_and_model(hub_server, run_python, saved_detector, tmp_path):
     here = tmp_path / "elsewhere"
     shutil.copytree(saved_detector, here / "detector")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import PRETRAINING, TINY, batch, build
+from tiny import PRETRAINING, TINY, batch, build, slow_but
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def train(model, inputs, case):
     return outputs[0], outputs[-1]
 
 
-@pytest.mark.parametrize("name", PRETRAINING)
+@pytest.mark.parametrize("name", slow_but(PRETRAINING, *dict.fromkeys(TINY[name].row for name in PRETRAINING)))
 def test_learns_one_batch_and_saves_its_state(name, tmp_path):
     case = OVERFITS[name]
     model = build(name, tmp_path, **case.fields)

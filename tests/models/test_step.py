@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from tiny import PRETRAINING, TINY, batch, build
+from tiny import PRETRAINING, TINY, batch, build, slow_but
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Their results have sizes or values that the host must know before it can continue.
@@ -91,7 +91,9 @@ def test_a_perceptual_loss_computes_no_gradient_of_weights(name):
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by dynamo itself
-@pytest.mark.parametrize("name", [*dict.fromkeys(TINY[name].row for name in PRETRAINING), "mae_partial"])
+@pytest.mark.parametrize(
+    "name", slow_but([*dict.fromkeys(TINY[name].row for name in PRETRAINING), "mae_partial"], "mae")
+)
 def test_compiles_whole_and_once(name):
     """As small as possible: each operator is traced. LeJEPA has a second layer, for packed crops, and three knots."""
     torch._dynamo.reset()

@@ -1,6 +1,7 @@
 """The alarm rings where training collapses, and not where it does not."""
 
 import pytest
+from tiny import slow_but
 
 from hf_vlm.models.modeling_simclr import SimCLRForPreTraining
 from hf_vlm.training.alarms import SIGNS, CollapseAlarm
@@ -56,6 +57,7 @@ def test_a_loss_that_vanishes_raises_the_alarm(make_recipe, pull_together, caplo
     assert any("the loss has vanished" in message for message in alarms(caplog))
 
 
+@pytest.mark.slow
 def test_features_that_collapse_raise_the_alarm_by_the_probes(make_recipe, pull_together, caplog):
     pretrain(make_recipe("simclr", **LONGER))
     message = next(message for message in alarms(caplog) if "the features are nearly the same" in message)
@@ -65,7 +67,7 @@ def test_features_that_collapse_raise_the_alarm_by_the_probes(make_recipe, pull_
 
 @pytest.mark.parametrize(
     "method",
-    ["simclr", "mae", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dinov2", "ijepa", "lejepa"))],
+    slow_but(["simclr", "mae", "dinov2", "ijepa", "lejepa"], "simclr"),
 )
 @pytest.mark.parametrize("encoder", [SINCOS, ENCODER], ids=["sincos", "learned"])
 def test_healthy_runs_raise_none(make_recipe, caplog, method, encoder):

@@ -80,6 +80,7 @@ def labelled_by(monkeypatch):
     return found
 
 
+@pytest.mark.slow
 def test_each_round_learns_from_the_one_before(rounds, labelled_by, tmp_path):
     pretrain(rounds)
     assert labelled_by == [("round-1", "regions"), ("round-2", "round-1"), ("run", "round-2")]

@@ -14,6 +14,7 @@ from killed_run import KillAt, KilledError
 from PIL import Image
 from safetensors.torch import load_file
 from sample_data import write_coco
+from tiny import slow_but
 
 from hf_vlm.data.io.durable import write_manifest
 from hf_vlm.data.source import Source
@@ -61,10 +62,13 @@ def losses(folder):
 
 @pytest.mark.parametrize(
     "method",
-    [
-        *("simclr", "mae", "mae_image_losses", "simmim", "ijepa", "lejepa", "dinov2", "distill", "moco_v3"),
-        "detection",
-    ],
+    slow_but(
+        [
+            *("simclr", "mae", "mae_image_losses", "simmim", "ijepa", "lejepa", "dinov2", "distill", "moco_v3"),
+            "detection",
+        ],
+        *("mae", "dinov2", "detection"),
+    ),
 )
 @pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_twice_and_resumed_equals_uninterrupted(make_recipe, tmp_path, kill_at, method, num_workers):
