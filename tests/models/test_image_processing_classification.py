@@ -30,11 +30,18 @@ def sigmoid(logits: Any) -> np.ndarray:
     ("problem_type", "scores_of"), [("single_label_classification", softmax), ("multi_label_classification", sigmoid)]
 )
 def test_scores_are_best_first(problem_type: str, scores_of: Any) -> None:
-    results = classes_of(problem_type=problem_type)
+    results = classes_of(problem_type=problem_type, threshold=0.0)
     assert [result["labels"].tolist() for result in results] == [[1, 3, 0, 2], [3, 1, 0, 2]]
     for result, logits in zip(results, LOGITS):
         expected = scores_of(logits)[result["labels"].numpy()]
         np.testing.assert_allclose(result["scores"].numpy(), expected, rtol=1e-5)
+
+
+def test_several_classes_per_image_are_kept_above_the_models_own_threshold() -> None:
+    results = classes_of(problem_type="multi_label_classification")
+    assert all((result["scores"] >= 0.5).all() for result in results)
+    everything = classes_of(problem_type="multi_label_classification", threshold=0.0)
+    assert [len(result["scores"]) for result in results] == [int((one["scores"] >= 0.5).sum()) for one in everything]
 
 
 def test_threshold_and_number_of_classes() -> None:
