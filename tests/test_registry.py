@@ -41,6 +41,7 @@ def test_every_row_has_a_tiny_model():
     assert {tiny.row for tiny in TINY.values()} == {entry.name for entry in MODELS}
 
 
+@pytest.mark.slow  # tests/models/test_pipelines.py does so with every head
 def test_every_row_loads_where_the_package_is_not_installed(tmp_path, run_process):
     models, expected = {}, {}
     for entry in MODELS:

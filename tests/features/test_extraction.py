@@ -213,6 +213,7 @@ def test_a_file_from_before_outlives_a_failure(folder, processor, tmp_path):
     assert path.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_kill_in_the_middle_leaves_nothing_under_the_name(tmp_path, fork_server):
     program = """
         import os, signal, sys

@@ -20,7 +20,11 @@ BACKBONES: dict[str, dict[str, Any]] = {
     "rope": {"position_embedding_type": "rope", "num_register_tokens": 1, "layerscale_value": 0.1},
     "sincos": {"position_embedding_type": "sincos", "image_size": 64},  # positions of another size
 }
-CASES = [*((name, "learned") for name in INFERENCE), ("encoder", "rope"), ("encoder", "sincos")]
+CASES = [
+    # Instance segmentation holds the detector.
+    *(pytest.param(name, "learned", marks=[pytest.mark.slow] * (name == "detection")) for name in INFERENCE),
+    *(("encoder", "rope"), ("encoder", "sincos")),
+]
 DYNAMIC = {"pixel_values": {0: torch.export.Dim("batch")}}
 
 

@@ -40,6 +40,7 @@ def alarms(caplog):
     return [record.getMessage() for record in caplog.records if record.name == CollapseAlarm.__module__]
 
 
+@pytest.mark.slow
 def test_projections_that_collapse_raise_the_alarm_once_a_sign(make_recipe, caplog):
     recipe = make_recipe("lejepa", **LONGER | {"probe_steps": 0})
     recipe["model_config"] = {**recipe.get("model_config", {}), "sigreg_weight": 0.0}  # all that keeps them apart
@@ -69,7 +70,7 @@ def test_features_that_collapse_raise_the_alarm_by_the_probes(make_recipe, pull_
     "method",
     slow_but(["simclr", "mae", "dinov2", "ijepa", "lejepa"], "simclr"),
 )
-@pytest.mark.parametrize("encoder", [SINCOS, ENCODER], ids=["sincos", "learned"])
+@pytest.mark.parametrize("encoder", [SINCOS, pytest.param(ENCODER, marks=pytest.mark.slow)], ids=["sincos", "learned"])
 def test_healthy_runs_raise_none(make_recipe, caplog, method, encoder):
     # SIGReg grows with the batch: of eight images it is too weak, and LeJEPA does collapse.
     batch = {"per_device_train_batch_size": 32 if method == "lejepa" else 8}

@@ -45,7 +45,7 @@ def changed(before, after):
     return {name for name in before if not torch.equal(before[name], after[name])}
 
 
-@pytest.mark.parametrize("method", ["simclr", "mae"])
+@pytest.mark.parametrize("method", [pytest.param("simclr", marks=pytest.mark.slow), "mae"])
 def test_the_encoder_stays_as_it_is_in_the_frozen_steps_and_learns_afterwards(make_recipe, tmp_path, method):
     """Warm-up takes two steps: the first step of the heads has rate 0, and so has the encoder's fourth."""
     pretrain(make_recipe(method, max_steps=1, learning_rate=0.0))
@@ -148,7 +148,7 @@ def test_rates_and_weight_decay_of_every_step(make_recipe, tmp_path, monkeypatch
     assert logged[:3] == pytest.approx([0.0, 5e-4, 1e-3])  # of the heads: the encoder's is 0
 
 
-@pytest.mark.parametrize("step", [2, 4])
+@pytest.mark.parametrize("step", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_resumed_equals_uninterrupted(make_recipe, tmp_path, step):
     """From a checkpoint in the frozen steps, and from one in the encoder's warm-up."""
     recipe = make_recipe("simclr", **CONTINUED)

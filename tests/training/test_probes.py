@@ -102,7 +102,9 @@ def test_figures_are_those_of_the_encoder_on_fixed_views(make_recipe, tmp_path, 
     assert found[0]["probe_effective_rank"] != found[8]["probe_effective_rank"]
 
 
-@pytest.mark.parametrize(("method", "bf16"), [("simclr", False), ("mae", False), ("mae", True)])
+@pytest.mark.parametrize(
+    ("method", "bf16"), [("simclr", False), pytest.param("mae", False, marks=pytest.mark.slow), ("mae", True)]
+)
 def test_probes_change_no_bit_of_a_run(make_recipe, tmp_path, method, bf16):
     recipe = make_recipe(method, bf16=bf16)
     recipe["encoder_config"]["drop_path_rate"] = 0.3  # draws random numbers where a model trains

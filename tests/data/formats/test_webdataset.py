@@ -199,7 +199,8 @@ def test_ranks_and_workers_see_each_image_once(tmp_path, world_size, num_workers
 
 
 @pytest.mark.parametrize(
-    ("num_workers", "rank", "world_size"), [(0, 0, 1), (2, 0, 1), (0, 1, 2), (2, 1, 2), (0, 2, 3), (2, 0, 3)]
+    ("num_workers", "rank", "world_size"),
+    [(0, 0, 1), (0, 1, 2), (0, 2, 3), (2, 1, 2), *(pytest.param(2, 0, n, marks=pytest.mark.slow) for n in (1, 3))],
 )
 def test_resumes_at_every_position_twice_in_a_row(tmp_path, num_workers, rank, world_size, write_shards):
     def loader():

@@ -66,7 +66,7 @@ def test_a_pass_over_parquet_reads_each_byte_about_once(tmp_path, serve):
         assert counts["bytes"] < 1.4 * whole
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_remote_tars_stream_and_resume(tmp_path, num_workers, write_shards, serve):
     count = write_shards(tmp_path)
     with serve(tmp_path) as (url, _):
