@@ -87,7 +87,7 @@ def main() -> None:
     data = ExportData(options.data, "test", num_examples=num_examples)
     cases = [(name, precision) for name in options.formats for precision in FORMATS[name].precisions]
     cases = [case for case in cases if not options.quick or case[1] in ("fp32", "int8")]
-    figures: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
         run = options.run or train(Path(temporary) / "detector", 120 if options.quick else 700)
         print(describe(torch.device("cpu")))
@@ -97,13 +97,13 @@ def main() -> None:
                 record = measure(run, Path(temporary) / name, format, precision, data, options.repetitions)
             except ValueError as error:
                 print(f"{name}: {error}", flush=True)
-                figures[name] = None
+                metrics[name] = None
                 continue
             print(show(name, record), flush=True)
-            figures[name] = round(record["speed_up"], 2)
+            metrics[name] = round(record["speed_up"], 2)
             if name == "openvino_int8":
-                figures["ap_drop_int8"] = round(record["metric"]["before"] - record["metric"]["after"], 4)
-    print(json.dumps(figures))
+                metrics["ap_drop_int8"] = round(record["metric"]["before"] - record["metric"]["after"], 4)
+    print(json.dumps(metrics))
 
 
 if __name__ == "__main__":

@@ -148,7 +148,7 @@ def cpu_seconds(process_id: int) -> float:
 
 
 def main() -> None:
-    """Prints the figures."""
+    """Prints the metrics."""
     parser = argparse.ArgumentParser(description="Load of hf-vlm serve on this machine.")
     parser.add_argument("--run", help="folder of a model")
     parser.add_argument("--quick", action="store_true", help="few requests: not a result to quote")

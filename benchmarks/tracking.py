@@ -174,10 +174,10 @@ def main() -> None:
     mean = {name: {key: np.mean([one[key] for one in of]) for key in of[0]} for name, of in scores.items()}
     appearance = "appearance, pretrained" if arguments.pretrained else "appearance, random"
     names = {"bytetrack": "bytetrack", "ours": "motion", "appearance": appearance, "random": "appearance, random"}
-    figures = {f"idf1_{key}": mean[name]["idf1"] for key, name in names.items()} | {
+    metrics = {f"idf1_{key}": mean[name]["idf1"] for key, name in names.items()} | {
         "hota_ours": mean["motion"]["hota"]
     }
-    print(json.dumps({key: round(float(value), 4) for key, value in figures.items()}))
+    print(json.dumps({key: round(float(value), 4) for key, value in metrics.items()}))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-__all__ = ["AppearanceTracker", "TrackerSettings", "box_iou"]
+from hf_vlm.metrics.detection_matches import box_ious
+
+__all__ = ["AppearanceTracker", "TrackerSettings"]
 
 Array = NDArray[Any]
 
@@ -150,7 +152,7 @@ class AppearanceTracker:
         everyone = np.arange(len(tracks.ids))
         self._match(row_of, everyone, high, self._fused_cost(tracks, corners[high], features[high]))
         free = np.setdiff1d(everyone, row_of)
-        distance = 1 - box_iou(_corners(tracks.box[free]), corners[low])
+        distance = 1 - box_ious(_corners(tracks.box[free]), corners[low])
         self._match(row_of, free, low, np.where(distance <= 1 - self.settings.min_low_iou, distance, IMPOSSIBLE))
 
         matched = np.flatnonzero(row_of >= 0)
@@ -177,13 +179,13 @@ class AppearanceTracker:
     def _fused_cost(self, tracks: Tracks, corners: Array, features: Array) -> Array:
         """The lesser of the distances of boxes and of appearance, each where it allows the match."""
         settings = self.settings
-        overlap = 1 - box_iou(_corners(tracks.box), corners)
+        overlap = 1 - box_ious(_corners(tracks.box), corners)
         cost = np.where(overlap <= 1 - settings.min_iou, overlap, IMPOSSIBLE)
         if features.shape[1] == 0 or tracks.features.shape[1] != features.shape[1]:
             return cost
         margin = np.minimum(settings.growth * tracks.missed, settings.max_growth)[:, None]
         region = tracks.box * np.concatenate([np.ones_like(margin)] * 2 + [1 + 2 * margin] * 2, axis=1)
-        is_near = box_iou(_corners(region), corners) > 0
+        is_near = box_ious(_corners(region), corners) > 0
         distance = (1 - self._cosine(tracks.features, features)) / 2
         is_alike = is_near & (distance < settings.max_appearance_distance)
         return np.minimum(cost, np.where(is_alike, distance, IMPOSSIBLE))
@@ -204,7 +206,7 @@ class AppearanceTracker:
         return unit[0] @ unit[1].T
 
     def _update_features(self, tracks: Tracks, row_of: Array, corners: Array, features: Array, high: Array) -> None:
-        overlap = box_iou(corners, corners)
+        overlap = box_ious(corners, corners)
         np.fill_diagonal(overlap, 0.0)
         is_clear = overlap.max(axis=1, initial=0.0) <= self.settings.max_crowding
         chosen = high[(row_of[high] >= 0) & is_clear[high]]
@@ -219,16 +221,6 @@ class AppearanceTracker:
     def _new_ids(self, number: int) -> Array:
         self.num_ids += number
         return np.arange(self.num_ids - number + 1, self.num_ids + 1)
-
-
-def box_iou(first: Array, second: Array) -> Array:
-    """(n, m) intersection over union of boxes (n, 4) and (m, 4), x1, y1, x2, y2; 0 of boxes that are empty."""
-    low = np.maximum(first[:, None, :2], second[None, :, :2])
-    high = np.minimum(first[:, None, 2:], second[None, :, 2:])
-    shared = np.prod(np.maximum(high - low, 0.0), axis=2, dtype=np.float64)
-    areas = [np.prod(np.maximum(boxes[:, 2:] - boxes[:, :2], 0.0), axis=1) for boxes in (first, second)]
-    union = areas[0][:, None] + areas[1] - shared
-    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
 
 
 def _corners(boxes: Array) -> Array:

@@ -16,6 +16,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from hf_vlm.features.loading import LoadedModel
+from hf_vlm.metrics.detection_matches import box_ious
 from hf_vlm.tasks import TASKS, Task
 from hf_vlm.tasks.task import ServedOutput
 
@@ -168,21 +169,11 @@ def matched_detections(one: Result, other: Result) -> tuple[float, float]:
     """Detections above `MIN_SCORE` that the other has too, in both directions."""
     same_class = one["labels"][:, None] == other["labels"][None]
     near_score = (one["scores"][:, None] - other["scores"][None]).abs() <= MAX_SCORE_DIFFERENCE
-    is_match = same_class & near_score & (box_iou(one["boxes"], other["boxes"]) >= MIN_IOU)  # (n, m)
+    ious = box_ious(one["boxes"].numpy(), other["boxes"].numpy())
+    is_match = same_class & near_score & (torch.from_numpy(ious) >= MIN_IOU)  # (n, m)
     rows, columns = one["scores"] > MIN_SCORE, other["scores"] > MIN_SCORE
     matched = is_match[rows].any(dim=1).sum() + is_match[:, columns].any(dim=0).sum()
     return float(matched), float(rows.sum() + columns.sum())
-
-
-def box_iou(one: Tensor, other: Tensor) -> Tensor:
-    """Intersection over union (n, m) of boxes (n, 4) and (m, 4), x1, y1, x2, y2."""
-    low, high = (
-        torch.maximum(one[:, None, :2], other[None, :, :2]),
-        torch.minimum(one[:, None, 2:], other[None, :, 2:]),
-    )
-    common = (high - low).clamp(min=0).prod(dim=-1)
-    areas = [(boxes[:, 2:] - boxes[:, :2]).prod(dim=-1) for boxes in (one, other)]
-    return common / (areas[0][:, None] + areas[1][None] - common).clamp(min=1e-9)
 
 
 def same_pixels(one: Result, other: Result) -> tuple[float, float]:

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_vlm.deploy.appearance_tracker import box_iou
 from hf_vlm.deploy.prediction import Prediction
+from hf_vlm.metrics.detection_matches import box_ious
 
 __all__ = ["Tile", "check_tiling", "merge_tiles", "tiles_of"]
 
@@ -124,7 +124,7 @@ def _agreeing_pairs(boxes: Array, labels: Array, tile_of: Array, tiles: Sequence
             overlap = _intersection(np.array(tiles[first]), np.array(tiles[second]))
             if (overlap[2:] <= overlap[:2]).any():
                 continue
-            agreement = box_iou(*(_intersection(boxes[rows_of[number]], overlap) for number in (first, second)))
+            agreement = box_ious(*(_intersection(boxes[rows_of[number]], overlap) for number in (first, second)))
             agreement *= labels[rows_of[first]][:, None] == labels[rows_of[second]]
             for i, j in np.argwhere(agreement >= MIN_AGREEMENT):
                 pairs.append((int(rows_of[first][i]), int(rows_of[second][j])))

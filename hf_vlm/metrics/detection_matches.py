@@ -116,11 +116,15 @@ def _match_image(scores: NDArray[Any], ious: Floats, min_iou: float) -> Integers
 
 
 def box_ious(first: NDArray[Any], second: NDArray[Any], *, of_first: bool = False) -> Floats:
-    """Intersection over union (n, m) of boxes (n, 4) and (m, 4); or the fraction of the first box that is covered."""
+    """Intersection over union (n, m) of boxes (n, 4) and (m, 4), x1, y1, x2, y2; 0 of boxes that are empty.
+
+    With `of_first` the fraction of the first box that is covered.
+    """
     low = np.maximum(first[:, None, :2], second[None, :, :2])
     high = np.minimum(first[:, None, 2:], second[None, :, 2:])
     common = np.prod(np.clip(high - low, 0, None), axis=2, dtype=np.float64)  # (n, m)
-    area, other = (np.prod(boxes[:, 2:] - boxes[:, :2], axis=1, dtype=np.float64) for boxes in (first, second))
+    sides = (np.clip(boxes[:, 2:] - boxes[:, :2], 0, None) for boxes in (first, second))
+    area, other = (np.prod(side, axis=1, dtype=np.float64) for side in sides)
     total = area[:, None] if of_first else area[:, None] + other - common
     return np.divide(common, total, out=np.zeros_like(common), where=total > 0)
 

@@ -19,7 +19,7 @@ def few_rows(monkeypatch):
 
 @pytest.fixture
 def detection(tmp_path):
-    """Ten images with boxes, at paths that are nobody's business."""
+    """Ten images with boxes, at paths that are private."""
     rows = range(10)
     images = [{"bytes": png(row), "path": f"home/anna/{row}.png"} for row in rows]
     columns = {"image": images, "image_id": list(rows), "objects": [make_objects(row) for row in rows]}

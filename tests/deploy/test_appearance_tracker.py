@@ -9,8 +9,8 @@ from hf_vlm.deploy.appearance_tracker import (
     AppearanceTracker,
     TrackerSettings,
     Tracks,
-    box_iou,
 )
+from hf_vlm.metrics.detection_matches import box_ious
 
 LOOKS = np.array([[4.0, 1.0, 0.0], [4.0, 0.0, 1.0], [4.0, -1.0, -1.0]])  # most of a feature is common to all
 
@@ -107,4 +107,4 @@ def test_overlap_equals_the_loop():
         for j, b in enumerate(second):
             width, height = (max(0, min(a[k + 2], b[k + 2]) - max(a[k], b[k])) for k in (0, 1))
             area = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)) - width * height
-            assert box_iou(first, second)[i, j] == pytest.approx(width * height / area)
+            assert box_ious(first, second)[i, j] == pytest.approx(width * height / area)

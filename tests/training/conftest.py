@@ -55,19 +55,6 @@ METHODS = {
     "simclr": {"model_config": {"projection_hidden_size": 32, "projection_size": 16}},
     "classification": {"num_eval_examples": 8},
     "semantic_segmentation": {"num_eval_examples": 8},
-    "instance_segmentation": {
-        "model_config": {
-            "hidden_size": 32,
-            "intermediate_size": 32,
-            "num_decoder_layers": 1,
-            "num_queries": 10,
-            "neck_num_blocks": 1,
-            "num_self_attention_heads": 4,
-            "num_cross_attention_heads": 4,
-            "mask_feature_size": 16,
-        },
-        "num_eval_examples": 8,
-    },
     "detection": {
         "model_config": {
             "hidden_size": 32,
@@ -80,6 +67,10 @@ METHODS = {
         },
         "num_eval_examples": 8,
     },
+}
+METHODS["instance_segmentation"] = {
+    **METHODS["detection"],
+    "model_config": {**METHODS["detection"]["model_config"], "mask_feature_size": 16},
 }
 
 
