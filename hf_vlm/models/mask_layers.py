@@ -9,12 +9,33 @@ from torch import Tensor, nn
 from .configuration_instance_segmentation import VLMViTInstanceSegmentationConfig
 from .detection_layers import ConvNormAct
 
+MIN_SIDE = 1e-4  # of a box, as a fraction of the image: only guards divisions
+LOWEST_PRIOR = -30.0  # far from its box a mask is sure enough to be empty, and half precision can hold this
+
+
+def box_prior(boxes: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Logits of the ellipses within boxes at points: 1 at the centre, 0 on the ellipse, negative beyond it.
+
+    As the spatial prior of SMCA (arXiv 2101.07448) it says where a query's object is. Without it the features of a
+    query alone would have to tell its object from all others that look the same.
+
+    Args:
+        boxes: (..., 4) as (cx, cy, w, h), fractions of the image as the points are; its leading dimensions, `x` and
+            `y` are broadcast against each other.
+    """
+    centre_x, centre_y, width, height = boxes.float().unbind(-1)
+    distance = ((x - centre_x) / width.clamp(min=MIN_SIDE)).square() + (
+        (y - centre_y) / height.clamp(min=MIN_SIDE)
+    ).square()
+    return (1 - 4 * distance).clamp(min=LOWEST_PRIOR)
+
 
 class MaskHead(nn.Module):
-    """Masks of queries from the finest map of the neck, as in RF-DETR (arXiv 2511.09554).
+    """Masks of queries from the finest map of the neck, as in RF-DETR (arXiv 2511.09554), and from their boxes.
 
     The map is enlarged, and refined by one block per decoder layer, so that each layer's queries meet a map of their
     own. The blocks are plain convolutions of few channels: the backward pass of depthwise ones fails on some GPUs.
+    What a query looks for in the map corrects the ellipse in its box.
     """
 
     def __init__(self, config: VLMViTInstanceSegmentationConfig):
@@ -30,10 +51,16 @@ class MaskHead(nn.Module):
         self.query_projection = nn.Linear(width, size)
         self.bias = nn.Parameter(torch.zeros(1))
 
-    def forward(self, feature_map: Tensor, queries: Tensor, image_hw: tuple[int, int]) -> Tensor:
-        """Mask logits (batch, queries, rows, columns) of the last decoder layer's queries (batch, queries, dim)."""
+    def forward(self, feature_map: Tensor, queries: Tensor, boxes: Tensor, image_hw: tuple[int, int]) -> Tensor:
+        """Mask logits (batch, queries, rows, columns) of the last decoder layer's queries (batch, queries, dim) and
+        boxes (batch, queries, 4)."""
         *_, pixels = self.pixel_maps(feature_map, image_hw)
-        return torch.einsum("bqc,bcyx->bqyx", self.embed(queries), pixels) + self.bias
+        rows, columns = pixels.shape[2:]
+        y = (torch.arange(rows, device=boxes.device) + 0.5) / rows
+        x = (torch.arange(columns, device=boxes.device) + 0.5) / columns
+        prior = box_prior(boxes[:, :, None, None], x, y[:, None])  # (batch, queries, rows, columns)
+        logits = torch.einsum("bqc,bcyx->bqyx", self.embed(queries), pixels) + self.bias
+        return logits + prior.to(logits.dtype)
 
     def at_points(
         self, feature_map: Tensor, queries: Sequence[Tensor], points: Tensor, image_hw: tuple[int, int]
@@ -74,4 +101,4 @@ class MaskHead(nn.Module):
         return self.scale * self.query_projection(queries + self.query_mlp(queries))
 
 
-__all__ = ["MaskHead"]
+__all__ = ["MaskHead", "box_prior"]

@@ -15,11 +15,13 @@ from hf_vlm.models.loss_detection import Matches, matching_cost
 from hf_vlm.models.loss_instance_segmentation import (
     InstanceTargets,
     MaskLoss,
+    PointLogits,
     choose_points,
     mask_losses,
     pairwise_mask_losses,
     sample_points,
 )
+from hf_vlm.models.mask_layers import box_prior
 
 NAME = "instance_segmentation"
 COUNTS = (4, 1, 0, 2)
@@ -113,8 +115,22 @@ def test_candidates_are_anywhere_and_at_the_objects():
     assert sample_points(targets_of(random_labels((0, 0))), (8, 8), 16).shape == (2, 3 * 8, 2)
 
 
+def slow_prior(box, x, y):
+    """1 at the centre of a box, 0 on the ellipse within it, at least -30."""
+    centre_x, centre_y, width, height = box
+    return max(1 - ((x - centre_x) / (width / 2)) ** 2 - ((y - centre_y) / (height / 2)) ** 2, -30.0)
+
+
+def dense_priors(boxes, rows, columns):
+    """The priors (rows, columns) of each of some boxes (..., 4), one pixel at a time."""
+    centres = [((j + 0.5) / columns, (i + 0.5) / rows) for i in range(rows) for j in range(columns)]
+    priors = [[slow_prior(box, x, y) for x, y in centres] for box in boxes.reshape(-1, 4).tolist()]
+    return torch.tensor(priors, dtype=torch.float64).view(*boxes.shape[:-1], rows, columns)
+
+
 def dense_masks(model, inputs):
-    """Mask logits (stages, batch, queries, rows, columns) of all queries, in float64, and what the detector found."""
+    """Mask logits (stages, batch, queries, rows, columns) of all queries without their boxes' priors, in float64, and
+    what the detector found."""
     model = model.double()
     found = model.detect(inputs["pixel_values"].double(), all_stages=True)
     head, masks = model.mask_head, []
@@ -136,7 +152,10 @@ def dense_loss(model, inputs):
     for stage, image in itertools.product(range(len(masks)), range(len(labels))):
         places = points[image].tolist()
         truth = [torch.tensor([slow_value(m, *at) for at in places]) for m in labels[image]["masks"]]
-        logits = [torch.tensor([slow_interpolation(m, *at) for at in places]) for m in masks[stage, image].detach()]
+        logits = [
+            torch.tensor([slow_interpolation(m, *at) + slow_prior(box, *at) for at in places])
+            for m, box in zip(masks[stage, image].detach(), found.boxes[stage][image].tolist())
+        ]
         cost = boxes_cost[stage, image, : len(truth)].detach().numpy()
         for (i, t), (j, x) in itertools.product(enumerate(truth), enumerate(logits)):
             mask, dice = slow_losses(x[:num_points], t[:num_points])
@@ -151,7 +170,7 @@ def dense_loss(model, inputs):
 def test_the_loss_at_points_is_that_of_whole_masks():
     torch.manual_seed(0)
     model = build(NAME, num_decoder_layers=2)
-    perturb(model)
+    perturb(model, 0.05)  # so little that boxes are at the objects, and the mask losses above 0
     inputs = batch(NAME, 3)
     found = model(**inputs)
     parts = found.loss_dict
@@ -173,8 +192,35 @@ def test_masks_of_inference_are_those_of_the_last_stage():
     model = build(NAME, num_decoder_layers=2).eval()
     perturb(model)
     inputs = batch(NAME, 2)
-    found = model(inputs["pixel_values"]).pred_masks
-    torch.testing.assert_close(found.double(), dense_masks(model, inputs)[0][-1], rtol=1e-4, atol=1e-4)
+    output = model(inputs["pixel_values"])
+    expected = dense_masks(model, inputs)[0][-1] + dense_priors(output.pred_boxes, 8, 8)
+    torch.testing.assert_close(output.pred_masks.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_new_masks_are_the_ellipses_in_the_boxes():
+    """So that they are not empty, and each at its own object, before anything is learned; also in half precision."""
+    y, x = torch.meshgrid(*[(torch.arange(64) + 0.5) / 64] * 2, indexing="ij")
+    boxes = torch.tensor([[0.5, 0.5, 0.5, 0.25], [0.2, 0.7, 0.01, 0.02], [0.5, 0.5, 0.0, 0.0]])
+    prior = box_prior(boxes[:, None, None], x, y)
+    assert (prior[0] > 0).float().mean() == pytest.approx(math.pi / 4 * 0.5 * 0.25, abs=2e-3)
+    columns, rows = (prior[0] > 0).any(dim=0).nonzero(), (prior[0] > 0).any(dim=1).nonzero()
+    assert (columns.min(), columns.max(), rows.min(), rows.max()) == (16, 47, 24, 39)  # the sides of the box
+    assert prior.isfinite().all()
+    assert torch.equal(box_prior(boxes.bfloat16(), x[0, :1], y[0, :1]).isfinite(), torch.ones(3, dtype=torch.bool))
+
+
+def test_masks_do_not_move_boxes():
+    """The gradient of the boxes' head is that of the boxes' losses alone."""
+    torch.manual_seed(0)
+    model, inputs = build(NAME, mask_cost=0, dice_cost=0), batch(NAME, 2)
+    perturb(model)
+    gradients = []
+    for weight in (0, 5):
+        model.config.mask_loss_weight = model.config.dice_loss_weight = weight
+        model.zero_grad()
+        model(**inputs).loss.backward()
+        gradients.append([p.grad.clone() for p in model.box_head.parameters()])
+    torch.testing.assert_close(*gradients)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -233,12 +279,15 @@ def test_more_objects_than_queries():
     torch.manual_seed(0)
     truth = [(torch.rand(n, 12) < 0.5).float() for n in (7, 2)]
     pixels, queries = torch.randn(1, 2, 3, 12), torch.randn(1, 2, 4, 3)
-    masks = MaskLoss(pixels, queries, torch.zeros(1), truth, build(NAME).config)
+    boxes, points = torch.rand(1, 2, 4, 4), torch.rand(2, 12, 2)
+    masks = MaskLoss(PointLogits(pixels, queries, torch.zeros(1), boxes, points), truth, build(NAME).config)
     flat = torch.tensor([[0, 0, 1, 5], [0, 0, 0, 2], [0, 0, 2, 6], [0, 0, 3, 0], [0, 1, 3, 0], [0, 1, 1, 1]])
     found = masks.losses(Matches(*flat.T))
     expected = torch.zeros(2)
     for _, image, query, target in flat.tolist():
-        chosen = choose_points(queries[0, image, query] @ pixels[0, image], truth[image][target])
+        prior = [slow_prior(boxes[0, image, query].tolist(), *at) for at in points[image].tolist()]
+        logits = queries[0, image, query] @ pixels[0, image] + torch.tensor(prior)
+        chosen = choose_points(logits, truth[image][target])
         expected += torch.stack(mask_losses(*chosen))
     torch.testing.assert_close(torch.cat([found["loss_mask"], found["loss_dice"]]), expected)
 
