@@ -11,7 +11,7 @@ from scipy.optimize import linear_sum_assignment
 from tiny import batch, build, perturb
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_vlm.models.loss_detection import Matches, matching_cost
+from hf_vlm.models.loss_detection import Matches, iou_and_giou, matching_cost, to_corners
 from hf_vlm.models.loss_instance_segmentation import (
     InstanceTargets,
     MaskLoss,
@@ -169,7 +169,7 @@ def dense_loss(model, inputs):
 
 def test_the_loss_at_points_is_that_of_whole_masks():
     torch.manual_seed(0)
-    model = build(NAME, num_decoder_layers=2)
+    model = build(NAME, num_decoder_layers=2, mask_loss_weight=2, dice_loss_weight=3)
     perturb(model, 0.05)  # so little that boxes are at the objects, and the mask losses above 0
     inputs = batch(NAME, 3)
     found = model(**inputs)
@@ -180,7 +180,7 @@ def test_the_loss_at_points_is_that_of_whole_masks():
     without = build(NAME, num_decoder_layers=2, mask_loss_weight=0, dice_loss_weight=0)
     without.load_state_dict(model.float().state_dict())
     rest = without(**inputs)  # matched by masks too
-    weighted = 5 * (mask + dice)
+    weighted = 2 * mask + 3 * dice
     assert (found.loss - rest.loss).item() == pytest.approx(weighted.sum(), rel=1e-4)
     for name, expected in (("loss_proposals", weighted[0]), ("loss_aux", weighted[1])):
         assert float(parts[name] - rest.loss_dict[name]) == pytest.approx(expected, rel=1e-3)
@@ -336,6 +336,48 @@ def test_overfits_one_batch():
             best = output.pred_masks[image, output.logits[image, :, category].argmax()]
             found = F.interpolate(best[None, None], (32, 32), mode="bilinear")[0, 0] > 0
             assert (found & mask).sum() / (found | mask).sum() > 0.85
+
+
+def crowd():
+    """An image of nine discs that look the same, and its labels."""
+    y, x = torch.meshgrid(torch.arange(32) + 0.5, torch.arange(32) + 0.5, indexing="ij")
+    centres = torch.cartesian_prod(*[torch.tensor([5.0, 16.0, 27.0])] * 2) + torch.randint(-1, 2, (9, 2))
+    masks = (x - centres[:, :1, None]) ** 2 + (y - centres[:, 1:, None]) ** 2 < 16
+    boxes = torch.cat([centres, torch.full((9, 2), 8.0)], dim=1) / 32
+    image = 0.3 * torch.randn(1, 3, 32, 32) + 2 * masks.any(dim=0)
+    return image, [{"class_labels": torch.zeros(9, dtype=torch.int64), "boxes": boxes, "masks": masks}]
+
+
+def boxes_and_masks_of_a_crowd(name, **fields):
+    """Mean IoU of the best box and of the best mask of each object after 60 steps on one image."""
+    torch.manual_seed(0)
+    (image, labels), fields = crowd(), {"dense_loss_weight": 0.0, "num_queries": 12, **fields}
+    model = build(name, None, {"num_hidden_layers": 1}, **fields)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=60)
+    for _ in range(60):
+        model(image, labels=labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    with torch.no_grad():
+        output = model.eval()(image)
+    truth, wanted = labels[0]["masks"], to_corners(labels[0]["boxes"])
+    box_ious = iou_and_giou(to_corners(output.pred_boxes[0])[:, None], wanted)[0].amax(dim=0)
+    if name == "detection":
+        return box_ious.mean().item(), None
+    found = F.interpolate(output.pred_masks, (32, 32), mode="bilinear")[0, :, None] > 0
+    mask_ious = (found & truth).sum(dim=(2, 3)) / (found | truth).sum(dim=(2, 3))
+    return box_ious.mean().item(), mask_ious.amax(dim=0).mean().item()
+
+
+def test_alike_objects_have_masks_of_their_own_and_boxes_as_the_detectors():
+    """By features alone no query tells its disc from the others: all masks stay empty (an IoU of 0.0 here)."""
+    box_iou, mask_iou = boxes_and_masks_of_a_crowd(NAME, mask_stride=2, mask_point_ratio=4)
+    detectors_box_iou, _ = boxes_and_masks_of_a_crowd("detection")
+    assert mask_iou > 0.6
+    assert box_iou > detectors_box_iou - 0.05
 
 
 def test_boxes_are_found_as_by_the_detector():
