@@ -17,8 +17,8 @@ class VLMViTInstanceSegmentationConfig(VLMViTDetectionConfig):
         mask_point_ratio (`int`, defaults to 16): Pixels of a mask per point at which its loss is computed.
         mask_cost, dice_cost: Weights in the matching cost: cross entropy and Dice of the masks. RF-DETR's are 5, from
             pretrained weights; with less, boxes decide which query learns which object while masks are new.
-        mask_loss_weight, dice_loss_weight: Weights in the loss of each stage. RF-DETR's are 5, from pretrained weights;
-            with these the gradients of new masks drown those of the boxes, without which no mask is in its place.
+        mask_loss_weight, dice_loss_weight: Weights in the loss of each stage. RF-DETR's are 5, from pretrained
+            weights; with as much, the gradients of new masks drown those of the boxes.
 
     Raises:
         ValueError: if sizes and heads do not divide, or a count is out of its range.
