@@ -31,11 +31,12 @@ def box_prior(boxes: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 
 class MaskHead(nn.Module):
-    """Masks of queries from the finest map of the neck, as in RF-DETR (arXiv 2511.09554), and from their boxes.
+    """Masks of queries from the finest map of the neck, as in RF-DETR (arXiv 2511.09554), the image and their boxes.
 
-    The map is enlarged, and refined by one block per decoder layer, so that each layer's queries meet a map of their
-    own. The blocks are plain convolutions of few channels: the backward pass of depthwise ones fails on some GPUs.
-    What a query looks for in the map corrects the ellipse in its box.
+    The map is enlarged, joined by the image's own pixels, as patches are coarser than the outlines of objects, and
+    refined by one block per decoder layer, so that each layer's queries meet a map of their own. The blocks are plain
+    convolutions of few channels: the backward pass of depthwise ones fails on some GPUs. What a query looks for in the
+    map corrects the ellipse in its box.
     """
 
     def __init__(self, config: VLMViTInstanceSegmentationConfig):
@@ -44,6 +45,7 @@ class MaskHead(nn.Module):
         self.stride = config.mask_stride
         self.scale = size**-0.5  # as in attention: or else new masks would be sure of themselves
         self.reduction = nn.Conv2d(width, size, 1)
+        self.image_projection = nn.Conv2d(config.encoder.num_channels, size, self.stride, self.stride)
         self.blocks = nn.ModuleList(ConvNormAct(size, size, 3, eps) for _ in range(config.num_decoder_layers))
         self.query_mlp = nn.Sequential(
             nn.LayerNorm(width, eps=eps), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
@@ -51,10 +53,11 @@ class MaskHead(nn.Module):
         self.query_projection = nn.Linear(width, size)
         self.bias = nn.Parameter(torch.zeros(1))
 
-    def forward(self, feature_map: Tensor, queries: Tensor, boxes: Tensor, image_hw: tuple[int, int]) -> Tensor:
-        """Mask logits (batch, queries, rows, columns) of the last decoder layer's queries (batch, queries, dim) and
-        boxes (batch, queries, 4)."""
-        *_, pixels = self.pixel_maps(feature_map, image_hw)
+    def forward(self, feature_map: Tensor, queries: Tensor, boxes: Tensor, image: Tensor) -> Tensor:
+        """Mask logits (batch, queries, rows, columns) of the last decoder layer's queries (batch, queries, dim), with
+        their boxes (batch, queries, 4), in images (batch, channels, height, width).
+        """
+        *_, pixels = self.pixel_maps(feature_map, image)
         rows, columns = pixels.shape[2:]
         y = (torch.arange(rows, device=boxes.device) + 0.5) / rows
         x = (torch.arange(columns, device=boxes.device) + 0.5) / columns
@@ -63,7 +66,7 @@ class MaskHead(nn.Module):
         return logits + prior.to(logits.dtype)
 
     def at_points(
-        self, feature_map: Tensor, queries: Sequence[Tensor], points: Tensor, image_hw: tuple[int, int]
+        self, feature_map: Tensor, queries: Sequence[Tensor], points: Tensor, image: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The two factors of the masks of all stages at points alone, so that no mask is ever whole.
 
@@ -78,15 +81,18 @@ class MaskHead(nn.Module):
         grid = 2 * points[:, :, None] - 1  # (batch, points, 1, 2)
         sampled = [
             F.grid_sample(pixels.float(), grid, padding_mode="border", align_corners=False)[..., 0]
-            for pixels in self.pixel_maps(feature_map, image_hw)
+            for pixels in self.pixel_maps(feature_map, image)
         ]
         return torch.stack(sampled), torch.stack([self.embed(states) for states in queries]).float()
 
-    def pixel_maps(self, feature_map: Tensor, image_hw: tuple[int, int]) -> Iterator[Tensor]:
+    def pixel_maps(self, feature_map: Tensor, image: Tensor) -> Iterator[Tensor]:
         """Maps (batch, channels, rows, columns) at the masks' stride: enlarged, then after each block."""
-        pixels = F.interpolate(
-            self.reduction(feature_map), self.mask_hw(image_hw), mode="bilinear", align_corners=False
-        )
+        rows, columns = self.mask_hw((image.shape[2], image.shape[3]))
+        pixels = F.interpolate(self.reduction(feature_map), (rows, columns), mode="bilinear", align_corners=False)
+        if image.shape[2:] != (rows * self.stride, columns * self.stride):
+            fitting = (rows * self.stride, columns * self.stride)
+            image = F.interpolate(image, fitting, mode="bilinear", align_corners=False)
+        pixels = pixels + self.image_projection(image.to(self.image_projection.weight.dtype))
         yield pixels
         for block in self.blocks:
             pixels = pixels + block(pixels)

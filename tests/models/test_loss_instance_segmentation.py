@@ -134,7 +134,7 @@ def dense_masks(model, inputs):
     model = model.double()
     found = model.detect(inputs["pixel_values"].double(), all_stages=True)
     head, masks = model.mask_head, []
-    for maps, states in zip(head.pixel_maps(found.feature_maps[-1], (32, 32)), found.states):
+    for maps, states in zip(head.pixel_maps(found.feature_maps[-1], inputs["pixel_values"]), found.states):
         masks.append(torch.einsum("bqc,bchw->bqhw", head.embed(states), maps) + head.bias)
     return torch.stack(masks), found
 
