@@ -209,6 +209,25 @@ def test_new_masks_are_the_ellipses_in_the_boxes():
     assert torch.equal(box_prior(boxes.bfloat16(), x[0, :1], y[0, :1]).isfinite(), torch.ones(3, dtype=torch.bool))
 
 
+@torch.no_grad()
+def test_each_pixel_of_a_mask_sees_its_part_of_the_image():
+    """The first map is the enlarged one and the projection of the part, one output at a time; also at sizes that the
+    stride does not divide, where parts are of the image as enlarged to whole ones."""
+    torch.manual_seed(0)
+    head = build(NAME).mask_head
+    weight, bias = head.image_projection.weight, head.image_projection.bias.normal_()
+    features = torch.randn(1, 32, 3, 5)
+    for size in ((24, 40), (22, 39)):
+        image = torch.randn(1, 3, *size)
+        first = next(head.pixel_maps(features, image))[0]
+        enlarged = F.interpolate(head.reduction(features), (6, 10), mode="bilinear")[0]
+        fitting = F.interpolate(image, (24, 40), mode="bilinear")[0]
+        for row, column in itertools.product(range(6), range(10)):
+            part = fitting[:, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
+            expected = enlarged[:, row, column] + (weight * part).sum(dim=(1, 2, 3)) + bias
+            torch.testing.assert_close(first[:, row, column], expected, rtol=1e-4, atol=1e-5)
+
+
 def test_masks_do_not_move_boxes():
     """The gradient of the boxes' head is that of the boxes' losses alone."""
     torch.manual_seed(0)
@@ -335,7 +354,7 @@ def test_overfits_one_batch():
         for category, mask in enumerate(label["masks"]):
             best = output.pred_masks[image, output.logits[image, :, category].argmax()]
             found = F.interpolate(best[None, None], (32, 32), mode="bilinear")[0, 0] > 0
-            assert (found & mask).sum() / (found | mask).sum() > 0.85
+            assert (found & mask).sum() / (found | mask).sum() > 0.9
 
 
 def crowd():
