@@ -76,7 +76,7 @@ class MaskHead(nn.Module):
 
         Returns:
             float32 features of the points (stages, batch, channels, points), and embeddings of the queries (stages,
-            batch, queries, channels). Mask logits are their product and the bias.
+            batch, queries, channels). Mask logits are their product, the bias and [`box_prior`].
         """
         grid = 2 * points[:, :, None] - 1  # (batch, points, 1, 2)
         sampled = [
@@ -89,9 +89,9 @@ class MaskHead(nn.Module):
         """Maps (batch, channels, rows, columns) at the masks' stride: enlarged, then after each block."""
         rows, columns = self.mask_hw((image.shape[2], image.shape[3]))
         pixels = F.interpolate(self.reduction(feature_map), (rows, columns), mode="bilinear", align_corners=False)
-        if image.shape[2:] != (rows * self.stride, columns * self.stride):
-            fitting = (rows * self.stride, columns * self.stride)
-            image = F.interpolate(image, fitting, mode="bilinear", align_corners=False)
+        whole_hw = (rows * self.stride, columns * self.stride)
+        if image.shape[2:] != whole_hw:
+            image = F.interpolate(image, whole_hw, mode="bilinear", align_corners=False)
         pixels = pixels + self.image_projection(image.to(self.image_projection.weight.dtype))
         yield pixels
         for block in self.blocks:
