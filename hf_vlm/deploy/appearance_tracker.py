@@ -1,11 +1,13 @@
-"""Tracks by motion and appearance: ByteTrack's two stages of association, by the likelihood of each match.
+"""Tracks by motion and appearance: one assignment per frame, by the likelihood of each match.
 
 Motion is a Kalman filter of constant velocity per box with noise relative to the size of the box, as ByteTrack's
 (arXiv 2110.06864). The noise of the velocity is four times as much as there, for cameras that shake, and that of
 detections twice as much. Appearance is a moving average of features per track. The score of a match is the
-log-likelihood of its box plus the log of how much likelier the cosine of its features is between detections of one
-object than of two. That ratio is learned from the matches so far, so that features count as much as they tell objects
-apart, whatever encoder they are from; a limit of their distance, as in BoT-SORT (arXiv 2206.14651), suits one encoder.
+log-likelihood of its box, plus the log of how much likelier the cosine of its features is between detections of one
+object than of two, less a penalty for detections that are not sure. The ratio is learned from the matches so far, so
+that features count as much as they tell objects apart, whatever encoder they are from; a limit of their distance, as
+in BoT-SORT (arXiv 2206.14651), suits one encoder. The penalty replaces ByteTrack's second stage, which lets a sure
+detection of another object take a track before the unsure one of its own is considered.
 Only numpy and scipy are needed: the trackers of libraries keep their filters private.
 """
 
@@ -33,11 +35,13 @@ class TrackerSettings:
     """How detections are associated with tracks.
 
     Args:
-        threshold: Score from which a detection may begin a track, and is matched first.
+        threshold: Confidence from which a detection may begin a track, and counts as sure.
         max_missed: Frames without a detection after which a track ends.
         min_hits: Detections in a row after which a track gets its id; until then one miss ends it.
-        min_score: Score above which a detection may continue a track: `Tracks.log_likelihood` of its box plus
-            `AppearanceModel.log_ratio` of its features, in nats.
+        min_score: Score of a match, in nats, above which a detection may continue a track: `Tracks.log_likelihood` of
+            its box, plus `AppearanceModel.log_ratio` of its features, less the penalty.
+        confidence_weight: Factor of the penalty, which is the log of threshold / confidence below the threshold. With
+            10, a confidence of a fifth of the threshold is too little for any match by its box alone.
         momentum: Of the moving average of a track's features.
         max_crowding: IoU with another detection up to which a box's features are taken over into the average: of
             boxes that overlap more they are of both objects.
@@ -47,6 +51,7 @@ class TrackerSettings:
     max_missed: int = 30
     min_hits: int = 2
     min_score: float = -16.0
+    confidence_weight: float = 10.0
     momentum: float = 0.9
     max_crowding: float = 0.3
 
@@ -192,16 +197,15 @@ class AppearanceTracker:
         features = np.zeros((len(corners), 0)) if features is None else np.asarray(features, dtype=np.float64)
         centered = np.concatenate([(corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]], axis=1)
         centered[:, 2:] = np.maximum(centered[:, 2:], 1.0)
-        is_high = np.asarray(scores) >= self.settings.threshold
+        scores = np.asarray(scores)
         if self.tracks is None:
             self.tracks = Tracks.begin(centered[:0], features[:0])
 
         tracks = self.tracks
         tracks.predict()
         match_scores, cosines = self._match_scores(tracks, centered, features)
-        row_of = np.full(len(corners), -1)  # the track of each detection
-        for stage in (is_high, ~is_high):
-            self._match(row_of, np.flatnonzero(stage), match_scores)
+        doubt = np.log(np.maximum(self.settings.threshold / np.maximum(scores, 1e-9), 1.0))
+        row_of = self._match(match_scores - self.settings.confidence_weight * doubt)
         matched = np.flatnonzero(row_of >= 0)
         if cosines is not None:
             self._learn(tracks, row_of, cosines)
@@ -210,7 +214,7 @@ class AppearanceTracker:
         self._confirm(tracks)
         ids = np.zeros(len(corners), dtype=np.int64)
         ids[matched] = tracks.ids[row_of[matched]]
-        new = np.flatnonzero(is_high & (row_of < 0))
+        new = np.flatnonzero((scores >= self.settings.threshold) & (row_of < 0))
         begun = Tracks.begin(centered[new], features[new])
         if self.is_first_frame:
             begun.ids[:] = self._new_ids(len(new))
@@ -229,16 +233,16 @@ class AppearanceTracker:
         cosines = self.appearance.cosines(tracks.features, features)
         return scores + self.appearance.log_ratio(cosines), cosines
 
-    def _match(self, row_of: Array, detections: Array, scores: Array) -> None:
-        """Note the tracks of some detections by the assignment of tracks that are free with the highest sum of scores.
+    def _match(self, scores: Array) -> Array:
+        """The track of each detection, -1 for none, by the assignment with the highest sum of scores.
 
         A match that is not allowed counts as none.
         """
-        free = np.setdiff1d(np.arange(len(scores)), row_of)
-        gain = np.maximum(scores[np.ix_(free, detections)] - self.settings.min_score, 0.0)
-        for row, column in zip(*linear_sum_assignment(gain, maximize=True), strict=True):
-            if gain[row, column] > 0:
-                row_of[detections[column]] = free[row]
+        gain = np.maximum(scores - self.settings.min_score, 0.0)  # (tracks, detections)
+        rows, columns = linear_sum_assignment(gain, maximize=True)
+        row_of = np.full(scores.shape[1], -1)
+        row_of[columns] = np.where(gain[rows, columns] > 0, rows, -1)
+        return row_of
 
     def _learn(self, tracks: Tracks, row_of: Array, cosines: Array) -> None:
         """Pairs of matches, and of their detections with the other tracks that have ids."""

@@ -1,5 +1,7 @@
 """Motion equals a Kalman filter of matrices; appearance keeps the ids of objects that motion alone mixes up."""
 
+import itertools
+
 import numpy as np
 import pytest
 from scipy.stats import multivariate_normal, norm
@@ -124,6 +126,30 @@ def test_an_object_that_was_hidden_gets_its_id_back_by_its_look():
         for _ in range(2):  # farther than motion alone would allow
             again, _ = tracker.update(boxes_at((40, 40), (80, 80)), np.full(2, 0.9), looks)
         assert bool(again == first) is expected
+
+
+def test_the_assignment_is_the_best_of_all_that_are_allowed():
+    generator = np.random.default_rng(0)
+    tracker = AppearanceTracker(TrackerSettings(min_score=-10))
+    for num_tracks, num_detections in ((3, 4), (4, 2), (3, 3), (0, 2), (2, 0)):
+        scores = generator.uniform(-18, -2, (num_tracks, num_detections))
+        choices = itertools.product([-1, *range(num_tracks)], repeat=num_detections)
+        valid = [rows for rows in choices if len({row for row in rows if row >= 0}) == sum(row >= 0 for row in rows)]
+        best = max(valid, key=lambda rows: sum(scores[row, i] + 10 for i, row in enumerate(rows) if row >= 0))
+        assert tracker._match(scores).tolist() == list(best)
+
+
+def test_an_unsure_detection_weighs_less_but_keeps_its_track_from_other_objects():
+    def last_ids(*boxes, scores):
+        tracker = AppearanceTracker()
+        for _ in range(10):
+            tracker.update(boxes_at((20, 20), side=20), np.array([0.9]))
+        return tracker.update(boxes_at(*boxes, side=20), np.array(scores)).tolist()
+
+    assert last_ids((22, 20), (20, 20), scores=[0.9, 0.3]) == [1, 0]
+    assert last_ids((22, 20), (20, 20), scores=[0.9, 0.6]) == [0, 1]
+    assert last_ids((32, 20), (20, 20), scores=[0.9, 0.4]) == [0, 1]  # alone, the first one would continue the track
+    assert last_ids((32, 20), scores=[0.9]) == [1]
 
 
 def test_weak_detections_continue_tracks_and_begin_none():
