@@ -2,7 +2,8 @@
 
 `python benchmarks/tracking.py [--quick] [--pretrained RUN] [--mot_folder FOLDER]`; needs the extra `hf_vlm[track]` for
 ByteTrack, BoT-SORT and the metrics (HOTA, IDF1, MOTA by `trackers.eval`). Clips are rendered (`tracking_clips.py`) or
-sequences of MOTChallenge. Detections are the true boxes with misses, noise of position and size, and scores below 1.
+sequences of MOTChallenge. Detections are the true boxes with misses, noise of position and size, and scores below 1;
+`--false_detections` adds some that show no object.
 Appearance is what the middle of each detection shows: its mean colour (the baseline without an encoder), or the mean
 of an encoder's patch tokens, of random weights or of the run of `--pretrained`, for which `--write_frames FOLDER`
 writes images of the training split.
@@ -154,6 +155,7 @@ def main() -> None:
     parser.add_argument("--mot_folder", type=Path, help="sequences of MOTChallenge to track instead of rendered clips")
     parser.add_argument("--write_frames", type=Path, help="folder to write images for pretraining to, and end")
     parser.add_argument("--split", default="test", help="of rendered clips; settings are chosen on validation")
+    parser.add_argument("--false_detections", type=float, default=0.0, help="mean number per frame")
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
     if arguments.write_frames is not None:
@@ -164,10 +166,11 @@ def main() -> None:
     scores: list[dict[str, Any]] = []
     speed: dict[str, list[float]] = {}
     for seed in range(arguments.seeds):
+        num_false = arguments.false_detections
         if arguments.mot_folder is None:
-            clips = rendered_clips(seed, num_clips, num_frames, split=arguments.split)
+            clips = rendered_clips(seed, num_clips, num_frames, split=arguments.split, num_false=num_false)
         else:
-            clips = mot_clips(arguments.mot_folder, seed)
+            clips = mot_clips(arguments.mot_folder, seed, num_false=num_false)
         scores.append(compare(list(clips), features, speed))
     print(f"{describe(torch.device('cpu'))}\n{arguments.seeds} seeds of {len(speed['motion']) // len(scores)} clips\n")
     print_table(scores, speed)

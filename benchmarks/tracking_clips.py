@@ -32,6 +32,7 @@ SETTINGS = SceneSettings(
     camera_shake=3.0,
 )
 MISSES, NOISE = 0.15, 0.06  # fraction of detections that are left out; standard deviation relative to the box
+FALSE_NOISE = 0.25  # the same of false detections beside an object
 
 
 @dataclass(frozen=True)
@@ -48,15 +49,19 @@ class Clip:
         return dataclasses.replace(self, found=found)
 
 
-def rendered_clips(seed: int, num_clips: int, num_frames: int, *, split: str = "test") -> Iterator[Clip]:
+def rendered_clips(
+    seed: int, num_clips: int, num_frames: int, *, split: str = "test", num_false: float = 0.0
+) -> Iterator[Clip]:
     """Objects of one class that cross and hide each other before a panning background and a shaking camera."""
     for index in range(num_clips):
         scenes = render_clip(seed, index, num_frames, SETTINGS, split=split)
         truth = [_truth(scene, frame) for frame, scene in enumerate(scenes, 1)]
-        yield _with_detections([scene.image for scene in scenes], truth, np.random.default_rng([seed, index]))
+        yield _with_detections(
+            [scene.image for scene in scenes], truth, np.random.default_rng([seed, index]), num_false
+        )
 
 
-def mot_clips(folder: Path, seed: int) -> Iterator[Clip]:
+def mot_clips(folder: Path, seed: int, *, num_false: float = 0.0) -> Iterator[Clip]:
     """The sequences of a folder of MOTChallenge: `SEQUENCE/img1/000001.jpg`, ... and `SEQUENCE/gt/gt.txt`.
 
     Boxes whose score is 0 are to be ignored, and are left out.
@@ -72,7 +77,7 @@ def mot_clips(folder: Path, seed: int) -> Iterator[Clip]:
         rows = read_mot(file)
         rows = rows[rows[:, 6] != 0]
         truth = [rows[rows[:, 0] == frame] for frame in range(1, len(images) + 1)]
-        yield _with_detections(images, truth, np.random.default_rng([seed, index]))
+        yield _with_detections(images, truth, np.random.default_rng([seed, index]), num_false)
 
 
 def write_frames(folder: Path, num_clips: int) -> None:
@@ -89,23 +94,39 @@ def _truth(scene: Any, frame: int) -> NDArray[np.float64]:
     return np.stack(columns, axis=1).astype(np.float64)
 
 
-def _with_detections(images: list[Any], truth: list[NDArray[np.float64]], rng: np.random.Generator) -> Clip:
-    """The true boxes with misses, noise and scores of 0.3 to 0.95."""
+def _with_detections(
+    images: list[Any], truth: list[NDArray[np.float64]], rng: np.random.Generator, num_false: float
+) -> Clip:
+    """The true boxes with misses, noise and scores of 0.3 to 0.95, and per frame that many false detections."""
     found = []
     for frame, (image, rows) in enumerate(zip(images, truth, strict=True)):
         height, width = image.shape[:2]
         boxes = rows[rng.uniform(size=len(rows)) >= MISSES, 2:6]
         size = np.tile(boxes[:, 2:], 2)
         corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
-        corners = corners + rng.normal(scale=NOISE, size=corners.shape) * size
+        noisy = corners + rng.normal(scale=NOISE, size=corners.shape) * size
+        scores = rng.uniform(0.3, 0.95, len(boxes))
+        if num_false > 0 and len(boxes):
+            wrong = _false_boxes(corners[rng.integers(len(boxes), size=rng.poisson(num_false))], (height, width), rng)
+            noisy = np.concatenate([noisy, wrong])
+            scores = np.concatenate([scores, rng.uniform(0.1, 0.55, len(wrong))])
         found.append(
             Prediction(
-                scores=rng.uniform(0.3, 0.95, len(boxes)).astype(np.float32),
-                labels=np.zeros(len(boxes), dtype=np.int64),
-                label_names=["object"] * len(boxes),
+                scores=scores.astype(np.float32),
+                labels=np.zeros(len(scores), dtype=np.int64),
+                label_names=["object"] * len(scores),
                 image_size=(height, width),
-                boxes=np.clip(corners, 0, [width, height, width, height]).astype(np.float32),
+                boxes=np.clip(noisy, 0, [width, height, width, height]).astype(np.float32),
                 frame=frame,
             )
         )
     return Clip(images, truth, found)
+
+
+def _false_boxes(boxes: NDArray[np.float64], size: tuple[int, int], rng: np.random.Generator) -> NDArray[np.float64]:
+    """Boxes (n, 4) of the sizes of true ones, one half beside these and the other half anywhere."""
+    sides = boxes[:, 2:] - boxes[:, :2]
+    beside = boxes[:, :2] + rng.normal(scale=FALSE_NOISE, size=sides.shape) * sides
+    anywhere = rng.uniform(size=sides.shape) * np.maximum(np.array(size[::-1]) - sides, 0)
+    low = np.where(rng.uniform(size=(len(boxes), 1)) < 0.5, beside, anywhere)
+    return np.concatenate([low, low + sides], axis=1)
