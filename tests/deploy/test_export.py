@@ -129,6 +129,9 @@ def test_what_is_in_the_folder(exported):
     assert "library_name: onnx" in card
     assert "cat, dog, bird" in card
     assert "| largest difference of outputs |" in card
+    processor = json.loads((exported / "preprocessor_config.json").read_text())
+    assert '<canvas width="32" height="32">' in card  # of the snippet for browsers
+    assert f"const mean = {processor['image_mean']}, std = {processor['image_std']};" in card
 
 
 def test_what_differs_leaves_nothing(run, exported, tmp_path, monkeypatch):
