@@ -217,6 +217,7 @@ def test_every_task(name, format, tmp_path, photos):
     run = save_trained(name, tmp_path / "run", num_steps=60)
     export_model(run, tmp_path / "out", format=format, data=DATA)
     check_predictions(run, tmp_path / "out", photos, threshold=0.2)
+    assert "predict.py" in files_to_push(tmp_path / "out")  # nothing that its configuration names is missing
 
 
 @pytest.mark.slow

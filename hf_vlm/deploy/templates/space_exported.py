@@ -28,9 +28,10 @@ def show(path: str | None, threshold: float) -> tuple[Any, str, Any]:
         image = read_image(path, 3)
     except ValueError as error:
         raise gr.Error(str(error), print_exception=False) from error
-    found["path"] = os.path.basename(path)
+    record = as_record(found)
+    del record["path"]  # gradio would look for a file there
     names = [f"{name} {score:.2f}" for name, score in zip(found["label_names"], found["scores"])]
-    return (image, list(zip(regions(found), names))), ", ".join(names[:10]) or "nothing", as_record(found)
+    return (image, list(zip(regions(found), names))), ", ".join(names[:10]) or "nothing", record
 
 
 def regions(found: dict[str, Any]) -> list[Any]:
