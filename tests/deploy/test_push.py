@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -383,62 +382,6 @@ def test_pushing_again_replaces_what_is_stale_and_keeps_a_card_of_ones_own(pushe
     assert set(second) - set(first) == {"model.safetensors.index.json", "model-00001-of-00001.safetensors"}
     assert set(first) - set(second) == {"model.safetensors"}
     assert second["README.md"] == b"---\nlicense: mit\n---\n\nmy own words\n"
-
-
-INTERRUPTED = """
-from huggingface_hub import HfApi
-from hf_vlm.deploy.hub import Repository
-from hf_vlm.deploy.push import push
-from hf_vlm.deploy.space import space_upload
-
-class Interrupted(Exception):
-    pass
-
-def interrupt(*arguments, **options):  # when the large files are there, and before the commit
-    send_large(*arguments, **options)
-    raise Interrupted
-
-def attempt():
-    try:
-        {push}
-    except Interrupted:
-        print("interrupted")
-
-send_large, HfApi.preupload_lfs_files = HfApi.preupload_lfs_files, interrupt
-attempt()
-HfApi.preupload_lfs_files = send_large
-attempt()
-attempt()
-"""
-
-
-@pytest.mark.parametrize(
-    ("kind", "weights", "push"),
-    [
-        ("model", "model.safetensors", "push('detector', 'me/thing')"),
-        ("model", "model.onnx", "push('export', 'me/thing', license='mit')"),
-        (
-            "space",
-            "model/model.safetensors",
-            "Repository('me/thing', type='space').send(space_upload('detector', 'me/thing'), message='x')",
-        ),
-    ],
-)
-def test_a_push_that_was_interrupted_leaves_nothing_half_and_sends_no_weights_again(
-    hub_server, run_python, detector_run, tmp_path, kind, weights, push
-):
-    here = tmp_path / "elsewhere"
-    shutil.copytree(detector_run, here / "detector")
-    write_export(here / "export", detector_run)
-    printed = run_python(INTERRUPTED.format(push=push))
-    assert printed.count("interrupted") == 1
-    repo = hub_server.repos[kind, "me/thing"]
-    first, second = repo.commits.values()  # that of creation, and all files at once; the third push had nothing new
-    assert not set(first) - {"README.md", ".gitattributes"}
-    folder = here / ("export" if "export" in push else "detector")
-    assert second[weights].data == (folder / Path(weights).name).read_bytes()
-    sent = [request for request in hub_server.requests if request.startswith("PUT /large/")]
-    assert len(sent) == len(set(sent)) == sum(blob.large for blob in second.values()) > 0
 
 
 def test_private_stays_private(pushed):

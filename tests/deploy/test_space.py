@@ -1,4 +1,4 @@
-"""A Space has all that it needs, and runs as it was pushed."""
+"""A Space has all that it needs, and runs as it was pushed; pushes that are interrupted are repeated."""
 
 import json
 import re
@@ -212,3 +212,60 @@ def test_what_a_space_needs_is_pinned_and_installed_from_where_it_is_named(detec
         space_upload(encoder_run, "me/demo")
     with pytest.raises(ValueError, match="There are no images at"):
         space_upload(detector_run, "me/demo", examples=["nothing/*"])
+
+
+INTERRUPTED = """
+from huggingface_hub import HfApi
+from hf_vlm.deploy.hub import Repository
+from hf_vlm.deploy.push import push
+from hf_vlm.deploy.space import space_upload
+
+class Interrupted(Exception):
+    pass
+
+def interrupt(*arguments, **options):  # when the large files are there, and before the commit
+    send_large(*arguments, **options)
+    raise Interrupted
+
+def attempt():
+    try:
+        {push}
+    except Interrupted:
+        print("interrupted")
+
+send_large, HfApi.preupload_lfs_files = HfApi.preupload_lfs_files, interrupt
+attempt()
+HfApi.preupload_lfs_files = send_large
+attempt()
+attempt()
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "weights", "push"),
+    [
+        ("model", "model.safetensors", "push('detector', 'me/thing')"),
+        ("model", "model.onnx", "push('export', 'me/thing', license='mit')"),
+        (
+            "space",
+            "model/model.safetensors",
+            "Repository('me/thing', type='space').send(space_upload('detector', 'me/thing'), message='x')",
+        ),
+    ],
+)
+def test_a_push_that_was_interrupted_leaves_nothing_half_and_sends_no_weights_again(
+    hub_server, run_python, detector_run, tmp_path, kind, weights, push
+):
+    here = tmp_path / "elsewhere"
+    shutil.copytree(detector_run, here / "detector")
+    save_export(here / "export", "vlm_vit_detection")
+    (here / "export" / "README.md").write_text("---\nlibrary_name: onnx\n---\n")
+    printed = run_python(INTERRUPTED.format(push=push))
+    assert printed.count("interrupted") == 1
+    repo = hub_server.repos[kind, "me/thing"]
+    first, second = repo.commits.values()  # that of creation, and all files at once; the third push had nothing new
+    assert not set(first) - {"README.md", ".gitattributes"}
+    folder = here / ("export" if "export" in push else "detector")
+    assert second[weights].data == (folder / Path(weights).name).read_bytes()
+    sent = [request for request in hub_server.requests if request.startswith("PUT /large/")]
+    assert len(sent) == len(set(sent)) == sum(blob.large for blob in second.values()) > 0
