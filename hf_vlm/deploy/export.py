@@ -206,7 +206,8 @@ def _export(
     row = FORMATS[format]
     # A batch of one would be taken for a constant.
     inputs = {name: torch.cat([value, value])[: max(2, len(value))] for name, value in inputs.items()}
-    config = getattr(exporters, row.config)(dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}}, **fields)
+    batch = torch.export.Dim("batch", min=1, max=row.largest_batch)
+    config = getattr(exporters, row.config)(dynamic_shapes={"pixel_values": {0: batch}}, **fields)
     try:
         with quiet_exporters():
             return getattr(exporters, row.exporter)().export(

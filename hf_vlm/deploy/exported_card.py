@@ -46,6 +46,8 @@ def write_exported_card(folder: Path, *, name: str, run: str | Path, record: dic
         run: Folder of the model that was exported, or its name on the Hub.
         record: What `parity.json` holds.
     """
+    from hf_vlm.features.export_formats import FORMATS  # imports torch, which pushing an export should not cost
+
     config, processor = (
         json.loads((folder / file).read_text(encoding="utf-8")) for file in ("config.json", "preprocessor_config.json")
     )
@@ -59,6 +61,7 @@ def write_exported_card(folder: Path, *, name: str, run: str | Path, record: dic
         base_model=None if is_local else str(run),
         tags=["hf_vlm", "vision-transformer", "transformers-export"],
     )
+    largest_batch = FORMATS[record["format"]].largest_batch
     runtime = RUNTIMES[record["format"]] if (folder / PREDICT_FILE).is_file() else None
     values = {
         "card_data": metadata.to_yaml(),
@@ -73,6 +76,7 @@ def write_exported_card(folder: Path, *, name: str, run: str | Path, record: dic
         "is_encoder": record["task"] == "image-feature-extraction",
         "processor": processor,
         "in_browser": runtime == "onnxruntime" and _is_plain(processor),
+        "batch_size": "any size" if largest_batch is None else f"up to {largest_batch} images",
         "image_size": f"{processor['size']['height']} x {processor['size']['width']}",
     }
     replace_text(folder / "README.md", render_card("exported.md", values))

@@ -1,5 +1,6 @@
 """Exports predict what their models predict, with and without torch, and what differs leaves nothing."""
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from hf_vlm.deploy.export import ExportData, export_model, recorded_data
 from hf_vlm.deploy.predict import Predictor
 from hf_vlm.deploy.push import files_to_push, writes_card
 from hf_vlm.features.export_formats import FORMATS, find_precision
+from hf_vlm.features.exported import ExportedVisionModel
 from hf_vlm.features.loading import load_model
 from hf_vlm.registry import find_model
 
@@ -160,6 +162,24 @@ def test_an_export_is_pushed_without_what_else_lies_there(exported, tmp_path):
     assert not writes_card(folder)
 
 
+def test_batches_larger_than_a_program_takes_are_cut(run):
+    """As those of ExecuTorch, which plans its memory ahead."""
+    model = load_model(run).model
+    sizes = []
+
+    def program(pixel_values):
+        sizes.append(pixel_values.shape[0])
+        return model(pixel_values)
+
+    program.config, program.device = model.config, "cpu"
+    images = torch.randn(7, 3, 32, 32)
+    with torch.inference_mode():
+        found = ExportedVisionModel(program, largest_batch=3)(pixel_values=images)
+        assert sizes == [3, 3, 1]
+        torch.testing.assert_close(found.logits, model(images).logits)
+        assert type(found) is type(model(images))
+
+
 def test_a_damaged_program_is_named(exported, tmp_path):
     folder = Path(shutil.copytree(exported, tmp_path / "damaged"))
     (folder / "model.onnx").write_bytes(b"no program")
@@ -218,6 +238,28 @@ def test_every_task(name, format, tmp_path, photos):
     export_model(run, tmp_path / "out", format=format, data=DATA)
     check_predictions(run, tmp_path / "out", photos, threshold=0.2)
     assert "predict.py" in files_to_push(tmp_path / "out")  # nothing that its configuration names is missing
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("executorch") is None,
+    reason='executorch is not installed: pip install "hf_vlm[executorch]"',
+)
+def test_executorch(tmp_path, photos):
+    """A detector, whose lists of tensors once fixed the batch, in more images than it takes at a time."""
+    run = save_trained("detection", tmp_path / "run", num_steps=60)
+    record = export_model(run, tmp_path / "out", format="executorch", data=DATA)
+    assert record["max_difference"] <= 1e-4
+    images = [*photos] * 4
+    expected, found = (
+        Predictor.from_pretrained(path, device="cpu").predict(images, 0.2, batch_size=12)
+        for path in (run, tmp_path / "out")
+    )
+    for one, other in zip(expected, found, strict=True):
+        np.testing.assert_array_equal(other.labels, one.labels)
+        np.testing.assert_allclose(other.scores, one.scores, atol=1e-4)
+        np.testing.assert_allclose(other.boxes, one.boxes, atol=0.02)
+    assert not (tmp_path / "out" / "predict.py").exists()
 
 
 @pytest.mark.slow
