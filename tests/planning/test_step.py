@@ -56,11 +56,11 @@ def test_activation_checkpointing_keeps_what_was_planned():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model(images)
     weights = {weight.untyped_storage()._cdata for weight in model.parameters()}
-    outside = {storage._cdata: storage.nbytes() for storage in kept if storage._cdata not in weights}
+    checkpointed = {storage._cdata: storage.nbytes() for storage in kept if storage._cdata not in weights}
     inputs = 6 * images.shape[0] * 2 * 65 * 32 * 4  # layers x views x tokens x width x bytes
     assert saved.into_layers == inputs
-    assert saved.total - saved.in_layers == pytest.approx(sum(outside.values()), rel=0.02)
-    assert saved.largest_layer == pytest.approx(saved.in_layers / 6, rel=0.01)
+    assert saved.total - saved.in_layers + saved.into_layers == sum(checkpointed.values())
+    assert 5 * saved.largest_layer < saved.in_layers <= 6 * saved.largest_layer  # the last needs the class token alone
 
 
 @pytest.mark.parametrize("preset", slow_but(PRESETS, "nano", "tiny"))
