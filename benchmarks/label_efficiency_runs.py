@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
-from label_efficiency_data import LABELS, DataSet, as_words, labelled_folder, prepare
+from label_efficiency_data import DETECTION, LABELS, DataSet, as_words, labelled_folder, prepare
 
-__all__ = ["ARMS", "Lab", "Run"]
+__all__ = ["ARMS", "Lab", "Run", "arms_of"]
 
 BENCHMARKS = Path(__file__).parent
 HF_VLM = ("-m", "hf_vlm.cli")
-DETECTOR = "detection/vit_nano_cpu.yaml"
-OBJECTS = "region_detection/vit_nano_cpu.yaml"
 DISTILLED = "distill/vit_nano_cpu.yaml"
 
 Record = dict[str, Any]
@@ -112,20 +110,21 @@ class Lab:
         shared = {"data": self.data(run)[1], "seed": seed, "probe_steps": 0, **self.sets[run.data].encoder}
         return folder, self.execute(folder, [*HF_VLM, "pretrain", recipe, *as_words(shared | keys | self.keys)])
 
-    def pretrain_objects(self, run: Run) -> tuple[Path, Record]:
-        """A detector of one class, pretrained without labels."""
+    def pretrain_own(self, run: Run) -> tuple[Path, Record]:
+        """An encoder, or where objects are found a detector of one class, pretrained without labels."""
         data = self.sets[run.data]
-        folder, record = self.pretrain(run, "objects", OBJECTS, data.head | data.pretraining)
+        keys = data.pretraining | (data.head if data.task.pretrains_head else {})
+        folder, record = self.pretrain(run, "own", data.task.pretraining, keys)
         rounds = [json.loads(path.read_text()) for path in folder.glob("round-*/run.json")]
         seconds = sum(each["seconds"] + each.get("labelling_seconds", 0.0) for each in (record, *rounds))
         return folder, record | {"seconds": seconds}
 
     def finetune(self, run: Run, *, by: Sequence[str] = (*HF_VLM, "finetune"), **keys: Any) -> Record:
-        """A detector of the labelled images, by the same words for all arms but what these add."""
+        """A model of the labelled images, by the same words for all arms but what these add."""
         data = self.sets[run.data]
         shared = {"data": self.data(run)[0], "eval_split": "test", "save_strategy": "no", "seed": run.seed}
         keys = shared | data.encoder | data.head | data.training | keys | self.keys
-        return self.execute(self.run_folder(run), [*by, DETECTOR, *as_words(keys)])
+        return self.execute(self.run_folder(run), [*by, data.task.recipe, *as_words(keys)])
 
 
 def random(lab: Lab, run: Run) -> list[Record]:
@@ -133,15 +132,15 @@ def random(lab: Lab, run: Run) -> list[Record]:
 
 
 def pretrained(lab: Lab, run: Run) -> list[Record]:
-    objects, record = lab.pretrain_objects(run)
-    return [record, lab.finetune(run, encoder=objects)]
+    encoder, record = lab.pretrain_own(run)
+    return [record, lab.finetune(run, encoder=encoder)]
 
 
 def task_distilled(lab: Lab, run: Run) -> list[Record]:
     teacher = run._replace(arm="pretrained")
     records = pretrained(lab, teacher)
     keys = {"unlabelled_data": lab.data(run)[1], "labels_from": lab.run_folder(teacher)}
-    return [*records, lab.finetune(run, encoder=lab.pretrain_objects(run)[0], **keys)]
+    return [*records, lab.finetune(run, encoder=lab.pretrain_own(run)[0], **keys)]
 
 
 def distilled(lab: Lab, run: Run) -> list[Record]:
@@ -150,7 +149,7 @@ def distilled(lab: Lab, run: Run) -> list[Record]:
 
 
 def prototypes(lab: Lab, run: Run) -> list[Record]:
-    objects, record = lab.pretrain_objects(run)
+    objects, record = lab.pretrain_own(run)
     return [record, lab.finetune(run, by=[str(BENCHMARKS / "prototypes.py")], encoder=objects)]
 
 
@@ -158,7 +157,13 @@ def transformers(lab: Lab, run: Run) -> list[Record]:
     return [lab.finetune(run, by=[str(BENCHMARKS / "transformers_detector.py")])]
 
 
-# Each returns the records of what it ran, last that of the detector that is tested.
+# Each returns the records of what it ran, last that of the model that is tested.
 ARMS: dict[str, Callable[[Lab, Run], list[Record]]] = {
     arm.__name__: arm for arm in (random, pretrained, transformers, distilled, task_distilled, prototypes)
 }
+
+
+def arms_of(data: DataSet) -> list[str]:
+    """The arms that there are for the task of a set: some are of detectors alone."""
+    of_detectors = (transformers, task_distilled, prototypes) if data.task is not DETECTION else ()
+    return [name for name, arm in ARMS.items() if arm not in of_detectors]

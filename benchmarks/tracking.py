@@ -1,10 +1,12 @@
-"""Does appearance from the encoder keep identities where boxes alone lose them? Clips with truth, equal detections.
+"""Does appearance keep identities where boxes alone lose them? Clips with truth, equal detections for all trackers.
 
-`python benchmarks/tracking.py [--quick] [--pretrained RUN]`; needs the extra `hf_vlm[track]` for ByteTrack and the
-metrics (HOTA, IDF1, MOTA by `trackers.eval`). Clips are rendered (`render_clip`): five to seven objects of one class,
-of several colours, that cross and hide each other before a panning background and a shaking camera. Detections are the
-true boxes with misses, noise of position and size, and scores below 1, the same for all trackers. Appearance is the
-encoder's patch tokens within each detection: of random weights, or of the run of `--pretrained`.
+`python benchmarks/tracking.py [--quick] [--pretrained RUN] [--mot_folder FOLDER]`; needs the extra `hf_vlm[track]` for
+ByteTrack, BoT-SORT and the metrics (HOTA, IDF1, MOTA by `trackers.eval`). Clips are rendered (`tracking_clips.py`) or
+sequences of MOTChallenge. Detections are the true boxes with misses, noise of position and size, and scores below 1;
+`--false_detections` adds some that show no object.
+Appearance is what the middle of each detection shows: its mean colour (the baseline without an encoder), or the mean
+of an encoder's patch tokens, of random weights or of the run of `--pretrained`, for which `--write_frames FOLDER`
+writes images of the training split.
 """
 
 import argparse
@@ -12,98 +14,89 @@ import dataclasses
 import json
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from machine import describe
+from tracking_clips import Clip, mot_clips, rendered_clips, write_frames
 
-from hf_vlm.data.scenes.render import SceneSettings, render_clip
 from hf_vlm.deploy.mot import mot_rows, write_mot
-from hf_vlm.deploy.prediction import Prediction
 from hf_vlm.deploy.track import create_tracker
-from hf_vlm.features.boxes import box_features
+from hf_vlm.features.boxes import appearance_features
 from hf_vlm.features.loading import load_frozen_encoder
+from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
+from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 
-CLIPS = SceneSettings(
-    objects="symbols",
-    backgrounds="landscapes",
-    image_size=96,
-    num_classes=1,
-    min_objects=5,
-    max_objects=7,
-    min_object_size=18.0,
-    max_object_size=26.0,
-    max_rotation=15.0,
-    min_contrast=0.3,
-    max_contrast=0.55,
-    min_crop=72,
-    max_speed=3.0,
-    camera_shake=3.0,
-)
 THRESHOLD = 0.5
-MISSES, NOISE = 0.15, 0.06  # fraction of detections that are left out; standard deviation relative to the box
+MIN_SIDE = 192  # of images as encoders see them: patches of 8 pixels are then small beside objects of 18
+NUM_TRAINING_CLIPS = 1000
+LIBRARY = ("bytetrack", "botsort")
+METRICS = (("hota", 100), ("idf1", 100), ("mota", 100), ("switches", 1))
+
+Features = Callable[[Clip], list[Any]]  # of a clip's detections, (n, dim) per frame
 
 
-def detections(scenes: list[Any], rng: np.random.Generator) -> list[Prediction]:
-    """The true boxes with misses, noise and scores of 0.3 to 0.95."""
-    found = []
-    for frame, scene in enumerate(scenes):
-        rows = np.flatnonzero(rng.uniform(size=len(scene.boxes)) >= MISSES)
-        size = scene.boxes[rows, 2:]
-        noise = rng.normal(scale=NOISE, size=(len(rows), 4)) * np.tile(size, 2)
-        corners = np.concatenate([scene.boxes[rows, :2], scene.boxes[rows, :2] + size], axis=1) + noise
-        found.append(
-            Prediction(
-                scores=rng.uniform(0.3, 0.95, len(rows)).astype(np.float32),
-                labels=np.zeros(len(rows), dtype=np.int64),
-                label_names=["object"] * len(rows),
-                image_size=(scene.image.shape[0], scene.image.shape[1]),
-                boxes=np.clip(corners, 0, scene.image.shape[0]).astype(np.float32),
-                frame=frame,
-            )
+def colors(clip: Clip) -> list[Any]:
+    """Mean colours (n, 3) of the middles of boxes."""
+    maps = [torch.from_numpy(image).permute(2, 0, 1) for image in clip.images]
+    return [
+        appearance_features(colors_of, torch.from_numpy(one.boxes), one.image_size).numpy()
+        for colors_of, one in zip(maps, clip.found, strict=True)
+    ]
+
+
+def tokens(model: VLMViTModel, processor: Any) -> Features:
+    """Mean patch tokens (n, dim) of the middles of boxes."""
+
+    @torch.inference_mode()
+    def features(clip: Clip) -> list[Any]:
+        patch = model.config.patch_size
+        scale = max(1.0, MIN_SIDE / min(clip.images[0].shape[:2]))
+        height, width = (patch * round(scale * side / patch) for side in clip.images[0].shape[:2])
+        found = []
+        for image, one in zip(clip.images, clip.found, strict=True):
+            size = {"height": height, "width": width}
+            pixels = processor(image, return_tensors="pt", input_data_format="channels_last", size=size)
+            output = model(pixel_values=pixels["pixel_values"]).last_hidden_state[0, model.config.num_prefix_tokens :]
+            feature_map = output.T.unflatten(1, (height // patch, width // patch))
+            found.append(appearance_features(feature_map, torch.from_numpy(one.boxes), one.image_size).numpy())
+        return found
+
+    return features
+
+
+def appearances(pretrained: str | None) -> dict[str, Features]:
+    """All kinds of appearance: colour, tokens of random weights, and those of a run with the same architecture."""
+    torch.manual_seed(0)
+    if pretrained is None:
+        config = VLMViTConfig(
+            image_size=96,
+            patch_size=8,
+            hidden_size=96,
+            num_hidden_layers=4,
+            num_attention_heads=3,
+            position_embedding_type="sincos",
         )
-    return found
+        return {"colour": colors, "random": tokens(VLMViTModel(config).eval(), VLMViTImageProcessor())}
+    model, processor = load_frozen_encoder(pretrained)
+    random = VLMViTModel(model.config).eval()
+    return {"colour": colors, "random": tokens(random, processor), "pretrained": tokens(model.eval(), processor)}
 
 
-@torch.inference_mode()
-def with_appearance(found: list[Prediction], scenes: list[Any], model: Any, processor: Any) -> list[Prediction]:
-    """The detections with the means of the encoder's patch tokens in their boxes."""
-    images = [scene.image for scene in scenes]
-    pixels = processor(images, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
-    tokens = model(pixel_values=pixels).last_hidden_state  # (frames, prefix + patches, dim)
-    side = pixels.shape[-1] // model.config.patch_size
-    maps = tokens[:, -side * side :].transpose(1, 2).unflatten(2, (side, side))
-    result = []
-    for prediction, feature_map in zip(found, maps, strict=True):
-        boxes = torch.from_numpy(prediction.boxes) / images[0].shape[0]
-        centered = torch.cat([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], dim=1)
-        features = box_features(feature_map[None], centered[None])[0].numpy()
-        result.append(dataclasses.replace(prediction, appearance=features))
-    return result
-
-
-def tracked(found: list[Prediction], images: list[Any], name: str) -> tuple[list[Any], float]:
+def tracked(clip: Clip, name: str) -> tuple[list[Any], float]:
     """Rows of MOT, and the seconds of tracking."""
     tracker = create_tracker(name, threshold=THRESHOLD)
     start = time.perf_counter()
-    ids = [tracker(prediction, image) for prediction, image in zip(found, images, strict=True)]
+    ids = [tracker(prediction, image) for prediction, image in zip(clip.found, clip.images, strict=True)]
     seconds = time.perf_counter() - start
     rows = []
-    for frame, (prediction, numbers) in enumerate(zip(found, ids, strict=True), 1):
+    for frame, (prediction, numbers) in enumerate(zip(clip.found, ids, strict=True), 1):
         rows.append(mot_rows(dataclasses.replace(prediction, track_ids=numbers).select(numbers > 0), frame))
     return rows, seconds
-
-
-def truth(scenes: list[Any]) -> list[Any]:
-    rows = []
-    for frame, scene in enumerate(scenes, 1):
-        ones = np.ones(len(scene.boxes))
-        columns = [frame * ones, scene.track_ids + 1, *scene.boxes.T, ones, ones, ones]
-        rows.append(np.stack(columns, axis=1).astype(np.float64))
-    return rows
 
 
 def evaluate(folder: Path, name: str) -> dict[str, float]:
@@ -118,66 +111,70 @@ def evaluate(folder: Path, name: str) -> dict[str, float]:
     }
 
 
+def compare(clips: list[Clip], features: dict[str, Features], speed: dict[str, list[float]]) -> dict[str, Any]:
+    """Metrics by tracker over all clips; adds the frames per second on each clip to `speed`."""
+    names = [*LIBRARY, "motion", *features]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for name in ("truth", *names):
+            (folder / name).mkdir()
+        for number, clip in enumerate(clips):
+            write_mot(folder / "truth" / f"{number}.txt", clip.truth)
+            for name in names:
+                shown = clip.with_appearance(features[name](clip)) if name in features else clip
+                rows, seconds = tracked(shown, "appearance" if name in features else name)
+                speed.setdefault(name, []).append(len(clip.images) / seconds)
+                write_mot(folder / name / f"{number}.txt", rows)
+        return {name: evaluate(folder, name) for name in names}
+
+
+def print_table(scores: list[dict[str, Any]], speed: dict[str, list[float]]) -> None:
+    print("| tracker | HOTA | IDF1 | MOTA | identity switches | frames per second |\n|---|---:|---:|---:|---:|---:|")
+    for name in scores[0]:
+        cells = []
+        for metric, scale in METRICS:
+            values = scale * np.array([of_seed[name][metric] for of_seed in scores])
+            cells.append(f"{values.mean():.1f} ± {values.std(ddof=1) if len(values) > 1 else 0:.1f}")
+        title = name if name in (*LIBRARY, "motion") else f"appearance, {name}"
+        print(f"| {title} | {' | '.join(cells)} | {np.median(speed[name]):.0f} |")
+
+
+def headline(scores: list[dict[str, Any]]) -> dict[str, float]:
+    """What the last line of the output gives; ours has the appearance of the pretrained encoder where there is one."""
+    ours = "pretrained" if "pretrained" in scores[0] else "random"
+    chosen = {"bytetrack": "bytetrack", "ours": ours, "random": "random", "motion": "motion", "colour": "colour"}
+    found = {f"idf1_{key}": [of_seed[name]["idf1"] for of_seed in scores] for key, name in chosen.items()}
+    found["hota_ours"] = [of_seed[ours]["hota"] for of_seed in scores]
+    return {key: round(float(np.mean(values)), 4) for key, values in found.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer and shorter clips")
     parser.add_argument("--pretrained", help="run of a pretrained encoder whose features are the appearance")
+    parser.add_argument("--mot_folder", type=Path, help="sequences of MOTChallenge to track instead of rendered clips")
+    parser.add_argument("--write_frames", type=Path, help="folder to write images for pretraining to, and end")
+    parser.add_argument("--split", default="test", help="of rendered clips; settings are chosen on validation")
+    parser.add_argument("--false_detections", type=float, default=0.0, help="mean number per frame")
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
+    if arguments.write_frames is not None:
+        write_frames(arguments.write_frames, NUM_TRAINING_CLIPS)
+        return
     num_clips, num_frames = (3, 60) if arguments.quick else (8, 120)
-    encoders: dict[str, tuple[Any, Any]] = {}
-    if arguments.pretrained:
-        model, processor = load_frozen_encoder(arguments.pretrained)
-        torch.manual_seed(0)
-        encoders = {
-            "pretrained": (model.eval(), processor),
-            "random": (VLMViTModel(model.config).eval(), processor),
-        }
-    else:
-        from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
-        from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
-
-        config = VLMViTConfig(image_size=96, patch_size=8, hidden_size=96, num_hidden_layers=4, num_attention_heads=3)
-        torch.manual_seed(0)
-        encoders = {"random": (VLMViTModel(config).eval(), VLMViTImageProcessor(size=96))}
-    scores: dict[str, list[dict[str, float]]] = {}
-    frames, seconds = 0, {}
+    features = appearances(arguments.pretrained)
+    scores: list[dict[str, Any]] = []
+    speed: dict[str, list[float]] = {}
     for seed in range(arguments.seeds):
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary)
-            names = {"bytetrack": "bytetrack", "botsort": "botsort", "motion": "motion"}
-            names |= {f"appearance, {name}": "appearance" for name in encoders}
-            for name in ("truth", *names):
-                (folder / name).mkdir()
-            for clip in range(num_clips):
-                scenes = render_clip(seed, clip, num_frames, CLIPS, split="test")
-                images = [scene.image for scene in scenes]
-                found = detections(scenes, np.random.default_rng([seed, clip]))
-                write_mot(folder / "truth" / f"{clip}.txt", truth(scenes))
-                frames += num_frames
-                for name, tracker in names.items():
-                    encoder = encoders.get(name.removeprefix("appearance, "))
-                    shown = found if encoder is None else with_appearance(found, scenes, *encoder)
-                    rows, taken = tracked(shown, images, tracker)
-                    seconds[name] = seconds.get(name, 0.0) + taken
-                    write_mot(folder / name / f"{clip}.txt", rows)
-            for name in names:
-                scores.setdefault(name, []).append(evaluate(folder, name))
-    print(f"{describe(torch.device('cpu'))}\n{arguments.seeds} seeds of {num_clips} clips of {num_frames} frames\n")
-    print("| tracker | HOTA | IDF1 | MOTA | identity switches | frames per second |\n|---|---:|---:|---:|---:|---:|")
-    for name, of_seeds in scores.items():
-        cells = []
-        for metric, scale in (("hota", 100), ("idf1", 100), ("mota", 100), ("switches", 1)):
-            values = scale * np.array([one[metric] for one in of_seeds])
-            cells.append(f"{values.mean():.1f} ± {values.std(ddof=1) if len(values) > 1 else 0:.1f}")
-        print(f"| {name} | {' | '.join(cells)} | {frames / seconds[name]:.0f} |")
-    mean = {name: {key: np.mean([one[key] for one in of]) for key in of[0]} for name, of in scores.items()}
-    appearance = "appearance, pretrained" if arguments.pretrained else "appearance, random"
-    names = {"bytetrack": "bytetrack", "ours": "motion", "appearance": appearance, "random": "appearance, random"}
-    metrics = {f"idf1_{key}": mean[name]["idf1"] for key, name in names.items()} | {
-        "hota_ours": mean["motion"]["hota"]
-    }
-    print(json.dumps({key: round(float(value), 4) for key, value in metrics.items()}))
+        num_false = arguments.false_detections
+        if arguments.mot_folder is None:
+            clips = rendered_clips(seed, num_clips, num_frames, split=arguments.split, num_false=num_false)
+        else:
+            clips = mot_clips(arguments.mot_folder, seed, num_false=num_false)
+        scores.append(compare(list(clips), features, speed))
+    print(f"{describe(torch.device('cpu'))}\n{arguments.seeds} seeds of {len(speed['motion']) // len(scores)} clips\n")
+    print_table(scores, speed)
+    print(json.dumps(headline(scores)))
 
 
 if __name__ == "__main__":

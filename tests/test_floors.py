@@ -17,6 +17,7 @@ FLOORS = {
     "training": 5,
     "viz": 6,
     "deploy": 7,
+    "planning": 7,
     "cli": 8,
 }
 # Of the rooms and files within data/; what is on one level imports nothing of that level but its own room.

@@ -60,10 +60,10 @@ def test_the_report_has_means_and_deviations_over_the_seeds(script, report, resu
         script.main()
     *lines, last = capsys.readouterr().out.splitlines()
     assert lines == [
-        "| set/labels | random | pretrained |",
-        "| --- | ---: | ---: |",
-        "| bccd/10 | 0.150 ± 0.071 (2) | 0.260 ± 0.014 (2) |",
-        "| bccd/all | 0.500 ± 0.000 (1) |  |",
+        "| set/labels | metric | random | pretrained |",
+        "| --- | --- | ---: | ---: |",
+        "| bccd/10 | ap | 0.150 ± 0.071 (2) | 0.260 ± 0.014 (2) |",
+        "| bccd/all | ap | 0.500 ± 0.000 (1) |  |",
     ]
     found = json.loads(last)
     assert found.pop("random") == {"bccd/10": 0.15, "bccd/all": 0.5}
@@ -179,6 +179,37 @@ def test_the_labelled_images_of_a_seed_are_part_of_those_of_more_labels(module):
     assert rows(30, "all", 0) == list(range(30))
 
 
+def test_the_labelled_images_of_a_classifier_are_as_many_of_each_class(module):
+    rows = module("label_efficiency_data").labelled_rows
+    classes = [index % 3 for index in range(300)]
+    few, more = (rows(300, labels, 0, 200, classes) for labels in ("10", "50"))
+    assert set(few) < set(more)
+    assert [[classes[row] for row in found].count(1) for found in (few, more)] == [10, 50]
+    assert len(rows(300, "all", 0, 200, classes)) == 200
+
+
+def test_masks_of_values_without_a_name_have_no_class(module):
+    values = np.arange(13, dtype=np.uint8).reshape(1, 13)
+    file = BytesIO()
+    Image.fromarray(values).save(file, "png")
+    changed = module("label_efficiency_data")._without_others({"bytes": file.getvalue(), "path": None}, 11)
+    assert np.asarray(Image.open(BytesIO(changed["bytes"]))).tolist() == [[*range(11), 255, 255]]
+
+
+def test_arms_of_detectors_are_not_run_for_other_tasks(script):
+    runs = script.pending([], ["cifar10", "scenes"], ["10"], list(script.ARMS), 1)
+    assert [run.arm for run in runs if run.data == "cifar10"] == ["random", "pretrained", "distilled"]
+    assert len([run for run in runs if run.data == "scenes"]) == len(script.ARMS)
+
+
+@pytest.mark.parametrize("data", ["nuclei_masks", "camvid_pixels", "cifar10"])
+def test_the_recipes_of_other_tasks_take_their_keys(module, data):
+    words, settings = module("label_efficiency_data").as_words, module("label_efficiency_data").SETS[data]
+    head = settings.head if settings.task.pretrains_head else {}
+    load_recipe(settings.task.pretraining, words(settings.encoder | head | settings.pretraining))
+    load_recipe(settings.task.recipe, words(settings.encoder | settings.head | settings.training))
+
+
 def test_folders_hold_the_labelled_images_of_the_pool_and_unlabelled_ones_without_boxes(lab, script):
     run = script.Run("scenes", "10", "random", 0)
     labelled, unlabelled = lab.data(run)
@@ -211,12 +242,12 @@ def test_the_commands_of_the_arms(lab, script, monkeypatch):
     assert (recipe["data"], recipe["seed"], recipe["image_size"]) == ("labelled", 2, 96)
     assert recipe["augmentation"]["jitter"] == load_recipe(random[1][3], [])["augmentation"]["jitter"]
     pretraining, tuning = found["pretrained"]
-    assert pretraining[0] == "scenes/objects-2"
+    assert pretraining[0] == "scenes/own-2"
     assert pretraining[1][pretraining[1].index("--data") + 1] == "unlabelled"
-    encoder = ["--encoder", str(lab.folder / "scenes" / "objects-2")]
+    encoder = ["--encoder", str(lab.folder / "scenes" / "own-2")]
     assert tuning[1] == random[1] + encoder
     folders, words = zip(*found["task_distilled"])
-    assert folders[:2] == ("scenes/objects-2", "scenes/10/pretrained-2")
+    assert folders[:2] == ("scenes/own-2", "scenes/10/pretrained-2")
     objects = ["--unlabelled_data", "unlabelled", "--labels_from", str(lab.folder / "scenes/10/pretrained-2")]
     assert words[-1] == [*random[1], *encoder, *objects]
     assert found["transformers"][0][1][1:] == random[1][3:]

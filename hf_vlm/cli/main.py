@@ -19,6 +19,7 @@ COMMANDS = {
     "embed": "features, neighbours and maps of images:   hf-vlm embed RUN --data SOURCE --neighbors neighbors.png",
     "predict": "objects or classes of images:              hf-vlm predict RUN photo.jpg --save out.png",
     "track": "objects of a video, numbered:           hf-vlm track RUN clip.mp4 --save out.mp4",
+    "plan": "cost of pretraining on a cluster:          hf-vlm plan RECIPE --gpus 64 --gpu h200",
     "export": "for ONNX and other runtimes:               hf-vlm export RUN --format onnx",
     "serve": "predictions over HTTP and a web page:     hf-vlm serve RUN",
     "push": "publish a run on the Hub:                  hf-vlm push RUN my-org/my-detector",

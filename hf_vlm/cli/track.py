@@ -70,8 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tracker",
         choices=TRACKERS,
-        default="motion",
-        help="by what objects are found again: motion, motion and appearance, or a method of the package "
+        default="appearance",
+        help="by what objects are found again: motion, motion and appearance (default), or a method of the package "
         "trackers (the extra hf_vlm[track])",
     )
     parser.add_argument(

@@ -149,7 +149,7 @@ def export_model(
         program.save_pretrained(folder)
         reference.processor.save_pretrained(folder)
         write_origins(folder, str(run))
-        if format in RUNTIMES and reference.model.config.model_type in runtime.POST_PROCESSING:
+        if format in RUNTIMES and _runs_without_torch(folder):
             shutil.copyfile(runtime.__file__, folder / PREDICT_FILE)
         comparison = compare(reference, load_model(folder), images)
         comparison = dataclasses.replace(comparison, metric=_metric(run, folder, data, task))
@@ -206,7 +206,8 @@ def _export(
     row = FORMATS[format]
     # A batch of one would be taken for a constant.
     inputs = {name: torch.cat([value, value])[: max(2, len(value))] for name, value in inputs.items()}
-    config = getattr(exporters, row.config)(dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}}, **fields)
+    batch = torch.export.Dim("batch", min=1, max=row.largest_batch)
+    config = getattr(exporters, row.config)(dynamic_shapes={"pixel_values": {0: batch}}, **fields)
     try:
         with quiet_exporters():
             return getattr(exporters, row.exporter)().export(
@@ -230,6 +231,16 @@ def quiet_exporters() -> Iterator[None]:
     finally:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
+
+
+def _runs_without_torch(folder: Path) -> bool:
+    """Whether `predict.py` can do what the image processor of an export does."""
+    try:
+        runtime.Runtime(folder)
+    except ValueError as error:
+        logger.warning("There will be no %s: %s", PREDICT_FILE, error)
+        return False
+    return True
 
 
 def _metric(run: str | Path, folder: Path, data: ExportData, task: Task) -> Metric | None:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from huggingface_hub import ModelCardData
 
 from hf_vlm.data.io.durable import replace_text
@@ -45,6 +46,8 @@ def write_exported_card(folder: Path, *, name: str, run: str | Path, record: dic
         run: Folder of the model that was exported, or its name on the Hub.
         record: What `parity.json` holds.
     """
+    from hf_vlm.features.export_formats import FORMATS  # imports torch, which pushing an export should not cost
+
     config, processor = (
         json.loads((folder / file).read_text(encoding="utf-8")) for file in ("config.json", "preprocessor_config.json")
     )
@@ -58,6 +61,8 @@ def write_exported_card(folder: Path, *, name: str, run: str | Path, record: dic
         base_model=None if is_local else str(run),
         tags=["hf_vlm", "vision-transformer", "transformers-export"],
     )
+    largest_batch = FORMATS[record["format"]].largest_batch
+    runtime = RUNTIMES[record["format"]] if (folder / PREDICT_FILE).is_file() else None
     values = {
         "card_data": metadata.to_yaml(),
         "model_name": markdown(name),
@@ -65,13 +70,22 @@ def write_exported_card(folder: Path, *, name: str, run: str | Path, record: dic
         "run": Path(run).resolve().name if is_local else str(run),
         "record": record,
         "rows": [(markdown(key), value) for key, value in parity_rows(record)],
-        "runtime": RUNTIMES[record["format"]] if (folder / PREDICT_FILE).is_file() else None,
+        "runtime": runtime,
         "class_names": [markdown(label) for _, label in config.get("id2label", {}).items()],
         "options": f', config={{"INFERENCE_PRECISION_HINT": "{hint}"}}' if record["format"] == "openvino" else "",
         "is_encoder": record["task"] == "image-feature-extraction",
+        "processor": processor,
+        "in_browser": runtime == "onnxruntime" and _is_plain(processor),
+        "batch_size": "any size" if largest_batch is None else f"up to {largest_batch} images",
         "image_size": f"{processor['size']['height']} x {processor['size']['width']}",
     }
     replace_text(folder / "README.md", render_card("exported.md", values))
+
+
+def _is_plain(processor: dict[str, Any]) -> bool:
+    """Whether images are colour images that are resized, rescaled and normalised per channel, and nothing else."""
+    steps = all(processor[f"do_{step}"] for step in ("resize", "rescale", "normalize"))
+    return steps and all(np.shape(processor[f"image_{name}"]) == (3,) for name in ("mean", "std"))
 
 
 def _license(run: Path) -> str | None:

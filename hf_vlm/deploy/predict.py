@@ -152,7 +152,7 @@ class Predictor:
         assert self.task.post_process is not None
         sizes = [(array.shape[0], array.shape[1]) for array in arrays]
         inputs = self.processor(arrays, return_tensors="pt", input_data_format="channels_last")
-        from hf_vlm.features.boxes import recorded_maps
+        from hf_vlm.features.boxes import appearance_features, recorded_maps
 
         with contextlib.ExitStack() as stack:
             maps = stack.enter_context(recorded_maps(self.model)) if with_appearance else []
@@ -168,23 +168,12 @@ class Predictor:
                 labels=result["labels"].long().cpu().numpy(),
                 label_names=[names[label] for label in result["labels"].tolist()],
                 image_size=size,
-                appearance=_appearance(maps[-1][row], result["boxes"], size) if maps and "boxes" in result else None,
+                appearance=appearance_features(maps[-1][row], result["boxes"], size).cpu().numpy()
+                if maps and "boxes" in result
+                else None,
             )
             for row, (result, size) in enumerate(zip(results, sizes, strict=True))
         ]
-
-
-def _appearance(feature_map: "torch.Tensor", boxes: "torch.Tensor", size: tuple[int, int]) -> NDArray[np.float32]:
-    """Features (n, dim) of boxes (n, 4), in pixels of an image of that size, from its map (dim, rows, columns)."""
-    import torch
-
-    from hf_vlm.features.boxes import box_features
-
-    height, width = size
-    relative = boxes.float() / torch.tensor([width, height, width, height], device=boxes.device)
-    low, high = relative[:, :2], relative[:, 2:]
-    centered = torch.cat([(low + high) / 2, high - low], dim=1)  # (n, 4) cxcywh
-    return box_features(feature_map[None].float(), centered[None])[0].cpu().numpy()
 
 
 def _is_larger(image: NDArray[Any], tile: int | None) -> bool:

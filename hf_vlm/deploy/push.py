@@ -281,8 +281,13 @@ def _weights(run_dir: Path) -> list[str]:
 
 
 def _code(run_dir: Path, config_name: str) -> list[str]:
-    """Files of the classes in a configuration's `auto_map`, and all that these import from the same folder."""
+    """Files of the classes in a configuration's `auto_map`, and all that these import from the same folder.
+
+    Of an export they are those of the configuration and the image processor: its program is the model.
+    """
     auto_map: Mapping[str, Any] = _json(run_dir / config_name).get("auto_map") or {}
+    if is_exported(run_dir):
+        auto_map = {name: value for name, value in auto_map.items() if not name.startswith("AutoModel")}
     references = [ref for value in auto_map.values() for ref in (value if isinstance(value, list) else [value]) if ref]
     if not references:
         raise ValueError(

@@ -5,8 +5,9 @@ This file is in the folder of every exported model as `predict.py`. It prints on
 
     python predict.py photo.jpg --threshold 0.5
 
-or is imported: `Runtime("folder").predict("photo.jpg")`. `pip install onnxruntime numpy pillow` is all that an ONNX
-model needs; one of OpenVINO needs openvino in place of onnxruntime.
+and with `--label_maps FOLDER` writes PNGs with the class of each pixel, of a model that classifies pixels. Or it is
+imported: `Runtime("folder").predict("photo.jpg")`. `pip install onnxruntime numpy pillow` is all that an ONNX model
+needs; one of OpenVINO needs openvino in place of onnxruntime.
 """
 
 import argparse
@@ -68,9 +69,10 @@ class Runtime:
 
         Returns:
             A dict of `image_size` (height, width), `path` and, best first, `scores` (n,), `labels` (n,) and
-            `label_names`; `boxes` (n, 4) x1, y1, x2, y2 in pixels of a detector; `segmentation` (height, width) of a
-            model that classifies pixels, whose scores are fractions of the image. Of an encoder in their place
-            `features` (hidden_size,), the mean of its patch tokens.
+            `label_names`; `boxes` (n, 4) x1, y1, x2, y2 in pixels of a detector, with `masks` (n, height, width) bool
+            where it finds these; `segmentation` (height, width) of a model that classifies pixels, whose scores are
+            fractions of the image. Of an encoder in their place `features` (hidden_size,), the mean of its patch
+            tokens.
 
         Raises:
             ValueError: The image cannot be read, or the threshold is not between 0 and 1.
@@ -139,7 +141,8 @@ def read_image(image: Any, num_channels: int) -> Array:
 
 
 def find_objects(outputs: dict[str, Array], size: tuple[int, int], threshold: float | None, of: Runtime) -> Any:
-    """Detections from `logits` (queries, classes) and `pred_boxes` (queries, 4), the best pairs of query and class."""
+    """Detections from `logits` (queries, classes) and `pred_boxes` (queries, 4), the best pairs of query and class,
+    and their masks from `pred_masks` (queries, rows, columns), where there are any."""
     logits, boxes = outputs["logits"], outputs["pred_boxes"]
     threshold = of.processor.get("score_threshold", 0.5) if threshold is None else threshold
     scores = sigmoid(logits).ravel()
@@ -150,7 +153,12 @@ def find_objects(outputs: dict[str, Array], size: tuple[int, int], threshold: fl
     corners = np.clip(np.concatenate([centre - extent / 2, centre + extent / 2], axis=1), 0, 1)
     height, width = size
     pixels = corners * np.array([width, height, width, height], np.float32)
-    return {"scores": scores[best], "labels": labels, "boxes": pixels.astype(np.float32)}
+    found = {"scores": scores[best], "labels": labels, "boxes": pixels.astype(np.float32)}
+    if "pred_masks" in outputs:
+        found["masks"] = np.zeros((len(best), height, width), bool)
+        for mask, query in zip(found["masks"], queries):
+            mask[:] = resize_bilinear(outputs["pred_masks"][query][None], size)[0] > 0  # a probability above 0.5
+    return found
 
 
 def find_classes(outputs: dict[str, Array], size: tuple[int, int], threshold: float | None, of: Runtime) -> Any:
@@ -186,6 +194,7 @@ def find_features(outputs: dict[str, Array], size: tuple[int, int], threshold: f
 POST_PROCESSING: dict[str, Callable[..., Any]] = {  # by the `model_type` of config.json
     "vlm_vit": find_features,
     "vlm_vit_detection": find_objects,
+    "vlm_vit_instance_segmentation": find_objects,
     "vlm_vit_classification": find_classes,
     "vlm_vit_semantic_segmentation": find_segments,
 }
@@ -287,7 +296,64 @@ def as_record(found: dict[str, Any]) -> dict[str, Any]:
         return record | {"classes": entries}
     for entry, box in zip(entries, found["boxes"].tolist(), strict=True):
         entry["box"] = dict(zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True))
+    for entry, mask in zip(entries, found.get("masks", ())):
+        entry["mask"] = {"size": [height, width], "counts": encode_runs(run_lengths(mask))}
     return record | {"detections": entries}
+
+
+def run_lengths(mask: Array) -> list[int]:
+    """Lengths of the runs of equal pixels of a mask (height, width), down the columns, beginning with zeros."""
+    flat = np.concatenate([[False], mask.T.ravel()])
+    runs: list[int] = np.diff(np.flatnonzero(flat[1:] != flat[:-1]), prepend=0, append=mask.size).tolist()
+    return runs
+
+
+def encode_runs(runs: Sequence[int]) -> str:
+    """Run lengths as COCO's text: differences to the run before last, in characters of 5 bits, the lowest first.
+
+    https://github.com/cocodataset/cocoapi/blob/master/common/maskApi.c, `rleToString`.
+    """
+    text = ""
+    for index, run in enumerate(runs):
+        value, more = run - (runs[index - 2] if index > 2 else 0), True
+        while more:
+            bits, value = value & 31, value >> 5
+            more = value != (-1 if bits & 16 else 0)  # the highest bit is the sign
+            text += chr(48 + (bits | 32 * more))
+    return text
+
+
+def save_label_map(found: dict[str, Any], path: Path) -> None:
+    """Writes the class number of each pixel as a greyscale PNG, of 8 bits, or of 16 where 256 classes are too few.
+
+    Raises:
+        ValueError: The model does not classify pixels, or the file cannot be written.
+    """
+    if "segmentation" not in found:
+        raise ValueError("--label_maps is for models that classify pixels, and this one does not.")
+    classes = found["segmentation"]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(classes.astype(np.uint8 if classes.max() < 256 else np.uint16)).save(path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error}") from error
+
+
+def label_map_paths(images: Sequence[str], folder: Path | None) -> Sequence[Path | None]:
+    """Paths of the label maps of images in a folder; None for each where there is no folder.
+
+    Raises:
+        ValueError: Two of them would be the same, or one an image.
+    """
+    if folder is None:
+        return [None] * len(images)
+    paths = [folder / f"{Path(image).stem}.png" for image in images]
+    taken = {os.path.realpath(image) for image in images}
+    for path in map(os.path.realpath, paths):
+        if path in taken:
+            raise ValueError(f"--label_maps {folder}: {path} would be written twice, or over an image.")
+        taken.add(path)
+    return paths
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -295,18 +361,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Predicts on images; prints one line of JSON per image.")
     parser.add_argument("images", nargs="+", help="image files")
     parser.add_argument("--threshold", type=float, help="lowest score to report, 0 to 1; the model's own by default")
+    parser.add_argument("--label_maps", type=Path, help="folder for PNGs of the class of each pixel, named as images")
     parser.add_argument("--model", default=Path(__file__).parent, help="folder of the model; that of this file")
     parser.add_argument("--num_threads", type=int, help="threads to compute with; all cores by default")
     arguments = parser.parse_args(argv)
     status = 0
     try:
+        maps = label_map_paths(arguments.images, arguments.label_maps)
         runtime = Runtime(arguments.model, num_threads=arguments.num_threads)
     except ValueError as error:
         sys.stderr.write(f"{error}\n")
         return 2
-    for path in arguments.images:
+    for path, label_map in zip(arguments.images, maps, strict=True):
         try:
-            sys.stdout.write(json.dumps(as_record(runtime.predict(path, arguments.threshold))) + "\n")
+            found = runtime.predict(path, arguments.threshold)
+            if label_map is not None:
+                save_label_map(found, label_map)
+            sys.stdout.write(json.dumps(as_record(found)) + "\n")
         except ValueError as error:
             sys.stderr.write(f"{error}\n")
             status = 2

@@ -87,7 +87,7 @@ def track(
     predictor: "Predictor",
     video: Video,
     *,
-    tracker: str = "motion",
+    tracker: str = "appearance",
     threshold: float | None = None,
     batch_size: int = 8,
     **tiling: Any,

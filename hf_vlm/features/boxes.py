@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["box_features", "recorded_maps"]
+__all__ = ["appearance_features", "box_features", "recorded_maps"]
 
 POINTS = 7  # per side of a box, as RoIAlign's bins
+INNER = 0.5  # of the sides of a box: what is farther out is often background or a neighbour
 
 
 def box_features(maps: Tensor, boxes: Tensor) -> Tensor:
@@ -20,6 +21,21 @@ def box_features(maps: Tensor, boxes: Tensor) -> Tensor:
     points = boxes[:, :, None, :2] + grid * boxes[:, :, None, 2:]  # (batch, boxes, points, 2)
     sampled = F.grid_sample(maps, 2 * points - 1, padding_mode="border", align_corners=False)
     return sampled.mean(-1).transpose(1, 2)
+
+
+def appearance_features(feature_map: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """What the middle of each box shows: (n, dim) from the feature map (dim, rows, columns) of an image.
+
+    Args:
+        feature_map: Of the whole image.
+        boxes: (n, 4) x1, y1, x2, y2 in pixels of the image.
+        size: Its height and width.
+    """
+    height, width = size
+    corners = boxes.float() / torch.tensor([width, height, width, height], device=boxes.device)
+    low, high = corners[:, :2], corners[:, 2:]
+    centered = torch.cat([(low + high) / 2, INNER * (high - low)], dim=1)  # (n, 4) cxcywh
+    return box_features(feature_map[None].float(), centered[None])[0]
 
 
 @contextlib.contextmanager

@@ -20,9 +20,9 @@ EXPORT_FILE = "export.json"  # what transformers writes beside a program
 class ExportedVisionModel(nn.Module):
     """A program in a runtime, which computes where and how it was set up; `to` and `train` change nothing."""
 
-    def __init__(self, program: ExportedModel) -> None:
+    def __init__(self, program: ExportedModel, largest_batch: int | None = None) -> None:
         super().__init__()
-        self.program, self.config = program, program.config
+        self.program, self.config, self.largest_batch = program, program.config, largest_batch
         # By which callers find the device that images belong on.
         self.anchor = nn.Parameter(torch.empty(0, device=program.device), requires_grad=False)
 
@@ -37,7 +37,11 @@ class ExportedVisionModel(nn.Module):
 
     def forward(self, pixel_values: Tensor, **unused: Any) -> Any:
         """The outputs, in an output class of transformers, of images (batch, channels, height, width) float32."""
-        return self.program(pixel_values=pixel_values.contiguous())
+        parts = pixel_values.split(self.largest_batch or max(1, pixel_values.shape[0]))
+        outputs = [self.program(pixel_values=part.contiguous()) for part in parts]
+        if len(outputs) == 1:
+            return outputs[0]
+        return type(outputs[0])(**{name: torch.cat([part[name] for part in outputs]) for name in outputs[0]})
 
 
 def is_exported(source: str | Path) -> bool:
@@ -66,7 +70,7 @@ def load_exported(folder: str | Path) -> ExportedVisionModel:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of torch, about transformers' runner of its programs
             program = ExportedModel.from_pretrained(folder, trust_remote_code=False, **row.runner(folder))
-        return ExportedVisionModel(program)
+        return ExportedVisionModel(program, row.largest_batch)
     except Exception as error:  # runtimes raise their own types
         raise ValueError(f"{folder} holds no program that {backend} can run: {str(error).splitlines()[0]}") from error
 

@@ -147,13 +147,14 @@ def find_head(source: str, model_class: type[PreTrainedModel]) -> ModelEntry | N
         source: Folder or Hub id of an encoder, or of a model that has one.
         model_class: The model that is to take the head, which can come from models of this class, of one that derives
             from it, or of one with a head that it derives from.
+
+    Raises:
+        ValueError: There is no model.
     """
     if not (issubclass(model_class, ModelOnEncoder) and model_class.head_shape):
         return None
-    try:
-        entry = find_model_type(read_config(source).get("model_type"))
-    except ValueError:  # whoever loads the encoder says what is wrong
-        return None
+    _refuse_unfinished(Path(source))
+    entry = find_model_type(read_config(source).get("model_type"))
     return entry if entry is not None and shared_head_shape(entry.model_class, model_class) else None
 
 

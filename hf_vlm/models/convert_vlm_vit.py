@@ -27,6 +27,7 @@ from .configuration_vlm_vit import VLMViTConfig
 from .convert_families import CLASS_TOKEN, POSITIONS, REGISTERS, SHARED_FIELDS, Family, find_family
 from .convert_image_processor import load_our_processor, load_processor, whole_patches
 from .image_processing_vlm_vit import VLMViTImageProcessor
+from .model_source import check_source
 from .modeling_vlm_vit import VLMViTModel
 
 
@@ -104,6 +105,7 @@ def load_ours(source: str, model_type: str) -> Conversion:
 
 def read_config(source: str) -> dict[str, Any]:
     """The configuration of a folder or a Hub id as it is written; ValueError where there is none."""
+    check_source(source)
     try:
         config = PreTrainedConfig.get_config_dict(source)[0]
     except OSError as error:

@@ -17,6 +17,7 @@ from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from .configuration_vlm_vit import VLMViTConfig
+from .model_source import check_source
 from .modeling_vlm_vit import VLMViTModel
 
 Size = tuple[int, int]
@@ -302,6 +303,7 @@ def _vision_tower(model: PreTrainedModel) -> PreTrainedModel:
 
 def _located(source: str, name: str, revision: str | None) -> str:
     """Path of a file of a folder or of a repository of the Hub; ValueError where there is none."""
+    check_source(source, revision)
     reason = None
     try:
         if path := cached_file(source, name, revision=revision):

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import logging
 import math
 import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +22,8 @@ from hf_vlm.data.io.durable import replace_text
 from hf_vlm.data.source import Source
 from hf_vlm.training.arguments import VisionTrainingArguments
 from hf_vlm.training.provenance import RUN_FILE, origins_of, publishable
+
+logger = logging.getLogger(__name__)
 
 RECIPE_FILE = "recipe.yaml"
 # Recipe keys that concern one start of a run.
@@ -97,11 +101,23 @@ class RunRecord:
         }
 
     def write(self, folder: Path) -> None:
-        """Writes recipe, record and card into a folder that holds a saved model."""
+        """Writes recipe and record into the folder of a saved model, and the card, without which it is whole too."""
         replace_text(folder / RECIPE_FILE, yaml.safe_dump(self.recipe, sort_keys=False))
         replace_text(folder / RUN_FILE, as_json(self.summary) + "\n")
         if self.write_card is not None:
-            self.write_card(folder)
+            with not_needed("The model card"):
+                self.write_card(folder)
+
+
+@contextmanager
+def not_needed(what: str) -> Iterator[None]:
+    """A context whose failure, of any kind, is a warning: no reason to lose a model."""
+    try:
+        yield
+    except Exception as error:  # templates and plots raise their own types
+        logger.warning(
+            "%s could not be written, and the model is saved without: %s: %s", what, type(error).__name__, error
+        )
 
 
 def check_publishing(args: VisionTrainingArguments, *external_weights: str) -> list[str]:
@@ -180,4 +196,4 @@ def git_state() -> dict[str, Any]:
         return {}
 
 
-__all__ = ["RecordProgress", "RunRecord", "as_json", "check_publishing", "fingerprint", "git_state"]
+__all__ = ["RecordProgress", "RunRecord", "as_json", "check_publishing", "fingerprint", "git_state", "not_needed"]

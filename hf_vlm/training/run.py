@@ -1,7 +1,6 @@
 """Whole runs of a recipe: pretraining an encoder, fine-tuning a model for any task."""
 
 import functools
-import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -33,7 +32,7 @@ from hf_vlm.training.labels import add_unlabelled, check_label_keys, label_sourc
 from hf_vlm.training.lock import run_lock
 from hf_vlm.training.probes import build_probe, last_probe
 from hf_vlm.training.recipe import parse_arguments
-from hf_vlm.training.record import RecordProgress, RunRecord, check_publishing
+from hf_vlm.training.record import RecordProgress, RunRecord, check_publishing, not_needed
 from hf_vlm.training.resume import continue_record, finished_run, mean_loss, resume_checkpoint
 from hf_vlm.training.signals import StopSignals
 from hf_vlm.training.trainer import VisionTrainer
@@ -44,8 +43,6 @@ __all__ = [
     "pretrain",
     "quiet_libraries",
 ]
-
-logger = logging.getLogger(__name__)
 
 ROUND_FOLDER = "round-{}"  # with the head of an earlier round, in the folder of the last one
 PRETRAINING_MODEL_FOLDER = "pretraining_model"  # with heads and decoder, in the folder of the encoder
@@ -144,7 +141,7 @@ def _pretrain(
         source = label_source(args, source, task, labels_from or REGIONS)
         labelling_seconds = time.perf_counter() - started
         if hooks.render_labels is not None and args.should_save:
-            with _not_needed("The picture of the pseudo-labels"):
+            with not_needed("The picture of the pseudo-labels"):
                 hooks.render_labels(source, Path(args.output_dir))
         return _train_head(args, recipe, source, None, task, hooks.write_card, labelling_seconds)
 
@@ -186,7 +183,7 @@ def _save_pretrained(
     """Saves the whole model in a subfolder, and the trained encoder in `output_dir`."""
     model, output_dir = trainer.model, Path(trainer.args.output_dir)
     if plot is not None and trainer.args.should_save:
-        with _not_needed("The plot of the curves"):
+        with not_needed("The plot of the curves"):
             plot(output_dir)
     with trainer.saving_model(output_dir) as folder:
         trainer.save_model(str(folder / PRETRAINING_MODEL_FOLDER), _internal_call=True)
@@ -306,15 +303,6 @@ def _held_out_stream(
         rank=args.process_index,
         world_size=args.world_size,
     )
-
-
-@contextmanager
-def _not_needed(what: str) -> Iterator[None]:
-    """A context whose failure to write is a warning: no reason to lose a model."""
-    try:
-        yield
-    except OSError as error:
-        logger.warning("%s could not be written: %s", what, error)
 
 
 @contextmanager

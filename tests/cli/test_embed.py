@@ -134,7 +134,7 @@ def test_without_an_encoder_or_the_right_to_write_it_is_said(run, tmp_path, caps
     assert main(["embed", str(tmp_path), "--data", "scenes"]) == 2
     assert f"{tmp_path} holds no model" in capsys.readouterr().err
     assert main(["embed", "no/such/run", "--data", "scenes"]) == 2
-    assert "'no/such/run' is neither a folder with a model nor one on the Hub" in capsys.readouterr().err
+    assert "There is no folder 'no/such/run'" in capsys.readouterr().err
     monkeypatch.setattr("os.access", lambda path, mode: False)
     assert main(["embed", run, "--data", "scenes"]) == 2
     assert "features.parquet cannot be written: you may not write into ." in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Exports predict what their models predict, with and without torch, and what differs leaves nothing."""
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from faster_coco_eval.core import mask as coco_mask
 from PIL import Image
 from tiny import TINY, batch, build, perturb
 
@@ -19,6 +21,7 @@ from hf_vlm.deploy.export import ExportData, export_model, recorded_data
 from hf_vlm.deploy.predict import Predictor
 from hf_vlm.deploy.push import files_to_push, writes_card
 from hf_vlm.features.export_formats import FORMATS, find_precision
+from hf_vlm.features.exported import ExportedVisionModel
 from hf_vlm.features.loading import load_model
 from hf_vlm.registry import find_model
 
@@ -101,6 +104,10 @@ def check_predictions(run, folder, photos, threshold=None):
             np.testing.assert_allclose(other.boxes, one.boxes, atol=0.02)
             boxes = [list(entry["box"].values()) for entry in line[key]]
             np.testing.assert_allclose(np.reshape(boxes, (-1, 4)), one.boxes, atol=0.02)
+        if one.masks is not None:
+            assert (other.masks == one.masks).mean() > 0.999
+            for entry, mask in zip(line[key], one.masks, strict=True):
+                assert (coco_mask.decode(entry["mask"]) == mask).mean() > 0.999
         if one.segmentation is not None:
             assert (other.segmentation == one.segmentation).mean() > 0.999
 
@@ -124,6 +131,9 @@ def test_what_is_in_the_folder(exported):
     assert "library_name: onnx" in card
     assert "cat, dog, bird" in card
     assert "| largest difference of outputs |" in card
+    processor = json.loads((exported / "preprocessor_config.json").read_text())
+    assert '<canvas width="32" height="32">' in card  # of the snippet for browsers
+    assert f"const mean = {processor['image_mean']}, std = {processor['image_std']};" in card
 
 
 def test_what_differs_leaves_nothing(run, exported, tmp_path, monkeypatch):
@@ -150,6 +160,24 @@ def test_an_export_is_pushed_without_what_else_lies_there(exported, tmp_path):
     expected = {path.name for path in exported.iterdir() if path.name != "README.md"}
     assert set(files_to_push(folder)) == expected >= {"model.onnx", "model.onnx.data", "export.json", "predict.py"}
     assert not writes_card(folder)
+
+
+def test_batches_larger_than_a_program_takes_are_cut(run):
+    """As those of ExecuTorch, which plans its memory ahead."""
+    model = load_model(run).model
+    sizes = []
+
+    def program(pixel_values):
+        sizes.append(pixel_values.shape[0])
+        return model(pixel_values)
+
+    program.config, program.device = model.config, "cpu"
+    images = torch.randn(7, 3, 32, 32)
+    with torch.inference_mode():
+        found = ExportedVisionModel(program, largest_batch=3)(pixel_values=images)
+        assert sizes == [3, 3, 1]
+        torch.testing.assert_close(found.logits, model(images).logits)
+        assert type(found) is type(model(images))
 
 
 def test_a_damaged_program_is_named(exported, tmp_path):
@@ -203,25 +231,34 @@ def test_folders_by_default(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["detection", "semantic_segmentation"])
+@pytest.mark.parametrize("name", ["detection", "instance_segmentation", "semantic_segmentation"])
 @pytest.mark.parametrize("format", ["onnx", "openvino"])
 def test_every_task(name, format, tmp_path, photos):
     run = save_trained(name, tmp_path / "run", num_steps=60)
     export_model(run, tmp_path / "out", format=format, data=DATA)
     check_predictions(run, tmp_path / "out", photos, threshold=0.2)
+    assert "predict.py" in files_to_push(tmp_path / "out")  # nothing that its configuration names is missing
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format", ["onnx", "openvino"])
-def test_masks(format, tmp_path, photos):
-    """There is no predict.py for masks: exports are run by hf_vlm."""
-    run = save_trained("instance_segmentation", tmp_path / "run", num_steps=60)
-    export_model(run, tmp_path / "out", format=format, data=DATA)
-    found = (Predictor.from_pretrained(path, device="cpu").predict(photos, 0.2) for path in (run, tmp_path / "out"))
-    for one, other in zip(*found, strict=True):
+@pytest.mark.skipif(
+    importlib.util.find_spec("executorch") is None,
+    reason='executorch is not installed: pip install "hf_vlm[executorch]"',
+)
+def test_executorch(tmp_path, photos):
+    """A detector, whose lists of tensors once fixed the batch, in more images than it takes at a time."""
+    run = save_trained("detection", tmp_path / "run", num_steps=60)
+    record = export_model(run, tmp_path / "out", format="executorch", data=DATA)
+    assert record["max_difference"] <= 1e-4
+    images = [*photos] * 4
+    expected, found = (
+        Predictor.from_pretrained(path, device="cpu").predict(images, 0.2, batch_size=12)
+        for path in (run, tmp_path / "out")
+    )
+    for one, other in zip(expected, found, strict=True):
         np.testing.assert_array_equal(other.labels, one.labels)
         np.testing.assert_allclose(other.scores, one.scores, atol=1e-4)
-        assert (other.masks == one.masks).mean() > 0.999
+        np.testing.assert_allclose(other.boxes, one.boxes, atol=0.02)
     assert not (tmp_path / "out" / "predict.py").exists()
 
 

@@ -38,8 +38,9 @@ def picture(path):
 def write_export(folder, run):
     """A folder as `hf-vlm export` writes it, whose program prints the sum of its weights."""
     shutil.copytree(run, folder, ignore=lambda _, names: set(names) - {*files_to_push(run)})
-    for name in ("model.safetensors", "run.json", "recipe.yaml"):
-        (folder / name).unlink()
+    for path in (*folder.glob("modeling_*.py"), *(folder / name for name in ("run.json", "recipe.yaml"))):
+        path.unlink()
+    (folder / "model.safetensors").unlink()
     (folder / "model.onnx").write_bytes(bytes(range(100)))
     manifest = {"components": {"model": {"file": "model.onnx"}}, "export_format": "onnx"}
     (folder / "export.json").write_text(json.dumps(manifest))
@@ -296,7 +297,7 @@ def test_an_export_is_pushed_whole_with_a_licence(pushed):
     assert said["export with a licence"] == f"{hub.endpoint}/me/my-export"
     files = hub.files("me/my-export")
     assert set(files) == {*files_to_push(runs / "export"), "README.md"}
-    assert {"export.json", "model.onnx", "parity.json", "predict.py", "modeling_detection.py"} <= set(files)
+    assert {"export.json", "model.onnx", "parity.json", "predict.py", "configuration_detection.py"} <= set(files)
     assert b"license: mit" in files["README.md"]
     assert b"| size | 1 MB |" in files["README.md"]
     assert b"## Licence and provenance\n\nThe weights are published under mit." in files["README.md"]

@@ -10,12 +10,26 @@ import torch.nn.functional as F
 from PIL import Image
 
 from hf_vlm.data.images import load_image
+from hf_vlm.data.segmentations import coco_mask, encode_mask
 from hf_vlm.deploy import runtime
-from hf_vlm.deploy.runtime import Runtime, as_record, find_features, find_objects, read_image, resize_bilinear
+from hf_vlm.deploy.prediction import Prediction
+from hf_vlm.deploy.runtime import (
+    Runtime,
+    as_record,
+    encode_runs,
+    find_features,
+    find_objects,
+    main,
+    read_image,
+    resize_bilinear,
+    run_lengths,
+)
 from hf_vlm.models.image_processing_classification import VLMViTClassificationImageProcessor
 from hf_vlm.models.image_processing_detection import VLMViTDetectionImageProcessor
+from hf_vlm.models.image_processing_instance_segmentation import VLMViTInstanceSegmentationImageProcessor
 from hf_vlm.models.image_processing_semantic_segmentation import VLMViTSemanticSegmentationImageProcessor
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
+from hf_vlm.tasks.instance_segmentation import INSTANCE_SEGMENTATION
 
 SIZE = (50, 70)  # height and width of the image that outputs are of
 LABELS = {str(index): f"class {index}" for index in range(5)}
@@ -62,6 +76,43 @@ def test_detections(model, threshold):
     assert as_record(found)["detections"][0]["box"]["xmax"] == found["boxes"][0, 2]
 
 
+@pytest.mark.parametrize("threshold", [0.7, 1.0])
+def test_instances(model, threshold):
+    """The records equal those of `hf-vlm predict`, with their masks, to the last pixel."""
+    torch.manual_seed(3)
+    outputs = {"logits": 2 * torch.randn(1, 9, 5), "pred_boxes": torch.rand(1, 9, 4)}
+    outputs["pred_masks"] = 4 * torch.randn(1, 9, 7, 8) - 1
+    outputs["pred_masks"][0, 0] = -9.0  # nothing
+    outputs["pred_masks"][0, 1] = 9.0  # all of it
+    processor = VLMViTInstanceSegmentationImageProcessor()
+    found = model(processor, {"model_type": "vlm_vit_instance_segmentation"}, outputs).predict(blank(), threshold)
+    expected = Prediction(
+        **{
+            name: value.numpy()
+            for name, value in INSTANCE_SEGMENTATION.post_process(
+                processor, SimpleNamespace(**outputs), threshold=threshold, sizes=[SIZE], model=None
+            )[0].items()
+        },
+        label_names=found["label_names"],
+        image_size=SIZE,
+    ).to_dict()
+    record = as_record(found)
+    assert (len(record["detections"]) > 9) is (threshold < 1)
+    for one, other in zip(record["detections"], expected["detections"], strict=True):
+        assert list(one) == list(other)
+        assert (one["label_id"], one["mask"]) == (other["label_id"], other["mask"])
+        assert one["score"] == pytest.approx(other["score"], abs=1e-6)
+        np.testing.assert_allclose(list(one["box"].values()), list(other["box"].values()), atol=1e-4)
+
+
+@pytest.mark.parametrize("density", [0.0, 0.001, 0.3, 1.0])
+def test_run_lengths_are_those_of_coco(density):
+    mask = np.random.default_rng(5).random((300, 411)) < density
+    assert encode_runs(run_lengths(mask)) == encode_mask(mask, offset=(0, 0), size=mask.shape)["counts"]
+    text = {"size": list(mask.shape), "counts": encode_runs(run_lengths(mask))}
+    np.testing.assert_array_equal(coco_mask.decode(text), mask)
+
+
 def test_ties_of_detections_are_in_the_order_of_the_queries():
     outputs = {"logits": np.zeros((3, 2), np.float32), "pred_boxes": np.full((3, 4), 0.5, np.float32)}
     found = find_objects(outputs, SIZE, 0.4, SimpleNamespace(processor={}))
@@ -99,6 +150,35 @@ def test_segments(model, threshold):
     assert found["labels"].tolist() == shown
     np.testing.assert_allclose(found["scores"], [fractions[label] for label in shown], atol=1e-6)
     assert [entry["label_id"] for entry in as_record(found)["classes"]] == shown
+
+
+@pytest.mark.parametrize("num_classes", [5, 300])
+def test_label_maps_hold_the_class_of_each_pixel(model, tmp_path, capsys, num_classes):
+    torch.manual_seed(4)
+    outputs, config = {"logits": torch.randn(1, num_classes, 9, 9)}, {"model_type": "vlm_vit_semantic_segmentation"}
+    names = {str(index): f"class {index}" for index in range(num_classes)}
+    segmenter = model(VLMViTSemanticSegmentationImageProcessor(), config | {"id2label": names}, outputs)
+    Image.fromarray(blank()).save(tmp_path / "a.jpg")
+    options = ["--model", str(tmp_path), "--label_maps"]
+    assert main([str(tmp_path / "a.jpg"), *options, str(tmp_path / "maps")]) == 0
+    expected = segmenter.predict(blank())["segmentation"]
+    with Image.open(tmp_path / "maps" / "a.png") as picture:
+        np.testing.assert_array_equal(np.asarray(picture), expected)
+    entries = json.loads(capsys.readouterr().out)["classes"]
+    for entry in entries:
+        assert entry["fraction"] == pytest.approx((expected == entry["label_id"]).mean(), abs=1e-6)
+    assert sum(entry["fraction"] for entry in entries) == pytest.approx(1, abs=1e-5)
+    for other in ("a.png", "b/a.jpg"):  # an image at the place of a map, and one of the same name
+        assert main([str(tmp_path / "a.jpg"), str(tmp_path / other), *options, str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("would be written twice, or over an image") == 2
+
+
+def test_label_maps_are_of_models_that_classify_pixels(model, tmp_path, capsys):
+    config = {"model_type": "vlm_vit_classification"}
+    model(VLMViTClassificationImageProcessor(), config, {"logits": torch.zeros(1, 5)})
+    Image.fromarray(blank()).save(tmp_path / "a.jpg")
+    assert main([str(tmp_path / "a.jpg"), "--model", str(tmp_path), "--label_maps", str(tmp_path / "maps")]) == 2
+    assert "--label_maps is for models that classify pixels" in capsys.readouterr().err
 
 
 def test_features_are_the_mean_of_the_patch_tokens():

@@ -16,7 +16,6 @@ from hf_vlm.deploy.mot import read_mot
 from hf_vlm.deploy.predict import Predictor
 from hf_vlm.deploy.prediction import Prediction
 from hf_vlm.deploy.track import TRACKERS, create_tracker, track
-from hf_vlm.features.boxes import box_features
 
 
 @pytest.fixture
@@ -71,19 +70,31 @@ def test_the_files_of_the_command_agree(frames, tmp_path, capsys, monkeypatch):
     assert (drawn.frame_rate, len(list(drawn))) == (5, 5)
 
 
-def test_appearance_is_the_mean_of_the_encoders_map_in_the_box(saved_detector, frames):
+def interpolated(feature_map, y, x):
+    """Bilinear value of a map (dim, rows, columns) whose cells have their centres at halves."""
+    below, right = ((int(np.floor(value - 0.5)), value - 0.5 - np.floor(value - 0.5)) for value in (y, x))
+    total = 0.0
+    for row, weight_row in ((below[0], 1 - below[1]), (below[0] + 1, below[1])):
+        for column, weight in ((right[0], 1 - right[1]), (right[0] + 1, right[1])):
+            inside = (min(max(row, 0), feature_map.shape[1] - 1), min(max(column, 0), feature_map.shape[2] - 1))
+            total = total + weight_row * weight * feature_map[:, *inside]
+    return total
+
+
+def test_appearance_is_the_mean_of_the_encoders_map_in_the_middle_of_the_box(saved_detector, frames):
     predictor = Predictor.from_pretrained(saved_detector, device="cpu")
     image = next(iter(open_video(frames))).image
     (prediction,) = predictor.predict(image, 0.4, with_appearance=True)
     inputs = predictor.processor(Image.fromarray(image), return_tensors="pt")
     feature_map = predictor.model.backbone(**inputs).feature_maps[-1].detach()
-    x1, y1, x2, y2 = (prediction.boxes / [64, 48, 64, 48]).T
-    import torch
-
-    centered = torch.tensor(np.stack([(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1], axis=1), dtype=torch.float32)
-    expected = box_features(feature_map, centered[None])[0].numpy()
-    np.testing.assert_allclose(prediction.appearance, expected, atol=1e-4)
-    assert predictor.predict(image, 1.0, with_appearance=True)[0].appearance.shape == (0, expected.shape[1])
+    rows, columns = feature_map.shape[2:]
+    for (x1, y1, x2, y2), found in zip(prediction.boxes, prediction.appearance, strict=True):
+        x = np.linspace(x1, x2, 29)[8:21:2].clip(0, 63.9)  # the middles of seven parts of the inner half
+        y = np.linspace(y1, y2, 29)[8:21:2].clip(0, 47.9)
+        sampled = [interpolated(feature_map[0].numpy(), v / 48 * rows, u / 64 * columns) for v in y for u in x]
+        np.testing.assert_allclose(found, np.mean(sampled, axis=0), atol=1e-4)
+    empty = predictor.predict(image, 1.0, with_appearance=True)[0].appearance
+    assert empty.shape == (0, feature_map.shape[1])
 
 
 def test_a_track_has_the_class_of_most_of_its_detections(frames, caplog):

@@ -42,7 +42,7 @@ def test_classes_of_the_data_must_be_those_of_the_detector(tmp_path, detector, p
     processor.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"has classes that the model .* does not have"):
         evaluate_run(tmp_path, "scenes:easy", "test", num_examples=2)
-    with pytest.raises(ValueError, match="neither a folder with a model"):
+    with pytest.raises(ValueError, match="There is no folder"):
         evaluate_run(tmp_path / "nothing", "scenes:easy", "test")
 
 

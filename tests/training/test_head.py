@@ -104,4 +104,5 @@ def test_heads_that_do_not_fit_are_not_found(digits, tmp_path):
     assert find_head(str(digits), VLMViTForObjectDetection).name == "detection"
     assert find_head(str(digits), VLMViTForImageClassification) is None
     assert find_head(str(digits), SimMIMForPreTraining) is None
-    assert find_head(str(tmp_path), VLMViTForObjectDetection) is None
+    with pytest.raises(ValueError, match=r"holds no model: there is no config\.json"):
+        find_head(str(tmp_path), VLMViTForObjectDetection)

@@ -20,6 +20,8 @@ from hf_vlm.data.io.durable import write_manifest
 from hf_vlm.data.source import Source
 from hf_vlm.data.sources import open_source
 from hf_vlm.data.transforms.views import ViewTransform
+from hf_vlm.deploy.model_card import write_model_card
+from hf_vlm.features.loading import load_model
 from hf_vlm.models.image_processing_detection import VLMViTDetectionImageProcessor
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_classification import VLMViTForImageClassification
@@ -292,6 +294,24 @@ def test_held_out_images_that_stop_the_evaluation_leave_the_detector(make_recipe
         finetune(make_recipe("detection", max_steps=1))
     VLMViTForObjectDetection.from_pretrained(tmp_path / "detection")
     assert json.loads((tmp_path / "detection" / "run.json").read_text())["num_steps"] == 1
+
+
+@pytest.mark.parametrize(("method", "train"), [("mae", pretrain), ("classification", finetune)])
+def test_a_card_or_plot_that_fails_costs_no_model(make_recipe, tmp_path, monkeypatch, caplog, method, train):
+    """Templates with an error, as a changed one may have: the run is complete, and the error is named."""
+    templates = tmp_path / "templates"
+    templates.mkdir()
+    for name in ("encoder.md", "classifier.md"):
+        (templates / name).write_text("{{ no_such_value }}")
+    monkeypatch.setattr("hf_vlm.training.recipe.shipped_folder", lambda name: templates)
+    plot = {"plot": lambda folder: 1 / 0} if method == "mae" else {}
+    train(make_recipe(method), write_card=write_model_card, **plot)
+    assert "The model card could not be written" in caplog.text
+    assert "UndefinedError: 'no_such_value' is undefined" in caplog.text
+    assert ("ZeroDivisionError" in caplog.text) is bool(plot)
+    assert json.loads((tmp_path / method / "run.json").read_text())["finished"]
+    assert load_model(tmp_path / method).entry.name == ("encoder" if plot else method)
+    assert not (tmp_path / method / "README.md").exists()
 
 
 def test_held_out_images_may_be_as_bad_as_the_recipe_says(make_recipe, monkeypatch):

@@ -1,0 +1,152 @@
+"""Memory and time of a step under each way of dividing a model among the GPUs of a cluster.
+
+What is assumed and not measured: communication overlaps with computation, so that the slower of the two decides; and
+the fraction of the peak FLOP/s that training reaches, `Cluster.mfu`.
+"""
+
+from dataclasses import dataclass
+
+from hf_vlm.planning.hardware import Gpu
+from hf_vlm.planning.step import StepCost
+
+__all__ = ["LAYOUTS", "Cluster", "Plan", "largest_batch", "make_plan"]
+
+LAYOUTS = ("ddp", "hsdp", "fsdp2")
+FP32, ADAMW = 4, 8  # bytes per weight: weights, gradients and their sums are float32; AdamW keeps two averages
+GATHERED_LAYERS = 2  # of FSDP: the layer that is computed, and the next one, which is being fetched
+RESERVED = 2e9  # bytes of a GPU that are not the model's: its context, libraries, fragments
+RECOMPUTED = 4 / 3  # FLOPs with activation checkpointing: forward is a third of them, and runs twice
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """GPUs and how they are connected.
+
+    Attributes:
+        gpu: The accelerator.
+        num_gpus: Number of GPUs in all.
+        gpus_per_node: Number of those in one machine.
+        network: Bytes per second of each GPU to other machines, in one direction.
+        precision: Of the products: bf16, fp16, tf32 or fp32.
+        mfu: Fraction of the peak FLOP/s that training reaches.
+    """
+
+    gpu: Gpu
+    num_gpus: int
+    gpus_per_node: int = 8
+    network: float = 50e9
+    precision: str = "bf16"
+    mfu: float = 0.4
+
+    @property
+    def node_size(self) -> int:
+        return min(self.gpus_per_node, self.num_gpus)
+
+    @property
+    def num_nodes(self) -> int:
+        return -(-self.num_gpus // self.gpus_per_node)
+
+    @property
+    def ring(self) -> float:
+        """Bytes per second around all GPUs: its slowest link decides."""
+        return self.network if self.num_nodes > 1 else self.gpu.link
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A layout of a model with a batch size, and what it comes to.
+
+    Attributes:
+        layout: `ddp`, every GPU holds all; `fsdp2`, weights, gradients and optimiser divided among all GPUs; `hsdp`,
+            among those of a node.
+        checkpointing: Whether activations are computed again in the backward pass.
+        batch_size: Images per GPU and step.
+        memory: Bytes on each GPU by what they hold.
+        compute_seconds: Of a step.
+        communication_seconds: Of a step.
+        cluster: The GPUs.
+    """
+
+    layout: str
+    checkpointing: bool
+    batch_size: int
+    memory: dict[str, float]
+    compute_seconds: float
+    communication_seconds: float
+    cluster: Cluster
+
+    @property
+    def total_memory(self) -> float:
+        return sum(self.memory.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.total_memory <= self.cluster.gpu.memory
+
+    @property
+    def step_seconds(self) -> float:
+        return max(self.compute_seconds, self.communication_seconds)
+
+    @property
+    def images_per_second(self) -> float:
+        """Of all GPUs."""
+        return self.batch_size * self.cluster.num_gpus / self.step_seconds
+
+
+def make_plan(cost: StepCost, cluster: Cluster, layout: str, batch_size: int, *, checkpointing: bool = False) -> Plan:
+    """Memory and time of a layout.
+
+    Raises:
+        ValueError: There is no such layout.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout: there is no {layout!r}, but {', '.join(LAYOUTS)}.")
+    shards = {"ddp": 1, "hsdp": cluster.node_size, "fsdp2": cluster.num_gpus}[layout]
+    activations = cost.checkpointed_per_image if checkpointing else cost.activations_per_image
+    if layout == "ddp":
+        working = {"copies": cost.copies, "buckets": FP32 * cost.num_trained if cluster.num_gpus > 1 else 0.0}
+    else:
+        width = FP32 if cluster.precision in ("fp32", "tf32") else FP32 / 2
+        working = {"gathered": GATHERED_LAYERS * (width + FP32) * cost.num_layer_parameters}
+    flops = batch_size * cost.flops_per_image * (RECOMPUTED if checkpointing else 1.0)
+    return Plan(
+        layout=layout,
+        checkpointing=checkpointing,
+        batch_size=batch_size,
+        memory={
+            "weights": FP32 * cost.num_parameters / shards,
+            "gradients": FP32 * cost.num_trained / shards,
+            "optimiser": ADAMW * cost.num_trained / shards,
+            **working,
+            "activations": batch_size * activations,
+            "reserved": RESERVED,
+        },
+        compute_seconds=flops / (cluster.gpu.peak(cluster.precision) * cluster.mfu),
+        communication_seconds=_communication(cost, cluster, layout),
+        cluster=cluster,
+    )
+
+
+def _communication(cost: StepCost, cluster: Cluster, layout: str) -> float:
+    """Seconds of a step's communication, by the bytes that a ring sends from each GPU."""
+    gradients = FP32 * cost.num_trained
+    width = FP32 if cluster.precision in ("fp32", "tf32") else FP32 / 2
+    gathering = 2 * width * cost.num_parameters  # weights, in the forward and again in the backward pass
+
+    def around(size: int, num_bytes: float, speed: float) -> float:
+        return num_bytes * (size - 1) / size / speed
+
+    if layout == "ddp":
+        return around(cluster.num_gpus, 2 * gradients, cluster.ring)  # an all-reduce is a scatter and a gather
+    if layout == "fsdp2":
+        return around(cluster.num_gpus, gathering + gradients, cluster.ring)
+    inside = around(cluster.node_size, gathering + gradients, cluster.gpu.link)
+    between = around(cluster.num_nodes, 2 * gradients / cluster.node_size, cluster.network)
+    return inside + between
+
+
+def largest_batch(cost: StepCost, cluster: Cluster, layout: str, *, checkpointing: bool) -> int:
+    """Images per GPU that fit; 0 where not even one does."""
+    empty = make_plan(cost, cluster, layout, 0, checkpointing=checkpointing)
+    per_image = cost.checkpointed_per_image if checkpointing else cost.activations_per_image
+    return max(0, int((cluster.gpu.memory - empty.total_memory) // per_image))

@@ -1,0 +1,106 @@
+"""Memory, communication and time of layouts, by sums that are done by hand."""
+
+import dataclasses
+import json
+
+import pytest
+
+from hf_vlm.cli.main import main
+from hf_vlm.planning.hardware import GPUS, find_gpu
+from hf_vlm.planning.layouts import LAYOUTS, Cluster, largest_batch, make_plan
+from hf_vlm.planning.step import StepCost
+
+COST = StepCost(
+    num_parameters=3_000_000_000,
+    num_trained=2_000_000_000,
+    num_layer_parameters=50_000_000,
+    flops_per_image=1e12,
+    activations_per_image=1e9,
+    checkpointed_per_image=1e8,
+    copies=4e9,
+)
+CLUSTER = Cluster(gpu=GPUS["h100"], num_gpus=32, gpus_per_node=8, network=50e9, mfu=0.5)
+
+
+def memory(layout, **changes):
+    plan = make_plan(COST, dataclasses.replace(CLUSTER, **changes), layout, 10)
+    return {name: round(value / 1e9, 6) for name, value in plan.memory.items() if name != "reserved"}
+
+
+def test_ddp_holds_everything_on_every_gpu():
+    held = {"weights": 12.0, "gradients": 8.0, "optimiser": 16.0, "copies": 4.0, "buckets": 8.0, "activations": 10.0}
+    assert memory("ddp") == held
+    assert memory("ddp", num_gpus=1) == {**held, "buckets": 0.0}
+
+
+@pytest.mark.parametrize(("layout", "shards"), [("fsdp2", 32), ("hsdp", 8)])
+def test_sharded_layouts_divide_all_but_the_layers_at_work(layout, shards):
+    assert memory(layout) == {
+        "weights": round(12 / shards, 6),
+        "gradients": round(8 / shards, 6),
+        "optimiser": round(16 / shards, 6),
+        "gathered": 0.6,  # two layers of 50 M weights: bfloat16 weights and float32 gradients
+        "activations": 10.0,
+    }
+
+
+def test_the_slowest_link_carries_what_a_ring_sends():
+    seconds = {layout: make_plan(COST, CLUSTER, layout, 10).communication_seconds for layout in LAYOUTS}
+    assert seconds["ddp"] == pytest.approx(2 * 8e9 * 31 / 32 / 50e9)
+    assert seconds["fsdp2"] == pytest.approx((2 * 6e9 + 8e9) * 31 / 32 / 50e9)
+    assert seconds["hsdp"] == pytest.approx((2 * 6e9 + 8e9) * 7 / 8 / 450e9 + 2 * 1e9 * 3 / 4 / 50e9)
+    one_node = dataclasses.replace(CLUSTER, num_gpus=8)
+    assert make_plan(COST, one_node, "ddp", 10).communication_seconds == pytest.approx(2 * 8e9 * 7 / 8 / 450e9)
+
+
+def test_the_slower_of_computing_and_communication_decides():
+    few, many = make_plan(COST, CLUSTER, "ddp", 1), make_plan(COST, CLUSTER, "ddp", 1000)
+    assert few.step_seconds == few.communication_seconds
+    assert many.step_seconds == many.compute_seconds == pytest.approx(1000 * 1e12 / (989.5e12 * 0.5))
+    assert many.images_per_second == pytest.approx(32 * 989.5e12 * 0.5 / 1e12)
+    checkpointed = make_plan(COST, CLUSTER, "ddp", 1000, checkpointing=True)
+    assert checkpointed.compute_seconds == pytest.approx(many.compute_seconds * 4 / 3)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_largest_batch_is_the_last_that_fits(checkpointing):
+    size = largest_batch(COST, CLUSTER, "fsdp2", checkpointing=checkpointing)
+    assert make_plan(COST, CLUSTER, "fsdp2", size, checkpointing=checkpointing).fits
+    assert not make_plan(COST, CLUSTER, "fsdp2", size + 1, checkpointing=checkpointing).fits
+    small = dataclasses.replace(CLUSTER, gpu=GPUS["t4"], precision="fp16")
+    assert largest_batch(COST, small, "ddp", checkpointing=checkpointing) == 0
+
+
+def test_unknown_names_are_errors():
+    with pytest.raises(ValueError, match="Did you mean h200"):
+        find_gpu("h20")
+    with pytest.raises(ValueError, match="ddp, hsdp, fsdp2"):
+        make_plan(COST, CLUSTER, "zero3", 1)
+    with pytest.raises(ValueError, match="T4 has no products in bf16"):
+        GPUS["t4"].peak("bf16")
+
+
+NANO = ["mae/vit_nano_cpu.yaml", "--image_size", "32", "--max_steps", "100"]
+
+
+def test_a_recipe_is_planned_by_one_command(tmp_path, capsys):
+    picture = tmp_path / "memory.png"
+    assert main(["plan", *NANO, "--gpus", "16", "--gpu", "a100", "--price", "2", "--save", str(picture)]) == 0
+    printed = capsys.readouterr().out
+    assert "16 x A100 in 2 nodes" in printed
+    assert "Fastest that fits: " in printed
+    assert "USD" in printed
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert main(["plan", *NANO, "--gpus", "1", "--json", "--search"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["num_images"] == 100 * 32
+    for one in plan["plans"]:
+        assert one["fits"]
+        assert one["batch_size"] <= one["largest_batch_size"] < 2 * one["batch_size"]
+
+
+def test_what_cannot_be_planned_is_said_before_anything_is_built(capsys):
+    assert main(["plan", "mae/vit_small.yaml"]) == 2
+    assert "give --images_to_see or --max_steps" in capsys.readouterr().err
+    assert main(["plan", "detection/vit_nano_cpu.yaml", "--data", "x"]) == 2
+    assert "plans are of pretraining" in capsys.readouterr().err
