@@ -519,6 +519,8 @@ OFFICIAL = {
             "rfdetr/models/criterion.py": {"points of the mask loss": ("anywhere", "half of them at the objects")},
             "rfdetr/models/heads/segmentation.py": {
                 "blocks of the mask head": ("depthwise convolutions", "plain ones"),
+                "input of the mask head": ("the neck's map", "the image too"),
+                "places of masks": ("by features alone", "ellipses in the boxes too"),
             },
         },
     ),

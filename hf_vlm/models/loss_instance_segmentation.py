@@ -6,7 +6,7 @@ masks of queries that are not matched are never formed: no tensor is as large as
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .configuration_instance_segmentation import VLMViTInstanceSegmentationConfig
 from .loss_detection import DetectionTargets, Matches
+from .mask_layers import box_prior
 from .vit_layers import gather_tokens
 
 OVERSAMPLING = 3  # candidates per point of the loss
@@ -78,33 +79,46 @@ def sample_points(targets: DetectionTargets, mask_hw: tuple[int, int], ratio: in
     return torch.where(is_at_object[..., None], at_objects.clamp(0, 1), anywhere)
 
 
+class PointLogits(NamedTuple):
+    """What the mask logits of all stages at points are made of: queries x pixels + bias + [`box_prior`]."""
+
+    pixels: Tensor  # (stages, batch, channels, points)
+    queries: Tensor  # (stages, batch, queries, channels)
+    bias: Tensor  # (1,)
+    boxes: Tensor  # (stages, batch, queries, 4)
+    points: Tensor  # (batch, points, 2) x and y as fractions of the image
+
+    def of_all(self, num_points: int) -> Tensor:
+        """Logits (stages, batch, queries, num_points) of all queries at the first points."""
+        x, y = self.points[:, None, :num_points].unbind(-1)  # (batch, 1, points)
+        prior = box_prior(self.boxes[:, :, :, None], x, y)
+        return self.queries @ self.pixels[..., :num_points] + self.bias + prior
+
+    def of(self, image: int, queries: Tensor) -> Tensor:
+        """Logits (stages, picked, points) of some queries (stages, picked) of an image at all points."""
+        boxes = gather_tokens(self.boxes[:, image], queries)[:, :, None]  # (stages, picked, 1, 4)
+        picked = gather_tokens(self.queries[:, image], queries)  # (stages, picked, channels)
+        return picked @ self.pixels[:, image] + self.bias + box_prior(boxes, *self.points[image].unbind(-1))
+
+
 class MaskLoss:
     """The part of masks in a detector's matching and loss: a [`MatchedLoss`].
 
     Args:
-        pixels: (stages, batch, channels, points) features of candidates, random points of each image.
-        queries: (stages, batch, queries, channels); mask logits are queries x pixels + bias.
-        bias: (1,)
+        logits: Those at candidates, random points of each image.
         truth: (n, points) 0 or 1 of each image.
     """
 
-    def __init__(
-        self,
-        pixels: Tensor,
-        queries: Tensor,
-        bias: Tensor,
-        truth: Sequence[Tensor],
-        config: VLMViTInstanceSegmentationConfig,
-    ):
-        self.pixels, self.queries, self.bias, self.truth, self.config = pixels, queries, bias, truth, config
+    def __init__(self, logits: PointLogits, truth: Sequence[Tensor], config: VLMViTInstanceSegmentationConfig):
+        self.logits, self.truth, self.config = logits, truth, config
         self.weights = {"loss_mask": config.mask_loss_weight, "loss_dice": config.dice_loss_weight}
 
     @torch.no_grad()
     def cost(self) -> Tensor:
         """Cost (stages, batch, objects, queries) at random points that all masks of an image share."""
-        stages, batch, num_queries, _ = self.queries.shape
-        num_points = self.pixels.shape[3] // OVERSAMPLING
-        logits = self.queries @ self.pixels[..., :num_points] + self.bias  # (stages, batch, queries, points)
+        stages, batch, num_queries, _ = self.logits.queries.shape
+        num_points = self.logits.points.shape[1] // OVERSAMPLING
+        logits = self.logits.of_all(num_points)
         cost = logits.new_zeros(stages, batch, max(truth.shape[0] for truth in self.truth), num_queries)
         for image, truth in enumerate(self.truth):
             mask, dice = pairwise_mask_losses(logits[:, image], truth[:, :num_points])
@@ -113,15 +127,12 @@ class MaskLoss:
 
     def losses(self, matches: Matches) -> dict[str, Tensor]:
         """Cross entropy and Dice (stages,) of the matched masks, each a mean over points, summed over the matches."""
-        stages, num_queries = self.queries.shape[0], self.queries.shape[2]
+        stages, _, num_queries, _ = self.logits.queries.shape
         sizes = [min(truth.shape[0], num_queries) for truth in self.truth]  # matches per image, the same in each stage
         queries, targets = (
             flat.view(stages, sum(sizes)).split(sizes, dim=1) for flat in (matches.query, matches.target)
         )
-        logits = [
-            gather_tokens(self.queries[:, image], queries[image]) @ self.pixels[:, image] + self.bias
-            for image in range(len(sizes))
-        ]
+        logits = [self.logits.of(image, picked) for image, picked in enumerate(queries)]
         truth = [values[target] for values, target in zip(self.truth, targets)]  # (stages, matches, points) each
         chosen = choose_points(torch.cat(logits, dim=1), torch.cat(truth, dim=1))
         mask, dice = mask_losses(*chosen)  # (stages, matches)
@@ -159,6 +170,7 @@ def pairwise_mask_losses(logits: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]
 __all__ = [
     "InstanceTargets",
     "MaskLoss",
+    "PointLogits",
     "choose_points",
     "mask_losses",
     "pairwise_mask_losses",

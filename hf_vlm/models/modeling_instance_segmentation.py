@@ -10,7 +10,7 @@ from transformers.utils import auto_docstring
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_instance_segmentation import VLMViTInstanceSegmentationConfig
-from .loss_instance_segmentation import InstanceTargets, MaskLoss, sample_points
+from .loss_instance_segmentation import InstanceTargets, MaskLoss, PointLogits, sample_points
 from .mask_layers import MaskHead
 from .model_on_encoder import wanted_outputs
 from .modeling_detection import VLMViTForObjectDetection, VLMViTObjectDetectionOutput
@@ -94,19 +94,21 @@ class VLMViTForInstanceSegmentation(VLMViTForObjectDetection):
             self.config, output_hidden_states=output_hidden_states, output_attentions=output_attentions
         )
         found = self.detect(pixel_values, all_stages=labels is not None, **wanted)
-        feature_map, image_hw = found.feature_maps[-1], (pixel_values.shape[2], pixel_values.shape[3])
+        feature_map = found.feature_maps[-1]
         if labels is None:
-            masks = self.mask_head(feature_map, found.states[-1], image_hw)
+            masks = self.mask_head(feature_map, found.states[-1], found.boxes[-1], pixel_values)
             return VLMViTInstanceSegmentationOutput(pred_masks=masks, **found.outputs())
         batch_size, device = pixel_values.shape[0], found.anchors.device
         targets = InstanceTargets.from_labels(
             labels, batch_size=batch_size, num_labels=self.config.num_labels, device=device
         )
         if points is None:
-            mask_hw = self.mask_head.mask_hw(image_hw)
+            mask_hw = self.mask_head.mask_hw((pixel_values.shape[2], pixel_values.shape[3]))
             points = sample_points(targets, mask_hw, self.config.mask_point_ratio)
-        pixels, queries = self.mask_head.at_points(feature_map, found.states, points.float(), image_hw)
-        masks = MaskLoss(pixels, queries, self.mask_head.bias.float(), targets.at(points), self.config)
+        pixels, queries = self.mask_head.at_points(feature_map, found.states, points.float(), pixel_values)
+        boxes = torch.stack(found.boxes).detach()  # which masks do not move
+        logits = PointLogits(pixels, queries, self.mask_head.bias.float(), boxes, points.float())
+        masks = MaskLoss(logits, targets.at(points), self.config)
         loss, loss_dict = self.loss_of(found, targets, masks)
         return VLMViTInstanceSegmentationOutput(loss=loss, loss_dict=loss_dict, **found.outputs())
 

@@ -11,15 +11,17 @@ from scipy.optimize import linear_sum_assignment
 from tiny import batch, build, perturb
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_vlm.models.loss_detection import Matches, matching_cost
+from hf_vlm.models.loss_detection import Matches, iou_and_giou, matching_cost, to_corners
 from hf_vlm.models.loss_instance_segmentation import (
     InstanceTargets,
     MaskLoss,
+    PointLogits,
     choose_points,
     mask_losses,
     pairwise_mask_losses,
     sample_points,
 )
+from hf_vlm.models.mask_layers import box_prior
 
 NAME = "instance_segmentation"
 COUNTS = (4, 1, 0, 2)
@@ -113,12 +115,26 @@ def test_candidates_are_anywhere_and_at_the_objects():
     assert sample_points(targets_of(random_labels((0, 0))), (8, 8), 16).shape == (2, 3 * 8, 2)
 
 
+def slow_prior(box, x, y):
+    """1 at the centre of a box, 0 on the ellipse within it, at least -30."""
+    centre_x, centre_y, width, height = box
+    return max(1 - ((x - centre_x) / (width / 2)) ** 2 - ((y - centre_y) / (height / 2)) ** 2, -30.0)
+
+
+def dense_priors(boxes, rows, columns):
+    """The priors (rows, columns) of each of some boxes (..., 4), one pixel at a time."""
+    centres = [((j + 0.5) / columns, (i + 0.5) / rows) for i in range(rows) for j in range(columns)]
+    priors = [[slow_prior(box, x, y) for x, y in centres] for box in boxes.reshape(-1, 4).tolist()]
+    return torch.tensor(priors, dtype=torch.float64).view(*boxes.shape[:-1], rows, columns)
+
+
 def dense_masks(model, inputs):
-    """Mask logits (stages, batch, queries, rows, columns) of all queries, in float64, and what the detector found."""
+    """Mask logits (stages, batch, queries, rows, columns) of all queries without their boxes' priors, in float64, and
+    what the detector found."""
     model = model.double()
     found = model.detect(inputs["pixel_values"].double(), all_stages=True)
     head, masks = model.mask_head, []
-    for maps, states in zip(head.pixel_maps(found.feature_maps[-1], (32, 32)), found.states):
+    for maps, states in zip(head.pixel_maps(found.feature_maps[-1], inputs["pixel_values"]), found.states):
         masks.append(torch.einsum("bqc,bchw->bqhw", head.embed(states), maps) + head.bias)
     return torch.stack(masks), found
 
@@ -136,7 +152,10 @@ def dense_loss(model, inputs):
     for stage, image in itertools.product(range(len(masks)), range(len(labels))):
         places = points[image].tolist()
         truth = [torch.tensor([slow_value(m, *at) for at in places]) for m in labels[image]["masks"]]
-        logits = [torch.tensor([slow_interpolation(m, *at) for at in places]) for m in masks[stage, image].detach()]
+        logits = [
+            torch.tensor([slow_interpolation(m, *at) + slow_prior(box, *at) for at in places])
+            for m, box in zip(masks[stage, image].detach(), found.boxes[stage][image].tolist())
+        ]
         cost = boxes_cost[stage, image, : len(truth)].detach().numpy()
         for (i, t), (j, x) in itertools.product(enumerate(truth), enumerate(logits)):
             mask, dice = slow_losses(x[:num_points], t[:num_points])
@@ -150,8 +169,8 @@ def dense_loss(model, inputs):
 
 def test_the_loss_at_points_is_that_of_whole_masks():
     torch.manual_seed(0)
-    model = build(NAME, num_decoder_layers=2)
-    perturb(model)
+    model = build(NAME, num_decoder_layers=2, mask_loss_weight=2, dice_loss_weight=3)
+    perturb(model, 0.05)  # so little that boxes are at the objects, and the mask losses above 0
     inputs = batch(NAME, 3)
     found = model(**inputs)
     parts = found.loss_dict
@@ -161,7 +180,7 @@ def test_the_loss_at_points_is_that_of_whole_masks():
     without = build(NAME, num_decoder_layers=2, mask_loss_weight=0, dice_loss_weight=0)
     without.load_state_dict(model.float().state_dict())
     rest = without(**inputs)  # matched by masks too
-    weighted = 5 * (mask + dice)
+    weighted = 2 * mask + 3 * dice
     assert (found.loss - rest.loss).item() == pytest.approx(weighted.sum(), rel=1e-4)
     for name, expected in (("loss_proposals", weighted[0]), ("loss_aux", weighted[1])):
         assert float(parts[name] - rest.loss_dict[name]) == pytest.approx(expected, rel=1e-3)
@@ -173,8 +192,54 @@ def test_masks_of_inference_are_those_of_the_last_stage():
     model = build(NAME, num_decoder_layers=2).eval()
     perturb(model)
     inputs = batch(NAME, 2)
-    found = model(inputs["pixel_values"]).pred_masks
-    torch.testing.assert_close(found.double(), dense_masks(model, inputs)[0][-1], rtol=1e-4, atol=1e-4)
+    output = model(inputs["pixel_values"])
+    expected = dense_masks(model, inputs)[0][-1] + dense_priors(output.pred_boxes, 8, 8)
+    torch.testing.assert_close(output.pred_masks.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_new_masks_are_the_ellipses_in_the_boxes():
+    """So that they are not empty, and each at its own object, before anything is learned; also in half precision."""
+    y, x = torch.meshgrid(*[(torch.arange(64) + 0.5) / 64] * 2, indexing="ij")
+    boxes = torch.tensor([[0.5, 0.5, 0.5, 0.25], [0.2, 0.7, 0.01, 0.02], [0.5, 0.5, 0.0, 0.0]])
+    prior = box_prior(boxes[:, None, None], x, y)
+    assert (prior[0] > 0).float().mean() == pytest.approx(math.pi / 4 * 0.5 * 0.25, abs=2e-3)
+    columns, rows = (prior[0] > 0).any(dim=0).nonzero(), (prior[0] > 0).any(dim=1).nonzero()
+    assert (columns.min(), columns.max(), rows.min(), rows.max()) == (16, 47, 24, 39)  # the sides of the box
+    assert prior.isfinite().all()
+    assert torch.equal(box_prior(boxes.bfloat16(), x[0, :1], y[0, :1]).isfinite(), torch.ones(3, dtype=torch.bool))
+
+
+@torch.no_grad()
+def test_each_pixel_of_a_mask_sees_its_part_of_the_image():
+    """The first map is the enlarged one and the projection of the part, one output at a time; also at sizes that the
+    stride does not divide, where parts are of the image as enlarged to whole ones."""
+    torch.manual_seed(0)
+    head = build(NAME).mask_head
+    weight, bias = head.image_projection.weight, head.image_projection.bias.normal_()
+    features = torch.randn(1, 32, 3, 5)
+    for size in ((24, 40), (22, 39)):
+        image = torch.randn(1, 3, *size)
+        first = next(head.pixel_maps(features, image))[0]
+        enlarged = F.interpolate(head.reduction(features), (6, 10), mode="bilinear")[0]
+        fitting = F.interpolate(image, (24, 40), mode="bilinear")[0]
+        for row, column in itertools.product(range(6), range(10)):
+            part = fitting[:, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
+            expected = enlarged[:, row, column] + (weight * part).sum(dim=(1, 2, 3)) + bias
+            torch.testing.assert_close(first[:, row, column], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_masks_do_not_move_boxes():
+    """The gradient of the boxes' head is that of the boxes' losses alone."""
+    torch.manual_seed(0)
+    model, inputs = build(NAME, mask_cost=0, dice_cost=0), batch(NAME, 2)
+    perturb(model)
+    gradients = []
+    for weight in (0, 5):
+        model.config.mask_loss_weight = model.config.dice_loss_weight = weight
+        model.zero_grad()
+        model(**inputs).loss.backward()
+        gradients.append([p.grad.clone() for p in model.box_head.parameters()])
+    torch.testing.assert_close(*gradients)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -233,12 +298,15 @@ def test_more_objects_than_queries():
     torch.manual_seed(0)
     truth = [(torch.rand(n, 12) < 0.5).float() for n in (7, 2)]
     pixels, queries = torch.randn(1, 2, 3, 12), torch.randn(1, 2, 4, 3)
-    masks = MaskLoss(pixels, queries, torch.zeros(1), truth, build(NAME).config)
+    boxes, points = torch.rand(1, 2, 4, 4), torch.rand(2, 12, 2)
+    masks = MaskLoss(PointLogits(pixels, queries, torch.zeros(1), boxes, points), truth, build(NAME).config)
     flat = torch.tensor([[0, 0, 1, 5], [0, 0, 0, 2], [0, 0, 2, 6], [0, 0, 3, 0], [0, 1, 3, 0], [0, 1, 1, 1]])
     found = masks.losses(Matches(*flat.T))
     expected = torch.zeros(2)
     for _, image, query, target in flat.tolist():
-        chosen = choose_points(queries[0, image, query] @ pixels[0, image], truth[image][target])
+        prior = [slow_prior(boxes[0, image, query].tolist(), *at) for at in points[image].tolist()]
+        logits = queries[0, image, query] @ pixels[0, image] + torch.tensor(prior)
+        chosen = choose_points(logits, truth[image][target])
         expected += torch.stack(mask_losses(*chosen))
     torch.testing.assert_close(torch.cat([found["loss_mask"], found["loss_dice"]]), expected)
 
@@ -286,7 +354,49 @@ def test_overfits_one_batch():
         for category, mask in enumerate(label["masks"]):
             best = output.pred_masks[image, output.logits[image, :, category].argmax()]
             found = F.interpolate(best[None, None], (32, 32), mode="bilinear")[0, 0] > 0
-            assert (found & mask).sum() / (found | mask).sum() > 0.85
+            assert (found & mask).sum() / (found | mask).sum() > 0.9
+
+
+def crowd():
+    """An image of nine discs that look the same, and its labels."""
+    y, x = torch.meshgrid(torch.arange(32) + 0.5, torch.arange(32) + 0.5, indexing="ij")
+    centres = torch.cartesian_prod(*[torch.tensor([5.0, 16.0, 27.0])] * 2) + torch.randint(-1, 2, (9, 2))
+    masks = (x - centres[:, :1, None]) ** 2 + (y - centres[:, 1:, None]) ** 2 < 16
+    boxes = torch.cat([centres, torch.full((9, 2), 8.0)], dim=1) / 32
+    image = 0.3 * torch.randn(1, 3, 32, 32) + 2 * masks.any(dim=0)
+    return image, [{"class_labels": torch.zeros(9, dtype=torch.int64), "boxes": boxes, "masks": masks}]
+
+
+def boxes_and_masks_of_a_crowd(name, **fields):
+    """Mean IoU of the best box and of the best mask of each object after 60 steps on one image."""
+    torch.manual_seed(0)
+    (image, labels), fields = crowd(), {"dense_loss_weight": 0.0, "num_queries": 12, **fields}
+    model = build(name, None, {"num_hidden_layers": 1}, **fields)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=60)
+    for _ in range(60):
+        model(image, labels=labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    with torch.no_grad():
+        output = model.eval()(image)
+    truth, wanted = labels[0]["masks"], to_corners(labels[0]["boxes"])
+    box_ious = iou_and_giou(to_corners(output.pred_boxes[0])[:, None], wanted)[0].amax(dim=0)
+    if name == "detection":
+        return box_ious.mean().item(), None
+    found = F.interpolate(output.pred_masks, (32, 32), mode="bilinear")[0, :, None] > 0
+    mask_ious = (found & truth).sum(dim=(2, 3)) / (found | truth).sum(dim=(2, 3))
+    return box_ious.mean().item(), mask_ious.amax(dim=0).mean().item()
+
+
+def test_alike_objects_have_masks_of_their_own_and_boxes_as_the_detectors():
+    """By features alone no query tells its disc from the others: all masks stay empty (an IoU of 0.0 here)."""
+    box_iou, mask_iou = boxes_and_masks_of_a_crowd(NAME, mask_stride=2, mask_point_ratio=4)
+    detectors_box_iou, _ = boxes_and_masks_of_a_crowd("detection")
+    assert mask_iou > 0.6
+    assert box_iou > detectors_box_iou - 0.05
 
 
 def test_boxes_are_found_as_by_the_detector():
