@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,9 +13,6 @@ from tqdm.auto import tqdm
 from hf_vlm.data.source import Source
 from hf_vlm.data.stream import ExampleStream
 from hf_vlm.data.transforms.collate import collate_detection
-from hf_vlm.data.transforms.detection import DetectionSettings
-from hf_vlm.data.transforms.detection_mixing import DetectionMixing
-from hf_vlm.data.transforms.options import build_settings
 from hf_vlm.metrics import best_f1, coco_detection_metrics, match_detections
 from hf_vlm.models.image_processing_detection import VLMViTDetectionImageProcessor
 from hf_vlm.tasks.calibration import threshold_of_best_f1
@@ -51,12 +48,6 @@ def minimum_fields(source: Source) -> dict[str, int]:
 def collate(**_: Any) -> Collate:
     """A function that stacks images and keeps one dict of labels per image."""
     return collate_detection
-
-
-def mixing(augmentation: Mapping[str, Any]) -> DetectionMixing | None:
-    """What mixes the images of a batch by mosaic and copy-paste; None where the augmentation has neither."""
-    settings = build_settings(DetectionSettings, augmentation, where="the detection augmentation")
-    return DetectionMixing(settings, settings.min_visible) if settings.mixes else None
 
 
 def predict_detection(
@@ -163,7 +154,6 @@ DETECTION = Task(
     transform=detection_transform,
     minimum_fields=minimum_fields,
     collate=collate,
-    mixing=mixing,
     evaluate=evaluate_detection,
     post_process=post_process,
     calibrate=threshold_of_best_f1,

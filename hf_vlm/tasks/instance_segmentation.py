@@ -19,7 +19,6 @@ from hf_vlm.models.image_processing_instance_segmentation import (
 )
 from hf_vlm.tasks.calibration import threshold_of_best_f1
 from hf_vlm.tasks.detection import F1_NAMES, choose_threshold, collate, minimum_fields, predict_detection
-from hf_vlm.tasks.detection import mixing as mixing_of_boxes
 from hf_vlm.tasks.detector import detection_transform
 from hf_vlm.tasks.reports.detection import report_detection
 from hf_vlm.tasks.task import Evaluation, ServedOutput, Task
@@ -49,15 +48,6 @@ def instance_transform(
 ) -> DetectionTransform:
     """The detector's transform, with the masks of the objects."""
     return detection_transform(processor, train=train, class_names=class_names, augmentation=augmentation, masks=True)
-
-
-def mixing(augmentation: Mapping[str, Any]) -> None:
-    """Nothing; ValueError for mosaic and copy-paste, which move no masks."""
-    if mixing_of_boxes(augmentation) is not None:
-        raise ValueError(
-            "augmentation: mosaic_probability and copy_paste_probability are for detection, where objects have boxes "
-            "alone: leave them out."
-        )
 
 
 def predict_instances(
@@ -135,7 +125,6 @@ INSTANCE_SEGMENTATION = Task(
     transform=instance_transform,
     minimum_fields=minimum_fields,
     collate=collate,
-    mixing=mixing,
     evaluate=evaluate_instance_segmentation,
     post_process=post_process,
     calibrate=threshold_of_best_f1,

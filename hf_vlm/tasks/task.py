@@ -6,7 +6,7 @@ never compare names of tasks.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from hf_vlm.data.stream import Transform
 from hf_vlm.tasks.calibration import Calibration
 from hf_vlm.tasks.reports.parts import Part, default_report
 
-__all__ = ["BatchMixing", "Collate", "Evaluation", "ServedOutput", "Task"]
+__all__ = ["Collate", "Evaluation", "ServedOutput", "Task"]
 
 Collate = Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
 
@@ -62,19 +62,6 @@ class ServedOutput:
     is_set: bool = False
 
 
-class BatchMixing(Protocol):
-    """What mixes the images of training batches, in the first `fraction` of the steps."""
-
-    @property
-    def fraction(self) -> float: ...
-
-    def __call__(self, batch: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]: ...
-
-
-def _no_mixing(augmentation: Mapping[str, Any]) -> BatchMixing | None:
-    return None
-
-
 def _no_fields(source: Source) -> dict[str, Any]:
     return {}
 
@@ -104,7 +91,6 @@ class Task:
             examples. A model with lower ones is built with these, and a warning.
         transform: Function `(processor, *, train, class_names, augmentation)` that returns the transform of examples.
         collate: Function `(*, train, class_names, augmentation)` that returns the collate function.
-        mixing: Function from the augmentation to what mixes the images of a batch on the device, or None.
         evaluate: Function `(model, stream, processor, *, class_names, batch_size, per_class, fit_stream)` that returns
             an [`Evaluation`], the same on all ranks.
         has_confusion: Function from a model to whether its evaluation has a confusion matrix.
@@ -135,7 +121,6 @@ class Task:
     collate: Callable[..., Collate]
     evaluate: Callable[..., Evaluation]
     card: str
-    mixing: Callable[[Mapping[str, Any]], BatchMixing | None] = _no_mixing
     head_fields: Callable[[Source], dict[str, Any]] = _no_fields
     has_confusion: Callable[[PreTrainedModel], bool] = _never
     minimum_fields: Callable[[Source], dict[str, int]] = _no_minimum

@@ -31,7 +31,6 @@ from hf_vlm.training.checkpoints import check_run_folder, checkpoints, clear_run
 from hf_vlm.training.data import open_labelled_sources, open_train_source, train_stream, view_transform
 from hf_vlm.training.labels import add_unlabelled, check_label_keys, label_source, labelling_models
 from hf_vlm.training.lock import run_lock
-from hf_vlm.training.mixing import MixBatches
 from hf_vlm.training.probes import build_probe, last_probe
 from hf_vlm.training.recipe import parse_arguments
 from hf_vlm.training.record import RecordProgress, RunRecord, check_publishing
@@ -259,8 +258,6 @@ def _train_head(
     )
     processor = build_processor(args, entry.processor_class, model.config.backbone_config.num_channels)
     options = {"class_names": names, "augmentation": args.augmentation}
-    mixing = task.mixing(args.augmentation)
-    mix_batches = None if mixing is None else MixBatches(mixing, args)
     record = RunRecord(args, recipe, source, write_card, class_names=names, external_weights=labelling_models(args))
     record.summary["data"]["labels_found"] = held_out is None  # and not annotated
     record.summary["labelling_seconds"] = round(labelling_seconds, 1)
@@ -275,8 +272,6 @@ def _train_head(
             task.evaluate, processor=processor, class_names=names, batch_size=args.per_device_eval_batch_size
         ),
         on_save=record.write,
-        render=mix_batches,
-        callbacks=None if mix_batches is None else [mix_batches],
     )
     _train(trainer, record)
     if trainer.state.global_step < args.max_steps:

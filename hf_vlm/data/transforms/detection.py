@@ -12,7 +12,6 @@ import torch
 from hf_vlm.data.boxes import clean_boxes
 from hf_vlm.data.io.decode import decode_image
 from hf_vlm.data.segmentations import read_segmentation
-from hf_vlm.data.transforms.detection_mixing import DetectionMixSettings
 from hf_vlm.data.transforms.image_ops import Normalizer, rotate_quarter_turns
 from hf_vlm.data.transforms.objects import Masks, Objects, Span
 from hf_vlm.data.transforms.options import as_probability, as_size, build_settings
@@ -26,9 +25,8 @@ Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DetectionSettings(WindowSettings, DetectionMixSettings):
-    """How training images are augmented: as `WindowSettings` and `DetectionMixSettings` say, and which objects
-    are kept.
+class DetectionSettings(WindowSettings):
+    """How training images are augmented: as `WindowSettings` says, and which objects are kept.
 
     Args:
         min_visible: Fraction of its area that an object must show in the window to be kept.
@@ -40,8 +38,7 @@ class DetectionSettings(WindowSettings, DetectionMixSettings):
     min_visible: float = 0.3
 
     def __post_init__(self) -> None:
-        WindowSettings.__post_init__(self)
-        DetectionMixSettings.__post_init__(self)
+        super().__post_init__()
         object.__setattr__(self, "min_visible", as_probability("min_visible", self.min_visible))
 
 
