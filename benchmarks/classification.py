@@ -1,11 +1,13 @@
-"""What own pretraining is worth to a classifier: kNN, linear and fine-tuned accuracy, from random and own encoders.
+"""What own pretraining is worth to a classifier: kNN, linear, attentive and fine-tuned accuracy, from random and own
+encoders.
 
     python benchmarks/classification.py --data grocery_store --image_size 48 --num_pretraining_steps 500 [--seeds 3]
 
 Per seed, by the commands that a user types: an encoder is pretrained on the images without their labels (LeJEPA, the
-laptop recipe); it and one with random weights are evaluated frozen, by classifiers on their features, and fine-tuned
-on the same labels in the same order for the same number of steps. Accuracies are of the test split, in percent. With
-`--output_dir` finished runs are kept and not run again. The last line of stdout is JSON: means over the seeds.
+laptop recipe); it and one with random weights are evaluated frozen, by classifiers on their features and by one query
+that attends to all their tokens, and fine-tuned, the last two on the same labels in the same order for the same number
+of steps. Accuracies are of the test split, in percent. With `--output_dir` finished runs are kept and not run again.
+The last line of stdout is JSON: means over the seeds.
 """
 
 import argparse
@@ -22,6 +24,7 @@ from hf_vlm.tasks.evaluation import evaluate_run
 
 FROZEN = ("knn", "linear", "knn_both", "linear_both")  # of the mean patch token, and of it beside the class token
 FINE_TUNED = ("top1", "balanced_accuracy")
+ATTENTIVE = ("--model_config.pooling", "attentive", "--encoder_lr_multiplier", "0")  # the encoder stays as it is
 VARIANTS = ("random", "pretrained")
 
 
@@ -51,15 +54,17 @@ def save_random_encoder(like: Path, folder: Path, seed: int) -> None:
     VLMViTImageProcessor.from_pretrained(like).save_pretrained(folder)
 
 
-def finetune(folder: Path, encoder: Path, seed: int, options: argparse.Namespace) -> None:
+def finetune(folder: Path, encoder: Path, seed: int, options: argparse.Namespace, *words: str) -> dict[str, float]:
+    """Metrics of a classifier on the test split; `words` are added to the command."""
     architecture = json.dumps({"patch_size": 8})
     hf_vlm(
         *("finetune", "classification/vit_nano_cpu.yaml", "--data", options.data, "--encoder", str(encoder)),
         *("--encoder_config", architecture, "--image_size", str(options.image_size), "--eval_split", "test"),
         *("--num_train_examples", str(options.num_labelled), "--num_eval_examples", "200", "--seed", str(seed)),
         *("--per_device_train_batch_size", "64", "--max_steps", str(options.num_steps)),
-        *("--output_dir", str(folder)),
+        *("--output_dir", str(folder), *words),
     )
+    return evaluate_run(folder, options.data, "test").metrics
 
 
 def run_seed(folder: Path, seed: int, options: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -74,9 +79,10 @@ def run_seed(folder: Path, seed: int, options: argparse.Namespace) -> dict[str, 
             if variant == "random":
                 save_random_encoder(encoders["pretrained"], encoder, seed)
             frozen = evaluate_run(encoder, options.data, "test", num_examples=options.num_labelled).metrics
-            finetune(folder / variant / "classifier", encoder, seed, options)
-            tuned = evaluate_run(folder / variant / "classifier", options.data, "test").metrics
-            metrics = {name: frozen[name] for name in FROZEN} | {name: tuned[name] for name in FINE_TUNED}
+            attentive = finetune(folder / variant / "attentive", encoder, seed, options, *ATTENTIVE)
+            tuned = finetune(folder / variant / "classifier", encoder, seed, options)
+            metrics = {name: frozen[name] for name in FROZEN} | {"attentive": attentive["top1"]}
+            metrics |= {name: tuned[name] for name in FINE_TUNED}
             saved.write_text(json.dumps(metrics))
         found[variant] = json.loads(saved.read_text())
         print(f"seed {seed} {variant:<10}  " + "  ".join(f"{k} {100 * v:.1f}" for k, v in found[variant].items()))

@@ -167,6 +167,19 @@ class VisionTrainingArguments(TrainingArguments):
     weight_decay_end: float | None = field(
         default=None, metadata={"help": "Weight decay at the end, reached along a cosine; constant by default."}
     )
+    ema_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "Decay of a moving average of the weights, which is evaluated and saved in their place; in short "
+            "runs it is less, so that the average spans at most about a tenth of the steps."
+        },
+    )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of evaluations in a row without a better metric_for_best_model after which training stops."
+        },
+    )
     probe_steps: int | None = field(
         default=None,
         metadata={"help": "Steps between probes of the features; 0 for none; at most ten probes by default."},
@@ -189,6 +202,7 @@ class VisionTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         self._check_choices()
+        self._check_weights_kept()
         num_processes = int(os.environ.get("WORLD_SIZE", "1"))
         if num_processes > 1 and not torch.accelerator.is_available():
             self.use_cpu = True  # else accelerate silently lets each process train on its own
@@ -232,6 +246,19 @@ class VisionTrainingArguments(TrainingArguments):
             )
         if self.label_smoothing_factor:  # the Trainer gathers integer labels, which tasks here need not have
             raise ValueError("label_smoothing_factor is not supported: set model_config.label_smoothing instead.")
+
+    def _check_weights_kept(self) -> None:
+        """ValueError for settings of the average and of early stopping that cannot work."""
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be above 0 and below 1, such as 0.999, but is {self.ema_decay:g}.")
+        patience = self.early_stopping_patience
+        if patience is not None and patience < 1:
+            raise ValueError(f"early_stopping_patience must be 1 or more, but is {patience}.")
+        if patience is not None and not self.load_best_model_at_end:  # transformers then checks evaluations and metric
+            raise ValueError(
+                "early_stopping_patience keeps the best model: set load_best_model_at_end to true, and eval_strategy, "
+                "save_strategy and metric_for_best_model."
+            )
 
     def set_steps_for(self, num_images: int | None) -> None:
         """Sets the number of steps by the size of the data, for `images_to_see: auto`.

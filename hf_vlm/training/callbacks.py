@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_vlm.data.io.durable import PARTIAL_FOLDER, disk_errors, replace_text
 from hf_vlm.training.checkpoints import abandon_later_checkpoints, clear_run_folder, resume_advice
@@ -45,6 +45,17 @@ class WeightDecaySchedule(TrainerCallback):
         for group in optimizer.param_groups:
             if group["decays"]:
                 group["weight_decay"] = decay
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """transformers' early stopping, whose count of evaluations without a better metric a resumed run continues."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        saved = state.stateful_callbacks[type(self).__name__]
+        self.early_stopping_patience_counter = saved["attributes"]["early_stopping_patience_counter"]
 
 
 class RunFolder(TrainerCallback):
@@ -130,6 +141,7 @@ def read_log(path: Path) -> list[dict[str, float]]:
 
 __all__ = [
     "AfterStep",
+    "EarlyStopping",
     "LogFile",
     "RunFolder",
     "WeightDecaySchedule",

@@ -46,7 +46,7 @@ FIXED = _names(
     num_unlabelled_examples unlabelled_fraction views augmentation shuffle_block seed data_seed
     per_device_train_batch_size gradient_accumulation_steps auto_find_batch_size accelerator_config
     reference_batch_size optim optim_args optim_target_modules patch_projection_lr_multiplier
-    metric_for_best_model greater_is_better
+    metric_for_best_model greater_is_better ema_decay
     """
 )
 # SCHEDULE: refused, for the checkpoint's values would stay in force; `restart_schedule` applies the new ones instead.
@@ -72,7 +72,7 @@ FREE = _names(
     eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size prediction_loss_only
     eval_do_concat_batches eval_use_gather_object eval_accumulation_steps include_for_metrics batch_eval_metrics
     save_strategy save_steps save_total_limit save_only_model save_on_each_node enable_jit_checkpoint
-    load_best_model_at_end restore_callback_states_from_checkpoint
+    load_best_model_at_end early_stopping_patience restore_callback_states_from_checkpoint
     push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision
     dataloader_drop_last dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
     dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order remove_unused_columns
@@ -127,7 +127,10 @@ def _named_checkpoint(wanted: str | None, rewind_to: int | None, folder: Path) -
 
 
 def finished_run(args: VisionTrainingArguments) -> dict[str, Any] | None:
-    """The record of a run that the options would resume but that has trained all its steps; None for others."""
+    """The record of a run that the options would resume but that is done; None for others.
+
+    It has trained all its steps, or was stopped early by the `early_stopping_patience` that is asked for.
+    """
     folder, wanted = Path(args.output_dir), args.resume_from_checkpoint
     if not wanted or args.rewind_to is not None or not (folder / CONFIG_NAME).is_file():  # the model's last file
         return None
@@ -137,9 +140,12 @@ def finished_run(args: VisionTrainingArguments) -> dict[str, Any] | None:
         run = _read(folder / RUN_FILE)
     except ValueError:  # cut off while it was written: not finished
         return None
-    if not run.get("finished") or (run["method"], run["num_steps"]) != (args.method, args.max_steps):
+    patience = args.early_stopping_patience
+    is_done = run.get("finished") and run["method"] == args.method
+    stopped_early = patience is not None and run.get("stopped_by_patience") == patience
+    if not is_done or not (run["num_steps"] == args.max_steps or stopped_early):
         return None
-    logger.info("The run in %s is finished, with all its %d steps: nothing is changed.", folder, args.max_steps)
+    logger.info("The run in %s is finished, with its %d steps: nothing is changed.", folder, run["num_steps"])
     return run
 
 

@@ -271,6 +271,8 @@ def _train_head(
         on_save=record.write,
     )
     _train(trainer, record)
+    if trainer.state.global_step < args.max_steps:
+        record.summary["stopped_by_patience"] = args.early_stopping_patience
     trainer.save_model(
         args.output_dir, _internal_call=True
     )  # before the last evaluation, which bad held-out images can stop

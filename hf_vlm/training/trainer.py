@@ -22,7 +22,8 @@ from hf_vlm.data.stream import ExampleStream
 from hf_vlm.features.device import use_fast_cpu_matmul
 from hf_vlm.tasks.task import Evaluation
 from hf_vlm.training.arguments import VisionTrainingArguments
-from hf_vlm.training.callbacks import AfterStep, LogFile, RunFolder, WeightDecaySchedule
+from hf_vlm.training.average import LAST_WEIGHTS_FILE, AveragingTrainer
+from hf_vlm.training.callbacks import AfterStep, EarlyStopping, LogFile, RunFolder, WeightDecaySchedule
 from hf_vlm.training.checkpoints import check_run_folder, last_checkpoint, verify_checkpoint
 from hf_vlm.training.console import ConsoleLog
 from hf_vlm.training.data_state import load_data_state, save_data_state
@@ -30,7 +31,6 @@ from hf_vlm.training.finite import check_before_saving, check_metrics
 from hf_vlm.training.lock import LOCK_FILE
 from hf_vlm.training.meters import ThroughputMeter
 from hf_vlm.training.optim import group_settings, late_schedule, parameter_groups, restore_group_settings
-from hf_vlm.training.saving import CommittingTrainer
 from hf_vlm.training.signals import outlive_signals
 
 TRAINING_STATE = [
@@ -42,6 +42,7 @@ TRAINING_STATE = [
     LOCK_FILE,
     MANIFEST_FILE,
     "data_state*",
+    LAST_WEIGHTS_FILE,
     "optimizer*",
     "rng_state*",
     "scaler*",
@@ -53,7 +54,7 @@ TRAINING_STATE = [
 Evaluator = Callable[[nn.Module, Any], Evaluation]
 
 
-class VisionTrainer(CommittingTrainer):
+class VisionTrainer(AveragingTrainer):
     """Trains on an [`ExampleStream`] and resumes it exactly; evaluates by the function of a task.
 
     Args:
@@ -88,6 +89,8 @@ class VisionTrainer(CommittingTrainer):
         self.add_callback(AfterStep())
         if self.args.weight_decay_end is not None:
             self.add_callback(WeightDecaySchedule(self.args.weight_decay, self.args.weight_decay_end))
+        if self.args.early_stopping_patience is not None:
+            self.add_callback(EarlyStopping(self.args.early_stopping_patience))
         self._run_folder = RunFolder()
         self.add_callback(self._run_folder)
         self.add_callback(LogFile())

@@ -130,7 +130,7 @@ def test_two_processes_train_as_one(tmp_path):
     """torchrun and accelerate with two gloo processes give the weights of one process on the joined batch."""
     common = [
         *("pretrain", "simclr/vit_small.yaml", *SHORT, "--max_steps", "4", "--learning_rate", "1e-3"),
-        *("--num_train_examples", "25", "--shuffle_block", "16", "--optim", "sgd"),
+        *("--num_train_examples", "25", "--shuffle_block", "16", "--optim", "sgd", "--ema_decay", "0.5"),
         *("--model_config", "{projection_hidden_size: 32, projection_size: 16}"),
     ]
     ours = ["-m", "hf_vlm.cli"]

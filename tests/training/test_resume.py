@@ -228,7 +228,7 @@ def test_a_finished_run_is_left_as_it_is(make_recipe, tmp_path, caplog, method, 
         found = train(recipe | {"resume_from_checkpoint": wanted, "logging_steps": 2})
         assert found == json.loads((tmp_path / method / "run.json").read_text())
         assert found["num_steps"] == summary["num_steps"] == 2
-        assert "is finished, with all its 2 steps: nothing is changed" in caplog.text
+        assert "is finished, with its 2 steps: nothing is changed" in caplog.text
     assert tree(tmp_path / method) == before
     longer = train(recipe | {"resume_from_checkpoint": "auto", "max_steps": 3, "restart_schedule": True})
     assert longer["num_steps"] == 3
