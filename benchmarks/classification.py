@@ -12,13 +12,12 @@ The last line of stdout is JSON: means over the seeds.
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections import defaultdict
 from pathlib import Path
+
+from commands import hf_vlm
 
 from hf_vlm.tasks.evaluation import evaluate_run
 
@@ -26,12 +25,6 @@ FROZEN = ("knn", "linear", "knn_both", "linear_both")  # of the mean patch token
 FINE_TUNED = ("top1", "balanced_accuracy")
 ATTENTIVE = ("--model_config.pooling", "attentive", "--encoder_lr_multiplier", "0")  # the encoder stays as it is
 VARIANTS = ("random", "pretrained")
-
-
-def hf_vlm(*arguments: str) -> None:
-    """Runs a command of the package on one core."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-m", "hf_vlm.cli", *arguments], env=environment, check=True)
 
 
 def pretrain(folder: Path, seed: int, options: argparse.Namespace) -> None:

@@ -11,16 +11,14 @@ null where an artifact did not pass the gate, and the AP that int8 loses in Open
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from commands import hf_vlm
 from machine import describe
 
 from hf_vlm.data.images import first_images
@@ -38,8 +36,7 @@ def train(folder: Path, num_steps: int) -> Path:
     """The demo's detector, from random initialisation."""
     command = ["finetune", "demo/detector.yaml", "--data", SCENES, "--output_dir", str(folder)]
     command += ["--max_steps", str(num_steps), "--eval_strategy", "no", "--num_train_examples", "2000"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-m", "hf_vlm.cli", *command], env=environment, check=True)
+    hf_vlm(*command)
     return folder
 
 

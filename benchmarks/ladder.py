@@ -11,14 +11,13 @@ run again. The last line of stdout is JSON.
 
 import argparse
 import json
-import os
 import re
 import statistics
-import subprocess
-import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from commands import hf_vlm
 
 DATA = "scenes:icons"
 NUM_TEST = 500
@@ -39,9 +38,7 @@ def run(argv: list[str], folder: Path) -> None:
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / f"{folder.name}.log").open("w") as log:
-        command = [sys.executable, "-m", "hf_vlm.cli", *argv, "--output_dir", str(folder)]
-        command += ["--overwrite_output_dir", "true"]
-        subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log, check=True)
+        hf_vlm(*argv, "--output_dir", str(folder), "--overwrite_output_dir", "true", log=log)
 
 
 def finetune_rung(name: str, seed: int, folder: Path, options: list[str]) -> dict[str, float]:

@@ -10,16 +10,14 @@ stdout is JSON: means over the seeds.
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import cv2
 import datasets
+from commands import hf_vlm
 
 from hf_vlm.data.io.decode import decode_mask
 from hf_vlm.data.sources import open_source
@@ -28,12 +26,6 @@ from hf_vlm.tasks.evaluation import evaluate_run
 METRICS = ("miou", "mean_accuracy", "pixel_accuracy")
 VARIANTS = ("random", "pretrained")
 SPLITS = ("train", "validation", "test")
-
-
-def hf_vlm(*arguments: str) -> None:
-    """Runs a command of the package on one core."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-m", "hf_vlm.cli", *arguments], env=environment, check=True)
 
 
 def with_255(ignored: int) -> Any:
