@@ -1,5 +1,6 @@
 """The command `hf-vlm`: one visible list of commands, each a file of this folder with `run(argv)`."""
 
+import difflib
 import errno
 import importlib
 import io
@@ -18,10 +19,10 @@ COMMANDS = {
     "evaluate": "metrics of a model on a split:             hf-vlm evaluate RUN --data SOURCE --split test",
     "embed": "features, neighbours and maps of images:   hf-vlm embed RUN --data SOURCE --neighbors neighbors.png",
     "predict": "objects or classes of images:              hf-vlm predict RUN photo.jpg --save out.png",
-    "track": "objects of a video, numbered:           hf-vlm track RUN clip.mp4 --save out.mp4",
+    "track": "objects of a video, numbered:              hf-vlm track RUN clip.mp4 --save out.mp4",
     "plan": "cost of pretraining on a cluster:          hf-vlm plan RECIPE --gpus 64 --gpu h200",
     "export": "for ONNX and other runtimes:               hf-vlm export RUN --format onnx",
-    "serve": "predictions over HTTP and a web page:     hf-vlm serve RUN",
+    "serve": "predictions over HTTP and a web page:      hf-vlm serve RUN",
     "push": "publish a run on the Hub:                  hf-vlm push RUN my-org/my-detector",
     "doctor": "examine the installation and machine:      hf-vlm doctor",
     "demo": "all of it on built-in images, offline:     hf-vlm demo",
@@ -45,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items()))
         return 0
     if command not in COMMANDS:
-        print(f"hf-vlm: there is no command {command!r}. There are: {', '.join(COMMANDS)}.", file=sys.stderr)
+        near = "".join(f" Did you mean {name!r}?" for name in difflib.get_close_matches(command, COMMANDS, n=1))
+        print(f"hf-vlm: there is no command {command!r}.{near} There are: {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
     _set_up_output()
     for library in (
@@ -63,8 +65,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Without an accelerator every loader would warn that pinning memory does nothing.
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     warnings.filterwarnings("ignore", message=".*set_vital.*")  # torchdata, on import
+    return _run(command, arguments[1:])
+
+
+def _run(command: str, words: Sequence[str]) -> int:
+    """Runs a command with its words; returns the exit status."""
     try:
-        importlib.import_module(f"hf_vlm.cli.{command}").run(arguments[1:])
+        importlib.import_module(f"hf_vlm.cli.{command}").run(words)
     except ValueError as error:
         if os.environ.get("HF_VLM_TRACEBACK"):
             raise
@@ -72,6 +79,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"hf-vlm {command}: {printable(redact(str(error)))}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        if not _is_output_closed():
+            raise
+        return 141  # as of a program that the signal ends: whoever read the output, such as `head`, has enough
     except OSError as error:
         if error.errno not in DISK_ERRORS or os.environ.get("HF_VLM_TRACEBACK"):
             raise
@@ -86,6 +97,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     leave_process_group()
     return 0
+
+
+def _is_output_closed() -> bool:
+    """Whether nobody reads the output any more; then what is left of it goes nowhere, and Python ends in silence."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _set_up_output() -> None:

@@ -137,6 +137,11 @@ class Source:
             )
         return replace(kept, num_examples=counts[0]), replace(apart, num_examples=counts[1])
 
+    def take(self, number: int) -> "Source":
+        """The first examples of the source."""
+        known = None if self.num_examples is None else min(number, self.num_examples)
+        return replace(self, dataset=self.dataset.take(number), num_examples=known)
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return iter(self.dataset)
 

@@ -54,6 +54,7 @@ class ExportData:
     Attributes:
         data: Source, as `--data` takes it.
         split: Split to compare and evaluate on; calibration takes the train split where there is one.
+        holdout: Fraction of that split that training held out, to compare and evaluate on instead of the whole.
         format: Format of the source; guessed by default.
         num_examples: First examples to evaluate on.
         allow_outside: Whether what annotations name outside of the source may be followed.
@@ -61,11 +62,19 @@ class ExportData:
 
     data: Any
     split: str = "test"
+    holdout: float | None = None
     format: str | None = None
     num_examples: int = 200
     allow_outside: bool = False
 
-    def images(self, split: str, count: int, num_channels: int) -> list[Image]:
+    def images(self, count: int, num_channels: int) -> list[Image]:
+        """The first images to compare on; ValueError where they cannot be opened."""
+        if self.holdout is None:
+            return self.first_images(self.split, count, num_channels)
+        source = open_source(self.data, self.split, format=self.format, allow_outside=self.allow_outside)
+        return first_images(source.holdout(self.holdout)[1], count, num_channels=num_channels)
+
+    def first_images(self, split: str, count: int, num_channels: int) -> list[Image]:
         """The first images of a split; ValueError where it cannot be opened."""
         source = open_source(self.data, split, format=self.format, num_samples=count, allow_outside=self.allow_outside)
         return first_images(source, count, num_channels=num_channels)
@@ -77,6 +86,7 @@ class ExportData:
             self.data,
             self.split,
             format=self.format,
+            holdout=self.holdout,
             num_examples=self.num_examples,
             allow_outside=self.allow_outside,
         ).metrics
@@ -140,7 +150,7 @@ def export_model(
         raise ValueError(f"Models for {task.name} are not exported.")
     data = data or recorded_data(run) or ExportData(SCENES)
     num_channels = reference.processor.num_channels
-    images = data.images(data.split, NUM_IMAGES, num_channels)
+    images = data.images(NUM_IMAGES, num_channels)
     calibration = _calibration_images(data, num_channels) if reduced.is_calibrated else []
     samples = [_inputs(reference, [image]) for image in calibration]
     program = _export(reference, task.served, format, reduced.config(samples), _inputs(reference, images[:2]))
@@ -171,14 +181,16 @@ def recorded_data(run: str | Path) -> ExportData | None:
     recipe = parse_yaml(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if not isinstance(recipe.get("data"), str) or not recipe["data"]:
         return None
+    holdout = recipe.get("holdout")
     data = ExportData(
         recipe["data"],
-        recipe.get("eval_split") or "test",
+        recipe.get("eval_split", "test") if holdout is None else recipe.get("train_split", "train"),
+        holdout=holdout,
         format=recipe.get("format"),
         allow_outside=bool(recipe.get("allow_outside")),
     )
     try:
-        data.images(data.split, 1, 3)
+        data.images(1, 3)
     except ValueError as error:
         logger.warning("The data of the run cannot be opened, so built-in scenes take their place: %s", error)
         return None
@@ -188,10 +200,10 @@ def recorded_data(run: str | Path) -> ExportData | None:
 def _calibration_images(data: ExportData, num_channels: int) -> list[Image]:
     """Images of the train split, or of the one to evaluate on where there is no other."""
     try:
-        return data.images("train", NUM_CALIBRATION_IMAGES, num_channels)
+        return data.first_images("train", NUM_CALIBRATION_IMAGES, num_channels)
     except ValueError as error:
         logger.warning("Calibrating on split %r, for there is no train split: %s", data.split, error)
-        return data.images(data.split, NUM_CALIBRATION_IMAGES, num_channels)
+        return data.images(NUM_CALIBRATION_IMAGES, num_channels)
 
 
 def _inputs(loaded: LoadedModel, images: list[Image]) -> dict[str, Tensor]:

@@ -196,7 +196,8 @@ def _values(
         **_origin_values(run),
         "metrics": _metric_rows(run.get("metrics") or {}, task),
         "train_split": data.get("split"),
-        "eval_split": recipe.get("eval_split"),
+        "eval_split": None if recipe.get("holdout") else recipe.get("eval_split"),  # held-out images are of none
+        "held_out": f"{recipe['holdout']:.0%}" if recipe.get("holdout") else None,
         "num_examples": f"{data['num_examples']:,}" if data.get("num_examples") else None,
         "fingerprint": data.get("fingerprint"),
         "labels_from": recipe.get("labels_from") or ("regions" if data.get("labels_found") else None),

@@ -48,12 +48,13 @@ def evaluate_split(
     split: str,
     *,
     format: str | None = None,
+    holdout: float | None = None,
     num_examples: int | None = None,
     allow_outside: bool = False,
     max_bad_fraction: float = 0.01,
     needs_confusion: bool = False,
 ) -> EvaluatedSplit:
-    """Evaluates a saved model on a split of a source.
+    """Evaluates a saved model on a split of a source, or on the fraction of it that `holdout` holds out in training.
 
     Raises:
         ValueError: The folder holds no model, the data lack what its task needs or have other classes, more than
@@ -73,10 +74,13 @@ def evaluate_split(
             data,
             name,
             format=format,
-            num_samples=num_examples,
+            num_samples=num_examples if holdout is None else None,
             allow_outside=allow_outside,
             object_masks=task.reads_object_masks,
         )
+        if holdout is not None and name == split:
+            source = source.holdout(holdout)[1]
+            source = source if num_examples is None else source.take(num_examples)
         names = task.class_names(source)
         if not task.fits_on_train:
             source = match_class_names(source, names, loaded.class_names, f"the model {run_dir}")

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from hf_vlm.data.inspection.pixel_range import check_pixel_range
@@ -97,9 +96,9 @@ def open_labelled_sources(args: VisionTrainingArguments, source: Source | None) 
             ) from error
     source, held_out = source.holdout(args.holdout)
     if args.num_eval_examples is not None:
-        held_out = replace(held_out, dataset=held_out.dataset.take(args.num_eval_examples), num_examples=None)
-    counts = [part.num_examples or "an unknown number of" for part in (source, held_out)]
-    logger.info("Holding out a fraction of %g: %s images to train on, %s to evaluate on.", args.holdout, *counts)
+        held_out = held_out.take(args.num_eval_examples)
+    counts = [part.num_examples or "an unknown number" for part in (source, held_out)]
+    logger.info("Holding out a fraction of %g of the images: training on %s, evaluating on %s.", args.holdout, *counts)
     return source, held_out
 
 

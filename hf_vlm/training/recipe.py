@@ -66,7 +66,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
             if name in RUN_LENGTHS:  # one replaces the other
                 recipe = {key: kept for key, kept in recipe.items() if key not in RUN_LENGTHS}
             recipe[name] = value
-    return check_recipe(recipe, str(path))
+    return check_recipe(recipe, f"{path} or the options" if given else str(path))
 
 
 def _without_architecture(recipe: dict[str, Any], encoder: str, *, load_head: bool) -> dict[str, Any]:

@@ -194,3 +194,15 @@ def test_what_is_found_in_data_is_shown_once_by_commands_that_open_two_splits(tm
         log_as_commands()
         assert main(command) == 0
         assert capsys.readouterr().err.count("images in cover.png are ignored") == 1
+
+
+def test_a_mistyped_command_names_the_nearest(capsys):
+    assert main(["predic"]) == 2
+    assert "Did you mean 'predict'?" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_enough_ends_a_command_in_silence():
+    command = f"{sys.executable} -m hf_vlm.cli finetune --help | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.count("\n") == 1
+    assert done.stderr == ""

@@ -16,6 +16,8 @@ from tiny import TINY, batch, build, perturb
 
 from hf_vlm.cli.export import default_folder
 from hf_vlm.cli.main import main
+from hf_vlm.data.images import first_images
+from hf_vlm.data.sources import open_source
 from hf_vlm.deploy import export as exporting
 from hf_vlm.deploy.export import ExportData, export_model, recorded_data
 from hf_vlm.deploy.predict import Predictor
@@ -207,6 +209,11 @@ def test_the_data_of_a_run_or_scenes(tmp_path, caplog):
     assert recorded_data(tmp_path) is None
     (tmp_path / "recipe.yaml").write_text("{data: 'scenes:easy', eval_split: validation}")
     assert recorded_data(tmp_path) == ExportData("scenes:easy", "validation")
+    (tmp_path / "recipe.yaml").write_text("{data: 'scenes:easy', eval_split: validation, holdout: 0.2}")
+    held_out = ExportData("scenes:easy", "train", holdout=0.2)
+    assert recorded_data(tmp_path) == held_out
+    (image,) = held_out.images(1, 3)
+    assert np.array_equal(image, first_images(open_source("scenes:easy").holdout(0.2)[1], 1, num_channels=3)[0])
     (tmp_path / "recipe.yaml").write_text("{data: ./gone, eval_split: validation}")
     assert recorded_data(tmp_path) is None
     assert "cannot be opened, so built-in scenes take their place" in caplog.text
