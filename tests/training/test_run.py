@@ -474,7 +474,9 @@ def test_a_fraction_is_held_out_where_there_is_no_split_to_evaluate_on(make_reci
         finetune(recipe)
     with caplog.at_level("INFO", logger="hf_vlm"):
         summary = finetune(recipe | {"holdout": 0.25, "num_train_examples": None, "num_eval_examples": None})
-    num_train, num_held_out = map(int, re.search(r"0\.25: (\d+) images to train on, (\d+) to", caplog.text).groups())
+    num_train, num_held_out = map(
+        int, re.search(r"0\.25 .*: training on (\d+), evaluating on (\d+)", caplog.text).groups()
+    )
     assert num_train + num_held_out == 40
     assert 4 <= num_held_out <= 16
     assert "ap" in summary["metrics"]
