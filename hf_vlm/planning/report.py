@@ -47,13 +47,15 @@ def _row(plan: RecipePlan, one: Plan, largest: int, price: float | None) -> list
 
 
 def _advice(plan: RecipePlan) -> str:
-    best = plan.best
+    best, cluster = plan.best, plan.plans[0].cluster
     if best is not None:
         slower = "computing" if best.compute_seconds >= best.communication_seconds else "communication"
         checkpointing = " with activation checkpointing" if best.checkpointing else ""
+        needed = best.images_per_second / cluster.num_gpus
         return (
             f"Fastest that fits: {best.layout}{checkpointing}, {best.batch_size} images per GPU "
-            f"({_duration(plan.seconds(best))}; {slower} decides)."
+            f"({_duration(plan.seconds(best))}; {slower} decides). Reading and decoding {needed:,.0f} images per second "
+            "for each GPU is not planned."
         )
     size, one = max(zip(plan.largest, plan.plans), key=lambda pair: pair[0])
     if size:
