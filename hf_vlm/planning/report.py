@@ -54,8 +54,8 @@ def _advice(plan: RecipePlan) -> str:
         needed = best.images_per_second / cluster.num_gpus
         return (
             f"Fastest that fits: {best.layout}{checkpointing}, {best.batch_size} images per GPU "
-            f"({_duration(plan.seconds(best))}; {slower} decides). Reading and decoding {needed:,.0f} images per second "
-            "for each GPU is not planned."
+            f"({_duration(plan.seconds(best))}; {slower} decides). Reading and decoding {needed:,.0f} images per "
+            "second for each GPU is not planned."
         )
     size, one = max(zip(plan.largest, plan.plans), key=lambda pair: pair[0])
     if size:
