@@ -103,6 +103,7 @@ def test_every_task_is_shown(fields, start, summary, rows, tmp_path):
 @pytest.fixture
 def served(saved_detector, tmp_path):
     """The address of a page, whose server is stopped afterwards while the browser still shows it."""
+    pytest.importorskip("gradio")
     words = [sys.executable, "-m", "hf_vlm.cli", "serve", str(saved_detector), "--port", "0"]
     (tmp_path / "temporary").mkdir()
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path / "temporary")}
@@ -115,7 +116,6 @@ def served(saved_detector, tmp_path):
 
 
 def test_in_a_browser(served, saved_detector, tmp_path):
-    pytest.importorskip("gradio")
     browsers = pytest.importorskip("playwright.sync_api")
     browsers.expect.set_options(timeout=30_000)
     if not os.path.exists(CHROMIUM):
@@ -166,7 +166,6 @@ def test_in_a_browser(served, saved_detector, tmp_path):
 def test_the_page_fetches_nothing_and_opens_no_other_files(served):
     import httpx2
 
-    pytest.importorskip("gradio")
     url, _ = served
     for path in ("http://127.0.0.1:1/a.png", "https://example.com/a.png", "/etc/passwd"):
         data = [{"path": path, "meta": {"_type": "gradio.FileData"}}, 0.5]
