@@ -34,7 +34,6 @@ from torch import nn
 from transformers import (
     DFineConfig,
     DFineForObjectDetection,
-    HGNetV2Config,
     PreTrainedModel,
     RfDetrConfig,
     RfDetrDinov2Config,
@@ -44,6 +43,7 @@ from transformers import (
     RTDetrV2ForObjectDetection,
 )
 from transformers.exporters import OnnxConfig, OnnxExporter
+from transformers_detector import hgnet_b0
 
 from hf_vlm.deploy.export import ServingModel, quiet_exporters
 from hf_vlm.deploy.gate import time_interleaved
@@ -77,22 +77,11 @@ def rtdetr_v2_r18() -> PreTrainedModel:
 
 
 def dfine_n() -> PreTrainedModel:
-    channels = [64, 256, 512, 1024]
-    backbone = HGNetV2Config(  # B0
-        stem_channels=[3, 16, 16],
-        stage_in_channels=[16, *channels[:-1]],
-        stage_mid_channels=[16, 32, 64, 128],
-        stage_out_channels=channels,
-        hidden_sizes=channels,
-        stage_num_blocks=[1, 1, 2, 1],
-        stage_numb_of_layers=[3, 3, 3, 3],
-        use_learnable_affine_block=True,
-        out_features=["stage3", "stage4"],
-    )
+    backbone = hgnet_b0(["stage3", "stage4"])
     return DFineForObjectDetection(
         DFineConfig(
             backbone_config=backbone,
-            encoder_in_channels=channels[2:],
+            encoder_in_channels=backbone.stage_out_channels[2:],
             feat_strides=[16, 32],
             num_feature_levels=2,
             encode_proj_layers=[1],

@@ -166,16 +166,16 @@ def main() -> None:
     options = parser.parse_args()
     seeds, num_steps = (1, 50) if options.quick else (options.seeds, options.num_steps)
     print(describe(torch.device("cpu")))
-    figures: dict[str, list[dict[str, float]]] = {}
+    found_metrics: dict[str, list[dict[str, float]]] = {}
     for seed in range(seeds):
         for name, variant in VARIANTS.items():
             started = time.process_time()
             with without_prior(not variant.has_prior):
                 metrics = measure(train(variant, seed, num_steps))
-            figures.setdefault(name, []).append(metrics)
+            found_metrics.setdefault(name, []).append(metrics)
             shown = ", ".join(f"{key} {value:.3f}" for key, value in metrics.items())
             print(f"{name}, seed {seed}: {shown}, {time.process_time() - started:.0f} s of one core", flush=True)
-    print(json.dumps(figures))
+    print(json.dumps(found_metrics))
 
 
 if __name__ == "__main__":

@@ -50,10 +50,10 @@ WEIGHT_DECAY, MAX_GRAD_NORM = 1e-4, 0.1
 NUM_TIMED = 4  # steps of each that are timed, after one to warm up
 
 
-def dfine_config(num_queries: int, class_names: list[str]) -> DFineConfig:
-    """D-FINE-N, with features of strides 8, 16 and 32."""
+def hgnet_b0(out_features: list[str]) -> HGNetV2Config:
+    """The backbone of D-FINE-N."""
     channels = [64, 256, 512, 1024]
-    backbone = HGNetV2Config(  # B0
+    return HGNetV2Config(
         stem_channels=[3, 16, 16],
         stage_in_channels=[16, *channels[:-1]],
         stage_mid_channels=[16, 32, 64, 128],
@@ -62,12 +62,17 @@ def dfine_config(num_queries: int, class_names: list[str]) -> DFineConfig:
         stage_num_blocks=[1, 1, 2, 1],
         stage_numb_of_layers=[3, 3, 3, 3],
         use_learnable_affine_block=True,
-        out_features=["stage2", "stage3", "stage4"],
+        out_features=out_features,
     )
+
+
+def dfine_config(num_queries: int, class_names: list[str]) -> DFineConfig:
+    """D-FINE-N, with features of strides 8, 16 and 32."""
+    backbone = hgnet_b0(["stage2", "stage3", "stage4"])
     return DFineConfig(
         backbone_config=backbone,
         freeze_backbone_batch_norms=False,
-        encoder_in_channels=channels[1:],
+        encoder_in_channels=backbone.stage_out_channels[1:],
         feat_strides=[8, 16, 32],
         encode_proj_layers=[2],
         encoder_hidden_dim=128,

@@ -5,6 +5,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from hf_vlm.cli.outputs import prepare_picture
+
 
 def run(argv: Sequence[str]) -> None:
     """Prints what a recipe of pretraining costs on a cluster; ValueError where it cannot be planned."""
@@ -37,6 +39,8 @@ def run(argv: Sequence[str]) -> None:
     from hf_vlm.training.recipe import load_recipe, parse_arguments
     from hf_vlm.viz.memory import plot_memory
 
+    if options.save:
+        prepare_picture(options.save, like="memory.png")
     cluster = Cluster(
         gpu=find_gpu(options.gpu),
         num_gpus=options.gpus,

@@ -47,6 +47,11 @@ class Cluster:
         return -(-self.num_gpus // self.gpus_per_node)
 
     @property
+    def product_width(self) -> float:
+        """Bytes of a weight in the products."""
+        return FP32 if self.precision in ("fp32", "tf32") else FP32 / 2
+
+    @property
     def ring(self) -> float:
         """Bytes per second around all GPUs: its slowest link decides."""
         return self.network if self.num_nodes > 1 else self.gpu.link
@@ -106,8 +111,7 @@ def make_plan(cost: StepCost, cluster: Cluster, layout: str, batch_size: int, *,
     if layout == "ddp":
         working = {"copies": cost.copies, "buckets": FP32 * cost.num_trained if cluster.num_gpus > 1 else 0.0}
     else:
-        width = FP32 if cluster.precision in ("fp32", "tf32") else FP32 / 2
-        working = {"gathered": GATHERED_LAYERS * (width + FP32) * cost.num_layer_parameters}
+        working = {"gathered": GATHERED_LAYERS * (cluster.product_width + FP32) * cost.num_layer_parameters}
     flops = batch_size * cost.flops_per_image * (RECOMPUTED if checkpointing else 1.0)
     return Plan(
         layout=layout,
@@ -130,8 +134,9 @@ def make_plan(cost: StepCost, cluster: Cluster, layout: str, batch_size: int, *,
 def _communication(cost: StepCost, cluster: Cluster, layout: str) -> float:
     """Seconds of a step's communication, by the bytes that a ring sends from each GPU."""
     gradients = FP32 * cost.num_trained
-    width = FP32 if cluster.precision in ("fp32", "tf32") else FP32 / 2
-    gathering = 2 * width * cost.num_parameters  # weights, in the forward and again in the backward pass
+    gathering = (
+        2 * cluster.product_width * cost.num_parameters
+    )  # weights, in the forward and again in the backward pass
 
     def around(size: int, num_bytes: float, speed: float) -> float:
         return num_bytes * (size - 1) / size / speed

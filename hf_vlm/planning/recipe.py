@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-
 from hf_vlm.models.ssl_model import SSLPreTrainedModel
 from hf_vlm.planning.layouts import LAYOUTS, Cluster, Plan, largest_batch, make_plan
 from hf_vlm.planning.step import StepCost, step_cost
@@ -12,10 +10,9 @@ from hf_vlm.registry import find_model
 from hf_vlm.training.arguments import VisionTrainingArguments
 from hf_vlm.training.build import build_config, build_encoder_config, build_processor
 from hf_vlm.training.data import view_transform
+from hf_vlm.training.meters import DTYPES
 
 __all__ = ["RecipePlan", "plan_recipe"]
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -88,7 +88,7 @@ class SavedTensors:
 
     @contextlib.contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
-        layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        layers = repeated_layers(model)
         hooks = [layer.register_forward_pre_hook(self.enter) for layer in layers]
         hooks += [layer.register_forward_hook(self.leave) for layer in layers]
         try:
@@ -97,6 +97,11 @@ class SavedTensors:
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def repeated_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers that activation checkpointing runs again."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def fake_model(model_class: type[PreTrainedModel], config: Any, mode: FakeTensorMode) -> PreTrainedModel:
@@ -140,7 +145,7 @@ def step_cost(
     (fewer_flops, fewer), (more_flops, more) = found
     added = BATCHES[1] - BATCHES[0]
     per_image = (more.total - fewer.total) / added
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = repeated_layers(model)
     return StepCost(
         num_parameters=sum(p.numel() for p in model.parameters()),
         num_trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
