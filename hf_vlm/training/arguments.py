@@ -276,6 +276,8 @@ class VisionTrainingArguments(TrainingArguments):
             raise ValueError("lora_rank adapts a pretrained encoder: name one with --encoder, or leave lora_rank out.")
         if self.lora_rank and self.model_config.get("freeze_encoder"):
             raise ValueError("lora_rank adapts the encoder, which model_config.freeze_encoder freezes: choose one.")
+        if self.lora_rank and self.resize_encoder:
+            raise ValueError("lora_rank freezes the weights that resize_encoder initialises: train without it first.")
 
     def set_steps_for(self, num_images: int | None) -> None:
         """Sets the number of steps by the size of the data, for `images_to_see: auto`.

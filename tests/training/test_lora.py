@@ -176,6 +176,7 @@ def test_the_best_model_is_kept(recipe_for):
         ({"lora_rank": -1}, "lora_rank must be 0, for none, or more"),
         ({"encoder": None}, "name one with --encoder"),
         ({"model_config": {"freeze_encoder": True}}, "which model_config.freeze_encoder freezes"),
+        ({"resize_encoder": True}, "lora_rank freezes the weights that resize_encoder initialises"),
         ({"lora_rank": 32}, "lora_rank is 32, but must be below 32"),
     ],
 )
