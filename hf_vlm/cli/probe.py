@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hf_vlm.cli.outputs import prepare_picture
-from hf_vlm.cli.recipes import help_if_asked, read_recipe
+from hf_vlm.cli.recipes import help_if_asked, read_recipe, split_recipe
+
+FOLDER = "runs/probe"  # not the recipe's, where a classifier to use may be
 
 
 def run(argv: Sequence[str]) -> None:
@@ -21,7 +23,8 @@ def run(argv: Sequence[str]) -> None:
         description="What an encoder is worth to a classifier, in one table: kNN and a linear classifier on frozen "
         "features, a query that attends to its frozen tokens (attentive), updates of low rank (lora) and all of its "
         "weights trained (full), each with the same labelled images.",
-        epilog="Every key of the recipe can be overridden: --max_steps 300 --eval_split test --num_train_examples 500",
+        epilog="Every key of the recipe can be overridden: --max_steps 300 --eval_split test --seed 1. "
+        f"The runs are in --output_dir, by default {FOLDER}.",
     )
     help_if_asked(parser, argv, example="classification/vit_nano_cpu.yaml", fits="labels, encoder and machine")
     arguments, words = options.parse_known_args(argv)
@@ -35,6 +38,8 @@ def run(argv: Sequence[str]) -> None:
     from hf_vlm.viz.accuracies import plot_accuracies
 
     quiet_libraries()
+    named, overrides = split_recipe(words)
+    words = [*([] if named is None else [named]), "--output_dir", FOLDER, *overrides]
     recipe, _ = read_recipe(words, command="probe")
     accuracies = dict(
         evaluate_protocols(recipe, arguments.protocols or tuple(PROTOCOLS), num_seeds=arguments.num_seeds)

@@ -167,8 +167,8 @@ class VisionTrainingArguments(TrainingArguments):
     lora_rank: int = field(
         default=0,
         metadata={
-            "help": "Rank of the updates by which fine-tuning adapts the encoder in place of its weights (LoRA), such as "
-            "8; they are merged into the saved model. 0 trains the weights."
+            "help": "Rank of the updates, such as 8, by which fine-tuning adapts the encoder in place of its weights "
+            "(LoRA); they are merged into the saved model. 0 trains all weights."
         },
     )
     weight_decay_end: float | None = field(

@@ -2,10 +2,13 @@
 
 import copy
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from killed_run import KillAt, KilledError
 from safetensors.torch import load_file
 from tiny import BACKBONE, batch, build, perturb, slow_but
@@ -168,6 +171,24 @@ def test_the_best_model_is_kept(recipe_for):
     )
     kept, best = map(load_file, files)
     assert all(torch.equal(weight, best[key]) for key, weight in kept.items())
+
+
+@pytest.mark.slow
+def test_two_processes_adapt_as_one(recipe_for, tmp_path):
+    found = {}
+    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29613")
+    for name, launcher, size in (("one", (), 8), ("two", torchrun, 4)):
+        changes = {"per_device_train_batch_size": size, "output_dir": str(tmp_path / name), "optim": "sgd"}
+        recipe = recipe_for("classification", learning_rate=0.1, num_train_examples=25, **changes)
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+        words = [sys.executable, *launcher, "-m", "hf_vlm.cli", "finetune", str(tmp_path / f"{name}.yaml")]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found[name] = load_file(tmp_path / name / "model.safetensors")
+    base = load_file(f"{recipe['encoder']}/model.safetensors")
+    for key, expected in found["one"].items():
+        before = base.get(key.removeprefix("backbone."), torch.zeros_like(expected))
+        assert (found["two"][key] - expected).norm() <= 0.001 * (expected - before).norm() + 1e-6, key
 
 
 @pytest.mark.parametrize(
