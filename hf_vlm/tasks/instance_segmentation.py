@@ -20,6 +20,7 @@ from hf_vlm.models.image_processing_instance_segmentation import (
 from hf_vlm.tasks.calibration import threshold_of_best_f1
 from hf_vlm.tasks.detection import F1_NAMES, choose_threshold, collate, minimum_fields, predict_detection
 from hf_vlm.tasks.detector import detection_transform
+from hf_vlm.tasks.pseudo_labels import find_pseudo_labels
 from hf_vlm.tasks.reports.detection import report_detection
 from hf_vlm.tasks.task import Evaluation, ServedOutput, Task
 
@@ -150,5 +151,6 @@ INSTANCE_SEGMENTATION = Task(
     },
     recipes={"nano": "instance_segmentation/vit_nano_cpu.yaml", "small": "instance_segmentation/vit_small.yaml"},
     card="instance_segmenter.md",
+    find_labels=functools.partial(find_pseudo_labels, masks=True),
     reads_object_masks=True,
 )
