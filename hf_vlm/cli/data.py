@@ -41,6 +41,7 @@ def run(argv: Sequence[str]) -> None:
     from tqdm.auto import tqdm
 
     from hf_vlm.data.inspection.inspect import format_report, inspect_source
+    from hf_vlm.data.io.durable import replace_text
     from hf_vlm.data.io.messages import one_line
     from hf_vlm.data.sources import open_source
     from hf_vlm.viz.contact_sheet import Reservoir, example_sheet
@@ -68,7 +69,7 @@ def run(argv: Sequence[str]) -> None:
     if arguments.json is not None:
         content = {"data": source.name, "format": source.format, "split": arguments.split, "report": text}
         content |= report.as_json()
-        arguments.json.write_text(json.dumps(content, indent=2) + "\n")
+        replace_text(arguments.json, json.dumps(content, indent=2) + "\n")
         print(f"All statistics and names: {arguments.json}")
     if reservoir.examples:
         example_sheet(reservoir.examples, source.features).save(arguments.save)

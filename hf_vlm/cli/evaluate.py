@@ -16,6 +16,7 @@ def run(argv: Sequence[str]) -> None:
     """Prints the metrics of a model as a table, writes its report, and calibrates it where asked to."""
     arguments = _parser().parse_args(argv)
 
+    from hf_vlm.data.io.durable import replace_text
     from hf_vlm.data.io.messages import one_line
     from hf_vlm.tasks.evaluation import evaluate_split
     from hf_vlm.training.record import as_json
@@ -46,7 +47,7 @@ def run(argv: Sequence[str]) -> None:
     width = max(map(len, evaluation.metrics))
     print("\n".join(f"{one_line(name):<{width}}  {value:.4f}" for name, value in evaluation.metrics.items()))
     if arguments.save:
-        arguments.save.write_text(as_json(evaluation.metrics) + "\n")
+        replace_text(arguments.save, as_json(evaluation.metrics) + "\n")
     if arguments.plot and evaluation.confusion is not None:
         plot_confusion(arguments.plot, evaluation.confusion, evaluation.class_names, counted=evaluation.counted)
         print(f"Confusion matrix: {arguments.plot}")

@@ -95,6 +95,9 @@ def _run(command: str, words: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print(f"\nhf-vlm {command}: stopped.{RESUME if command in RESUMABLE else ''}", file=sys.stderr)
         return 130
+    finally:
+        if "hf_vlm.cli.outputs" in sys.modules:  # commands without outputs start without it
+            sys.modules["hf_vlm.cli.outputs"].remove_unused_folders()
     leave_process_group()
     return 0
 

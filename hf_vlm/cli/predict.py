@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_vlm.cli.outputs import is_picture, prepare_file, prepare_picture
+from hf_vlm.cli.outputs import is_picture, prepare_file, prepare_folder, prepare_picture
 
 if TYPE_CHECKING:
     from hf_vlm.deploy.prediction_files import Write
@@ -36,8 +36,8 @@ def run(argv: Sequence[str]) -> None:
     paths = [path for word in stills for path in image_paths(word)]
     names = output_names([*paths, *(video.path for video in videos)])
     pictures = _pictures(paths, names, arguments.save, has_videos=bool(videos))
-    if arguments.output is not None and arguments.format != "yolo":
-        prepare_file(arguments.output)
+    if arguments.output is not None:
+        (prepare_folder if arguments.format == "yolo" else prepare_file)(arguments.output)
     predictor = _load(arguments.run)
     class_names = [name for _, name in sorted(predictor.model.config.id2label.items())]
     with prediction_writer(arguments.format, arguments.output, class_names) as write:

@@ -61,3 +61,12 @@ def test_what_cannot_be_done_is_said_first(classifier, tmp_path, capsys, monkeyp
     (tmp_path / "file").write_text("")
     assert main(["evaluate", str(classifier), *words, "--report", str(tmp_path / "file")]) == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_nothing_is_left_of_an_evaluation_that_failed(classifier, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    words = ["--report", str(tmp_path / "new" / "report"), "--save", str(tmp_path / "empty" / "metrics.json")]
+    assert main(["evaluate", str(classifier), "--data", str(tmp_path / "nothing"), *words]) == 2
+    assert "nothing does not exist" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+    assert (tmp_path / "empty").is_dir()  # it was there before

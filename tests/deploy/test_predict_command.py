@@ -99,6 +99,14 @@ def test_a_bad_file_is_named_and_the_others_are_written(predict, frames, tmp_pat
     assert [category["name"] for category in saved["categories"]] == ["cat", "dog", "bird"]
 
 
+@pytest.mark.parametrize("format", ["json", "coco", "yolo"])
+def test_nothing_is_left_of_predictions_that_failed(predict, tmp_path, format):
+    (tmp_path / "b.png").write_bytes(b"no image")
+    written = "--output", tmp_path / "new" / "found", "--save", tmp_path / "drawn" / "b.png"
+    assert predict(tmp_path / "b.png", "--format", format, *written)[0] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["b.png"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
