@@ -74,7 +74,7 @@ def _facts(run: str, split: EvaluatedSplit) -> dict[str, str]:
         "model": redact_url(run),
         "task": split.task.name,
         "data": split.source.name,
-        "split": split.source.split,
+        "split": split.split,
         "images": f"{len(split.images):,}",
         "written": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC by hf_vlm {version('hf_vlm')}",
     }

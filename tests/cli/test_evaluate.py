@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from hf_vlm.cli.main import main
+from hf_vlm.data.sources import open_source
 from hf_vlm.models.image_processing_classification import VLMViTClassificationImageProcessor
 from hf_vlm.models.modeling_classification import VLMViTClassificationConfig, VLMViTForImageClassification
 
@@ -47,6 +48,21 @@ def test_a_report_and_a_temperature(classifier, tmp_path, capsys):
     after = json.loads((tmp_path / "metrics.json").read_text())
     assert after["ece"] == pytest.approx(before["ece_calibrated"], abs=1e-3)
     assert after["top1"] == before["top1"]
+
+
+def test_images_that_were_held_out(classifier, tmp_path, capsys):
+    (tmp_path / "images" / "test").rename(tmp_path / "images" / "train")
+    words = ["evaluate", str(classifier), "--data", str(tmp_path / "images")]
+    assert main(words) == 2
+    assert "has no split 'test'; it has train. Name one with --split, or evaluate" in capsys.readouterr().err
+    assert main([*words, "--holdout", "0.4", "--report", str(tmp_path / "report")]) == 0
+    num_images = open_source(tmp_path / "images").holdout(0.4)[1].num_examples
+    title = capsys.readouterr().out.splitlines()[0]
+    assert title == f"{tmp_path / 'images'}, split train, the held-out 0.4 of it: {num_images} images"
+    facts = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert (facts["split"], facts["images"]) == ("train, the held-out 0.4 of it", str(num_images))
+    assert main([*words, "--holdout", "4"]) == 2
+    assert "holdout=4.0 must be between 0 and 1" in capsys.readouterr().err
 
 
 def test_what_cannot_be_done_is_said_first(classifier, tmp_path, capsys, monkeypatch):

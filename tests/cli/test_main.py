@@ -56,9 +56,13 @@ def test_the_whole_way(tmp_path, capsys):
     figures = tmp_path / "figures.json"
     words = ["evaluate", detector, "--data", "scenes:easy", "--split", "test", "--num_examples", "4"]
     assert main([*words, "--save", str(figures)]) == 0
-    printed = dict(line.split() for line in capsys.readouterr().out.splitlines() if line.startswith(("ap", "ar")))
+    title, _, *lines = capsys.readouterr().out.splitlines()
+    assert title == "scenes:easy, split test: 4 images"
+    printed = dict(line.split(maxsplit=1) for line in lines)
     saved = json.loads(figures.read_text())
     assert float(printed["ap50"]) == pytest.approx(saved["ap50"], abs=1e-4)
+    assert saved["ap_large"] is None
+    assert printed["ap_large"].split(maxsplit=1) == ["-", "no large objects in this split"]
 
     Image.new("RGB", (80, 60), "grey").save(picture)
     out = tmp_path / "out.png"
