@@ -243,13 +243,12 @@ def _report(args: VisionTrainingArguments, encoder: VLMViTModel, report: dict[st
     """Reports in one table which weights were loaded; refuses an encoder with missing ones."""
     missing = sorted(report["missing_keys"])
     reshaped = sorted(str(key[0] if isinstance(key, tuple) else key) for key in report["mismatched_keys"])
-    left_out = sorted({key.split(".")[0] for key in report["unexpected_keys"]})
     num_weights = len(encoder.state_dict())
     rows = {
         "loaded": f"{num_weights - len(missing) - len(reshaped)} of {num_weights} weights",
         "missing (random)": ", ".join(missing),
         "other shape (random)": ", ".join(reshaped),
-        "not of the encoder, left out": ", ".join(left_out),
+        "unknown, left out": ", ".join(sorted(report["unexpected_keys"])),
     }
     table = "".join(f"\n  {name:<30} {value}" for name, value in rows.items() if value)
     if (missing or reshaped) and not args.resize_encoder:

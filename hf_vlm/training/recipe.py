@@ -1,6 +1,5 @@
 """A recipe: flat YAML with the fields of VisionTrainingArguments as keys, read strictly."""
 
-import difflib
 import re
 import types
 import typing
@@ -12,6 +11,7 @@ from typing import Any
 import yaml
 
 from hf_vlm.features.loading import find_head, shared_head_shape
+from hf_vlm.models.nearest_name import did_you_mean
 from hf_vlm.registry import find_model
 from hf_vlm.training.arguments import VisionTrainingArguments
 from hf_vlm.training.build import REGULARISATION
@@ -142,9 +142,7 @@ def check_recipe(recipe: dict[str, Any], where: str) -> dict[str, Any]:
         if key not in known:
             if key in RENAMED_KEYS:
                 raise ValueError(f"The key {key!r} in {where} is now called {RENAMED_KEYS[key]!r}.")
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"Unknown key {key!r} in {where}.{hint}")
+            raise ValueError(f"Unknown key {key!r} in {where}{did_you_mean(key, known) or '.'}")
     return {key: _checked(key, value, hints[key], where) for key, value in recipe.items()}
 
 

@@ -102,7 +102,7 @@ def check_many_images(detector, folder, capsys):
     [
         (["pretain"], "no command 'pretain'"),
         (["pretrain", "nowhere.yaml"], "no recipe nowhere.yaml"),
-        (["pretrain", "mae/vit_small.yaml", "--lerning_rate", "1"], "Did you mean 'learning_rate'"),
+        (["pretrain", "mae/vit_small.yaml", "--lerning_rate", "1"], "did you mean 'learning_rate'"),
         (["pretrain", "mae/vit_small.yaml", "--data", "no/such/folder", "--use_cpu", "true"], "no/such/folder"),
         (["evaluate", "no/such/run", "--data", "scenes"], "no/such/run"),
         (["predict", "no/such/run", "x.jpg"], "no images at 'x.jpg'"),
@@ -202,7 +202,7 @@ def test_what_is_found_in_data_is_shown_once_by_commands_that_open_two_splits(tm
 
 def test_a_mistyped_command_names_the_nearest(capsys):
     assert main(["predic"]) == 2
-    assert "Did you mean 'predict'?" in capsys.readouterr().err
+    assert "did you mean 'predict'?" in capsys.readouterr().err
 
 
 def test_a_reader_that_has_enough_ends_a_command_in_silence():

@@ -43,8 +43,8 @@ def test_numbers_and_overrides(tmp_path):
 @pytest.mark.parametrize(
     ("text", "overrides", "words"),
     [
-        ("max_steps: 1\nlerning_rate: 1", [], "Unknown key 'lerning_rate'.*Did you mean 'learning_rate'"),
-        ("max_steps: 1", ["--encodr", "x"], "Did you mean 'encoder'"),
+        ("max_steps: 1\nlerning_rate: 1", [], "Unknown key 'lerning_rate'.*did you mean 'learning_rate'"),
+        ("max_steps: 1", ["--encodr", "x"], "did you mean 'encoder'"),
         ("max_steps: many", [], "max_steps in .* must be int, but is 'many'"),
         ("max_steps: true", [], "must be int"),
         ("max_steps: 1\nlearning_rate: [1]", [], "must be float"),
@@ -64,7 +64,7 @@ def test_numbers_and_overrides(tmp_path):
         ("max_steps: 1", ["data", "x"], "Expected --key value"),
         ("max_steps: 1", ["--max-steps", "*5"], r"--max_steps takes no text, and '\*5' is not valid YAML"),
         ("max_steps: 1", ["--views", "{blur: 1"], r"--views takes no text, and '\{blur: 1' is not valid YAML"),
-        ("max_steps: 1", ["--dta", "*.tar"], "Unknown key 'dta'.*Did you mean 'data'"),
+        ("max_steps: 1", ["--dta", "*.tar"], "Unknown key 'dta'.*did you mean 'data'"),
     ],
 )
 def test_wrong_recipes_say_what_is_wrong(tmp_path, text, overrides, words):
