@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_vlm.cli.options import add_allow_outside
+from hf_vlm.cli.options import add_allow_outside, check_positive
 from hf_vlm.cli.outputs import prepare_file, prepare_picture
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def run(argv: Sequence[str]) -> None:
         help="JSON file for the report, all statistics, the names of images with issues and the first examples",
     )
     arguments = parser.parse_args(argv)
+    check_positive(arguments, "num_examples")
 
     from tqdm.auto import tqdm
 

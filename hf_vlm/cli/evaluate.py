@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_vlm.cli.options import add_allow_outside
+from hf_vlm.cli.options import add_allow_outside, check_positive
 from hf_vlm.cli.outputs import prepare_file, prepare_folder, prepare_picture
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 def run(argv: Sequence[str]) -> None:
     """Prints the metrics of a model as a table, writes its report, and calibrates it where asked to."""
     arguments = _parser().parse_args(argv)
+    check_positive(arguments, "num_examples")
 
     from hf_vlm.data.io.durable import replace_text
     from hf_vlm.training.record import as_json

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_vlm.cli.options import check_positive
 from hf_vlm.cli.outputs import is_picture, prepare_file, prepare_folder, prepare_picture
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ COUNTED = ("image", "frame", "object", "label")
 def run(argv: Sequence[str]) -> None:
     """Predicts on images and videos; prints JSON lines or writes files, and renders the predictions if asked to."""
     arguments = _parser().parse_args(argv)
+    check_positive(arguments, "every")
 
     from hf_vlm.data.images import image_paths
     from hf_vlm.data.video import is_video, open_video

@@ -5,12 +5,14 @@ import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from hf_vlm.cli.options import check_positive
 from hf_vlm.cli.outputs import prepare_file
 
 
 def run(argv: Sequence[str]) -> None:
     """Tracks the objects of a video; prints JSON lines, and renders the tracks or writes them as files if asked to."""
     arguments = _parser().parse_args(argv)
+    check_positive(arguments, "every", "frame_rate")
 
     from tqdm.auto import tqdm
 
