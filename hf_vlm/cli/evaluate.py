@@ -38,7 +38,7 @@ def run(argv: Sequence[str]) -> None:
     _print_metrics(split)
     evaluation = split.evaluation
     if arguments.save:
-        replace_text(arguments.save, as_json(evaluation.metrics) + "\n")
+        replace_text(arguments.save, as_json(evaluation.metrics, digits=6) + "\n")
     if arguments.plot and evaluation.confusion is not None:
         plot_confusion(arguments.plot, evaluation.confusion, evaluation.class_names, counted=evaluation.counted)
         print(f"Confusion matrix: {arguments.plot}")

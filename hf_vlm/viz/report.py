@@ -62,7 +62,7 @@ def write_report(folder: Path, run: str, split: EvaluatedSplit) -> Path:
     }
     path = folder / PAGE
     try:
-        replace_text(folder / VALUES, as_json(values) + "\n")
+        replace_text(folder / VALUES, as_json(values, digits=6) + "\n")
         replace_text(path, page)
     except OSError as error:
         raise ValueError(f"The report cannot be written into {folder}: {error.strerror}.") from error
