@@ -47,7 +47,7 @@ def run(argv: Sequence[str]) -> None:
         for frame, prediction in tracked:
             write(prediction, Path(f"{frame.index:06d}"))
             rows.append(mot_rows(prediction, frame.index + 1))
-            numbers.update(prediction.track_ids.tolist())
+            numbers.update(() if prediction.track_ids is None else prediction.track_ids.tolist())
             if writer is not None:
                 writer.write(
                     renderer.render(frame.image, prediction.boxes, prediction.label_names, prediction.track_ids)

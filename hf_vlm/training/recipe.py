@@ -53,9 +53,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
         raise ValueError(f"Recipe {path} is not valid YAML: {error}") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"Recipe {path} must be a mapping of keys to values.")
-    places = {
-        key.value: f"{path}, line {key.start_mark.line + 1}" for key, _ in yaml.compose(text, _RecipeLoader).value
-    }
+    mapping: Any = yaml.compose(text, _RecipeLoader)
+    places = {key.value: f"{path}, line {key.start_mark.line + 1}" for key, _ in mapping.value}
     given = parse_overrides(overrides)
     places |= {key.partition(".")[0]: COMMAND_LINE for key, _ in given}
     typed = dict(given)
