@@ -18,7 +18,7 @@ from hf_vlm.models.image_processing_instance_segmentation import (
     binary_masks,
 )
 from hf_vlm.tasks.calibration import threshold_of_best_f1
-from hf_vlm.tasks.detection import F1_NAMES, choose_threshold, collate, minimum_fields, predict_detection
+from hf_vlm.tasks.detection import F1_NAMES, UNDEFINED, choose_threshold, collate, minimum_fields, predict_detection
 from hf_vlm.tasks.detector import detection_transform
 from hf_vlm.tasks.pseudo_labels import find_pseudo_labels
 from hf_vlm.tasks.reports.detection import report_detection
@@ -148,6 +148,11 @@ INSTANCE_SEGMENTATION = Task(
         "box_ap": "box AP",
         "box_ap50": "box AP50",
         **F1_NAMES,
+    },
+    undefined={
+        name if name in F1_NAMES else f"{kind}_{name}": reason
+        for kind in ("mask", "boundary", "box")
+        for name, reason in UNDEFINED.items()
     },
     recipes={"nano": "instance_segmentation/vit_nano_cpu.yaml", "small": "instance_segmentation/vit_small.yaml"},
     card="instance_segmenter.md",

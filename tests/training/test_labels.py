@@ -102,8 +102,9 @@ def labelled_by(monkeypatch):
 
 
 @pytest.mark.slow
-def test_each_round_learns_from_the_one_before(rounds, labelled_by, tmp_path):
+def test_each_round_learns_from_the_one_before(rounds, labelled_by, tmp_path, caplog):
     pretrain(rounds)
+    assert caplog.text.count("no gain by pretraining a head") == 1
     assert labelled_by == [("round-1", "regions"), ("round-2", "round-1"), ("run", "round-2")]
     models = [
         VLMViTForObjectDetection.from_pretrained(path).state_dict()
