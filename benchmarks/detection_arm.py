@@ -10,7 +10,8 @@ from torch import nn
 from hf_vlm.cli.recipes import read_recipe
 from hf_vlm.data.source import Source
 from hf_vlm.data.stream import Transform
-from hf_vlm.tasks.detection import DETECTION
+from hf_vlm.metrics.detection import coco_detection_metrics
+from hf_vlm.tasks.detection import DETECTION, predict_detection
 from hf_vlm.tasks.evaluation import eval_stream
 from hf_vlm.training.arguments import VisionTrainingArguments
 from hf_vlm.training.data import open_recipe_source
@@ -33,9 +34,9 @@ class Arm:
         return DETECTION.class_names(self.source)
 
     def finish(self, model: nn.Module, processor: Any, transform: Transform, **record: Any) -> None:
-        """Evaluates a model with its own image processor, and leaves `run.json` as a command of hf_vlm would."""
+        """Evaluates a model with its own image processor, of any package, and leaves `run.json` as a command would."""
         stream = eval_stream(self.held_out, transform, max_bad_fraction=0.0)
-        metrics = DETECTION.evaluate(model, stream, processor, class_names=self.class_names).metrics
+        metrics = coco_detection_metrics(*predict_detection(model, stream, processor), class_names=self.class_names)
         folder = Path(self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "run.json").write_text(as_json({**record, "metrics": metrics, "finished": True}) + "\n")

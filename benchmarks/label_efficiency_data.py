@@ -69,7 +69,12 @@ DETECTION = TaskSettings(
     metric="ap",
     columns=("objects",),
 )
-INSTANCES = replace(DETECTION, recipe="instance_segmentation/vit_nano_cpu.yaml", metric="mask_ap")
+INSTANCES = replace(
+    DETECTION,
+    recipe="instance_segmentation/vit_nano_cpu.yaml",
+    pretraining="region_instance_segmentation/vit_nano_cpu.yaml",
+    metric="mask_ap",
+)
 PIXELS = TaskSettings(
     recipe="segmentation/vit_nano_cpu.yaml",
     pretraining="mae/vit_nano_cpu.yaml",

@@ -4,7 +4,6 @@ Importing this module registers every row with transformers' Auto classes and ma
 `save_pretrained` and `push_to_hub` write a folder that loads elsewhere with `trust_remote_code=True`.
 """
 
-import difflib
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +49,7 @@ from hf_vlm.models.modeling_semantic_segmentation import (
 from hf_vlm.models.modeling_simclr import SimCLRConfig, SimCLRForPreTraining
 from hf_vlm.models.modeling_simmim import SimMIMConfig, SimMIMForPreTraining
 from hf_vlm.models.modeling_vlm_vit import VLMViTBackbone, VLMViTModel
+from hf_vlm.models.nearest_name import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -129,10 +129,9 @@ def find_model(name: str, tasks: Collection[str] | None = None) -> ModelEntry:
     """The row of a name, among those of `tasks` if given; ValueError with the nearest name when there is none."""
     names = [entry.name for entry in MODELS if tasks is None or entry.task in tasks]
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
         what = " or ".join(tasks) if tasks else "model"
-        raise ValueError(f"There is no {what} method {name!r}.{hint} There are: {', '.join(names)}.")
+        near = did_you_mean(name, names) or "."
+        raise ValueError(f"There is no {what} method {name!r}{near} There are: {', '.join(names)}.")
     return next(entry for entry in MODELS if entry.name == name)
 
 

@@ -88,13 +88,16 @@ def small(command):
         assert (ROOT / arguments[arguments.index("--config_file") + 1]).is_file()
         arguments = [*arguments[arguments.index("hf_vlm.cli") :], "--overwrite_output_dir", "true"]
     arguments = arguments[1:]
+    recipe = arguments[1]
+    if recipe.startswith("--"):  # none is named, and on a CPU the nano ones are chosen, whose heads have these fields
+        recipe = {"pretrain": "region_detection", "finetune": "detection"}[arguments[0]] + "/vit_small.yaml"
     if arguments[0] in ("pretrain", "finetune", "probe"):
         arguments += ["--max_steps", "1", "--per_device_train_batch_size", "2", "--num_probe_examples", "4"]
         if "--encoder" not in arguments:
             arguments += ["--encoder_config", json.dumps(ENCODER | {"position_embedding_type": "sincos"})]
-        arguments += ["--model_config", json.dumps(HEADS[arguments[1]]), "--image_size", "32"]
+        arguments += ["--model_config", json.dumps(HEADS[recipe]), "--image_size", "32"]
         arguments += ["--dataloader_num_workers", "0", "--use_cpu", "true", "--bf16", "false"]
-    if arguments[1].startswith("region_detection"):  # after one step it is sure of nothing
+    if recipe.startswith("region_detection"):  # after one step it is sure of nothing
         arguments += ["--labels_per_image", "1", "--rounds", "1"]
     if arguments[0] == "probe":
         arguments += ["--protocols", "knn", "lora"]

@@ -87,7 +87,7 @@ def test_the_image_processor_of_former_detectors_post_processes_boxes(tmp_path):
 
 
 def test_unknown_names_are_answered_with_the_nearest():
-    with pytest.raises(ValueError, match="Did you mean 'simclr'"):
+    with pytest.raises(ValueError, match="did you mean 'simclr'"):
         find_model("simcrl")
     with pytest.raises(ValueError, match="no pretraining method 'encoder'"):
         find_model("encoder", ["pretraining"])

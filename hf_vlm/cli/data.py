@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_vlm.cli.options import add_allow_outside
+from hf_vlm.cli.options import add_allow_outside, check_positive
 from hf_vlm.cli.outputs import prepare_file, prepare_picture
 
 if TYPE_CHECKING:
@@ -37,10 +37,12 @@ def run(argv: Sequence[str]) -> None:
         help="JSON file for the report, all statistics, the names of images with issues and the first examples",
     )
     arguments = parser.parse_args(argv)
+    check_positive(arguments, "num_examples")
 
     from tqdm.auto import tqdm
 
     from hf_vlm.data.inspection.inspect import format_report, inspect_source
+    from hf_vlm.data.io.durable import replace_text
     from hf_vlm.data.io.messages import one_line
     from hf_vlm.data.sources import open_source
     from hf_vlm.viz.contact_sheet import Reservoir, example_sheet
@@ -68,7 +70,7 @@ def run(argv: Sequence[str]) -> None:
     if arguments.json is not None:
         content = {"data": source.name, "format": source.format, "split": arguments.split, "report": text}
         content |= report.as_json()
-        arguments.json.write_text(json.dumps(content, indent=2) + "\n")
+        replace_text(arguments.json, json.dumps(content, indent=2) + "\n")
         print(f"All statistics and names: {arguments.json}")
     if reservoir.examples:
         example_sheet(reservoir.examples, source.features).save(arguments.save)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_vlm.cli.data import images_to_read
-from hf_vlm.cli.options import add_allow_outside
+from hf_vlm.cli.options import add_allow_outside, check_positive
 from hf_vlm.cli.outputs import prepare_file, prepare_picture
 
 
@@ -122,9 +122,7 @@ def _check(arguments: argparse.Namespace) -> None:
     for option in ("neighbors", "maps"):
         if (picture := getattr(arguments, option)) is not None:
             prepare_picture(picture, like=f"{option}.png", option=f"--{option}")
-    for option in ("num_queries", "num_neighbors", "batch_size"):
-        if getattr(arguments, option) < 1:
-            raise ValueError(f"--{option} {getattr(arguments, option)}: at least 1 is needed")
+    check_positive(arguments, "num_examples", "num_queries", "num_neighbors", "batch_size")
     arguments.queries = _numbers("--queries", arguments.queries)
     arguments.patch = _numbers("--patch", arguments.patch)
     if arguments.patch is not None and len(arguments.patch) != 2:

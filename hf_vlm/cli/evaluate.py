@@ -1,23 +1,25 @@
 """`hf-vlm evaluate RUN --data SOURCE --split test [--report report] [--plot confusion.png] [--calibrate]`"""
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_vlm.cli.options import add_allow_outside
+from hf_vlm.cli.options import add_allow_outside, check_positive
 from hf_vlm.cli.outputs import prepare_file, prepare_folder, prepare_picture
 
 if TYPE_CHECKING:
     from hf_vlm.tasks.calibration import Calibration
+    from hf_vlm.tasks.evaluation import EvaluatedSplit
 
 
 def run(argv: Sequence[str]) -> None:
     """Prints the metrics of a model as a table, writes its report, and calibrates it where asked to."""
     arguments = _parser().parse_args(argv)
+    check_positive(arguments, "num_examples")
 
-    from hf_vlm.data.io.messages import one_line
-    from hf_vlm.tasks.evaluation import evaluate_split
+    from hf_vlm.data.io.durable import replace_text
     from hf_vlm.training.record import as_json
     from hf_vlm.training.run import quiet_libraries
     from hf_vlm.viz.confusion import plot_confusion
@@ -32,21 +34,11 @@ def run(argv: Sequence[str]) -> None:
     if arguments.calibrate:
         _check_calibrated(arguments.run)
     quiet_libraries()
-    split = evaluate_split(
-        arguments.run,
-        arguments.data,
-        arguments.split,
-        format=arguments.format,
-        num_examples=arguments.num_examples,
-        allow_outside=arguments.allow_outside,
-        max_bad_fraction=arguments.max_bad_fraction,
-        needs_confusion=arguments.plot is not None,
-    )
+    split = _evaluate(arguments)
+    _print_metrics(split)
     evaluation = split.evaluation
-    width = max(map(len, evaluation.metrics))
-    print("\n".join(f"{one_line(name):<{width}}  {value:.4f}" for name, value in evaluation.metrics.items()))
     if arguments.save:
-        arguments.save.write_text(as_json(evaluation.metrics) + "\n")
+        replace_text(arguments.save, as_json(evaluation.metrics, digits=6) + "\n")
     if arguments.plot and evaluation.confusion is not None:
         plot_confusion(arguments.plot, evaluation.confusion, evaluation.class_names, counted=evaluation.counted)
         print(f"Confusion matrix: {arguments.plot}")
@@ -54,6 +46,40 @@ def run(argv: Sequence[str]) -> None:
         print(f"Report: {write_report(arguments.report, arguments.run, split)}")
     if arguments.calibrate:
         _calibrate(Path(arguments.run), split.task.calibrate(evaluation.metrics))
+
+
+def _evaluate(arguments: argparse.Namespace) -> "EvaluatedSplit":
+    from hf_vlm.data.formats.splits import NoSplitError
+    from hf_vlm.tasks.evaluation import evaluate_split
+
+    try:
+        return evaluate_split(
+            arguments.run,
+            arguments.data,
+            arguments.split or ("test" if arguments.holdout is None else "train"),
+            format=arguments.format,
+            holdout=arguments.holdout,
+            num_examples=arguments.num_examples,
+            allow_outside=arguments.allow_outside,
+            max_bad_fraction=arguments.max_bad_fraction,
+            needs_confusion=arguments.plot is not None,
+        )
+    except NoSplitError as error:
+        raise ValueError(
+            f"{error}. Name one with --split, or evaluate on the images that fine-tuning held out with the --holdout "
+            "that it had."
+        ) from error
+
+
+def _print_metrics(split: "EvaluatedSplit") -> None:
+    from hf_vlm.data.io.messages import one_line
+
+    print(f"{one_line(split.source.name)}, split {one_line(split.split)}: {len(split.images):,} images\n")
+    metrics = split.evaluation.metrics
+    width = max(map(len, metrics))
+    for name, value in metrics.items():
+        text = f"-       {split.task.why_undefined(name)}" if math.isnan(value) else f"{value:.4f}"
+        print(f"{one_line(name):<{width}}  {text}")
 
 
 def _check_calibrated(run: str) -> None:
@@ -90,7 +116,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", required=True, help="labelled images: folder, file, Hub id or scenes")
     parser.add_argument("--format", help="format of the source, guessed when not given")
     add_allow_outside(parser)
-    parser.add_argument("--split", default="test")
+    parser.add_argument("--split", help="test by default, or train with --holdout")
+    parser.add_argument(
+        "--holdout",
+        type=float,
+        help="fraction of the split to evaluate on: what fine-tuning with the same --holdout did not train on",
+    )
     parser.add_argument("--num_examples", type=int, help="use the first N images, or N spread over class folders")
     parser.add_argument("--max_bad_fraction", type=float, default=0.01, help="fraction of unreadable images to accept")
     parser.add_argument("--save", type=Path, help="JSON file for the metrics")

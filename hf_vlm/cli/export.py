@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_vlm.cli.options import add_allow_outside
+from hf_vlm.cli.options import add_allow_outside, check_positive
 
 
 def run(argv: Sequence[str]) -> None:
@@ -31,8 +31,7 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("--num_examples", type=int, default=200, help="first N labelled images for the metric")
     add_allow_outside(parser)
     arguments = parser.parse_args(argv)
-    if arguments.num_examples < 1:
-        raise ValueError(f"--num_examples {arguments.num_examples}: at least 1 is needed")
+    check_positive(arguments, "num_examples")
 
     from hf_vlm.deploy.export import ExportData, export_model
     from hf_vlm.deploy.exported_card import parity_rows

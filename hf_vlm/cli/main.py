@@ -1,6 +1,5 @@
 """The command `hf-vlm`: one visible list of commands, each a file of this folder with `run(argv)`."""
 
-import difflib
 import errno
 import importlib
 import io
@@ -9,6 +8,8 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+
+from hf_vlm.models.nearest_name import did_you_mean
 
 COMMANDS = {
     "data": "inspect images and labels before training: hf-vlm data SOURCE --save contact_sheet.png",
@@ -47,8 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items()))
         return 0
     if command not in COMMANDS:
-        near = "".join(f" Did you mean {name!r}?" for name in difflib.get_close_matches(command, COMMANDS, n=1))
-        print(f"hf-vlm: there is no command {command!r}.{near} There are: {', '.join(COMMANDS)}.", file=sys.stderr)
+        near = did_you_mean(command, COMMANDS) or "."
+        print(f"hf-vlm: there is no command {command!r}{near} There are: {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
     _set_up_output()
     for library in (
@@ -96,6 +97,9 @@ def _run(command: str, words: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print(f"\nhf-vlm {command}: stopped.{RESUME if command in RESUMABLE else ''}", file=sys.stderr)
         return 130
+    finally:
+        if "hf_vlm.cli.outputs" in sys.modules:  # commands without outputs start without it
+            sys.modules["hf_vlm.cli.outputs"].remove_unused_folders()
     leave_process_group()
     return 0
 

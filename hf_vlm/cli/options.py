@@ -1,8 +1,9 @@
 """Options that several commands share."""
 
 import argparse
+import math
 
-__all__ = ["add_allow_outside", "as_bool"]
+__all__ = ["add_allow_outside", "as_bool", "check_positive"]
 
 
 def add_allow_outside(parser: argparse.ArgumentParser) -> None:
@@ -23,3 +24,12 @@ def as_bool(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r} must be true or false")
     return text.lower() == "true"
+
+
+def check_positive(arguments: argparse.Namespace, *names: str, most: float = math.inf) -> None:
+    """ValueError for numbers that are given and not above 0, not finite, or above `most`."""
+    for name in names:
+        number = getattr(arguments, name)
+        if number is not None and not (0 < number < math.inf and number <= most):
+            limit = "" if most == math.inf else f", and at most {most:g}"
+            raise ValueError(f"--{name} {number}: it must be above 0{limit}")

@@ -3,6 +3,10 @@
 import os
 from pathlib import Path
 
+from hf_vlm.data.io.durable import make_folder, remove_empty_folders
+
+_made: list[Path] = []  # folders that were not there before the command, innermost first
+
 
 def is_picture(path: Path) -> bool:
     """Whether Pillow can write a file with this extension."""
@@ -28,8 +32,14 @@ def prepare_file(path: Path) -> None:
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name a file")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _made[:0] = make_folder(path.parent)
     except OSError as error:
         raise ValueError(f"{path} cannot be written: {error}") from error
     if not os.access(path.parent, os.W_OK):
         raise ValueError(f"{path} cannot be written: you may not write into {path.parent}")
+
+
+def remove_unused_folders() -> None:
+    """Delete the folders that were made for outputs and got none, as where a command failed."""
+    remove_empty_folders(_made)
+    _made.clear()

@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from hf_vlm.cli.options import check_positive
 from hf_vlm.cli.outputs import prepare_picture
 
 
@@ -31,6 +32,8 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("--save", type=Path, metavar="FILE.png", help="a picture of the memory")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options, overrides = parser.parse_known_args(argv)
+    check_positive(options, "gpus", "gpus_per_node", "network", "price")
+    check_positive(options, "mfu", most=1)
 
     from hf_vlm.planning.hardware import find_gpu
     from hf_vlm.planning.layouts import Cluster

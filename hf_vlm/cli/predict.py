@@ -2,23 +2,29 @@
 
 import argparse
 import contextlib
+import math
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_vlm.cli.outputs import is_picture, prepare_file, prepare_picture
+from hf_vlm.cli.options import check_positive
+from hf_vlm.cli.outputs import is_picture, prepare_file, prepare_folder, prepare_picture
 
 if TYPE_CHECKING:
+    from hf_vlm.deploy.prediction import Prediction
     from hf_vlm.deploy.prediction_files import Write
 
 BATCH_SIZE = 8
+COUNTED = ("image", "frame", "object", "label")
 
 
 def run(argv: Sequence[str]) -> None:
     """Predicts on images and videos; prints JSON lines or writes files, and renders the predictions if asked to."""
     arguments = _parser().parse_args(argv)
+    check_positive(arguments, "every")
 
     from hf_vlm.data.images import image_paths
     from hf_vlm.data.video import is_video, open_video
@@ -36,8 +42,8 @@ def run(argv: Sequence[str]) -> None:
     paths = [path for word in stills for path in image_paths(word)]
     names = output_names([*paths, *(video.path for video in videos)])
     pictures = _pictures(paths, names, arguments.save, has_videos=bool(videos))
-    if arguments.output is not None and arguments.format != "yolo":
-        prepare_file(arguments.output)
+    if arguments.output is not None:
+        (prepare_folder if arguments.format == "yolo" else prepare_file)(arguments.output)
     predictor = _load(arguments.run)
     class_names = [name for _, name in sorted(predictor.model.config.id2label.items())]
     with prediction_writer(arguments.format, arguments.output, class_names) as write:
@@ -45,6 +51,10 @@ def run(argv: Sequence[str]) -> None:
         unreadable = predict.images(paths, names[: len(paths)], pictures)
         for video, name in zip(videos, names[len(paths) :], strict=True):
             predict.video(video, name, _video_file(arguments.save, name, is_alone=len(names) == 1))
+    if why := predict.why_nothing():
+        print(why, file=sys.stderr)
+    if arguments.output is not None:  # else predictions are what is printed
+        print(f"{predict.summary()}: {', '.join(map(str, filter(None, (arguments.output, arguments.save))))}")
     if unreadable:
         examples = "".join(f"\n  {error}" for error in unreadable[:5])
         raise ValueError(f"{len(unreadable)} of {len(paths)} images could not be read, among them{examples}")
@@ -94,8 +104,37 @@ class _Predict:
     """What is done with each image and video."""
 
     def __init__(self, predictor: Any, arguments: argparse.Namespace, write: "Write") -> None:
-        self.predictor, self.write = predictor, write
+        self.predictor, self._write = predictor, write
         self.options = {"threshold": arguments.threshold, "tile": arguments.tile, "overlap": arguments.overlap}
+        self.first_images: list[Any] = []
+        self.counts: Counter[str] = Counter()
+
+    def write(self, prediction: "Prediction", name: Path, image: Any) -> None:
+        """Writes the prediction on an image, and counts what it holds."""
+        self._write(prediction, name)
+        if len(self.first_images) < BATCH_SIZE:
+            self.first_images.append(image)
+        self.counts["image" if prediction.frame is None else "frame"] += 1
+        self.counts["label" if prediction.boxes is None else "object"] += len(prediction)
+
+    def summary(self) -> str:
+        """How many images were looked at, and what they hold."""
+        counts = [(what, self.counts[what]) for what in COUNTED if what in self.counts]
+        return ", ".join(f"{number:,} {what}{'' if number == 1 else 's'}" for what, number in counts)
+
+    def why_nothing(self) -> str:
+        """The threshold, the highest score of the first images, and what to type; empty where something was found."""
+        if not self.first_images or self.counts["object"] or self.counts["label"]:
+            return ""
+        threshold = self.predictor.score_threshold if self.options["threshold"] is None else self.options["threshold"]
+        found = self.predictor.predict(self.first_images, **self.options | {"threshold": 0.0})
+        best = max((float(score) for prediction in found for score in prediction.scores), default=0.0)
+        num_seen = self.counts["image"] + self.counts["frame"]
+        where = "" if num_seen <= BATCH_SIZE else f" in the first {BATCH_SIZE}"
+        return (
+            f"Nothing was found: the score threshold is {threshold:.4g}, and the highest score{where} {best:.4f}. "
+            f"Lower the threshold: --threshold {math.floor(100 * best) / 100:g}"
+        )
 
     def images(self, paths: Sequence[str], names: Sequence[Path], pictures: Sequence[Path | None]) -> list[ValueError]:
         """Predicts on images; returns the errors of those that cannot be read."""
@@ -104,11 +143,11 @@ class _Predict:
         unreadable: list[ValueError] = []
         for first in tqdm(range(0, len(paths), BATCH_SIZE), desc="Predicting", leave=False, disable=None):
             batch = slice(first, first + BATCH_SIZE)
-            found = self._batch(paths[batch], unreadable)
-            for prediction, name, picture in zip(found, names[batch], pictures[batch], strict=True):
+            found = zip(paths[batch], self._batch(paths[batch], unreadable), strict=True)
+            for (path, prediction), name, picture in zip(found, names[batch], pictures[batch], strict=True):
                 if prediction is None:
                     continue
-                self.write(prediction, name)
+                self.write(prediction, name, path)
                 if picture is not None:
                     prepare_file(picture)
                     prediction.draw().save(picture)
@@ -143,7 +182,7 @@ class _Predict:
                 writer = stack.enter_context(VideoWriter(file, video.frame_rate / video.every))
             bar = stack.enter_context(tqdm(total=video.num_frames, desc=video.path, leave=False, disable=None))
             for frame, prediction in self._frames(video):
-                self.write(prediction, name.with_name(f"{name.name}-{frame.index:06d}"))
+                self.write(prediction, name.with_name(f"{name.name}-{frame.index:06d}"), frame.image)
                 if writer is not None:
                     writer.write(prediction.draw(frame.image))
                 bar.update()

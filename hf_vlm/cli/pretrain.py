@@ -7,10 +7,10 @@ from hf_vlm.cli.recipes import help_if_asked, read_recipe
 
 
 def run(argv: Sequence[str]) -> None:
-    """Pretrains an encoder, or a whole detector."""
+    """Pretrains an encoder, or a whole detector or instance segmenter."""
     parser = argparse.ArgumentParser(
         prog="hf-vlm pretrain",
-        description="Pretrains an encoder, or a whole detector, on unlabelled images by a recipe.",
+        description="Pretrains an encoder, or a whole detector or instance segmenter, on unlabelled images.",
         epilog="Every key of the recipe can be overridden: --data ./images --max_steps 1000 "
         "--views.blur_probability 0. "
         "--encoder starts from weights, --resume_from_checkpoint last resumes a run that was stopped, and auto begins "
@@ -24,6 +24,7 @@ def run(argv: Sequence[str]) -> None:
     from hf_vlm.deploy.push import write_hub_files
     from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
     from hf_vlm.registry import find_model
+    from hf_vlm.tasks import TASKS
     from hf_vlm.tasks.detection import DETECTION
     from hf_vlm.training.run import pretrain, quiet_libraries
     from hf_vlm.viz.contact_sheet import render_pseudo_labels
@@ -37,7 +38,8 @@ def run(argv: Sequence[str]) -> None:
     folder = recipe["output_dir"]
     if not PartialState().is_main_process:  # the others are done while it still writes
         return
-    what = "encoder" if find_model(recipe["method"]).task == "pretraining" else "detector"
+    task = TASKS.get(find_model(recipe["method"]).task)  # None of an encoder
+    what = "encoder" if task is None else "model"
     print(f"\nThe {what} is in {folder}: {summary['num_images_seen']:,} images in {summary['seconds']:,.0f} s.")
     encoder = VLMViTConfig.from_pretrained(folder)
-    print(f"Next: {finetune_command(DETECTION, encoder, folder, 'YOUR_LABELLED_IMAGES')}")
+    print(f"Next: {finetune_command(task or DETECTION, encoder, folder, 'YOUR_LABELLED_IMAGES')}")

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Mapping, Sequence
 
-from hf_vlm.cli.options import add_allow_outside, as_bool
+from hf_vlm.cli.options import add_allow_outside, as_bool, check_positive
 
 TYPES = ("model", "dataset", "space")
 ONLY_FOR = {  # options that other types have no use for
@@ -48,6 +48,7 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("--num_examples", type=int, help="of a data set: send the first N images of each split only")
     add_allow_outside(parser)
     arguments = parser.parse_args(argv)
+    check_positive(arguments, "num_examples")
     for name, only in ONLY_FOR.items():
         if getattr(arguments, name) and arguments.type != only:
             raise ValueError(f"--{name} is for --type {only}, and not for --type {arguments.type}")

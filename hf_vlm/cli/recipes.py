@@ -64,13 +64,13 @@ def read_recipe(argv: Sequence[str], *, command: str) -> "tuple[dict[str, Any], 
 
     from hf_vlm.data.sources import open_source
     from hf_vlm.deploy.next_steps import finetuning_recipe, pretraining_recipe
-    from hf_vlm.training.recipe import check_recipe, load_recipe, parse_overrides
+    from hf_vlm.training.recipe import COMMAND_LINE, check_recipe, load_recipe, parse_overrides
 
     name, overrides = split_recipe(argv)
     if name is not None:
         return load_recipe(name, overrides), None
     given = {key: value for key, value in parse_overrides(overrides) if key in (*OPENED_BY, "encoder")}
-    given = check_recipe(given, f"hf-vlm {command}")
+    given = check_recipe(given, dict.fromkeys(given, COMMAND_LINE))
     if not given.get("data"):
         raise ValueError(f"Name images, or a recipe too: hf-vlm {command} --data ./my-images")
     source = open_source(**{OPENED_BY[key]: value for key, value in given.items() if key in OPENED_BY})

@@ -5,7 +5,6 @@ import contextlib
 import importlib.util
 import ipaddress
 import logging
-import math
 import os
 import signal
 import socket
@@ -13,6 +12,8 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from hf_vlm.cli.options import check_positive
 
 logger = logging.getLogger(__name__)
 
@@ -125,10 +126,7 @@ def _check(arguments: argparse.Namespace) -> None:
             raise ValueError('--examples are on the page, which needs gradio: pip install "hf_vlm[app]"')
         logger.warning('There is no page, for gradio is not installed: pip install "hf_vlm[app]"')
         arguments.page = False
-    for option in ("max_megabytes", "max_requests", "requests_per_minute"):
-        number = getattr(arguments, option)
-        if number is not None and not 0 < number < math.inf:
-            raise ValueError(f"--{option} {number}: it must be above 0")
+    check_positive(arguments, "max_megabytes", "max_requests", "requests_per_minute")
     if not 0 <= arguments.port < 2**16:
         raise ValueError(f"--port {arguments.port}: ports are from 0 to 65535")
 

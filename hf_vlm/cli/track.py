@@ -5,12 +5,14 @@ import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from hf_vlm.cli.options import check_positive
 from hf_vlm.cli.outputs import prepare_file
 
 
 def run(argv: Sequence[str]) -> None:
     """Tracks the objects of a video; prints JSON lines, and renders the tracks or writes them as files if asked to."""
     arguments = _parser().parse_args(argv)
+    check_positive(arguments, "every", "frame_rate")
 
     from tqdm.auto import tqdm
 
@@ -39,12 +41,13 @@ def run(argv: Sequence[str]) -> None:
         class_names = [name for _, name in sorted(predictor.model.config.id2label.items())]
         write = stack.enter_context(prediction_writer(arguments.format, arguments.output, class_names))
         bar = stack.enter_context(tqdm(total=video.num_frames, desc="Tracking", leave=False, disable=None))
-        renderer, rows = TrackRenderer(), []
+        renderer, rows, numbers = TrackRenderer(), [], set[int]()
         options = {"tile": arguments.tile, "overlap": arguments.overlap}
         tracked = track(predictor, video, tracker=arguments.tracker, threshold=arguments.threshold, **options)
         for frame, prediction in tracked:
             write(prediction, Path(f"{frame.index:06d}"))
             rows.append(mot_rows(prediction, frame.index + 1))
+            numbers.update(() if prediction.track_ids is None else prediction.track_ids.tolist())
             if writer is not None:
                 writer.write(
                     renderer.render(frame.image, prediction.boxes, prediction.label_names, prediction.track_ids)
@@ -52,6 +55,9 @@ def run(argv: Sequence[str]) -> None:
             bar.update()
     if arguments.mot is not None:
         write_mot(arguments.mot, rows)
+    if arguments.output is not None:  # else the tracks are what is printed
+        written = filter(None, (arguments.output, arguments.save, arguments.mot))
+        print(f"{len(numbers):,} tracks in {len(rows):,} frames: {', '.join(map(str, written))}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from hf_vlm.cli.options import check_positive
 from hf_vlm.cli.outputs import prepare_picture
 
 
@@ -21,8 +22,7 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("--save", type=Path, default=Path("views.png"), help="the picture to write")
     arguments, overrides = parser.parse_known_args(argv)
     prepare_picture(arguments.save, like="views.png")
-    if arguments.num_images < 1:
-        raise ValueError(f"--num_images {arguments.num_images}: at least one image is needed")
+    check_positive(arguments, "num_images")
 
     from hf_vlm.training.preview import sample_first_views
     from hf_vlm.training.recipe import load_recipe

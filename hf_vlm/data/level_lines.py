@@ -5,12 +5,12 @@ everywhere are outlines of objects (Desolneux, Moisan and Morel 2001, Edge detec
 boxes around the strongest teach a detector what an object is, as DETReg's of selective search do (arXiv 2106.04550).
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 
-__all__ = ["find_regions"]
+__all__ = ["Regions", "find_regions"]
 
 Array = np.ndarray[Any, Any]
 
@@ -24,10 +24,20 @@ BORDER_FACTOR = 0.6  # of the score, for each side of the image that a box touch
 MIN_RELATIVE_SCORE = 0.5  # of the best region of the image
 MAX_IOU = 0.6  # of two boxes: the lower scored one is left out
 MAX_INSIDE = 0.9  # fraction of a box that lies within a better one
+SUBPIXELS = 4  # of a side, on which outlines are traced around pixels
+TOLERANCE = 0.5  # pixels that an outline may be off where its points are thinned out
 
 
-def find_regions(image: Array, *, max_regions: int = 30) -> tuple[Array, Array]:
-    """Boxes around the regions of an image that look most like objects.
+class Regions(NamedTuple):
+    """What looks like an object in an image, best first; all coordinates are relative to the image."""
+
+    boxes: Array  # (n, 4) float32 left, top, right, bottom
+    scores: Array  # (n,) float32, not comparable among images
+    outlines: list[Array]  # of each region, (points, 2) float32 x, y; its holes belong to it
+
+
+def find_regions(image: Array, *, max_regions: int = 30) -> Regions:
+    """The regions of an image that look most like objects.
 
     The score of an outline is the gradient magnitude that three quarters of it exceed, relative to the image's mean,
     times the square root of its length: of two outlines that are as sharp, a whole object's and one of its parts', the
@@ -39,15 +49,14 @@ def find_regions(image: Array, *, max_regions: int = 30) -> tuple[Array, Array]:
         max_regions: Most regions.
 
     Returns:
-        (n, 4) float32, left, top, right, bottom relative to the image, best first; and (n,) float32, their scores.
-        Those that score less than half of the best are left out.
+        The regions, but for those that score less than half of the best.
     """
     height, width = image.shape[:2]
     channels = cv2.cvtColor(image, cv2.COLOR_RGB2LAB) if image.shape[2] == 3 else image
     channels = cv2.GaussianBlur(channels, (3, 3), 0).reshape(height, width, -1)
     outlines = _level_lines(channels, min_length=max(8, int(2 * np.sqrt(MIN_AREA * height * width))))
     if not outlines:
-        return np.zeros((0, 4), np.float32), np.zeros(0, np.float32)
+        return Regions(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), [])
     lengths = np.array([len(outline) for outline in outlines])
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
     points = np.concatenate(outlines)  # (points, 2) x, y
@@ -64,9 +73,11 @@ def find_regions(image: Array, *, max_regions: int = 30) -> tuple[Array, Array]:
     fits = (area >= MIN_AREA * height * width) & (area <= MAX_AREA * height * width)
     fits &= (sides.min(1) >= MIN_SIDE) & (fill >= MIN_FILL)
     fits &= scores >= MIN_RELATIVE_SCORE * scores[fits].max(initial=0)
-    boxes = (np.concatenate([low, high], axis=1) / np.tile(limits, 2)).astype(np.float32)[fits]
-    kept = _keep_best(boxes, scores[fits], max_regions)
-    return boxes[kept], scores[fits][kept].astype(np.float32)
+    candidates = np.flatnonzero(fits)
+    boxes = (np.concatenate([low, high], axis=1) / np.tile(limits, 2)).astype(np.float32)
+    kept = candidates[_keep_best(boxes[candidates], scores[candidates], max_regions)]
+    traced = [(_trace(outlines[index]) / limits).astype(np.float32) for index in kept]
+    return Regions(boxes[kept], scores[kept].astype(np.float32), traced)
 
 
 def _level_lines(channels: Array, *, min_length: int) -> list[Array]:
@@ -81,6 +92,17 @@ def _level_lines(channels: Array, *, min_length: int) -> list[Array]:
             found, _ = cv2.findContours(above, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
             outlines += [outline[:, 0] for outline in found if len(outline) >= min_length]
     return outlines
+
+
+def _trace(points: Array) -> Array:
+    """The polygon (n, 2) x, y around the pixels on and within a closed chain of pixels (points, 2)."""
+    low = points.min(0)
+    pixels = np.zeros((points.max(0) - low + 1)[::-1], np.uint8)
+    cv2.drawContours(pixels, [points - low], -1, 1, cv2.FILLED)
+    fine = cv2.resize(pixels, None, fx=SUBPIXELS, fy=SUBPIXELS, interpolation=cv2.INTER_NEAREST)
+    (outline, *_), _ = cv2.findContours(fine, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    thinned = cv2.approxPolyDP(outline, SUBPIXELS * TOLERANCE, closed=True)[:, 0]
+    return np.asarray(low + (thinned + 0.5) / SUBPIXELS)
 
 
 def _gradient_magnitude(channels: Array) -> Array:

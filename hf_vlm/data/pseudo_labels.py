@@ -1,4 +1,4 @@
-"""Pseudo-labels: boxes that were found in images, not annotated; a table by `image_id` that is kept in a file."""
+"""Pseudo-labels: boxes, and masks, that were found in images, not annotated; a table by `image_id`, kept in a file."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -28,6 +28,7 @@ class LabelsOfImage(NamedTuple):
     boxes: Array  # (n, 4) float32 x, y, width, height in pixels of the image as it is displayed
     labels: Array  # (n,) int64
     scores: Array  # (n,) float32
+    segmentations: Sequence[str] | None = None  # masks as text, see `hf_vlm.data.segmentations`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,7 @@ class PseudoLabels:
         labels: (objects,) int64 indices into `class_names`.
         scores: (objects,) float32; a detector's are comparable among images, those of regions are not.
         class_names: Names of the classes.
+        segmentations: (objects,) masks as text; None for boxes alone.
     """
 
     image_ids: Array
@@ -49,6 +51,7 @@ class PseudoLabels:
     labels: Array
     scores: Array
     class_names: tuple[str, ...]
+    segmentations: Array | None = None
 
     @classmethod
     def collect(cls, found: Iterable[LabelsOfImage], class_names: Sequence[str]) -> "PseudoLabels":
@@ -58,6 +61,8 @@ class PseudoLabels:
             by_id.setdefault(image.image_id, image)
         images = [by_id[image_id] for image_id in sorted(by_id)]
         counts = [len(image.boxes) for image in images]
+        has_masks = bool(images) and all(image.segmentations is not None for image in images)
+        texts = [text for image in images for text in image.segmentations or ()]
         return cls(
             image_ids=np.array([image.image_id for image in images], dtype=np.int64),
             starts=np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]),
@@ -65,6 +70,7 @@ class PseudoLabels:
             labels=np.concatenate([np.zeros(0, np.int64), *(image.labels for image in images)]),
             scores=np.concatenate([np.zeros(0, np.float32), *(image.scores for image in images)]),
             class_names=tuple(class_names),
+            segmentations=np.array(texts, dtype=object) if has_masks else None,
         )
 
     def num_scored(self, score: float) -> int:
@@ -77,8 +83,8 @@ class PseudoLabels:
             return self
         kept = self.scores > np.sort(self.scores)[-num_objects - 1]
         before = np.concatenate([[0], np.cumsum(kept, dtype=np.int64)])  # number of kept objects before each
-        parts = {name: getattr(self, name)[kept] for name in ("boxes", "labels", "scores")}
-        return replace(self, starts=before[self.starts], **parts)
+        names = ("boxes", "labels", "scores", *(() if self.segmentations is None else ("segmentations",)))
+        return replace(self, starts=before[self.starts], **{name: getattr(self, name)[kept] for name in names})
 
     def label(self, source: Source) -> Source:
         """The images of a source in which something was found, with that as their `objects` and nothing else."""
@@ -87,7 +93,7 @@ class PseudoLabels:
             {
                 "image": image_feature(),
                 "image_id": datasets.Value("int64"),
-                "objects": objects_feature(self.class_names),
+                "objects": objects_feature(self.class_names, has_masks=self.segmentations is not None),
             }
         )
         images = source.unlabelled().dataset.filter(_Has(self.image_ids[counts > 0]), input_columns=["image_id"])
@@ -116,6 +122,8 @@ class PseudoLabels:
         offsets = pa.array(self.starts, type=pa.int64())
         boxes = pa.FixedSizeListArray.from_arrays(pa.array(self.boxes.ravel()), 4)
         columns = {"bbox": boxes, "category": pa.array(self.labels), "score": pa.array(self.scores)}
+        if self.segmentations is not None:
+            columns["segmentation"] = pa.array(self.segmentations, type=pa.large_string())
         table = pa.table(
             {"image_id": self.image_ids}
             | {name: pa.LargeListArray.from_arrays(offsets, values) for name, values in columns.items()}
@@ -134,7 +142,8 @@ class PseudoLabels:
         metadata = table.schema.metadata or {}
         if metadata.get(ORIGIN_KEY) != origin.encode():
             return None
-        lists = {name: table[name].combine_chunks() for name in ("bbox", "category", "score")}
+        lists = {name: table[name].combine_chunks() for name in table.column_names if name != "image_id"}
+        texts = lists.get("segmentation")
         return cls(
             image_ids=table["image_id"].to_numpy(),
             starts=lists["score"].offsets.to_numpy(),
@@ -142,6 +151,7 @@ class PseudoLabels:
             labels=lists["category"].values.to_numpy(),
             scores=lists["score"].values.to_numpy(),
             class_names=tuple(json.loads(metadata[CLASS_NAMES_KEY])),
+            segmentations=None if texts is None else np.array(texts.values.to_pylist(), dtype=object),
         )
 
 
@@ -167,4 +177,6 @@ class _Attach:
             "area": (boxes[:, 2] * boxes[:, 3]).tolist(),
             "iscrowd": [0] * len(boxes),
         }
+        if self.found.segmentations is not None:
+            objects["segmentation"] = self.found.segmentations[here].tolist()
         return {**example, "objects": objects}

@@ -105,8 +105,9 @@ class Source:
         dataset = self.dataset.map(_Renumbered(maps), features=features)
         return replace(self, dataset=dataset, mask_class_names=mask_names)
 
-    def holdout(self, fraction: float) -> tuple["Source", "Source"]:
-        """The source without a fraction of its images, and these: a validation split of data that have none.
+    def holdout(self, fraction: float, number: int | None = None) -> tuple["Source", "Source"]:
+        """The source without a fraction of its images, and these, or the first `number` of them: a validation split of
+        data that have none.
 
         Each image is on one side by a hash of the last two parts of its path, or of its id where it has no path, so
         that the sides stay as they are when images are added or the data are moved. The numbers of examples are known
@@ -127,7 +128,7 @@ class Source:
             for is_held_out in (False, True)
         )
         if self.num_examples is None or self.format in ("scenes", "hub") or "://" in self.name:
-            return kept, apart
+            return kept, apart if number is None else apart.take(number)
         held_out = sum(map(_IsHeldOut(fraction, True), self))
         counts = self.num_examples - held_out, held_out
         if not all(counts):
@@ -135,7 +136,8 @@ class Source:
                 f"{self.name}: holdout={fraction} of {self.num_examples} images leaves {counts[0]} to train on and "
                 f"{counts[1]} to hold out; choose another fraction, or name a validation split"
             )
-        return replace(kept, num_examples=counts[0]), replace(apart, num_examples=counts[1])
+        kept, apart = replace(kept, num_examples=counts[0]), replace(apart, num_examples=counts[1])
+        return kept, apart if number is None else apart.take(number)
 
     def take(self, number: int) -> "Source":
         """The first examples of the source."""

@@ -24,8 +24,8 @@ from hf_vlm.data.formats.splits import canonical_split, describe_folder
 from hf_vlm.data.formats.voc import looks_like_voc, open_voc
 from hf_vlm.data.formats.webdataset import open_webdataset
 from hf_vlm.data.formats.yolo import looks_like_yolo, open_yolo
-from hf_vlm.data.io.files import as_path, can_list, find_paths, is_remote, siblings, walk
-from hf_vlm.data.io.messages import collect_warnings, did_you_mean, error_text, redact, redact_url, summarise
+from hf_vlm.data.io.files import as_path, can_list, find_paths, is_remote, near_path, walk
+from hf_vlm.data.io.messages import collect_warnings, error_text, redact, redact_url, summarise
 from hf_vlm.data.io.trust import TrustedRows, outside_allowed
 from hf_vlm.data.scenes.stream import scenes_source
 from hf_vlm.data.source import Source
@@ -190,7 +190,7 @@ def _open_files(source: str, split: str, *, format: str, **options: Any) -> Sour
         missing = [path for path in paths if not (is_remote(source) and takes_several) and can_list(path)]
         missing = [path for path in missing if not path.exists()]
         if missing:
-            raise ValueError(f"{missing[0]} does not exist{did_you_mean(str(missing[0]), siblings(missing[0]))}")
+            raise ValueError(f"{missing[0]} does not exist{near_path(missing[0])}")
         if format in ("masks", "imagefolder") and not paths[0].is_dir():
             raise ValueError(f"{source} is a file; give the folder of the images")
         if len(paths) > 1 and not takes_several:
@@ -246,7 +246,7 @@ def guess_format(source: str | Path) -> str:
         return FORMAT_OF_SUFFIX[path.suffix.lower()]
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) and not text.startswith(".") and path.suffix not in FORMAT_OF_SUFFIX:
         return "hub"
-    raise ValueError(f"{source} does not exist{did_you_mean(str(path), siblings(path))}")
+    raise ValueError(f"{source} does not exist{near_path(path)}")
 
 
 def _suffix(source: str) -> str:

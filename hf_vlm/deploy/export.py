@@ -72,7 +72,7 @@ class ExportData:
         if self.holdout is None:
             return self.first_images(self.split, count, num_channels)
         source = open_source(self.data, self.split, format=self.format, allow_outside=self.allow_outside)
-        return first_images(source.holdout(self.holdout)[1], count, num_channels=num_channels)
+        return first_images(source.holdout(self.holdout, count)[1], count, num_channels=num_channels)
 
     def first_images(self, split: str, count: int, num_channels: int) -> list[Image]:
         """The first images of a split; ValueError where it cannot be opened."""

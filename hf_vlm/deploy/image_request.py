@@ -12,9 +12,10 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
-from hf_vlm.data.io.messages import did_you_mean, error_text, one_line
+from hf_vlm.data.io.messages import error_text, one_line
 from hf_vlm.data.io.parsing import parse_json
 from hf_vlm.data.io.remote import fetch_public
+from hf_vlm.models.nearest_name import did_you_mean
 
 __all__ = ["ImageRequest", "Limits", "read_request"]
 

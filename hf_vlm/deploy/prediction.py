@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from hf_vlm.deploy.runtime import DECIMALS
+
 if TYPE_CHECKING:
     from hf_vlm.data.images import ImageLike
 
@@ -67,19 +69,20 @@ class Prediction:
 
     def to_dict(self) -> dict[str, Any]:
         """The prediction as JSON values: `detections` with boxes as in transformers' pipelines, and masks as COCO's
-        run lengths, or `classes` with their scores, or with the fractions of the image that they cover.
+        run lengths, or `classes` with their scores, or with the fractions of the image that they cover. Scores have
+        four decimals, and boxes hundredths of a pixel.
         """
         from hf_vlm.data.segmentations import encode_mask
 
         height, width = self.image_size
         value = "score" if self.segmentation is None else "fraction"
         entries: list[dict[str, Any]] = [
-            {"label": name, "label_id": int(label), value: float(score)}
+            {"label": name, "label_id": int(label), value: round(float(score), DECIMALS[value])}
             for name, label, score in zip(self.label_names, self.labels, self.scores, strict=True)
         ]
         if self.boxes is not None:
-            for entry, box in zip(entries, self.boxes, strict=True):
-                entry["box"] = dict(zip(("xmin", "ymin", "xmax", "ymax"), map(float, box), strict=True))
+            for entry, box in zip(entries, self.boxes.astype(float).round(DECIMALS["box"]).tolist(), strict=True):
+                entry["box"] = dict(zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True))
         if self.track_ids is not None:
             for entry, track_id in zip(entries, self.track_ids.tolist(), strict=True):
                 entry["track_id"] = track_id
@@ -103,14 +106,15 @@ class Prediction:
 
         corners = self._boxes("COCO's annotations").astype(np.float64)
         boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)  # (n, 4) x, y, w, h
+        boxes = boxes.round(DECIMALS["box"])
         annotations: list[dict[str, Any]] = [
             {
                 "image_id": image_id,
                 "category_id": label,
                 "bbox": box,
-                "area": box[2] * box[3],
+                "area": round(box[2] * box[3], DECIMALS["box"]),
                 "iscrowd": 0,
-                "score": score,
+                "score": round(score, DECIMALS["score"]),
             }
             for label, box, score in zip(self.labels.tolist(), boxes.tolist(), self.scores.tolist(), strict=True)
         ]

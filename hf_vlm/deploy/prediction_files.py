@@ -47,7 +47,9 @@ def prediction_writer(format: str, output: Path | None, class_names: Sequence[st
     if format == "yolo":
         if output is None:
             raise ValueError("--format yolo writes a file per image: name a folder with --output")
-        yield _write_labels(output, class_names)
+        yield lambda prediction, name: _write_labels(prediction, output / name.with_name(f"{name.name}.txt"))
+        output.mkdir(parents=True, exist_ok=True)
+        replace_text(output / "classes.txt", "".join(f"{name}\n" for name in class_names))
         return
     with _opened(output) as write_line:
         if format == "json":
@@ -83,12 +85,6 @@ def _append(prediction: Prediction, images: list[dict[str, Any]], annotations: l
         annotations.append({"id": len(annotations) + 1, **annotation})
 
 
-def _write_labels(folder: Path, class_names: Sequence[str]) -> Write:
-    def write(prediction: Prediction, name: Path) -> None:
-        path = folder / name.with_name(f"{name.name}.txt")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(path, "".join(f"{line}\n" for line in prediction.to_yolo()))
-
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_text(folder / "classes.txt", "".join(f"{name}\n" for name in class_names))
-    return write
+def _write_labels(prediction: Prediction, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(path, "".join(f"{line}\n" for line in prediction.to_yolo()))

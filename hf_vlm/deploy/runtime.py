@@ -26,6 +26,7 @@ __all__ = ["Runtime", "as_record"]
 Array = np.ndarray[Any, Any]
 Run = Callable[[Array], dict[str, Array]]
 
+DECIMALS = {"score": 4, "fraction": 6, "box": 2}  # of what is written as text; boxes are in pixels
 MIN_DETECTIONS = 300  # candidates of an image, or as many as queries
 CONFIGS = ("config.json", "preprocessor_config.json")
 
@@ -289,12 +290,12 @@ def as_record(found: dict[str, Any]) -> dict[str, Any]:
         return record | {"features": found["features"].tolist()}
     value = "fraction" if "segmentation" in found else "score"
     entries: list[dict[str, Any]] = [
-        {"label": name, "label_id": int(label), value: float(score)}
+        {"label": name, "label_id": int(label), value: round(float(score), DECIMALS[value])}
         for name, label, score in zip(found["label_names"], found["labels"], found["scores"], strict=True)
     ]
     if "boxes" not in found:
         return record | {"classes": entries}
-    for entry, box in zip(entries, found["boxes"].tolist(), strict=True):
+    for entry, box in zip(entries, found["boxes"].astype(float).round(DECIMALS["box"]).tolist(), strict=True):
         entry["box"] = dict(zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True))
     for entry, mask in zip(entries, found.get("masks", ())):
         entry["mask"] = {"size": [height, width], "counts": encode_runs(run_lengths(mask))}

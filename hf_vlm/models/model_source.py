@@ -3,13 +3,14 @@
 The Hub's client tries for half a minute, and transformers then says that there is no connection.
 """
 
-import difflib
 from pathlib import Path
 
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import FileMetadataError, HfHubHTTPError, HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 from transformers.utils import CONFIG_NAME
+
+from .nearest_name import did_you_mean
 
 NUM_SHOWN = 5
 
@@ -58,8 +59,10 @@ def _near(path: Path) -> str:
     while not parent.is_dir() and parent != parent.parent:
         missing, parent = parent, parent.parent
     folders = sorted(entry.name for entry in parent.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if matches := difflib.get_close_matches(missing.name, folders, n=1):
-        return f"; did you mean {str(parent / matches[0] / path.relative_to(missing))!r}?"
+    if near := did_you_mean(
+        missing.name, folders, offered=lambda name: str(parent / name / path.relative_to(missing))
+    ):
+        return near
     more = f" and {len(folders) - NUM_SHOWN} more" if len(folders) > NUM_SHOWN else ""
     return f"; in {parent} are {', '.join(folders[:NUM_SHOWN])}{more}." if folders else f"; in {parent} are none."
 

@@ -39,6 +39,9 @@ class IJEPAConfig(SSLConfig):
         target_aspect (`list`, defaults to [0.75, 1.5]): Range of their height / width.
         context_scale (`list`, defaults to [0.85, 1.0]):
             Range of the area of the context's block, from which the targets are taken out.
+        context_loss_weight (`float`, defaults to 0.0):
+            Weight of the loss on the patches of the context, which the predictor then predicts too, as in V-JEPA 2.1
+            (arXiv 2603.14482); each counts less by the square root of its distance, in patches, to the target block.
         momentum (`float`, defaults to 0.996): Momentum of the teacher at the start; 1 at the end, along half a cosine
             as of all teachers here (the paper's goes along a line).
     """
@@ -53,6 +56,7 @@ class IJEPAConfig(SSLConfig):
     target_scale: list[float] | tuple[float, ...] = (0.15, 0.2)
     target_aspect: list[float] | tuple[float, ...] = (0.75, 1.5)
     context_scale: list[float] | tuple[float, ...] = (0.85, 1.0)
+    context_loss_weight: float | int = 0.0
     momentum: float | int = 0.996
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -68,6 +72,8 @@ class IJEPAConfig(SSLConfig):
                     f"IJEPAConfig: {name} must be two rising numbers above 0"
                     f"{' and up to 1' if most == 1 else ''}, but is {list(values)}."
                 )
+        if self.context_loss_weight < 0:
+            raise ValueError(f"IJEPAConfig: context_loss_weight must be 0 or more, but is {self.context_loss_weight}.")
         if self.num_targets < 1 or self.num_targets * self.target_scale[1] >= 1:
             raise ValueError(
                 f"IJEPAConfig: {self.num_targets} target blocks of up to {self.target_scale[1]:g} of the image leave "
@@ -85,6 +91,15 @@ def sample_blocks(config: IJEPAConfig, num_images: int, grid_hw: tuple[int, int]
         target_aspect=config.target_aspect,
         context_scale=config.context_scale,
     )
+
+
+def nearest_distances(indices: Tensor, others: Tensor, num_columns: int) -> Tensor:
+    """(batch, n): distance, in patches, of row-major indices (batch, n) to the nearest of others (batch, m)."""
+    here, there = (
+        torch.stack([i.div(num_columns, rounding_mode="floor"), i % num_columns], dim=-1).float()
+        for i in (indices, others)
+    )
+    return torch.cdist(here, there).amin(-1)
 
 
 @auto_docstring
@@ -170,16 +185,20 @@ class IJEPAForPreTraining(TeacherMixin, SSLPreTrainedModel):
         encoded = self.backbone(images, visible_indices=context_indices).last_hidden_state
         # One prediction per block, none of which sees another: all first blocks, then all second ones.
         blocks = target_indices.transpose(0, 1)  # (num_targets, images, patches of a block)
-        predictions = self.predictor(
-            encoded.repeat(blocks.shape[0], 1, 1),
-            context_indices.repeat(blocks.shape[0], 1),
-            blocks.flatten(0, 1),
-            grid_hw,
-        )  # (num_targets * images, patches of a block, dim)
-        targets = torch.cat([gather_tokens(features, block) for block in blocks])
+        contexts, targets = context_indices.repeat(blocks.shape[0], 1), blocks.flatten(0, 1)
+        encoded, features_per_block = (tokens.repeat(blocks.shape[0], 1, 1) for tokens in (encoded, features))
+        weight = self.config.context_loss_weight
+        predictions = self.predictor(encoded, contexts, targets, grid_hw, with_visible=weight > 0)
+        of_context, of_targets = predictions[:, : -targets.shape[1]], predictions[:, -targets.shape[1] :]
+        loss = F.smooth_l1_loss(of_targets.float(), gather_tokens(features_per_block, targets))
+        if weight > 0:
+            errors = F.smooth_l1_loss(
+                of_context.float(), gather_tokens(features_per_block, contexts), reduction="none"
+            ).mean(-1)  # (num_targets * images, context)
+            loss = loss + weight * (errors / nearest_distances(contexts, targets, grid_hw[1]).sqrt()).mean()
         return IJEPAOutput(
-            loss=F.smooth_l1_loss(predictions.float(), targets),
-            predictions=predictions,
+            loss=loss,
+            predictions=of_targets,  # (num_targets * images, patches of a block, dim)
             feature_std=feature_std(features.flatten(1)),
         )
 

@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput, auto_docstring
 from .configuration_vlm_vit import VLMViTConfig
 from .modeling_vlm_vit import VLMViTModel
 from .ssl_layers import flatten_views
-from .ssl_masks import mask_from_indices, pixel_mask, random_masking
+from .ssl_masks import block_grid, blocks_to_patches, mask_from_indices, pixel_mask, random_masking
 from .ssl_model import SSLConfig, SSLPreTrainedModel, as_vit_config, returns_loss
 from .ssl_pixels import normalise_patches, reconstruct_images
 from .ssl_predictor import MaskedPredictor
@@ -34,6 +34,9 @@ class MAEConfig(SSLConfig):
             Width, depth and heads of the light decoder; 512 x 8 with 16 heads as in the paper when not given. Image,
             patch and channels are the encoder's.
         mask_ratio (`float`, defaults to 0.75): Fraction of the patches that are hidden from the encoder.
+        mask_block_size (`int`, defaults to 1):
+            Rows and columns of patches that are masked together, as in Pixio (arXiv 2512.15715), which masks 2 x 2 to
+            4 x 4; the fraction is kept to the patch.
         norm_pix_loss (`bool`, defaults to `True`):
             Whether each patch is normalised as a target (unbiased variance, eps 1e-6), the paper's better variant.
         use_cross_attention (`bool`, defaults to `False`):
@@ -53,6 +56,7 @@ class MAEConfig(SSLConfig):
 
     decoder_config: Any = None
     mask_ratio: float = 0.75
+    mask_block_size: int = 1
     norm_pix_loss: bool = True
     use_cross_attention: bool = False
     prediction_ratio: float | int = 1.0
@@ -71,10 +75,21 @@ class MAEConfig(SSLConfig):
             )
         if not 0 < self.mask_ratio < 1:
             raise ValueError(f"MAEConfig: mask_ratio must lie between 0 and 1, but is {self.mask_ratio}.")
+        if self.mask_block_size < 1:
+            raise ValueError(f"MAEConfig: mask_block_size must be 1 or more patches, but is {self.mask_block_size}.")
         if not 0 < self.prediction_ratio <= 1:
             raise ValueError(
                 f"MAEConfig: prediction_ratio must lie above 0 and up to 1, but is {self.prediction_ratio}."
             )
+
+
+def sample_noise(
+    config: MAEConfig, grid_hw: tuple[int, int], num_images: int, device: torch.device | None = None
+) -> Tensor:
+    """Uniform noise (images, patches), the same for the patches of a mask block; those of the lowest stay visible."""
+    block_hw = (config.mask_block_size, config.mask_block_size)
+    noise = torch.rand(num_images, math.prod(block_grid(grid_hw, block_hw)), device=device)
+    return blocks_to_patches(noise, grid_hw, block_hw)
 
 
 @auto_docstring
@@ -134,7 +149,7 @@ class MAEForPreTraining(SSLPreTrainedModel):
         """Predictions (batch, predicted, patch_dim) and the indices (batch, predicted) of their patches."""
         grid_hw = patch_grid(images, self.config.backbone_config.patch_hw)
         if noise is None:
-            noise = torch.rand(images.shape[0], math.prod(grid_hw), device=images.device)
+            noise = sample_noise(self.config, grid_hw, images.shape[0], images.device)
         visible, masked = random_masking(noise, self.config.mask_ratio)
         if self.training:
             masked = masked[:, : max(1, round(masked.shape[1] * self.config.prediction_ratio))]
@@ -163,7 +178,7 @@ class MAEForPreTraining(SSLPreTrainedModel):
     def sample_mask(
         config: MAEConfig, grid_hw: tuple[int, int], num_images: int, device: torch.device | None = None
     ) -> Tensor:
-        noise = torch.rand(num_images, math.prod(grid_hw), device=device)
+        noise = sample_noise(config, grid_hw, num_images, device)
         return mask_from_indices(random_masking(noise, config.mask_ratio)[1], math.prod(grid_hw))
 
 

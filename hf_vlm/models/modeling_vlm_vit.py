@@ -207,6 +207,12 @@ class _Encoder(VLMViTPreTrainedModel):
         model.__dict__.pop("_weight_conversions", None)  # else it would be saved under the names that it was found by
         return loaded
 
+    def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
+        """The stock method, which also leaves the rest of a saved model, as heads and decoders, out of the report."""
+        super()._adjust_missing_and_unexpected_keys(loading_info)
+        parts = {self.base_model_prefix, *(name for name, _ in self.named_children())}
+        loading_info.unexpected_keys = {key for key in loading_info.unexpected_keys if key.split(".")[0] in parts}
+
     @property
     def compute_dtype(self) -> torch.dtype:
         """Type of tokens: that of the final norm, which, unlike linear layers, no quantisation packs into integers."""

@@ -49,11 +49,17 @@ def grid_block_masking(
     Returns:
         (batch, patches) bool, row-major.
     """
-    rows, columns = block_grid(grid_hw, block_hw)
-    masked = mask_from_indices(random_masking(noise, mask_ratio)[1], rows * columns).unflatten(1, (rows, columns))
+    return blocks_to_patches(
+        mask_from_indices(random_masking(noise, mask_ratio)[1], noise.shape[1]), grid_hw, block_hw
+    )
+
+
+def blocks_to_patches(values: Tensor, grid_hw: tuple[int, int], block_hw: tuple[int, int]) -> Tensor:
+    """Values (batch, mask blocks) of a regular grid of blocks, as those (batch, patches) of their patches."""
+    values = values.unflatten(1, block_grid(grid_hw, block_hw))
     for axis, (block, size) in enumerate(zip(block_hw, grid_hw), start=1):
-        masked = masked.repeat_interleave(block, dim=axis).narrow(axis, 0, size)
-    return masked.flatten(1)
+        values = values.repeat_interleave(block, dim=axis).narrow(axis, 0, size)
+    return values.flatten(1)
 
 
 def block_grid(grid_hw: tuple[int, int], block_hw: tuple[int, int]) -> tuple[int, int]:
@@ -177,6 +183,7 @@ def ranks(values: Tensor) -> Tensor:
 __all__ = [
     "block_grid",
     "block_masking",
+    "blocks_to_patches",
     "context_and_targets",
     "grid_block_masking",
     "mask_from_indices",

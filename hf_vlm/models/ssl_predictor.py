@@ -40,7 +40,9 @@ class MaskedPredictor(VLMViTPreTrainedModel):
         if isinstance(module, nn.Linear):
             init.xavier_uniform_(module.weight)
 
-    def forward(self, encoded: Tensor, visible: Tensor, masked: Tensor, grid_hw: tuple[int, int]) -> Tensor:
+    def forward(
+        self, encoded: Tensor, visible: Tensor, masked: Tensor, grid_hw: tuple[int, int], with_visible: bool = False
+    ) -> Tensor:
         """Predicts (batch, masked, output_size) at masked indices (batch, masked).
 
         Args:
@@ -48,6 +50,8 @@ class MaskedPredictor(VLMViTPreTrainedModel):
             visible: (batch, visible) indices of the encoded patches, row-major.
             masked: (batch, masked) indices of the patches to predict.
             grid_hw: Patches of an image, rows and columns.
+            with_visible: Whether the visible patches are predicted too, before the masked ones: (batch, visible +
+                masked, output_size). Not with cross-attention, which leaves them as they are.
         """
         tokens = self.embed(encoded)  # (batch, prefix + visible, decoder_size)
         positions = sincos_positions(self.config.hidden_size, grid_hw, tokens.device).to(tokens.dtype)
@@ -62,9 +66,9 @@ class MaskedPredictor(VLMViTPreTrainedModel):
             everything = torch.cat([seen, hidden], dim=1)
             for layer in self.layers[:-1]:
                 everything = layer(everything)
-            # Of the last layer only the masked patches are read.
-            hidden = self.layers[-1](everything[:, -num_masked:], None, everything)
-        return self.predict(self.norm(hidden))  # (batch, masked, output_size)
+            read = everything[:, num_prefix:] if with_visible else everything[:, -num_masked:]
+            hidden = self.layers[-1](read, None, everything)
+        return self.predict(self.norm(hidden))
 
 
 __all__ = ["MaskedPredictor"]

@@ -1,8 +1,8 @@
 """Accelerators: memory, power and links, of the makers' data sheets; their FLOP/s are in `training/meters.py`."""
 
-import difflib
 from dataclasses import dataclass
 
+from hf_vlm.models.nearest_name import did_you_mean
 from hf_vlm.training.meters import listed_peak
 
 __all__ = ["GPUS", "Gpu", "find_gpu"]
@@ -50,7 +50,5 @@ def find_gpu(name: str) -> Gpu:
     """The accelerator of a name; ValueError with the nearest names where there is none."""
     key = name.lower().replace(" ", "").replace("-", "")
     if key not in GPUS:
-        nearest = difflib.get_close_matches(key, GPUS, n=1)
-        hint = f"Did you mean {nearest[0]}? " if nearest else ""
-        raise ValueError(f"gpu: {name!r} is not known. {hint}There are: {', '.join(GPUS)}.")
+        raise ValueError(f"gpu: {name!r} is not known{did_you_mean(key, GPUS) or '.'} There are: {', '.join(GPUS)}.")
     return GPUS[key]

@@ -241,6 +241,10 @@ CLASSIFICATION = Task(
         "best_micro_f1": "best micro F1 over all score thresholds",
         "score_threshold": "score threshold of the best micro F1",
     },
+    undefined={
+        **dict.fromkeys(("recall/", "ap/"), "no images of this class in this split"),
+        "score_threshold": "no prediction is right",
+    },
     recipes={"nano": "classification/vit_nano_cpu.yaml", "small": "classification/vit_small.yaml"},
     card="classifier.md",
 )

@@ -14,6 +14,7 @@ from hf_vlm.data.source import Source
 from hf_vlm.data.stream import ExampleStream
 from hf_vlm.data.transforms.collate import collate_detection
 from hf_vlm.metrics import best_f1, coco_detection_metrics, match_detections
+from hf_vlm.metrics.coco import AREA_RANGES
 from hf_vlm.models.image_processing_detection import VLMViTDetectionImageProcessor
 from hf_vlm.tasks.calibration import threshold_of_best_f1
 from hf_vlm.tasks.detector import Find, detect, detection_transform, original_size
@@ -28,6 +29,12 @@ F1_NAMES = {  # of the metrics of `choose_threshold`
     "precision": "precision at the best F1",
     "recall": "recall at the best F1",
     "score_threshold": "score threshold of the best F1",
+}
+UNDEFINED = {  # why metrics of detections may be NaN
+    **{f"{metric}_{size}": f"no {size} objects in this split" for metric in ("ap", "ar") for size in AREA_RANGES[1:]},
+    **dict.fromkeys(("ap", "ap50", "ap75", "ar_1", "ar_10", "ar_100", "f1", "recall"), "no objects in this split"),
+    **dict.fromkeys(("precision", "score_threshold"), "no prediction is right"),
+    "ap/": "no objects of this class in this split",
 }
 
 logger = logging.getLogger(__name__)
@@ -181,6 +188,7 @@ DETECTION = Task(
         "ar_large": "AR, large objects",
         **F1_NAMES,
     },
+    undefined=UNDEFINED,
     recipes={"nano": "detection/vit_nano_cpu.yaml", "small": "detection/vit_small.yaml"},
     card="detector.md",
 )

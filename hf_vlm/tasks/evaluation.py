@@ -35,6 +35,12 @@ class EvaluatedSplit(NamedTuple):
     task: Task
     source: Source
     images: list[EvaluatedImage]  # in the order of the evaluation
+    holdout: float | None = None  # fraction of the split that the images are, where they were held out
+
+    @property
+    def split(self) -> str:
+        """Name of the split, and which part of it."""
+        return f"{self.source.split}{'' if self.holdout is None else f', the held-out {self.holdout:.4g} of it'}"
 
 
 def evaluate_run(run_dir: str | Path, data: str, split: str, **options: Any) -> Evaluation:
@@ -54,7 +60,12 @@ def evaluate_split(
     max_bad_fraction: float = 0.01,
     needs_confusion: bool = False,
 ) -> EvaluatedSplit:
-    """Evaluates a saved model on a split of a source, or on the fraction of it that `holdout` holds out in training.
+    """Evaluates a saved model on a split of a source.
+
+    Args:
+        holdout: Fraction of the split to evaluate on, which is what training with the same `holdout` did not see. A
+            task that fits on the train split fits on the rest instead.
+        num_examples: First images to evaluate on.
 
     Raises:
         ValueError: The folder holds no model, the data lack what its task needs or have other classes, more than
@@ -68,34 +79,39 @@ def evaluate_split(
             f"The model {run_dir} has no confusion matrix to plot: only models that give one class per image or pixel "
             "have one."
         )
-    streams, images = {}, []
-    for name in ("train", split) if task.fits_on_train else (split,):
-        source = open_source(
-            data,
-            name,
-            format=format,
-            num_samples=num_examples if holdout is None else None,
-            allow_outside=allow_outside,
-            object_masks=task.reads_object_masks,
-        )
-        if holdout is not None and name == split:
-            source = source.holdout(holdout)[1]
-            source = source if num_examples is None else source.take(num_examples)
-        names = task.class_names(source)
-        if not task.fits_on_train:
-            source = match_class_names(source, names, loaded.class_names, f"the model {run_dir}")
-            names = list(loaded.class_names)
-        transform = _Recording(task.transform(loaded.processor, train=False, class_names=names))
-        streams[name], images = eval_stream(source, transform, max_bad_fraction=max_bad_fraction), transform.images
+    options = {"format": format, "allow_outside": allow_outside, "object_masks": task.reads_object_masks}
+    source, train = _open(data, split, holdout, num_examples, fits_on_train=task.fits_on_train, **options)
+    names, owner = (
+        (loaded.class_names, f"the model {run_dir}")
+        if train is None
+        else (task.class_names(train), f"split {train.split!r}")
+    )
+    source = match_class_names(source, task.class_names(source), names, owner)
+
+    def stream(source: Source, transform: Transform) -> ExampleStream:
+        return eval_stream(source, transform, max_bad_fraction=max_bad_fraction)
+
+    transform = _Recording(task.transform(loaded.processor, train=False, class_names=names))
     evaluation = task.evaluate(
         to_best_device(loaded.model),
-        streams[split],
+        stream(source, transform),
         loaded.processor,
         class_names=names,
         per_class=True,
-        fit_stream=streams["train"] if task.fits_on_train else None,
+        fit_stream=None if train is None else stream(train, transform.transform),
     )
-    return EvaluatedSplit(evaluation, task, source, images)
+    return EvaluatedSplit(evaluation, task, source, transform.images, holdout)
+
+
+def _open(
+    data: str, split: str, holdout: float | None, num_examples: int | None, *, fits_on_train: bool, **options: Any
+) -> tuple[Source, Source | None]:
+    """The images to evaluate on, and those to fit on, where they are needed."""
+    if holdout is None:
+        source = open_source(data, split, num_samples=num_examples, **options)
+        return source, open_source(data, "train", num_samples=num_examples, **options) if fits_on_train else None
+    rest, source = open_source(data, split, **options).holdout(holdout, num_examples)
+    return source, (rest if num_examples is None else rest.take(num_examples)) if fits_on_train else None
 
 
 class _Recording:

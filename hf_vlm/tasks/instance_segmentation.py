@@ -18,8 +18,9 @@ from hf_vlm.models.image_processing_instance_segmentation import (
     binary_masks,
 )
 from hf_vlm.tasks.calibration import threshold_of_best_f1
-from hf_vlm.tasks.detection import F1_NAMES, choose_threshold, collate, minimum_fields, predict_detection
+from hf_vlm.tasks.detection import F1_NAMES, UNDEFINED, choose_threshold, collate, minimum_fields, predict_detection
 from hf_vlm.tasks.detector import detection_transform
+from hf_vlm.tasks.pseudo_labels import find_pseudo_labels
 from hf_vlm.tasks.reports.detection import report_detection
 from hf_vlm.tasks.task import Evaluation, ServedOutput, Task
 
@@ -148,7 +149,13 @@ INSTANCE_SEGMENTATION = Task(
         "box_ap50": "box AP50",
         **F1_NAMES,
     },
+    undefined={
+        name if name in F1_NAMES else f"{kind}_{name}": reason
+        for kind in ("mask", "boundary", "box")
+        for name, reason in UNDEFINED.items()
+    },
     recipes={"nano": "instance_segmentation/vit_nano_cpu.yaml", "small": "instance_segmentation/vit_small.yaml"},
     card="instance_segmenter.md",
+    find_labels=functools.partial(find_pseudo_labels, masks=True),
     reads_object_masks=True,
 )

@@ -1,11 +1,13 @@
-"""Pseudo-labels of images: region proposals, boxes around what looks like an object, or what a detector finds."""
+"""Pseudo-labels of images: region proposals, around what looks like an object, or what a model finds."""
 
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import cv2
 import numpy as np
+import torch
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
@@ -13,12 +15,16 @@ from hf_vlm.data.io.decode import decode_image
 from hf_vlm.data.level_lines import find_regions
 from hf_vlm.data.loader import StreamLoader
 from hf_vlm.data.pseudo_labels import LabelsOfImage, PseudoLabels
+from hf_vlm.data.segmentations import segmentation_text
 from hf_vlm.data.source import Source
 from hf_vlm.data.stream import ExampleStream, Transform
 from hf_vlm.data.transforms.image_ops import resize
 from hf_vlm.features.device import to_best_device
 from hf_vlm.features.loading import load_model
+from hf_vlm.metrics.instance_segmentation import encode_masks
+from hf_vlm.models.image_processing_instance_segmentation import binary_masks
 from hf_vlm.models.modeling_detection import VLMViTForObjectDetection
+from hf_vlm.models.modeling_instance_segmentation import VLMViTForInstanceSegmentation
 from hf_vlm.tasks.detector import detect, detection_transform
 
 __all__ = ["REGIONS", "find_pseudo_labels"]
@@ -38,6 +44,7 @@ def find_pseudo_labels(
     labels_from: str,
     *,
     size: tuple[int, int],
+    masks: bool = False,
     num_channels: int = 3,
     per_image: float | None = None,
     num_workers: int = 0,
@@ -45,12 +52,13 @@ def find_pseudo_labels(
     world_size: int = 1,
     max_bad_fraction: float = 0.01,
 ) -> PseudoLabels:
-    """Boxes in all images of a source; those that it may have are not read.
+    """Boxes, and masks, in all images of a source; those that it may have are not read.
 
     Args:
         labels_from: "regions" for what looks like an object (`find_regions`), all of one class; or the folder or Hub
-            id of a detector.
+            id of a detector, which for masks is an instance segmenter.
         size: Height and width in pixels at which regions are looked for.
+        masks: Whether the objects get masks: those of regions are what their outlines enclose.
         num_channels: Channels of the images in which regions are looked for.
         per_image: Mean number of a detector's boxes to keep per image, the best over all images; by default those
             with a score of at least 0.25.
@@ -65,14 +73,19 @@ def find_pseudo_labels(
     found: Iterable[LabelsOfImage]
     if labels_from == REGIONS:
         names = [CLASS_NAME]
-        found = _regions(ExampleStream(images, _FindRegions(size, num_channels), **options), num_workers)
+        found = _regions(ExampleStream(images, _FindRegions(size, num_channels, masks), **options), num_workers)
     else:
         loaded = load_model(labels_from)
-        if not isinstance(loaded.model, VLMViTForObjectDetection):
-            raise ValueError(f"{labels_from} is a model for {loaded.entry.task}: boxes are found by a detector.")
+        needed, finder = (
+            (VLMViTForInstanceSegmentation, "masks are found by an instance segmenter")
+            if masks
+            else (VLMViTForObjectDetection, "boxes are found by a detector")
+        )
+        if not isinstance(loaded.model, needed):
+            raise ValueError(f"{labels_from} is a model for {loaded.entry.task}: {finder}.")
         names = loaded.class_names
         transform = _WithoutObjects(detection_transform(loaded.processor, train=False, class_names=names))
-        found = _detections(loaded, ExampleStream(images, transform, **options), num_workers)
+        found = _detections(loaded, ExampleStream(images, transform, **options), num_workers, masks)
     total = source.num_examples and -(-source.num_examples // world_size)
     mine = list(tqdm(found, desc="Finding objects", total=total, unit=" images", disable=rank != 0 or None))
     table = PseudoLabels.collect(gather_object(mine) if world_size > 1 else mine, names)
@@ -87,19 +100,22 @@ class _FindRegions:
 
     size: tuple[int, int]
     num_channels: int
+    masks: bool
 
     def __call__(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         image, (height, width) = decode_image(example["image"], num_channels=self.num_channels, at_least=self.size)
-        boxes, scores = find_regions(resize(image, self.size))
-        boxes = boxes * np.array([width, height, width, height], dtype=np.float32)
+        regions, pixels = find_regions(resize(image, self.size)), np.array([width, height], dtype=np.float32)
+        boxes = regions.boxes * np.tile(pixels, 2)
         boxes[:, 2:] -= boxes[:, :2]
-        labels = np.zeros(len(boxes), np.int64)
-        return {"image_id": example["image_id"], "boxes": boxes, "labels": labels, "scores": scores}
+        labels, texts = np.zeros(len(boxes), np.int64), None
+        if self.masks:
+            texts = [segmentation_text([(outline * pixels).ravel().tolist()]) for outline in regions.outlines]
+        return {"found": LabelsOfImage(example["image_id"], boxes, labels, regions.scores, texts)}
 
 
 def _regions(stream: Any, num_workers: int) -> Iterator[LabelsOfImage]:
     for batch in StreamLoader(stream, batch_size=BATCH_SIZE, num_workers=num_workers, collate_fn=list):
-        yield from (LabelsOfImage(**image) for image in batch)
+        yield from (image["found"] for image in batch)
 
 
 @dataclass(frozen=True)
@@ -112,16 +128,29 @@ class _WithoutObjects:
         return self.transform({**example, "objects": {"bbox": [], "category": []}}, rng)
 
 
-def _detections(loaded: Any, stream: ExampleStream, num_workers: int) -> Iterator[LabelsOfImage]:
+def _detections(loaded: Any, stream: ExampleStream, num_workers: int, masks: bool) -> Iterator[LabelsOfImage]:
     """What a detector finds in each image, of any score, without duplicates."""
-    model = to_best_device(loaded.model).eval()
-    for batch in detect(model, stream, loaded.processor, batch_size=BATCH_SIZE, num_workers=num_workers):
+    model, options = to_best_device(loaded.model).eval(), {"batch_size": BATCH_SIZE, "num_workers": num_workers}
+    find = functools.partial(_find_instances, loaded.processor) if masks else None
+    for batch in detect(model, stream, loaded.processor, find=find, **options):
         for image, labels in zip(batch.found, batch.labels):
             boxes, scores, classes = (image[name].numpy() for name in ("boxes", "scores", "labels"))
             boxes[:, 2:] -= boxes[:, :2]
-            boxes, scores, classes = (values[boxes[:, 2:].min(1) >= MIN_SIDE] for values in (boxes, scores, classes))
-            kept = _without_duplicates(boxes, scores, classes)
-            yield LabelsOfImage(int(labels["image_id"]), boxes[kept], classes[kept], scores[kept])
+            large = np.flatnonzero(boxes[:, 2:].min(1) >= MIN_SIDE)
+            kept = large[_without_duplicates(boxes[large], scores[large], classes[large])]
+            texts = _encoded_masks(image, kept) if masks else None
+            yield LabelsOfImage(int(labels["image_id"]), boxes[kept], classes[kept], scores[kept], texts)
+
+
+def _find_instances(processor: Any, outputs: Any, sizes: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
+    found = processor.find_instances(outputs, threshold=0.0, target_sizes=sizes)
+    return [{name: value.cpu() if name != "size" else value for name, value in image.items()} for image in found]
+
+
+def _encoded_masks(image: dict[str, Any], kept: Any) -> list[str]:
+    """Masks of what is kept in an image as text, "" for an empty one."""
+    chunks = binary_masks(image["mask_logits"][torch.from_numpy(kept)], image["size"])
+    return [segmentation_text(encoded) for chunk in chunks for encoded in encode_masks(chunk)]
 
 
 def _without_duplicates(boxes: Any, scores: Any, classes: Any) -> list[int]:

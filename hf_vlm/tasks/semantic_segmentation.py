@@ -182,6 +182,7 @@ SEMANTIC_SEGMENTATION = Task(
         "mean_accuracy": "mean accuracy of the classes",
         "pixel_accuracy": "pixel accuracy",
     },
+    undefined={"iou/": "neither in this split nor predicted"},
     recipes={"nano": "segmentation/vit_nano_cpu.yaml", "small": "segmentation/vit_small.yaml"},
     card="segmenter.md",
 )

@@ -104,6 +104,7 @@ class Task:
             default a table of the classes and the confusion matrix, where there are any.
         headline: Labels of the metrics that commands print first, by name of the metric; higher is better for all.
         metric_names: Names of metrics in a model card, that of `ap/<class>` under `ap/`; others keep their keys.
+        undefined: Why a metric may be NaN, by its name, or as `metric_names` under `ap/`; see `why_undefined`.
         recipes: Shipped recipes by encoder preset.
         card: Template of the model card.
         find_labels: Function `(source, labels_from, *, size, num_channels, per_image, num_workers, rank, world_size,
@@ -129,6 +130,7 @@ class Task:
     report: Callable[[Evaluation], list[Part]] = default_report
     headline: Mapping[str, str] = field(default_factory=dict)
     metric_names: Mapping[str, str] = field(default_factory=dict)
+    undefined: Mapping[str, str] = field(default_factory=dict)
     recipes: Mapping[str, str] = field(default_factory=dict)
     find_labels: Callable[..., PseudoLabels] | None = None
     served: ServedOutput | None = None
@@ -137,3 +139,8 @@ class Task:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pipeline", self.pipeline or self.name)
+
+    def why_undefined(self, metric: str) -> str:
+        """Why a metric is NaN, as people read it."""
+        group = metric.partition("/")[0] + "/"
+        return self.undefined.get(metric) or self.undefined.get(group) or "not defined on this split"

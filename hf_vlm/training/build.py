@@ -119,10 +119,25 @@ def _head_shape(args: VisionTrainingArguments, entry: ModelEntry, saved: Any) ->
 def _copy_head(args: VisionTrainingArguments, trained: PreTrainedModel, model: PreTrainedModel) -> None:
     """Gives a model the weights of a trained head but its class layers, and those that a resized encoder reshapes."""
     own, theirs, of_classes = model.state_dict(), trained.state_dict(), model.class_layers()
-    wanted = [name for name in own if not name.startswith("backbone.") and name not in of_classes]
-    fitting = {name: theirs[name] for name in wanted if name in theirs and theirs[name].shape == own[name].shape}
+    head = [name for name in own if not name.startswith("backbone.")]
+    wanted = [name for name in head if name not in of_classes]
+    missing = [name for name in wanted if name not in theirs]
+    reshaped = [name for name in wanted if name in theirs and theirs[name].shape != own[name].shape]
+    fitting = {name: theirs[name] for name in wanted if name not in (*missing, *reshaped)}
     model.load_state_dict(fitting, strict=False)
-    logger.info("Head from %s: %d of %d weights; its class layers are new.", args.encoder, len(fitting), len(wanted))
+    layers = sorted({name.rpartition(".")[0] for name in of_classes})
+    rows = {
+        "loaded": f"{len(fitting)} of {len(head)} weights",
+        "class layers (random)": f"{', '.join(layers)}: not taken over, even if the classes are the same",
+        "missing (random)": ", ".join(sorted({name.split(".")[0] for name in missing})),
+        "other shape (random)": ", ".join(reshaped),
+    }
+    logger.info("Head from %s%s", args.encoder, _table(rows))
+
+
+def _table(rows: Mapping[str, str]) -> str:
+    """The rows that say something, each on a line of its own."""
+    return "".join(f"\n  {name:<30} {value}" for name, value in rows.items() if value)
 
 
 def _refuse_not_finite(args: VisionTrainingArguments, model: PreTrainedModel) -> None:
@@ -245,15 +260,14 @@ def _report(args: VisionTrainingArguments, encoder: VLMViTModel, report: dict[st
     """Reports in one table which weights were loaded; refuses an encoder with missing ones."""
     missing = sorted(report["missing_keys"])
     reshaped = sorted(str(key[0] if isinstance(key, tuple) else key) for key in report["mismatched_keys"])
-    left_out = sorted({key.split(".")[0] for key in report["unexpected_keys"]})
     num_weights = len(encoder.state_dict())
     rows = {
         "loaded": f"{num_weights - len(missing) - len(reshaped)} of {num_weights} weights",
         "missing (random)": ", ".join(missing),
         "other shape (random)": ", ".join(reshaped),
-        "not of the encoder, left out": ", ".join(left_out),
+        "unknown, left out": ", ".join(sorted(report["unexpected_keys"])),
     }
-    table = "".join(f"\n  {name:<30} {value}" for name, value in rows.items() if value)
+    table = _table(rows)
     if (missing or reshaped) and not args.resize_encoder:
         raise ValueError(f"encoder: {args.encoder} lacks weights of the encoder.{table}")
     logger.info("Encoder from %s%s", args.encoder, table)

@@ -94,9 +94,7 @@ def open_labelled_sources(args: VisionTrainingArguments, source: Source | None) 
                 f"{error} (Images to evaluate on are needed: name their split with --eval_split, or hold out a tenth "
                 "of the training images with --holdout 0.1.)"
             ) from error
-    source, held_out = source.holdout(args.holdout)
-    if args.num_eval_examples is not None:
-        held_out = held_out.take(args.num_eval_examples)
+    source, held_out = source.holdout(args.holdout, args.num_eval_examples)
     counts = [part.num_examples or "an unknown number" for part in (source, held_out)]
     logger.info("Holding out a fraction of %g of the images: training on %s, evaluating on %s.", args.holdout, *counts)
     return source, held_out

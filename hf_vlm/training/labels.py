@@ -20,7 +20,14 @@ from hf_vlm.training.build import build_encoder_config
 from hf_vlm.training.data import open_unlabelled_source
 from hf_vlm.training.record import fingerprint
 
-__all__ = ["LABELS_FILE", "add_unlabelled", "check_label_keys", "label_source", "labelling_models"]
+__all__ = [
+    "LABELS_FILE",
+    "add_unlabelled",
+    "check_label_keys",
+    "label_source",
+    "labelling_models",
+    "warn_of_unseen_images",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -84,14 +91,8 @@ def labelling_models(args: VisionTrainingArguments) -> list[str]:
     return [] if args.labels_from in (None, REGIONS) else [str(args.labels_from)]
 
 
-def label_source(args: VisionTrainingArguments, source: Source, task: Task, labels_from: str) -> Source:
-    """The images of a source in which `labels_from`, regions or a model, finds something, with that as labels.
-
-    What is found is kept in the run's folder, where a resumed run takes it from.
-
-    Raises:
-        ValueError: Nothing is found.
-    """
+def warn_of_unseen_images(args: VisionTrainingArguments, source: Source) -> None:
+    """Warns where labels are found in more images than the run sees."""
     seen = args.max_steps * args.total_batch_size
     if source.num_examples is not None and source.num_examples > seen and args.process_index == 0:
         logger.warning(
@@ -100,6 +101,16 @@ def label_source(args: VisionTrainingArguments, source: Source, task: Task, labe
             source.num_examples,
             seen,
         )
+
+
+def label_source(args: VisionTrainingArguments, source: Source, task: Task, labels_from: str) -> Source:
+    """The images of a source in which `labels_from`, regions or a model, finds something, with that as labels.
+
+    What is found is kept in the run's folder, where a resumed run takes it from.
+
+    Raises:
+        ValueError: Nothing is found.
+    """
     return _label(args, source, task, labels_from, per_image=args.labels_per_image)
 
 

@@ -1,10 +1,9 @@
 """A recipe: flat YAML with the fields of VisionTrainingArguments as keys, read strictly."""
 
-import difflib
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,14 @@ from typing import Any
 import yaml
 
 from hf_vlm.features.loading import find_head, shared_head_shape
+from hf_vlm.models.nearest_name import did_you_mean
 from hf_vlm.registry import find_model
 from hf_vlm.training.arguments import VisionTrainingArguments
 from hf_vlm.training.build import REGULARISATION
 
-__all__ = ["check_recipe", "find_recipe", "load_recipe", "parse_arguments", "shipped_folder"]
+__all__ = ["COMMAND_LINE", "check_recipe", "find_recipe", "load_recipe", "parse_arguments", "shipped_folder"]
 
+COMMAND_LINE = "the command line"  # the place of a key, for messages
 RUN_LENGTHS = ("max_steps", "images_to_see", "budget")
 RENAMED_KEYS = {"data_kind": "format", "max_bad_share": "max_bad_fraction"}  # in recipes of version 0.1
 
@@ -45,13 +46,17 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
             has the wrong type.
     """
     path = find_recipe(path)
+    text = path.read_text()
     try:
-        recipe = yaml.load(path.read_text(), _RecipeLoader)
+        recipe = yaml.load(text, _RecipeLoader)
     except yaml.YAMLError as error:
         raise ValueError(f"Recipe {path} is not valid YAML: {error}") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"Recipe {path} must be a mapping of keys to values.")
+    mapping: Any = yaml.compose(text, _RecipeLoader)
+    places = {key.value: f"{path}, line {key.start_mark.line + 1}" for key, _ in mapping.value}
     given = parse_overrides(overrides)
+    places |= {key.partition(".")[0]: COMMAND_LINE for key, _ in given}
     typed = dict(given)
     if encoder := typed.get("encoder"):
         load_head = bool(typed.get("load_head", recipe.get("load_head", True)))
@@ -66,7 +71,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
             if name in RUN_LENGTHS:  # one replaces the other
                 recipe = {key: kept for key, kept in recipe.items() if key not in RUN_LENGTHS}
             recipe[name] = value
-    return check_recipe(recipe, f"{path} or the options" if given else str(path))
+    return check_recipe(recipe, places)
 
 
 def _without_architecture(recipe: dict[str, Any], encoder: str, *, load_head: bool) -> dict[str, Any]:
@@ -134,18 +139,26 @@ def _read_value(key: str, text: str) -> Any:
         raise ValueError(f"--{key} takes no text, and {text!r} is not valid YAML: {error}") from error
 
 
-def check_recipe(recipe: dict[str, Any], where: str) -> dict[str, Any]:
-    """Checks keys and value types of a recipe and returns it with numbers converted to the declared type."""
+def check_recipe(recipe: dict[str, Any], places: Mapping[str, str]) -> dict[str, Any]:
+    """Checks keys and value types of a recipe and returns it with numbers converted to the declared type.
+
+    Args:
+        places: Where each key is, for messages.
+
+    Raises:
+        ValueError: A key is unknown (the nearest one is named), or a value has the wrong type.
+    """
     hints = typing.get_type_hints(VisionTrainingArguments)
     known = [f.name for f in fields(VisionTrainingArguments) if f.init]
-    for key in recipe:
+    checked = {}
+    for key, value in recipe.items():
+        where = places.get(key, "the recipe")
+        if key in RENAMED_KEYS:
+            raise ValueError(f"The key {key!r} in {where} is now called {RENAMED_KEYS[key]!r}.")
         if key not in known:
-            if key in RENAMED_KEYS:
-                raise ValueError(f"The key {key!r} in {where} is now called {RENAMED_KEYS[key]!r}.")
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"Unknown key {key!r} in {where}.{hint}")
-    return {key: _checked(key, value, hints[key], where) for key, value in recipe.items()}
+            raise ValueError(f"Unknown key {key!r} in {where}{did_you_mean(str(key), known) or '.'}")
+        checked[key] = _checked(key, value, hints[key], where)
+    return checked
 
 
 def _checked(key: str, value: Any, hint: Any, where: str) -> Any:

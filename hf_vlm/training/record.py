@@ -157,15 +157,21 @@ def mark_unfinished(folder: Path) -> None:
         replace_text(path, as_json(run | {"finished": False}) + "\n")
 
 
-def as_json(values: Any) -> str:
-    """Indented JSON; NaN, the value of metrics without objects, is not JSON and becomes null."""
+def as_json(values: Any, *, digits: int = 17) -> str:
+    """Indented JSON; NaN, the value of metrics without objects, is not JSON and becomes null.
+
+    Args:
+        digits: Significant digits of numbers; all of them by default.
+    """
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
             return {name: plain(item) for name, item in value.items()}
         if isinstance(value, list):
             return [plain(item) for item in value]
-        return None if isinstance(value, float) and math.isnan(value) else value
+        if isinstance(value, float):
+            return None if math.isnan(value) else float(f"{value:.{digits}g}")
+        return value
 
     return json.dumps(plain(values), indent=2)
 

@@ -28,7 +28,13 @@ from hf_vlm.training.budget import warn_of_short_pretraining, with_steps_for_bud
 from hf_vlm.training.build import build_model, build_processor
 from hf_vlm.training.checkpoints import check_run_folder, checkpoints, clear_run_folder, prepare_run_folder
 from hf_vlm.training.data import open_labelled_sources, open_train_source, train_stream, view_transform
-from hf_vlm.training.labels import add_unlabelled, check_label_keys, label_source, labelling_models
+from hf_vlm.training.labels import (
+    add_unlabelled,
+    check_label_keys,
+    label_source,
+    labelling_models,
+    warn_of_unseen_images,
+)
 from hf_vlm.training.lock import run_lock
 from hf_vlm.training.probes import build_probe, last_probe
 from hf_vlm.training.recipe import parse_arguments
@@ -82,6 +88,12 @@ def pretrain(
         recipe = with_steps_for_budget(recipe, args, pretrain)
         args = parse_arguments(recipe)
     source = open_train_source(args, source)
+    args.set_steps_for(source.num_examples)
+    if finished := finished_run(args):
+        return finished
+    warn_of_short_pretraining(args, has_head=entry.task != "pretraining")
+    if entry.task != "pretraining":
+        warn_of_unseen_images(args, source)
     hooks = Hooks(write_card, plot, render_labels)
     if args.rounds == 1:
         return _pretrain(args, recipe, source, hooks, labels_from=args.labels_from)
@@ -101,9 +113,6 @@ def _pretrain_in_rounds(
 ) -> dict[str, Any]:
     """Each round is a run of its own, so that one that was stopped resumes in its round."""
     folder = Path(args.output_dir)
-    args.set_steps_for(source.num_examples)
-    if finished := finished_run(args):
-        return finished
     if not args.resumes:
         check_run_folder(args)
         if args.should_save:  # else a run that is stopped in an earlier round would find this one finished
@@ -133,7 +142,6 @@ def _pretrain(
     if finished := finished_run(args):
         return finished
     task = TASKS.get(find_model(args.method).task)
-    warn_of_short_pretraining(args, has_head=task is not None)
     with _run_folder(args):
         if task is None:
             return _pretrain_encoder(args, recipe, source, hooks)

@@ -13,9 +13,11 @@ from PIL import Image
 
 from hf_vlm.data.inspection.inspect import image_name
 from hf_vlm.data.io.decode import BadImageError, decode_image, decode_mask
+from hf_vlm.data.segmentations import FramedMask, read_segmentation
 from hf_vlm.data.source import Source
+from hf_vlm.data.transforms.objects import Masks
 from hf_vlm.viz.detections import render_detections
-from hf_vlm.viz.masks import render_mask
+from hf_vlm.viz.masks import render_mask, render_objects
 from hf_vlm.viz.sheets import captioned, contact_sheet, legend, stacked
 
 __all__ = ["Reservoir", "example_sheet", "render_example", "render_pseudo_labels"]
@@ -94,6 +96,8 @@ def render_example(example: Example, features: datasets.Features) -> Image.Image
     if masks:
         with contextlib.suppress(BadImageError):
             picture = render_mask(picture, decode_mask(masks[0]), background=0)
+    if "segmentation" in example.get("objects", {}):
+        picture = _with_object_masks(picture, example["objects"], (height, width))
     if "objects" in example:
         picture = _with_boxes(picture, example["objects"], features, (size[0] / width, size[1] / height))
     caption = PurePath(image_name(example)).name
@@ -109,6 +113,19 @@ def _class_names(features: datasets.Features) -> list[str]:
 
 def _has_legend(features: datasets.Features) -> bool:
     return "objects" in features and 0 < len(_class_names(features)) <= MAX_IN_LEGEND
+
+
+def _with_object_masks(picture: Image.Image, objects: dict[str, Any], image_size: tuple[int, int]) -> Image.Image:
+    """The picture with the masks of the objects of an image (height, width), but for those that do not fit it."""
+    masks = Masks.of([_read_mask(text, image_size) for text in objects["segmentation"]])
+    return render_objects(picture, masks.rasterise((picture.height, picture.width)), objects["category"])
+
+
+def _read_mask(text: str, image_size: tuple[int, int]) -> FramedMask | None:
+    try:
+        return read_segmentation(text, *image_size)
+    except ValueError:  # of an image of another shape
+        return None
 
 
 def _with_boxes(

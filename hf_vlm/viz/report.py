@@ -62,7 +62,7 @@ def write_report(folder: Path, run: str, split: EvaluatedSplit) -> Path:
     }
     path = folder / PAGE
     try:
-        replace_text(folder / VALUES, as_json(values) + "\n")
+        replace_text(folder / VALUES, as_json(values, digits=6) + "\n")
         replace_text(path, page)
     except OSError as error:
         raise ValueError(f"The report cannot be written into {folder}: {error.strerror}.") from error
@@ -74,7 +74,7 @@ def _facts(run: str, split: EvaluatedSplit) -> dict[str, str]:
         "model": redact_url(run),
         "task": split.task.name,
         "data": split.source.name,
-        "split": split.source.split,
+        "split": split.split,
         "images": f"{len(split.images):,}",
         "written": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC by hf_vlm {version('hf_vlm')}",
     }

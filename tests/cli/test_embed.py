@@ -112,7 +112,7 @@ def test_skipped_images_are_counted_and_features_are_written_by_default(run, tmp
         ),
         (["--data", "images", "--save", "images"], "images is a folder; name a file"),
         (["--data", "images", "--save", "file/features.parquet"], "file/features.parquet cannot be written"),
-        (["--data", "images", "--batch_size", "0"], "--batch_size 0: at least 1"),
+        (["--data", "images", "--batch_size", "0"], "--batch_size 0: it must be above 0"),
     ],
 )
 def test_what_a_user_mistypes_is_said_in_a_line(run, words, message, capsys, monkeypatch, tmp_path):

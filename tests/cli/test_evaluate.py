@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from hf_vlm.cli.main import main
+from hf_vlm.data.sources import open_source
 from hf_vlm.models.image_processing_classification import VLMViTClassificationImageProcessor
 from hf_vlm.models.modeling_classification import VLMViTClassificationConfig, VLMViTForImageClassification
 
@@ -49,6 +50,21 @@ def test_a_report_and_a_temperature(classifier, tmp_path, capsys):
     assert after["top1"] == before["top1"]
 
 
+def test_images_that_were_held_out(classifier, tmp_path, capsys):
+    (tmp_path / "images" / "test").rename(tmp_path / "images" / "train")
+    words = ["evaluate", str(classifier), "--data", str(tmp_path / "images")]
+    assert main(words) == 2
+    assert "has no split 'test'; it has train. Name one with --split, or evaluate" in capsys.readouterr().err
+    assert main([*words, "--holdout", "0.4", "--report", str(tmp_path / "report")]) == 0
+    num_images = open_source(tmp_path / "images").holdout(0.4)[1].num_examples
+    title = capsys.readouterr().out.splitlines()[0]
+    assert title == f"{tmp_path / 'images'}, split train, the held-out 0.4 of it: {num_images} images"
+    facts = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert (facts["split"], facts["images"]) == ("train, the held-out 0.4 of it", str(num_images))
+    assert main([*words, "--holdout", "4"]) == 2
+    assert "holdout=4.0 must be between 0 and 1" in capsys.readouterr().err
+
+
 def test_what_cannot_be_done_is_said_first(classifier, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("hf_vlm.tasks.evaluation.evaluate_split", lambda *a, **k: pytest.fail("it was evaluated"))
     words = ["--data", str(tmp_path / "images")]
@@ -61,3 +77,12 @@ def test_what_cannot_be_done_is_said_first(classifier, tmp_path, capsys, monkeyp
     (tmp_path / "file").write_text("")
     assert main(["evaluate", str(classifier), *words, "--report", str(tmp_path / "file")]) == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_nothing_is_left_of_an_evaluation_that_failed(classifier, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    words = ["--report", str(tmp_path / "new" / "report"), "--save", str(tmp_path / "empty" / "metrics.json")]
+    assert main(["evaluate", str(classifier), "--data", str(tmp_path / "nothing"), *words]) == 2
+    assert "nothing does not exist" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+    assert (tmp_path / "empty").is_dir()  # it was there before

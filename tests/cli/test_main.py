@@ -56,9 +56,13 @@ def test_the_whole_way(tmp_path, capsys):
     figures = tmp_path / "figures.json"
     words = ["evaluate", detector, "--data", "scenes:easy", "--split", "test", "--num_examples", "4"]
     assert main([*words, "--save", str(figures)]) == 0
-    printed = dict(line.split() for line in capsys.readouterr().out.splitlines() if line.startswith(("ap", "ar")))
+    title, _, *lines = capsys.readouterr().out.splitlines()
+    assert title == "scenes:easy, split test: 4 images"
+    printed = dict(line.split(maxsplit=1) for line in lines)
     saved = json.loads(figures.read_text())
     assert float(printed["ap50"]) == pytest.approx(saved["ap50"], abs=1e-4)
+    assert saved["ap_large"] is None
+    assert printed["ap_large"].split(maxsplit=1) == ["-", "no large objects in this split"]
 
     Image.new("RGB", (80, 60), "grey").save(picture)
     out = tmp_path / "out.png"
@@ -98,8 +102,12 @@ def check_many_images(detector, folder, capsys):
     [
         (["pretain"], "no command 'pretain'"),
         (["pretrain", "nowhere.yaml"], "no recipe nowhere.yaml"),
-        (["pretrain", "mae/vit_small.yaml", "--lerning_rate", "1"], "Did you mean 'learning_rate'"),
+        (["pretrain", "mae/vit_small.yaml", "--lerning_rate", "1"], "did you mean 'learning_rate'"),
         (["pretrain", "mae/vit_small.yaml", "--data", "no/such/folder", "--use_cpu", "true"], "no/such/folder"),
+        (["pretrain", "mae/vit_small.yaml", "--max_stps", "5"], "Unknown key 'max_stps' in the command line; did you"),
+        (["plan", "mae/vit_small.yaml", "--gpus", "0"], "--gpus 0: it must be above 0"),
+        (["plan", "mae/vit_small.yaml", "--mfu", "1.5"], "--mfu 1.5: it must be above 0, and at most 1"),
+        (["plan", "mae/vit_small.yaml", "--network", "nan"], "--network nan: it must be above 0"),
         (["evaluate", "no/such/run", "--data", "scenes"], "no/such/run"),
         (["predict", "no/such/run", "x.jpg"], "no images at 'x.jpg'"),
         (["predict", "no/such/run", __file__], "no/such/run"),
@@ -198,7 +206,7 @@ def test_what_is_found_in_data_is_shown_once_by_commands_that_open_two_splits(tm
 
 def test_a_mistyped_command_names_the_nearest(capsys):
     assert main(["predic"]) == 2
-    assert "Did you mean 'predict'?" in capsys.readouterr().err
+    assert "did you mean 'predict'?" in capsys.readouterr().err
 
 
 def test_a_reader_that_has_enough_ends_a_command_in_silence():

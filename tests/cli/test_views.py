@@ -42,9 +42,9 @@ def test_without_data_the_built_in_images_are_shown(tmp_path, capsys, monkeypatc
     ("words", "message"),
     [
         (["simclr/vit_smal.yaml"], "There is no recipe simclr/vit_smal.yaml"),
-        (["simclr/vit_small.yaml", "--views.blur_probabilty", "0"], "Did you mean 'blur_probability'"),
+        (["simclr/vit_small.yaml", "--views.blur_probabilty", "0"], "did you mean 'blur_probability'"),
         (["simclr/vit_small.yaml", "--data", "nowhere/at/all"], "nowhere/at/all does not exist"),
-        (["simclr/vit_small.yaml", "--num_images", "0"], "at least one image"),
+        (["simclr/vit_small.yaml", "--num_images", "0"], "--num_images 0: it must be above 0"),
         (["simclr/vit_small.yaml", "--save", "views"], "--save views: name a picture file, such as views.png"),
         (["detection/vit_small.yaml"], "no pretraining method 'detection'"),
     ],

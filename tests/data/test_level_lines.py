@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from hf_vlm.data.level_lines import find_regions
+from hf_vlm.data.segmentations import read_segmentation, segmentation_text
 
 HEIGHT, WIDTH = 60, 80
 
@@ -29,7 +30,7 @@ DARK, BRIGHT = (8, 10, 30, 26, 40), (45, 20, 70, 52, 210)
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_regions_are_the_shapes_of_a_picture(channels):
-    boxes, scores = find_regions(picture(DARK, BRIGHT, channels=channels))
+    boxes, scores, _ = find_regions(picture(DARK, BRIGHT, channels=channels))
     found = sorted(pixels(boxes).round().astype(int).tolist())
     np.testing.assert_allclose(found, [DARK[:4], BRIGHT[:4]], atol=1)  # blurred by 3 x 3 pixels
     assert boxes.dtype == scores.dtype == np.float32
@@ -38,7 +39,7 @@ def test_regions_are_the_shapes_of_a_picture(channels):
 
 def test_the_whole_object_is_found_and_not_its_parts():
     parts = (50, 28, 56, 34, 40), (60, 28, 66, 34, 40)
-    boxes, _ = find_regions(picture(BRIGHT, *parts))
+    boxes, *_ = find_regions(picture(BRIGHT, *parts))
     np.testing.assert_allclose(pixels(boxes), [BRIGHT[:4]], atol=1)
 
 
@@ -72,14 +73,14 @@ def test_a_ring_is_one_region_and_colour_is_enough():
 
 @pytest.mark.parametrize("shape", [(HEIGHT, WIDTH, 3), (4, 4, 3), (1, 1, 1), (40, 3, 3), (30, 30, 4)])
 def test_an_image_of_one_colour_has_no_regions(shape):
-    boxes, scores = find_regions(np.full(shape, 90, dtype=np.uint8))
+    boxes, scores, _ = find_regions(np.full(shape, 90, dtype=np.uint8))
     assert boxes.shape == (0, 4)
     assert scores.shape == (0,)
 
 
 def test_no_region_lies_within_or_upon_a_better_one():
     image = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
-    boxes, scores = find_regions(cv2.resize(image, (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC))
+    boxes, scores, _ = find_regions(cv2.resize(image, (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC))
     assert len(boxes) > 3
     assert (np.diff(scores) <= 0).all()
     low = np.maximum(boxes[:, None, :2], boxes[None, :, :2])
@@ -89,3 +90,23 @@ def test_no_region_lies_within_or_upon_a_better_one():
     later, better = np.tril_indices(len(boxes), -1)
     assert (shared[later, better] <= 0.9 * areas[later] + 1e-6).all()
     assert (shared <= 0.6 * (areas[:, None] + areas - shared) + 1e-6)[later, better].all()
+
+
+def test_outlines_enclose_the_pixels_of_the_shapes():
+    """Rasterised as masks are, at this size and at twice as many pixels."""
+    image = picture(DARK, BRIGHT, (20, 36, 40, 56, 120))
+    regions = find_regions(image)
+    assert len(regions.outlines) == len(regions.boxes) >= 2
+    for outline, box in zip(regions.outlines, regions.boxes):
+        np.testing.assert_allclose(pixels(np.concatenate([outline.min(0), outline.max(0)])), pixels(box), atol=0.5)
+        truth = (image[..., 0] < 80) if box[0] < 0.4 else (image[..., 0] > 160)
+        for factor in (1, 2):
+            text = segmentation_text([(outline * [factor * WIDTH, factor * HEIGHT]).ravel().tolist()])
+            mask = np.zeros((factor * HEIGHT, factor * WIDTH), bool)
+            found = read_segmentation(text, *mask.shape)
+            left, top, right, bottom = (round(e * s) for e, s in zip(found.frame, mask.shape[::-1] * 2))
+            mask[top:bottom, left:right] = found.pixels
+            near = np.ones((2 * factor + 3,) * 2, np.uint8)  # blurred by 3 x 3 pixels, and half a pixel off
+            expected = np.uint8(truth.repeat(factor, 0).repeat(factor, 1))
+            assert (mask >= cv2.erode(expected, near)).all()
+            assert (mask <= cv2.dilate(expected, near)).all()

@@ -91,3 +91,20 @@ def test_images_get_what_was_found_in_them_and_others_are_left_out(tmp_path):
     assert all(example["image"] == originals[example["image_id"]] for example in examples)
     assert (labelled.num_examples, labelled.max_objects, labelled.object_names) == (3, 3, ["object"])
     assert isinstance(labelled.dataset, datasets.IterableDataset)
+
+
+def test_masks_stay_with_their_boxes(tmp_path):
+    """Through choosing the best, the file, and into the objects of a source."""
+    write_images(tmp_path / "images", [f"{i}.png" for i in range(3)])
+    texts = {0: ["[[0,0,4,0,4,4]]", ""], 1: [], 2: ["[[1,1,9,1,9,9]]"]}
+    scores = {0: (0.9, 0.2), 1: (), 2: (0.5,)}
+    found = [objects_of(i, *scores[i])._replace(segmentations=texts[i]) for i in (2, 0, 1)]
+    table = PseudoLabels.collect(found, ["cat", "dog"])
+    table.save(tmp_path / "found.parquet", "a")
+    loaded = PseudoLabels.load(tmp_path / "found.parquet", "a")
+    assert loaded.segmentations.tolist() == table.segmentations.tolist() == [*texts[0], *texts[2]]
+    assert loaded.best(2).segmentations.tolist() == [texts[0][0], texts[2][0]]
+    labelled = loaded.label(open_source(str(tmp_path / "images"), "train"))
+    assert labelled.has_object_masks
+    assert [example["objects"]["segmentation"] for example in labelled] == [texts[0], texts[2]]
+    assert PseudoLabels.collect(FOUND, ["cat", "dog"]).segmentations is None

@@ -99,10 +99,10 @@ def test_a_held_out_fraction_is_stable_and_complete(tmp_path):
     assert (train.num_examples, held_out.num_examples) == (len(names(train)), len(names(held_out)))
     assert 25 < held_out.num_examples < 55  # 40 on average, with a deviation of 5.7
     assert train.features == held_out.features == source.features
-    first = held_out.take(10)
+    first = source.holdout(0.2, 10)[1]
     assert (first.num_examples, len(names(first))) == (10, 10)
     assert names(first) < names(held_out)
-    assert held_out.take(500).num_examples == held_out.num_examples
+    assert source.holdout(0.2, 500)[1].num_examples == held_out.num_examples
     # Elsewhere, with more images, and as a larger fraction.
     before = names(held_out)
     (tmp_path / "b").mkdir()

@@ -120,10 +120,11 @@ def test_to_dict_is_json(predictor, images):
     assert (content["height"], content["width"], content["path"]) == (60, 90, None)
     assert len(content["detections"]) == len(prediction)
     first = content["detections"][0]
-    assert first["score"] == float(prediction.scores[0])
+    assert first["score"] == round(float(prediction.scores[0]), 4)
     assert first["label"] == prediction.label_names[0]
     assert first["label_id"] == prediction.labels[0]
-    assert [first["box"][key] for key in ("xmin", "ymin", "xmax", "ymax")] == prediction.boxes[0].tolist()
+    corners = [first["box"][key] for key in ("xmin", "ymin", "xmax", "ymax")]
+    assert corners == [round(float(value), 2) for value in prediction.boxes[0]]
 
 
 def prediction_of(size, path=None):

@@ -86,7 +86,7 @@ def test_instances(model, threshold):
     outputs["pred_masks"][0, 1] = 9.0  # all of it
     processor = VLMViTInstanceSegmentationImageProcessor()
     found = model(processor, {"model_type": "vlm_vit_instance_segmentation"}, outputs).predict(blank(), threshold)
-    expected = Prediction(
+    reference = Prediction(
         **{
             name: value.numpy()
             for name, value in INSTANCE_SEGMENTATION.post_process(
@@ -95,14 +95,16 @@ def test_instances(model, threshold):
         },
         label_names=found["label_names"],
         image_size=SIZE,
-    ).to_dict()
-    record = as_record(found)
+    )
+    np.testing.assert_allclose(found["scores"], reference.scores, atol=1e-6)
+    np.testing.assert_allclose(found["boxes"], reference.boxes, atol=1e-4)
+    record, expected = as_record(found), reference.to_dict()
     assert (len(record["detections"]) > 9) is (threshold < 1)
     for one, other in zip(record["detections"], expected["detections"], strict=True):
         assert list(one) == list(other)
         assert (one["label_id"], one["mask"]) == (other["label_id"], other["mask"])
-        assert one["score"] == pytest.approx(other["score"], abs=1e-6)
-        np.testing.assert_allclose(list(one["box"].values()), list(other["box"].values()), atol=1e-4)
+        assert one["score"] == pytest.approx(other["score"], abs=2e-4)  # rounded
+        np.testing.assert_allclose(list(one["box"].values()), list(other["box"].values()), atol=0.02)
 
 
 @pytest.mark.parametrize("density", [0.0, 0.001, 0.3, 1.0])
@@ -133,7 +135,7 @@ def test_classes(model, problem_type, threshold):
     )[0]
     np.testing.assert_allclose(found["scores"], expected["scores"], atol=1e-6)
     np.testing.assert_array_equal(found["labels"], expected["labels"])
-    assert [entry["score"] for entry in as_record(found)["classes"]] == found["scores"].tolist()
+    assert [entry["score"] for entry in as_record(found)["classes"]] == pytest.approx(found["scores"], abs=1e-4)
 
 
 @pytest.mark.parametrize("threshold", [0.2, None])
@@ -167,7 +169,7 @@ def test_label_maps_hold_the_class_of_each_pixel(model, tmp_path, capsys, num_cl
     entries = json.loads(capsys.readouterr().out)["classes"]
     for entry in entries:
         assert entry["fraction"] == pytest.approx((expected == entry["label_id"]).mean(), abs=1e-6)
-    assert sum(entry["fraction"] for entry in entries) == pytest.approx(1, abs=1e-5)
+    assert sum(entry["fraction"] for entry in entries) == pytest.approx(1, abs=1e-4)
     for other in ("a.png", "b/a.jpg"):  # an image at the place of a map, and one of the same name
         assert main([str(tmp_path / "a.jpg"), str(tmp_path / other), *options, str(tmp_path)]) == 2
     assert capsys.readouterr().err.count("would be written twice, or over an image") == 2

@@ -260,10 +260,10 @@ def test_200_requests_at_once_are_all_answered_with_their_own_prediction(recorde
             return await asyncio.gather(*(client.post("/predict", files={"image": image}) for image in images))
 
     scores = [answer.json()["classes"][0]["score"] for answer in asyncio.run(run())]
-    assert len(set(scores)) > 190
+    assert len(set(scores)) > 170  # of four decimals
     for image, score in zip(images, scores):
         with Image.open(io.BytesIO(image)) as opened:
-            assert score == pytest.approx(np.asarray(opened).mean() / 255)
+            assert score == pytest.approx(np.asarray(opened).mean() / 255, abs=1e-4)
 
 
 def test_endpoint_and_page_take_turns(recorder):

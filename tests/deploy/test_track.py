@@ -68,6 +68,8 @@ def test_the_files_of_the_command_agree(frames, tmp_path, capsys, monkeypatch):
     np.testing.assert_allclose(written[:, :6], [[1 + i, 1, 10 + i, 10, 20, 20] for i in range(5)])
     drawn = open_video(tmp_path / "out.mp4")
     assert (drawn.frame_rate, len(list(drawn))) == (5, 5)
+    assert main(["track", "a/run", str(frames), "--threshold", "0.5", "--output", str(tmp_path / "out.json")]) == 0
+    assert capsys.readouterr().out == f"1 tracks in 5 frames: {tmp_path / 'out.json'}\n"
 
 
 def interpolated(feature_map, y, x):

@@ -35,7 +35,7 @@ def reference_loss(model, images, context_indices, target_indices):
     """Image by image and block by block: all patches put into the order of the image, no two blocks together."""
     num_prefix, predictor = model.config.backbone_config.num_prefix_tokens, model.predictor
     positions = sincos_positions(16, (8, 8)).to(images.dtype)
-    total, count = 0.0, 0
+    losses, context_losses = [], []
     for image, context, blocks in zip(images, context_indices, target_indices, strict=True):
         truth = model.teacher["backbone"](image[None]).last_hidden_state[0, num_prefix:].detach()
         encoded = model.backbone(image[None], visible_indices=context[None]).last_hidden_state[0]
@@ -48,18 +48,22 @@ def reference_loss(model, images, context_indices, target_indices):
             for layer in predictor.layers:
                 sequence = layer(sequence)
             predicted = predictor.predict(predictor.norm(sequence))[0, num_prefix:]
-            for patch in block.tolist():
-                target = truth[patch]
-                target = (target - target.mean()) / (target.var(correction=0) + 1e-5).sqrt()
-                for error in (predicted[patches.index(patch)] - target).abs():
-                    total = total + (0.5 * error**2 if error < 1 else error - 0.5)
-                    count += 1
-    return total / count
+            errors = {}
+            for index, patch in enumerate(patches):
+                target = (truth[patch] - truth[patch].mean()) / (truth[patch].var(correction=0) + 1e-5).sqrt()
+                error = (predicted[index] - target).abs()
+                errors[patch] = torch.where(error < 1, 0.5 * error**2, error - 0.5).mean()
+            losses += [errors[patch] for patch in block.tolist()]
+            for patch in context.tolist():
+                distance = min(math.hypot(patch // 8 - other // 8, patch % 8 - other % 8) for other in block.tolist())
+                context_losses.append(errors[patch] / math.sqrt(distance))
+    return sum(losses) / len(losses) + model.config.context_loss_weight * sum(context_losses) / len(context_losses)
 
 
 @pytest.mark.parametrize("backbone", [{}, {"use_class_token": True, "num_register_tokens": 2}])
-def test_loss_and_gradients_equal_a_slow_reference(backbone):
-    model = build(backbone).double()
+@pytest.mark.parametrize("context_loss_weight", [0.0, 0.5])
+def test_loss_and_gradients_equal_a_slow_reference(backbone, context_loss_weight):
+    model = build(backbone, context_loss_weight=context_loss_weight).double()
     with torch.no_grad():  # a teacher that is not the student
         for parameter in model.teacher.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))

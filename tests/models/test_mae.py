@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 import torch
@@ -117,6 +118,21 @@ def test_masking_splits_all_patches_by_noise():
     for row, seen, hidden in zip(noise, visible, masked):
         assert sorted([*seen.tolist(), *hidden.tolist()]) == list(range(16))
         assert row[seen].max() < row[hidden].min()
+
+
+@pytest.mark.parametrize("grid", [(8, 8), (7, 5)])
+def test_patches_of_a_block_are_masked_together(grid):
+    """At most one block is masked in part: the fraction is kept to the patch."""
+    config = MAEConfig(mask_ratio=0.7, mask_block_size=2)
+    torch.manual_seed(0)
+    masks = MAEForPreTraining.sample_mask(config, grid, 6).unflatten(1, grid)
+    assert masks.sum((1, 2)).tolist() == [math.ceil(0.7 * grid[0] * grid[1])] * 6
+    assert len({tuple(mask.flatten().tolist()) for mask in masks}) == 6
+    for mask in masks:
+        blocks = [
+            mask[row : row + 2, column : column + 2] for row in range(0, grid[0], 2) for column in range(0, grid[1], 2)
+        ]
+        assert sum(bool(block.any() and not block.all()) for block in blocks) <= 1
 
 
 def test_loss_and_gradient_ignore_visible_pixels_of_the_target():

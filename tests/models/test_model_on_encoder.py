@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import DETECTION, build, perturb
 from transformers import (
     AutoModelForImageClassification,
@@ -18,6 +19,7 @@ from hf_vlm import (
     VLMViTForObjectDetection,
     VLMViTForSemanticSegmentation,
 )
+from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 
 HEADS = {
     VLMViTForImageClassification: AutoModelForImageClassification,
@@ -64,6 +66,19 @@ def test_a_head_is_built_on_the_encoder_of_any_model(head, saved, tmp_path):
     loaded = HEADS[head].from_pretrained(tmp_path / "head")
     assert type(loaded) is head
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix"), [("encoder", ""), ("detection", "backbone."), ("ijepa", "teacher.backbone.")]
+)
+def test_only_weights_that_no_part_of_a_model_explains_are_reported(name, prefix, tmp_path):
+    build(name).save_pretrained(tmp_path)
+    _, report = VLMViTModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["unexpected_keys"]  # of heads, predictors and students
+    weights = load_file(tmp_path / "model.safetensors") | {f"{prefix}layers.9.gain": torch.ones(2)}
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    _, report = VLMViTModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert [key.removeprefix("backbone.") for key in report["unexpected_keys"]] == ["layers.9.gain"]
 
 
 @pytest.mark.parametrize("head", HEADS)

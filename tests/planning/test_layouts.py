@@ -72,7 +72,7 @@ def test_the_largest_batch_is_the_last_that_fits(checkpointing):
 
 
 def test_unknown_names_are_errors():
-    with pytest.raises(ValueError, match="Did you mean h200"):
+    with pytest.raises(ValueError, match="did you mean 'h200'"):
         find_gpu("h20")
     with pytest.raises(ValueError, match="ddp, hsdp, fsdp2"):
         make_plan(COST, CLUSTER, "zero3", 1)

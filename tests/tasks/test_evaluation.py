@@ -9,11 +9,14 @@ from safetensors.torch import load_file, save_file
 
 from hf_vlm.data.schema import image_feature, objects_feature
 from hf_vlm.data.source import Source
+from hf_vlm.data.sources import open_source
+from hf_vlm.features.accuracy import evaluate_features
+from hf_vlm.features.extraction import eval_transform_for
 from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 from hf_vlm.registry import MODELS
 from hf_vlm.tasks import TASKS, TRAINABLE_TASKS
-from hf_vlm.tasks.evaluation import evaluate_run, match_class_names
+from hf_vlm.tasks.evaluation import eval_stream, evaluate_run, evaluate_split, match_class_names
 from hf_vlm.training.recipe import load_recipe, shipped_folder
 
 METRICS = {name + part for name in ("knn", "linear") for part in ("", "_class", "_both")}
@@ -35,6 +38,19 @@ def test_an_encoder_is_evaluated_from_its_folder(tmp_path, processor):
     VLMViTModel(VLMViTConfig(**ENCODER)).save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     assert set(evaluate_run(tmp_path, "scenes:easy", "test", num_examples=20).metrics) == METRICS
+
+
+def test_an_encoder_is_evaluated_on_what_is_held_out_and_fitted_on_the_rest(tmp_path, processor):
+    encoder = VLMViTModel(VLMViTConfig(**ENCODER))
+    encoder.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    split = evaluate_split(tmp_path, "scenes:easy", "train", holdout=0.3, num_examples=12)
+    rest, held_out = open_source("scenes:easy").holdout(0.3)
+    assert [image.image_id for image in split.images] == [example["image_id"] for example in held_out.take(12)]
+    streams = [
+        eval_stream(part.take(12), eval_transform_for(processor), max_bad_fraction=0) for part in (rest, held_out)
+    ]
+    assert split.evaluation.metrics == pytest.approx(evaluate_features(encoder.eval(), *streams, batch_size=64))
 
 
 def test_classes_of_the_data_must_be_those_of_the_detector(tmp_path, detector, processor):

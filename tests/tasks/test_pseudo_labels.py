@@ -5,12 +5,15 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from tiny import build
 
 from hf_vlm.data.io.decode import decode_image
 from hf_vlm.data.level_lines import find_regions
+from hf_vlm.data.segmentations import box_of_segmentation, read_segmentation
 from hf_vlm.data.sources import open_source
 from hf_vlm.data.transforms.image_ops import resize
 from hf_vlm.deploy.predict import Predictor
+from hf_vlm.models.image_processing_instance_segmentation import VLMViTInstanceSegmentationImageProcessor
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 from hf_vlm.tasks import pseudo_labels
@@ -34,10 +37,20 @@ def test_regions_are_those_of_each_image_in_its_own_pixels(source):
     assert (table.labels == 0).all()
     for example in source:
         image, (height, width) = decode_image(example["image"], at_least=(48, 64))
-        boxes, scores = find_regions(resize(image, (48, 64)))
+        boxes, scores, _ = find_regions(resize(image, (48, 64)))
         here = table.of(example["image_id"])
         np.testing.assert_allclose(corners(table.boxes[here]), boxes * [width, height, width, height], atol=1e-3)
         np.testing.assert_array_equal(table.scores[here], scores)
+
+
+def test_masks_of_regions_are_their_outlines_in_each_images_own_pixels(source):
+    table = find_pseudo_labels(source, "regions", size=(48, 64), masks=True)
+    boxes = find_pseudo_labels(source, "regions", size=(48, 64)).boxes
+    np.testing.assert_array_equal(table.boxes, boxes)
+    for text, (x, y, width, height) in zip(table.segmentations, boxes, strict=True):
+        np.testing.assert_allclose(box_of_segmentation(text), [x, y, width, height], atol=96 / 48)
+    first = table.label(source)
+    assert first.has_object_masks
 
 
 def test_data_workers_find_the_same(source):
@@ -110,6 +123,35 @@ def test_a_detectors_boxes_are_its_best_predictions_without_duplicates(saved, pe
         assert same.min() < 0.1  # pixels
         assert table.scores[here][same.argmin()] == pytest.approx(score, abs=1e-3)
     assert table.class_names == ("LABEL_0", "LABEL_1", "LABEL_2", "LABEL_3", "LABEL_4")
+
+
+def test_masks_of_a_model_are_those_that_it_predicts(tmp_path):
+    """Against the predictor, whose threshold is the score that is asked for."""
+    model = build("instance_segmentation").eval()
+    model.save_pretrained(tmp_path)
+    VLMViTInstanceSegmentationImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    source = open_source("scenes:easy", "test", num_samples=3)
+    table = find_pseudo_labels(source, str(tmp_path), size=(32, 32), masks=True, per_image=3.0)
+    assert len(table.segmentations) == len(table.boxes) > 3
+    predictor, num_masks = Predictor.from_pretrained(str(tmp_path)), 0
+    for example in source:
+        image, (height, width) = decode_image(example["image"])
+        found, here = predictor.predict(image, threshold=0.0)[0], table.of(example["image_id"])
+        for box, text in zip(corners(table.boxes[here]), table.segmentations[here]):
+            index = np.abs(found.boxes - box).max(1).argmin()
+            mask = np.zeros((height, width), bool)
+            if text:
+                framed = read_segmentation(text, height, width)
+                left, top, right, bottom = (round(e * s) for e, s in zip(framed.frame, (width, height) * 2))
+                mask[top:bottom, left:right] = framed.pixels
+                num_masks += 1
+            np.testing.assert_array_equal(mask, found.masks[index])
+    assert num_masks > 0
+
+
+def test_boxes_alone_are_no_masks(saved, source):
+    with pytest.raises(ValueError, match="masks are found by an instance segmenter"):
+        find_pseudo_labels(source, saved, size=(48, 48), masks=True)
 
 
 def test_an_encoder_finds_no_boxes(source, tmp_path):

@@ -49,7 +49,10 @@ def test_a_detector_takes_all_of_another_but_its_class_layers(make_recipe, digit
     assert detector.config.num_labels == 8
     of_classes = {"class_head.weight", "proposal_head.class_head.weight", "dense_head.class_head.weight"}
     assert of_classes <= new_weights(detector, digits) <= detector.class_layers()
-    assert "its class layers are new" in caplog.text
+    num_weights = sum(not name.startswith("backbone.") for name in detector.state_dict())
+    table = [line.split(maxsplit=1) for line in caplog.text.partition("Head from")[2].splitlines()[1:3]]
+    assert table[0] == ["loaded", f"{num_weights - len(detector.class_layers())} of {num_weights} weights"]
+    assert "class_head, dense_head.class_head, proposal_head.class_head: not taken over" in table[1][1]
     source = VLMViTForObjectDetection.from_pretrained(digits).config
     assert all(getattr(detector.config, name) == getattr(source, name) for name in SHAPE)
 
@@ -69,8 +72,10 @@ def test_what_a_resized_encoder_reshapes_of_the_head_is_new(make_recipe, digits,
         detector = train_without_a_step(make_recipe, encoder=str(digits), encoder_config=encoder, resize_encoder=True)
     new = {name for name in new_weights(detector, digits) if not name.startswith("backbone.")}
     assert new - detector.class_layers() == {"neck.coarse.split.0.weight"}  # it reads the encoder's maps
-    num_loaded, num_wanted = map(int, re.search(r"Head from .*: (\d+) of (\d+) weights", caplog.text).groups())
-    assert num_loaded == num_wanted - 1
+    report = caplog.text.partition("Head from")[2]
+    num_loaded, num_weights = map(int, re.search(r"loaded +(\d+) of (\d+) weights", report).groups())
+    assert num_loaded == num_weights - 1 - len(detector.class_layers())
+    assert re.search(r"other shape \(random\) +neck\.coarse\.split\.0\.weight\n", report)
 
 
 def test_a_recipe_that_contradicts_the_head_is_refused_where_the_user_typed_it(make_recipe, digits):

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -11,6 +12,7 @@ from PIL import Image
 from hf_vlm.data.pseudo_labels import PseudoLabels
 from hf_vlm.data.sources import open_source
 from hf_vlm.models.modeling_detection import VLMViTForObjectDetection
+from hf_vlm.models.modeling_instance_segmentation import VLMViTForInstanceSegmentation
 from hf_vlm.tasks.detection import DETECTION
 from hf_vlm.tasks.pseudo_labels import find_pseudo_labels
 from hf_vlm.training import labels
@@ -47,6 +49,25 @@ def test_a_detector_is_pretrained_on_regions_and_fine_tuned_to_other_classes(hea
     assert theirs.keys() - same <= detector.class_layers()
 
 
+def test_an_instance_segmenter_is_pretrained_on_the_outlines_of_regions(make_recipe, tmp_path):
+    """With its mask head, which fine-tuning takes over, and in a second round on the masks of the first."""
+    changes = {"model_config": {"mask_feature_size": 16}, "max_steps": 2, "rounds": 2, "labels_per_image": 1.0}
+    recipe = make_recipe("instance_segmentation", output_dir=str(tmp_path / "objects"), **changes)
+    del recipe["num_eval_examples"]
+    assert pretrain(recipe)["data"]["class_names"] == ["object"]
+    for folder in ("objects/round-1", "objects"):
+        kept = pq.read_table(tmp_path / folder / labels.LABELS_FILE)
+        assert any(text for row in kept["segmentation"].to_pylist() for text in row)
+    model = VLMViTForInstanceSegmentation.from_pretrained(tmp_path / "objects").state_dict()
+    changes = {"model_config": {}, "encoder": str(tmp_path / "objects"), "max_steps": 1, "learning_rate": 0.0}
+    tuned = make_recipe("instance_segmentation", **changes)
+    finetune(tuned)
+    theirs = VLMViTForInstanceSegmentation.from_pretrained(tuned["output_dir"])
+    same = {name for name, value in theirs.state_dict().items() if torch.equal(value, model[name])}
+    assert model.keys() - same <= theirs.class_layers()
+    assert any(name.startswith("mask_head.") for name in same)
+
+
 def test_what_was_found_is_kept_for_a_resumed_run(head_recipe, monkeypatch, tmp_path):
     recipe = head_recipe(max_steps=4, save_strategy="steps", save_steps=2)
     whole = pretrain(recipe | {"output_dir": str(tmp_path / "whole")})
@@ -81,8 +102,9 @@ def labelled_by(monkeypatch):
 
 
 @pytest.mark.slow
-def test_each_round_learns_from_the_one_before(rounds, labelled_by, tmp_path):
+def test_each_round_learns_from_the_one_before(rounds, labelled_by, tmp_path, caplog):
     pretrain(rounds)
+    assert caplog.text.count("no gain by pretraining a head") == 1
     assert labelled_by == [("round-1", "regions"), ("round-2", "round-1"), ("run", "round-2")]
     models = [
         VLMViTForObjectDetection.from_pretrained(path).state_dict()
@@ -258,7 +280,9 @@ def test_weights_that_may_not_be_published_are_refused_before_labels_are_found(m
 
 
 def test_a_classifier_has_nothing_to_be_pretrained_on(make_recipe):
-    with pytest.raises(ValueError, match="no pretraining or object-detection method 'classification'"):
+    with pytest.raises(
+        ValueError, match="no pretraining or object-detection or instance-segmentation method 'classification'"
+    ):
         pretrain(make_recipe("classification"))
 
 

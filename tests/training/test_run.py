@@ -32,7 +32,7 @@ from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 from hf_vlm.registry import find_model
 from hf_vlm.tasks import TASKS, Evaluation
 from hf_vlm.tasks.detection import DETECTION
-from hf_vlm.tasks.evaluation import evaluate_run
+from hf_vlm.tasks.evaluation import evaluate_run, evaluate_split
 from hf_vlm.training.build import build_config, build_model
 from hf_vlm.training.callbacks import read_log
 from hf_vlm.training.checkpoints import last_checkpoint
@@ -406,7 +406,7 @@ def test_losses_fall(make_recipe, tmp_path):
         ("mae", {"data": "no/such/folder"}, "no/such/folder"),
         ("mae", {"data": ""}, "No data"),
         ("mae", {"method": "classification"}, "no pretraining or object-detection method 'classification'"),
-        ("mae", {"method": "mea"}, "Did you mean 'mae'"),
+        ("mae", {"method": "mea"}, "did you mean 'mae'"),
         ("mae", {"encoder": "nowhere/at-all"}, "neither a folder with a model nor one on the Hub"),
         ("mae", {"model_config": {"mask_ration": 0.5}}, "no field 'mask_ration'"),
         (
@@ -479,8 +479,12 @@ def test_a_fraction_is_held_out_where_there_is_no_split_to_evaluate_on(make_reci
     )
     assert num_train + num_held_out == 40
     assert 4 <= num_held_out <= 16
-    assert "ap" in summary["metrics"]
     assert yaml.safe_load((tmp_path / "detection" / "recipe.yaml").read_text())["holdout"] == 0.25
+    again = evaluate_split(tmp_path / "detection", str(tmp_path / "data"), "train", holdout=0.25)
+    assert len(again.images) == num_held_out
+    assert "ap" in summary["metrics"]
+    metrics = {name: value for name, value in summary["metrics"].items() if name in again.evaluation.metrics}
+    assert again.evaluation.metrics == pytest.approx(again.evaluation.metrics | metrics, nan_ok=True)
 
 
 def test_an_encoder_of_another_patch_size_is_refused_unless_asked_for(make_recipe, tmp_path, caplog):

@@ -80,6 +80,16 @@ def test_masks_tint_what_they_cover(mode):
     assert (pixels[changed] == expected).all()
 
 
+def test_masks_of_objects_are_tinted_inside_their_boxes():
+    """One as a polygon, one without a mask, one whose run lengths are of an image of another shape."""
+    objects = objects_of([[100, 40, 200, 100], [0, 0, 60, 60], [400, 0, 60, 60]], [1, 0, 0])
+    objects["segmentation"] = ["[[100,40,300,40,300,140,100,140]]", "", '{"size":[9,9],"counts":[0,81]}']
+    pixels = np.asarray(render_example(example_of(objects=objects), labelled(["ant", "bee"])))
+    assert (pixels[22:68, 52:148] == np.round(0.55 * np.array(GREY) + 0.45 * np.array(class_color(1)))).all()
+    assert (pixels[2:28, 2:28] == GREY).all()
+    assert (pixels[2:28, 202:228] == GREY).all()
+
+
 def test_a_resized_mask_has_no_values_of_its_own():
     values = np.ones((50, 100), dtype=np.uint8)
     values[:, 33:] = 3

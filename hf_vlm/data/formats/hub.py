@@ -15,9 +15,9 @@ from hf_vlm.data.formats.mask_classes import MASK_CLASSES_FILE, name_mask_classe
 from hf_vlm.data.formats.repeated_images import check_repeated_images
 from hf_vlm.data.formats.splits import choose_split
 from hf_vlm.data.io.decode import image_size
-from hf_vlm.data.io.files import siblings
-from hf_vlm.data.io.messages import did_you_mean
+from hf_vlm.data.io.files import near_path
 from hf_vlm.data.source import Source
+from hf_vlm.models.nearest_name import did_you_mean
 
 __all__ = ["open_hub"]
 
@@ -56,9 +56,9 @@ def open_hub(
     try:
         splits = datasets.load_dataset(source, name, revision=revision, streaming=True)
     except Exception as error:  # many types: no such dataset, no network, a gate, a missing configuration
-        hint = did_you_mean(source, ["scenes", *siblings(Path(source))])
+        hint = did_you_mean(source, ["scenes"]) or near_path(Path(source)) or "."
         raise ValueError(
-            f"{source} is no folder or file here, and as a dataset on the Hub it cannot be opened: {error}{hint}. "
+            f"{source} is no folder or file here, and as a dataset on the Hub it cannot be opened: {error}{hint} "
             f"For a private or gated one, accept its terms at https://huggingface.co/datasets/{source} and log in: "
             "hf auth login"
         ) from error

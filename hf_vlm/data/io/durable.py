@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
@@ -24,6 +24,8 @@ __all__ = [
     "damage",
     "disk_errors",
     "is_partial",
+    "make_folder",
+    "remove_empty_folders",
     "remove_folder",
     "replace_text",
     "replaced_file",
@@ -98,6 +100,20 @@ def sync_tree(folder: Path) -> None:
     sync_folder(folder)
 
 
+def make_folder(folder: Path) -> list[Path]:
+    """Makes a folder and those above it, and returns the ones that were not there, innermost first."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def remove_empty_folders(folders: Iterable[Path]) -> None:
+    """Deletes those folders that hold nothing, in their order."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
 def remove_folder(folder: Path) -> None:
     """Deletes a folder of a run, which is gone at once: a half-deleted one would look damaged.
 
@@ -160,9 +176,9 @@ def created_folder(path: Path) -> Iterator[Path]:
     Raises:
         ValueError: The path cannot be written.
     """
-    partial = path.parent / PARTIAL_FOLDER / path.name
+    partial, made = path.parent / PARTIAL_FOLDER / path.name, []
     try:
-        partial.parent.mkdir(parents=True, exist_ok=True)
+        made = make_folder(partial.parent)
         shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
         partial.mkdir()
         yield partial
@@ -173,8 +189,7 @@ def created_folder(path: Path) -> Iterator[Path]:
         raise ValueError(f"{path} cannot be written: {error_text(error)}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        with contextlib.suppress(OSError):  # others may be writing there
-            partial.parent.rmdir()
+        remove_empty_folders([partial.parent, *made])  # others may be writing there
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from upath import UPath
 from hf_vlm.data.io.messages import OutsideError, error_causes, redact_url
 from hf_vlm.data.io.remote import REQUEST_BYTES, file_system, http_options
 from hf_vlm.data.io.retries import retried
+from hf_vlm.models.nearest_name import did_you_mean
 
 __all__ = [
     "as_path",
@@ -32,11 +33,11 @@ __all__ = [
     "is_remote",
     "join",
     "map_files",
+    "near_path",
     "open_binary",
     "read_beginning",
     "read_bytes",
     "read_lines",
-    "siblings",
     "walk",
 ]
 
@@ -100,9 +101,10 @@ def existing_paths(paths: Iterable[Path]) -> set[Path]:
     return {path for path in paths if path in there or path.parent in unlisted}
 
 
-def siblings(path: Path) -> list[str]:
-    """The content of the folder that a missing path would be in."""
-    return [str(sibling) for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
+def near_path(path: Path) -> str:
+    """The end of a sentence, a question that offers the path in the folder of a missing one that it may have meant."""
+    names = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
+    return did_you_mean(path.name, names, offered=lambda name: str(path.with_name(name)))
 
 
 def walk(folder: Path) -> Iterator[tuple[str, list[str]]]:

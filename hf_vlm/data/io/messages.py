@@ -1,9 +1,8 @@
-"""What messages show: names in short, the nearest name to a mistyped one, URLs without secrets, errors of servers.
+"""What messages show: names in short, URLs without secrets, errors of servers.
 
 Names come from data and may hold anything: `printable` is what may reach a terminal of them.
 """
 
-import difflib
 import logging
 import re
 from collections.abc import Iterable, Iterator
@@ -15,7 +14,6 @@ __all__ = [
     "PrintableFormatter",
     "UnreachableError",
     "collect_warnings",
-    "did_you_mean",
     "error_causes",
     "error_text",
     "one_line",
@@ -108,12 +106,6 @@ def summarise(names: Iterable[object], *, num_shown: int = 5) -> str:
     texts = list(map(one_line, names))
     more = f" and {len(texts) - num_shown} more" if len(texts) > num_shown else ""
     return ", ".join(texts[:num_shown]) + more
-
-
-def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """A question that offers the most similar name, or nothing."""
-    matches = difflib.get_close_matches(name, list(names), n=1)
-    return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
 def redact_url(path: object) -> str:

@@ -1,9 +1,10 @@
 """Reads the options of a data transform from the plain values of a recipe."""
 
 import dataclasses
-import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
+
+from hf_vlm.models.nearest_name import did_you_mean
 
 __all__ = ["as_jitter", "as_probability", "as_range", "as_size", "build_settings", "check_keys"]
 
@@ -31,10 +32,8 @@ def check_keys(values: Mapping[str, Any], known: Iterable[str], *, where: str) -
         if key not in known:
             if (renamed := RENAMED_OPTIONS.get(key)) in known:
                 raise ValueError(f"The option {key!r} of {where} is now called {renamed!r}.")
-            nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
-            raise ValueError(
-                f"Unknown option {key!r} of {where}. Did you mean {nearest!r}? Known: {', '.join(known)}."
-            )
+            near = did_you_mean(str(key), known) or "."
+            raise ValueError(f"Unknown option {key!r} of {where}{near} Known: {', '.join(known)}.")
 
 
 def build_settings(cls: type[Settings], values: Mapping[str, Any], *, where: str) -> Settings:

@@ -9,7 +9,15 @@ import torch
 from full_disk import no_file_above
 from safetensors.torch import save_file
 
-from hf_vlm.data.io.durable import PARTIAL_FOLDER, damage, disk_errors, remove_folder, replace_text, write_manifest
+from hf_vlm.data.io.durable import (
+    PARTIAL_FOLDER,
+    created_folder,
+    damage,
+    disk_errors,
+    remove_folder,
+    replace_text,
+    write_manifest,
+)
 
 
 @pytest.fixture
@@ -92,3 +100,12 @@ def test_a_folder_is_deleted_at_once(folder, monkeypatch):
     remove_folder(folder)
     assert os.listdir(folder.parent) == [PARTIAL_FOLDER]
     assert os.listdir(folder.parent / PARTIAL_FOLDER) == ["deleted-folder"]
+
+
+def test_a_folder_that_failed_leaves_none_of_those_above_it(tmp_path):
+    with pytest.raises(ValueError, match="cannot be written"), created_folder(tmp_path / "new" / "export") as folder:
+        (folder / "no folder" / "part").touch()
+    assert list(tmp_path.iterdir()) == []
+    with created_folder(tmp_path / "new" / "export") as folder:
+        (folder / "part").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["new", "export", "part"]
