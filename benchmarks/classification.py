@@ -1,13 +1,12 @@
-"""What own pretraining is worth to a classifier: kNN, linear, attentive and fine-tuned accuracy, from random and own
-encoders.
+"""What own pretraining is worth to a classifier: accuracies of random and own encoders, by all protocols of `probe`.
 
     python benchmarks/classification.py --data grocery_store --image_size 48 --num_pretraining_steps 500 [--seeds 3]
 
 Per seed, by the commands that a user types: an encoder is pretrained on the images without their labels (LeJEPA, the
-laptop recipe); it and one with random weights are evaluated frozen, by classifiers on their features and by one query
-that attends to all their tokens, and fine-tuned, the last two on the same labels in the same order for the same number
-of steps. Accuracies are of the test split, in percent. With `--output_dir` finished runs are kept and not run again.
-The last line of stdout is JSON: means over the seeds.
+laptop recipe); it and one with random weights are evaluated by kNN and a linear classifier on frozen features, a query
+that attends to all frozen tokens, updates of low rank and all weights trained, with the same labels, in the same order
+and for the same number of steps where they are trained. Accuracies are of the test split, in percent. With
+`--output_dir` finished variants are kept and not run again. The last line of stdout is JSON: means over the seeds.
 """
 
 import argparse
@@ -19,11 +18,6 @@ from pathlib import Path
 
 from commands import hf_vlm
 
-from hf_vlm.tasks.evaluation import evaluate_run
-
-FROZEN = ("knn", "linear", "knn_both", "linear_both")  # of the mean patch token, and of it beside the class token
-FINE_TUNED = ("top1", "balanced_accuracy")
-ATTENTIVE = ("--model_config.pooling", "attentive", "--encoder_lr_multiplier", "0")  # the encoder stays as it is
 VARIANTS = ("random", "pretrained")
 
 
@@ -47,17 +41,20 @@ def save_random_encoder(like: Path, folder: Path, seed: int) -> None:
     VLMViTImageProcessor.from_pretrained(like).save_pretrained(folder)
 
 
-def finetune(folder: Path, encoder: Path, seed: int, options: argparse.Namespace, *words: str) -> dict[str, float]:
-    """Metrics of a classifier on the test split; `words` are added to the command."""
-    architecture = json.dumps({"patch_size": 8})
-    hf_vlm(
-        *("finetune", "classification/vit_nano_cpu.yaml", "--data", options.data, "--encoder", str(encoder)),
-        *("--encoder_config", architecture, "--image_size", str(options.image_size), "--eval_split", "test"),
-        *("--num_train_examples", str(options.num_labelled), "--num_eval_examples", "200", "--seed", str(seed)),
-        *("--per_device_train_batch_size", "64", "--max_steps", str(options.num_steps)),
-        *("--output_dir", str(folder), *words),
-    )
-    return evaluate_run(folder, options.data, "test").metrics
+def probe(folder: Path, encoder: Path, seed: int, options: argparse.Namespace) -> dict[str, float]:
+    """Accuracies of an encoder by protocol, from the last line that the command prints."""
+    with (folder / "probe.log").open("w+") as log:
+        hf_vlm(
+            *("probe", "classification/vit_nano_cpu.yaml", "--data", options.data, "--encoder", str(encoder)),
+            *("--encoder_config", json.dumps({"patch_size": 8}), "--image_size", str(options.image_size)),
+            *("--eval_split", "test", "--num_train_examples", str(options.num_labelled), "--seed", str(seed)),
+            *("--per_device_train_batch_size", "64", "--max_steps", str(options.num_steps)),
+            *("--output_dir", str(folder / "probe"), "--overwrite_output_dir", "true"),
+            log=log,
+        )
+        log.seek(0)
+        accuracies = json.loads(log.read().splitlines()[-1])
+    return {name: value for name, (value,) in accuracies.items()}
 
 
 def run_seed(folder: Path, seed: int, options: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -71,12 +68,7 @@ def run_seed(folder: Path, seed: int, options: argparse.Namespace) -> dict[str, 
         if not saved.is_file():
             if variant == "random":
                 save_random_encoder(encoders["pretrained"], encoder, seed)
-            frozen = evaluate_run(encoder, options.data, "test", num_examples=options.num_labelled).metrics
-            attentive = finetune(folder / variant / "attentive", encoder, seed, options, *ATTENTIVE)
-            tuned = finetune(folder / variant / "classifier", encoder, seed, options)
-            metrics = {name: frozen[name] for name in FROZEN} | {"attentive": attentive["top1"]}
-            metrics |= {name: tuned[name] for name in FINE_TUNED}
-            saved.write_text(json.dumps(metrics))
+            saved.write_text(json.dumps(probe(folder / variant, encoder, seed, options)))
         found[variant] = json.loads(saved.read_text())
         print(f"seed {seed} {variant:<10}  " + "  ".join(f"{k} {100 * v:.1f}" for k, v in found[variant].items()))
     return found

@@ -91,7 +91,7 @@ def small(command):
     recipe = arguments[1]
     if recipe.startswith("--"):  # none is named, and on a CPU the nano ones are chosen, whose heads have these fields
         recipe = {"pretrain": "region_detection", "finetune": "detection"}[arguments[0]] + "/vit_small.yaml"
-    if arguments[0] in ("pretrain", "finetune"):
+    if arguments[0] in ("pretrain", "finetune", "probe"):
         arguments += ["--max_steps", "1", "--per_device_train_batch_size", "2", "--num_probe_examples", "4"]
         if "--encoder" not in arguments:
             arguments += ["--encoder_config", json.dumps(ENCODER | {"position_embedding_type": "sincos"})]
@@ -99,6 +99,8 @@ def small(command):
         arguments += ["--dataloader_num_workers", "0", "--use_cpu", "true", "--bf16", "false"]
     if recipe.startswith("region_detection"):  # after one step it is sure of nothing
         arguments += ["--labels_per_image", "1", "--rounds", "1"]
+    if arguments[0] == "probe":
+        arguments += ["--protocols", "knn", "lora"]
     if arguments[0] == "push":  # verification starts a process that imports torch again
         arguments += ["--verify", "false"]
     if arguments[0] == "embed":
@@ -118,7 +120,15 @@ def test_the_commands_run_in_their_order(hub, run_process, tmp_path):
     code = f"{PREPARE}\nCOMMANDS = {runs!r}\n{RUN_COMMANDS}"
     printed = run_process(code, tmp_path, token="owner")
     assert "AP" in printed
-    for name in ("out.png", "features.parquet", "neighbors.png", "maps.png", "confusion.png", "views.png"):
+    for name in (
+        "out.png",
+        "features.parquet",
+        "neighbors.png",
+        "maps.png",
+        "confusion.png",
+        "views.png",
+        "accuracies.png",
+    ):
         assert (tmp_path / name).stat().st_size > 0
     assert "model.safetensors" in hub.files("me/my-detector")
 

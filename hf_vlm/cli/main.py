@@ -18,6 +18,7 @@ COMMANDS = {
     "pretrain": "pretrain an encoder on unlabelled images:  hf-vlm pretrain RECIPE --data SOURCE",
     "finetune": "fine-tune a model on labelled images:      hf-vlm finetune RECIPE --data SOURCE --encoder RUN",
     "evaluate": "metrics of a model on a split:             hf-vlm evaluate RUN --data SOURCE --split test",
+    "probe": "accuracies of an encoder:                  hf-vlm probe RECIPE --data SOURCE --encoder RUN",
     "embed": "features, neighbours and maps of images:   hf-vlm embed RUN --data SOURCE --neighbors neighbors.png",
     "predict": "objects or classes of images:              hf-vlm predict RUN photo.jpg --save out.png",
     "track": "objects of a video, numbered:              hf-vlm track RUN clip.mp4 --save out.mp4",

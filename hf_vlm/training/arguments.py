@@ -164,6 +164,13 @@ class VisionTrainingArguments(TrainingArguments):
         metadata={"help": "Batch size for which learning rate and momentum are given; they are scaled to others."},
     )
     batch_scaling: str = field(default="sqrt", metadata={"help": "How the learning rate is scaled: sqrt or linear."})
+    lora_rank: int = field(
+        default=0,
+        metadata={
+            "help": "Rank of the updates, such as 8, by which fine-tuning adapts the encoder in place of its weights "
+            "(LoRA); they are merged into the saved model. 0 trains all weights."
+        },
+    )
     weight_decay_end: float | None = field(
         default=None, metadata={"help": "Weight decay at the end, reached along a cosine; constant by default."}
     )
@@ -203,6 +210,7 @@ class VisionTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         self._check_choices()
         self._check_weights_kept()
+        self._check_lora()
         num_processes = int(os.environ.get("WORLD_SIZE", "1"))
         if num_processes > 1 and not torch.accelerator.is_available():
             self.use_cpu = True  # else accelerate silently lets each process train on its own
@@ -259,6 +267,17 @@ class VisionTrainingArguments(TrainingArguments):
                 "early_stopping_patience keeps the best model: set load_best_model_at_end to true, and eval_strategy, "
                 "save_strategy and metric_for_best_model."
             )
+
+    def _check_lora(self) -> None:
+        """ValueError for a rank that is none, or beside settings with which nothing is left to adapt."""
+        if self.lora_rank < 0:
+            raise ValueError(f"lora_rank must be 0, for none, or more, such as 8, but is {self.lora_rank}.")
+        if self.lora_rank and not self.encoder:
+            raise ValueError("lora_rank adapts a pretrained encoder: name one with --encoder, or leave lora_rank out.")
+        if self.lora_rank and self.model_config.get("freeze_encoder"):
+            raise ValueError("lora_rank adapts the encoder, which model_config.freeze_encoder freezes: choose one.")
+        if self.lora_rank and self.resize_encoder:
+            raise ValueError("lora_rank freezes the weights that resize_encoder initialises: train without it first.")
 
     def set_steps_for(self, num_images: int | None) -> None:
         """Sets the number of steps by the size of the data, for `images_to_see: auto`.

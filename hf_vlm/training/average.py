@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_vlm.training.saving import CommittingTrainer
+from hf_vlm.training.lora import LoRATrainer
 
 __all__ = ["LAST_WEIGHTS_FILE", "AveragingTrainer", "WeightAverage", "decay_at"]
 
@@ -85,7 +85,7 @@ class WeightAverage(TrainerCallback):
             weight.copy_(value)
 
 
-class AveragingTrainer(CommittingTrainer):
+class AveragingTrainer(LoRATrainer):
     """A Trainer that evaluates and saves the average of the weights where its arguments have an `ema_decay`.
 
     Raises:
@@ -117,7 +117,8 @@ class AveragingTrainer(CommittingTrainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         """The stock method, called for each checkpoint; adds the weights to resume from."""
-        super()._save_rng_state(output_dir)
+        with self._averaged():  # for what is saved beside a model that holds the average
+            super()._save_rng_state(output_dir)
         if self._average is not None and self.args.should_save:
             self._average.save_last(Path(output_dir))
 

@@ -60,6 +60,8 @@ def build_model(
     Raises:
         ValueError: if its configuration is refused or contradicts the data, or the encoder does not fit.
     """
+    if args.lora_rank and issubclass(entry.config_class, SSLConfig):
+        raise ValueError(f"lora_rank is for fine-tuning: {args.method} trains the whole encoder. Leave it out.")
     encoder = load_encoder(args) if args.encoder else None
     trained = load_head(args, entry)
     if trained is not None:

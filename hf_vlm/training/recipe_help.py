@@ -38,7 +38,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Optimiser": (
         *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "weight_decay_end", "max_grad_norm"),
         *("optim", "adam_beta1", "adam_beta2", "layer_decay", "encoder_lr_multiplier"),
-        *("patch_projection_lr_multiplier", "frozen_encoder_steps", "ema_decay"),
+        *("patch_projection_lr_multiplier", "frozen_encoder_steps", "lora_rank", "ema_decay"),
     ),
     "Evaluation, probes and logs": (
         *("eval_strategy", "eval_steps", "metric_for_best_model", "load_best_model_at_end", "probe_steps"),

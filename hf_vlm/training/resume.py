@@ -46,7 +46,7 @@ FIXED = _names(
     num_unlabelled_examples unlabelled_fraction views augmentation shuffle_block seed data_seed
     per_device_train_batch_size gradient_accumulation_steps auto_find_batch_size accelerator_config
     reference_batch_size optim optim_args optim_target_modules patch_projection_lr_multiplier
-    metric_for_best_model greater_is_better ema_decay
+    metric_for_best_model greater_is_better ema_decay lora_rank
     """
 )
 # SCHEDULE: refused, for the checkpoint's values would stay in force; `restart_schedule` applies the new ones instead.

@@ -29,6 +29,7 @@ from hf_vlm.training.console import ConsoleLog
 from hf_vlm.training.data_state import load_data_state, save_data_state
 from hf_vlm.training.finite import check_before_saving, check_metrics
 from hf_vlm.training.lock import LOCK_FILE
+from hf_vlm.training.lora import LORA_FILE
 from hf_vlm.training.meters import ThroughputMeter
 from hf_vlm.training.optim import group_settings, late_schedule, parameter_groups, restore_group_settings
 from hf_vlm.training.signals import outlive_signals
@@ -43,6 +44,7 @@ TRAINING_STATE = [
     MANIFEST_FILE,
     "data_state*",
     LAST_WEIGHTS_FILE,
+    LORA_FILE,
     "optimizer*",
     "rng_state*",
     "scaler*",
