@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.modeling_outputs import SemanticSegmenterOutput
 from transformers.utils import auto_docstring
-from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_mask_query_segmentation import VLMViTMaskQuerySegmentationConfig
@@ -140,7 +139,6 @@ class VLMViTForMaskQuerySegmentation(HeadOnFreezableEncoder):
         if self.annealing is not None:
             self.annealing.set_progress(progress)
 
-    @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     @auto_docstring
     def forward(
