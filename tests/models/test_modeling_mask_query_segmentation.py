@@ -165,13 +165,13 @@ def test_overfits_one_batch():
     classes = torch.randint(3, (2, 4, 4))  # one for each patch
     inputs["labels"] = F.interpolate(classes[:, None].float(), (32, 32), mode="nearest")[:, 0].long()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
-    for step in range(90):
+    for step in range(60):
         loss = model(**inputs).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        model.after_step((step + 1) / 90)
-    assert loss < 4  # of 17
+        model.after_step((step + 1) / 60)
+    assert loss < 6  # of 17
     with torch.no_grad():
         logits = model.eval()(inputs["pixel_values"]).logits
     found = F.interpolate(logits, (32, 32), mode="bilinear").argmax(1)
