@@ -168,8 +168,10 @@ class VLMViTForMaskQuerySegmentation(HeadOnFreezableEncoder):
                 num_points = max(rows, rows * columns // self.config.mask_point_ratio)
                 points = sample_labelled_points(labels, OVERSAMPLING * num_points)
             points = points.float()
-            parts = map(torch.stack, zip(*(stage.at(points) for stage in stages)))  # (stages, batch, ...) each
-            loss = self.loss_function(*parts, masks_at(labels, points, self.config.num_labels), self.config)
+            at_points = (stage.at(points) for stage in stages)
+            class_logits, queries, pixels = (torch.stack(parts) for parts in zip(*at_points))  # (stages, batch, ...)
+            targets = masks_at(labels, points, self.config.num_labels)
+            loss = self.loss_function(class_logits, queries, pixels, targets, self.config)
             return SemanticSegmenterOutput(loss=loss, logits=stages[-1].class_map())
 
     def _stages(self, pixel_values: Tensor, *, all_stages: bool, **kwargs: Any) -> list[MaskQueries]:

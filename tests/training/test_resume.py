@@ -301,6 +301,7 @@ def test_a_rewound_run_leaves_its_later_checkpoints_aside(make_recipe, tmp_path,
     assert_same_weights(folder, tmp_path / "again")
 
 
+@pytest.mark.slow
 def test_a_resumed_segmenter_masks_attention_as_far_as_it_was(make_recipe, tmp_path):
     """From an encoder of MAE: the queries that are masked depend on the progress, which is in the weights."""
     build("mae").save_pretrained(tmp_path / "encoder")
