@@ -207,7 +207,7 @@ class VLMViTForMaskQuerySegmentation(HeadOnFreezableEncoder):
         """
         if self.annealing is None or not self.training:
             return None
-        implementation = self.config._attn_implementation
+        implementation = self.backbone.config._attn_implementation
         if not implementation.startswith(("sdpa", "eager")):
             raise ValueError(
                 f"The attention {implementation!r} takes no masks: train with attn_implementation sdpa, or with "

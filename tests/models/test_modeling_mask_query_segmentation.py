@@ -130,7 +130,7 @@ def test_some_of_the_queries_are_masked():
 
 def test_attention_that_takes_no_masks_is_refused():
     model, inputs = build(NAME, backbone={"num_hidden_layers": 1}), batch(NAME)
-    model.config._attn_implementation = "flash_attention_2"
+    model.backbone.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match=r"The attention 'flash_attention_2' takes no masks: train with .* sdpa"):
         model(**inputs)
 
