@@ -668,7 +668,7 @@ OFFICIAL = {
             "models/scale_block.py": {
                 "blocks of the upscaling": ("depthwise convolutions", "plain ones of few channels")
             },
-            "models/eomt.py": {"initialisation of the head": ("torch's", "deviation 0.02")},
+            "models/eomt.py": {"initialisation of the head": ("torch's", "Xavier's, masks divided by 8")},
             "training/lightning_module.py": {
                 "decay of tokens and vectors": ("by weight_decay", "none"),
                 "inference": ("windows of 512 pixels", "whole images"),

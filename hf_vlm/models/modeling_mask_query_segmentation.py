@@ -54,6 +54,7 @@ class MaskQueryHead(nn.Module):
     def __init__(self, config: VLMViTMaskQuerySegmentationConfig):
         super().__init__()
         width, size = config.encoder.hidden_size, config.mask_feature_size
+        self.scale = size**-0.5  # as in attention: or else new masks would be sure of themselves
         self.query_tokens = nn.Parameter(torch.empty(1, config.num_queries, width))
         self.class_head = nn.Linear(width, config.num_labels + 1)
         self.mask_mlp = nn.Sequential(
@@ -74,7 +75,7 @@ class MaskQueryHead(nn.Module):
 
     def forward(self, queries: Tensor, patches: Tensor) -> MaskQueries:
         """Of normed queries (batch, queries, dim) and a normed map of patches (batch, dim, rows, columns)."""
-        return MaskQueries(self.class_head(queries), self.mask_mlp(queries), self.upscale(patches))
+        return MaskQueries(self.class_head(queries), self.scale * self.mask_mlp(queries), self.upscale(patches))
 
 
 class MaskAnnealing(Float32State, SelfInitialised):
