@@ -1,17 +1,20 @@
-"""What own pretraining is worth to each place of an image: a linear segmenter on frozen features, random and own.
+"""What own pretraining is worth to each place of an image, and what heads make of it: segmenters on random and own
+encoders.
 
-    python benchmarks/segmentation.py --data camvid --classes sky,building,... --ignored 11 [--seeds 3]
+    python benchmarks/segmentation.py --data camvid --classes sky,building,... --ignored 11 [--seeds 3] \\
+        [--heads segmentation,mask_query_segmentation] [--train_encoder]
 
 Per seed, by the commands that a user types: an encoder is pretrained on the training images without their masks (MAE,
-the laptop recipe), and a linear head is trained on the frozen features of it and of one with random weights, with the
-same images in the same order. Metrics are of the test split, in percent, at the size of the masks. The last line of
-stdout is JSON: means over the seeds.
+the laptop recipe), and heads, by default a linear one, are trained on the frozen features of it and of one with random
+weights, or together with them, with the same images in the same order. Metrics are of the test split, in percent, at
+the size of the masks. The last line of stdout is JSON: means over the seeds.
 """
 
 import argparse
 import json
 import statistics
 import tempfile
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +63,14 @@ def pretrain(folder: Path, data: Path, seed: int, num_steps: int, options: argpa
     )
 
 
-def probe(folder: Path, encoder: Path, data: Path, seed: int, options: argparse.Namespace) -> dict[str, float]:
-    """Metrics of a linear head on the frozen features of an encoder."""
+def finetune(
+    folder: Path, head: str, encoder: Path, data: Path, seed: int, options: argparse.Namespace
+) -> dict[str, float]:
+    """Metrics of a head, by the folder of its recipes, on an encoder."""
     hf_vlm(
-        *("finetune", "segmentation/vit_nano_cpu.yaml", "--data", str(data), "--encoder", str(encoder)),
-        *("--model_config.freeze_encoder", "true", "--image_size", json.dumps(options.image_size)),
+        *("finetune", f"{head}/vit_nano_cpu.yaml", "--data", str(data), "--encoder", str(encoder)),
+        *("--model_config.freeze_encoder", json.dumps(not options.train_encoder)),
+        *("--image_size", json.dumps(options.image_size)),
         *("--max_steps", str(options.num_steps), "--learning_rate", str(options.learning_rate)),
         *("--num_eval_examples", "8", "--seed", str(seed), "--output_dir", str(folder)),
     )
@@ -81,6 +87,8 @@ def main() -> None:
     parser.add_argument("--num_pretraining_steps", type=int, default=300, help="steps of 32 images")
     parser.add_argument("--num_steps", type=int, default=200, help="steps of 16 images with masks")
     parser.add_argument("--learning_rate", type=float, default=3e-3)
+    parser.add_argument("--heads", default="segmentation", help="folders of recipes, with commas")
+    parser.add_argument("--train_encoder", action="store_true", help="fine-tunes the encoder as well")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--output_dir", type=Path, help="keeps the runs; a temporary folder by default")
     options = parser.parse_args()
@@ -88,16 +96,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.output_dir or Path(temporary)
         data = prepare(folder / "data", options)
-        found: dict[str, list[dict[str, float]]] = {variant: [] for variant in VARIANTS}
+        found: dict[str, list[dict[str, float]]] = defaultdict(list)
         for seed in range(options.seeds):
             for variant, num_steps in zip(VARIANTS, (1, options.num_pretraining_steps)):
                 runs = folder / f"{variant}-{seed}"
                 pretrain(runs / "encoder", data, seed, num_steps, options)
-                found[variant].append(probe(runs / "segmenter", runs / "encoder", data, seed, options))
-                print(seed, variant, json.dumps({k: round(100 * v, 1) for k, v in found[variant][-1].items()}))
-    for variant in VARIANTS:
+                for head in options.heads.split(","):
+                    metrics = finetune(runs / head, head, runs / "encoder", data, seed, options)
+                    found[f"{variant}_{head}"].append(metrics)
+                    print(seed, variant, head, json.dumps({k: round(100 * v, 1) for k, v in metrics.items()}))
+    for variant, runs_of_variant in found.items():
         for name in METRICS:
-            means[f"{variant}_{name}"] = round(statistics.mean(100 * run[name] for run in found[variant]), 2)
+            means[f"{variant}_{name}"] = round(statistics.mean(100 * run[name] for run in runs_of_variant), 2)
     print(json.dumps(means | {"seeds": options.seeds}))
 
 

@@ -30,6 +30,10 @@ if TYPE_CHECKING or not _is_command():
     from hf_vlm.models.modeling_lejepa import LeJEPAConfig, LeJEPAForPreTraining
     from hf_vlm.models.modeling_mae import MAEConfig, MAEForPreTraining
     from hf_vlm.models.modeling_mae_image_losses import MAEImageLossesConfig, MAEImageLossesForPreTraining
+    from hf_vlm.models.modeling_mask_query_segmentation import (
+        VLMViTForMaskQuerySegmentation,
+        VLMViTMaskQuerySegmentationConfig,
+    )
     from hf_vlm.models.modeling_moco_v3 import MoCoV3Config, MoCoV3ForPreTraining
     from hf_vlm.models.modeling_semantic_segmentation import (
         VLMViTForSemanticSegmentation,
@@ -84,11 +88,13 @@ __all__ = [
     "VLMViTDetectionImageProcessor",
     "VLMViTForImageClassification",
     "VLMViTForInstanceSegmentation",
+    "VLMViTForMaskQuerySegmentation",
     "VLMViTForObjectDetection",
     "VLMViTForSemanticSegmentation",
     "VLMViTImageProcessor",
     "VLMViTInstanceSegmentationConfig",
     "VLMViTInstanceSegmentationImageProcessor",
+    "VLMViTMaskQuerySegmentationConfig",
     "VLMViTModel",
     "VLMViTSemanticSegmentationConfig",
     "VLMViTSemanticSegmentationImageProcessor",

@@ -41,6 +41,10 @@ from hf_vlm.models.modeling_instance_segmentation import (
 from hf_vlm.models.modeling_lejepa import LeJEPAConfig, LeJEPAForPreTraining
 from hf_vlm.models.modeling_mae import MAEConfig, MAEForPreTraining
 from hf_vlm.models.modeling_mae_image_losses import MAEImageLossesConfig, MAEImageLossesForPreTraining
+from hf_vlm.models.modeling_mask_query_segmentation import (
+    VLMViTForMaskQuerySegmentation,
+    VLMViTMaskQuerySegmentationConfig,
+)
 from hf_vlm.models.modeling_moco_v3 import MoCoV3Config, MoCoV3ForPreTraining
 from hf_vlm.models.modeling_semantic_segmentation import (
     VLMViTForSemanticSegmentation,
@@ -113,6 +117,14 @@ MODELS = (
         "semantic-segmentation",
         VLMViTSemanticSegmentationConfig,
         VLMViTForSemanticSegmentation,
+        AutoModelForSemanticSegmentation,
+        VLMViTSemanticSegmentationImageProcessor,
+    ),
+    ModelEntry(
+        "mask_query_segmentation",
+        "semantic-segmentation",
+        VLMViTMaskQuerySegmentationConfig,
+        VLMViTForMaskQuerySegmentation,
         AutoModelForSemanticSegmentation,
         VLMViTSemanticSegmentationImageProcessor,
     ),

@@ -615,6 +615,73 @@ OFFICIAL = {
             },
         },
     ),
+    "mask_query_segmentation": Official(
+        "tue-mps/eomt@7bd19dd",
+        {
+            "configs/dinov2/ade20k/semantic/eomt_large_512.yaml": {
+                "encoder_preset": "large",
+                "model_config.num_queries": 100,
+                "length": "31 epochs",
+            },
+            "models/vit.py": {
+                "encoder_config.patch_size": 16,
+                "encoder_config.position_embedding_type": "learned",
+                "encoder_config.num_register_tokens": 4,
+                "encoder_config.layerscale_value": 1e-5,
+                "encoder_config.drop_path_rate": 0.0,
+            },
+            "models/eomt.py": {
+                "model_config.num_query_layers": 4,
+                "model_config.use_masked_attention": True,
+                "model_config.mask_feature_size": 1024,
+                "model_config.freeze_encoder": False,
+            },
+            "training/mask_classification_semantic.py": {
+                "model_config.class_loss_weight": 2,
+                "model_config.mask_loss_weight": 5,
+                "model_config.dice_loss_weight": 5,
+                "model_config.no_object_weight": 0.1,
+                "model_config.mask_point_ratio": "12544 points",
+                "learning_rate": 1e-4,
+                "layer_decay": 0.8,
+                "encoder_lr_multiplier": 1.25,  # the last layer has the whole rate
+                "weight_decay": 0.05,
+                "frozen_encoder_steps": 500,
+                "warmup_steps": "500 for the head and then 1000 for the encoder",
+                "lr_scheduler_type": "polynomial of power 0.9",
+            },
+            "training/lightning_module.py": {**ADAMW, "adam_beta2": 0.999},
+            "main.py": {"max_grad_norm": 0.01},
+            "datasets/ade20k_semantic.py": {"image_size": 512},
+            "datasets/transforms.py": {
+                "augmentation.crop_probability": 1.0,
+                "augmentation.crop_scale": "0.5 to 2 times the image fitted to the input",
+                "augmentation.crop_ratio": "by its sides",
+                "augmentation.max_class_fraction": 1.0,
+                "augmentation.flip_probability": 0.5,
+                "augmentation.vertical_flip_probability": 0.0,
+                "augmentation.jitter": "brightness, contrast, saturation and hue",
+                "augmentation.jitter_probability": "0.5 of each",
+            },
+        },
+        {
+            "models/scale_block.py": {
+                "blocks of the upscaling": ("depthwise convolutions", "plain ones of few channels")
+            },
+            "models/eomt.py": {"initialisation of the head": ("torch's", "Xavier's, masks divided by 8")},
+            "training/lightning_module.py": {
+                "decay of tokens and vectors": ("by weight_decay", "none"),
+                "inference": ("windows of 512 pixels", "whole images"),
+            },
+            "training/mask_classification_loss.py": {
+                "points of the mask loss": ("of all pixels for each mask", "of labelled pixels for each image"),
+                "class loss": ("a mean per process", "over all"),
+            },
+            "training/mask_classification_semantic.py": {
+                "scores of pixels": ("of masks enlarged to the image", "enlarged after the sum")
+            },
+        },
+    ),
 }
 
 # Methods that no other code has as they are here.

@@ -124,6 +124,12 @@ DETECTION = {
     "neck_num_blocks": 1,
     "id2label": {0: "cat", 1: "dog", 2: "bird"},
 }
+MASK_QUERIES = {
+    "num_queries": 5,
+    "num_query_layers": 1,
+    "mask_feature_size": 16,
+    "id2label": DETECTION["id2label"],
+}
 TINY = {
     "encoder": Tiny("encoder", num_views=0),
     "backbone": Tiny("backbone", num_views=0),
@@ -161,6 +167,9 @@ TINY = {
     "classification": Tiny("classification", {"id2label": DETECTION["id2label"]}, num_views=0, labels=classes),
     "semantic_segmentation": Tiny(
         "semantic_segmentation", {"id2label": DETECTION["id2label"]}, num_views=0, labels=masks
+    ),
+    "mask_query_segmentation": Tiny(
+        "mask_query_segmentation", MASK_QUERIES, num_views=0, choices=candidates, labels=masks
     ),
 }
 PRETRAINING = [

@@ -198,6 +198,7 @@ POST_PROCESSING: dict[str, Callable[..., Any]] = {  # by the `model_type` of con
     "vlm_vit_instance_segmentation": find_objects,
     "vlm_vit_classification": find_classes,
     "vlm_vit_semantic_segmentation": find_segments,
+    "vlm_vit_mask_query_segmentation": find_segments,
 }
 
 

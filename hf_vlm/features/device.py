@@ -89,11 +89,11 @@ class _FusedAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, scaling: float, dropout: float, *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, scaling: float, dropout: float, mask: Tensor | None, *inputs: Tensor) -> Tensor:
         with torch.enable_grad(), _ieee_matmul():
             ctx.inputs = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in inputs]
             query, key, value = ctx.inputs
-            ctx.output = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scaling)
+            ctx.output = F.scaled_dot_product_attention(query, key, value, mask, dropout_p=dropout, scale=scaling)
         return ctx.output.detach()  # type: ignore[no-any-return]
 
     @staticmethod
@@ -101,11 +101,11 @@ class _FusedAttention(torch.autograd.Function):
         wanted = [tensor for tensor in ctx.inputs if tensor.requires_grad]
         with _ieee_matmul():
             gradients = iter(torch.autograd.grad(ctx.output, wanted, gradient))
-        return None, None, *(next(gradients) if tensor.requires_grad else None for tensor in ctx.inputs)
+        return None, None, None, *(next(gradients) if tensor.requires_grad else None for tensor in ctx.inputs)
 
 
 def _attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *, scaling: float, dropout: float, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """Attention of (batch, heads, tokens, dim), as transformers' interface has it: (batch, tokens, heads, dim)."""
-    return _FusedAttention.apply(scaling, dropout, query, key, value).transpose(1, 2), None
+    return _FusedAttention.apply(scaling, dropout, mask, query, key, value).transpose(1, 2), None

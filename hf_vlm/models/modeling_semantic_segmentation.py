@@ -66,11 +66,25 @@ class VLMViTSemanticSegmentationConfig(PreTrainedConfig):
                 f"VLMViTSemanticSegmentationConfig: num_feature_layers is {self.num_feature_layers}, but must be 1 to "
                 f"{self.encoder.num_hidden_layers}, the number of the encoder's layers."
             )
-        if not 2 <= num_labels <= IGNORED:
-            raise ValueError(
-                f"VLMViTSemanticSegmentationConfig: num_labels is {num_labels}, but must be 2 to {IGNORED}: one of "
-                f"them may be the background, and {IGNORED} is the label of pixels without a class."
-            )
+        check_num_labels(self, num_labels)
+
+
+def check_num_labels(config: PreTrainedConfig, num_labels: int) -> None:
+    """ValueError for a number of classes that masks cannot hold."""
+    if not 2 <= num_labels <= IGNORED:
+        raise ValueError(
+            f"{type(config).__name__}: num_labels is {num_labels}, but must be 2 to {IGNORED}: one of them may be the "
+            f"background, and {IGNORED} is the label of pixels without a class."
+        )
+
+
+def check_labels(labels: Tensor, batch_size: int) -> None:
+    """ValueError for labels of pixels that are not (batch, height, width) integers."""
+    if labels.ndim != 3 or labels.shape[0] != batch_size or labels.is_floating_point():
+        raise ValueError(
+            f"Labels must be (batch, height, width) integers for {batch_size} images, but are of the shape "
+            f"{tuple(labels.shape)} and the type {labels.dtype}."
+        )
 
 
 def segmentation_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -84,11 +98,7 @@ def segmentation_loss(logits: Tensor, labels: Tensor) -> Tensor:
         ValueError: if the labels have another shape or type. Classes out of their range are torch's to refuse: to look
             at the values here would make the device wait.
     """
-    if labels.ndim != 3 or labels.shape[0] != logits.shape[0] or labels.is_floating_point():
-        raise ValueError(
-            f"Labels must be (batch, height, width) integers for logits of the shape {tuple(logits.shape)}, but are "
-            f"of the shape {tuple(labels.shape)} and the type {labels.dtype}."
-        )
+    check_labels(labels, logits.shape[0])
     labels = labels.long()
     logits = F.interpolate(logits.float(), (labels.shape[1], labels.shape[2]), mode="bilinear", align_corners=False)
     total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
@@ -151,4 +161,11 @@ class VLMViTForSemanticSegmentation(HeadOnFreezableEncoder):
         )
 
 
-__all__ = ["VLMViTForSemanticSegmentation", "VLMViTSemanticSegmentationConfig", "segmentation_loss"]
+__all__ = [
+    "IGNORED",
+    "VLMViTForSemanticSegmentation",
+    "VLMViTSemanticSegmentationConfig",
+    "check_labels",
+    "check_num_labels",
+    "segmentation_loss",
+]

@@ -34,7 +34,7 @@ from .vit_layers import (
 )
 
 # Parameters of the encoder and of the methods that are tokens, or are added to them.
-TOKENS = ("class_token", "register_tokens", "mask_token", "position_embedding", "query_token")
+TOKENS = ("class_token", "register_tokens", "mask_token", "position_embedding", "query_token", "query_tokens")
 SMALL_STD = 0.02  # of their initial values where the configuration names none
 
 
@@ -225,7 +225,7 @@ class _Encoder(VLMViTPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.patch_projection
 
-    def _embed(
+    def embed(
         self,
         pixel_values: Tensor,
         visible_indices: Tensor | None = None,
@@ -278,7 +278,7 @@ class VLMViTModel(_Encoder):
         class_token_only (`bool`, *optional*, defaults to `False`):
             Whether the last layer computes the class token alone, when nothing else is read.
         """
-        hidden_states, positions = self._embed(pixel_values, visible_indices, masked, mask_token)
+        hidden_states, positions = self.embed(pixel_values, visible_indices, masked, mask_token)
         for layer in self.layers[:-1]:
             hidden_states = layer(hidden_states, positions, output_attentions=output_attentions)
         return self._finish(hidden_states, positions, class_token_only, output_attentions=output_attentions)
@@ -315,7 +315,7 @@ class VLMViTModel(_Encoder):
         Returns:
             What `forward` returns, for each size; all but the first with the class token alone, where there is one.
         """
-        embedded = [self._embed(crops[0], None, masked, mask_token), *map(self._embed, crops[1:])]
+        embedded = [self.embed(crops[0], None, masked, mask_token), *map(self.embed, crops[1:])]
         groups, positions = [tokens for tokens, _ in embedded], [where for _, where in embedded]
         packing = Packing.of(groups)
         hidden_states = packing.pack(groups)  # (1, all tokens, hidden_size)
@@ -349,7 +349,7 @@ class VLMViTBackbone(BackboneMixin, _Encoder):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
     ) -> BackboneOutput:
-        hidden_states, positions = self._embed(pixel_values)
+        hidden_states, positions = self.embed(pixel_values)
         grid_hw = patch_grid(pixel_values, self.config.patch_hw)
         maps = []
         stages: Sequence[nn.Module] = [nn.Identity(), *self.layers]

@@ -130,10 +130,13 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Plain attention over (batch, heads, tokens, head_dim); returns (batch, tokens, heads, head_dim) and weights."""
+    """Plain attention over (batch, heads, tokens, head_dim); returns (batch, tokens, heads, head_dim) and weights.
+
+    The mask, if any, is bool, broadcast to (batch, heads, tokens, context): True where a token sees the other.
+    """
     scores = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
-        scores = scores + attention_mask
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
     weights = F.dropout(scores.softmax(dim=-1), p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
@@ -174,6 +177,7 @@ class VLMViTAttention(nn.Module):
         positions: Any = None,  # Positions; a list of them for packed groups
         context: Tensor | None = None,
         context_positions: Positions = None,
+        attention_mask: Tensor | None = None,
         packing: Packing | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
@@ -182,7 +186,7 @@ class VLMViTAttention(nn.Module):
         states = self.query(hidden_states), self.key(context), self.value(context)  # (batch, tokens, dim) each
         if packing is not None:
             return self.projection(packing.map(partial(self._attend_group, **kwargs), states, positions)), None
-        output, weights = self._attend(*states, positions, context_positions, **kwargs)
+        output, weights = self._attend(*states, positions, context_positions, attention_mask, **kwargs)
         return self.projection(output), weights
 
     def _attend_group(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, **kwargs: Any) -> Tensor:
@@ -195,6 +199,7 @@ class VLMViTAttention(nn.Module):
         value: Tensor,
         positions: Positions,
         context_positions: Positions,
+        attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of projected states (batch, tokens, dim), and its weights where the implementation gives them."""
@@ -209,7 +214,7 @@ class VLMViTAttention(nn.Module):
         )
         dropout = self.config.attention_dropout if self.training else 0.0
         output, weights = attend(
-            self, query, key, self._heads(value), None, scaling=self.scaling, dropout=dropout, **kwargs
+            self, query, key, self._heads(value), attention_mask, scaling=self.scaling, dropout=dropout, **kwargs
         )
         return output.flatten(2), weights
 
@@ -251,7 +256,8 @@ class VLMViTLayer(GradientCheckpointingLayer):
     """Pre-norm transformer block with LayerScale and stochastic depth.
 
     Its tokens attend to themselves, or to a `context` (batch, context, dim), which is not changed: where only some
-    tokens are needed after a layer, only these are given, with all of them as their context.
+    tokens are needed after a layer, only these are given, with all of them as their context. Of these a token sees
+    those for which an `attention_mask` (batch, 1, tokens, context) bool is True.
     """
 
     def __init__(self, config: VLMViTConfig, drop_path_rate: float = 0.0):
@@ -271,16 +277,24 @@ class VLMViTLayer(GradientCheckpointingLayer):
         positions: Any = None,  # Positions; a list of them for packed groups
         context: Tensor | None = None,
         context_positions: Positions = None,
+        attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        states = self.residual(hidden_states, self._attend, positions, context, context_positions, **kwargs)
+        inputs = (positions, context, context_positions, attention_mask)
+        states = self.residual(hidden_states, self._attend, *inputs, **kwargs)
         return self.residual(states, self._feed_forward, packing=kwargs.get("packing"))
 
     def _attend(
-        self, states: Tensor, positions: Any, context: Tensor | None, context_positions: Positions, **kwargs: Any
+        self,
+        states: Tensor,
+        positions: Any,
+        context: Tensor | None,
+        context_positions: Positions,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
     ) -> Tensor:
         normed = None if context is None else self.norm1(context)
-        states, _ = self.attention(self.norm1(states), positions, normed, context_positions, **kwargs)
+        states, _ = self.attention(self.norm1(states), positions, normed, context_positions, attention_mask, **kwargs)
         return self.layer_scale1(states)
 
     def _feed_forward(self, states: Tensor, packing: Packing | None = None) -> Tensor:

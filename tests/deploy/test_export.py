@@ -238,7 +238,9 @@ def test_folders_by_default(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["detection", "instance_segmentation", "semantic_segmentation"])
+@pytest.mark.parametrize(
+    "name", ["detection", "instance_segmentation", "semantic_segmentation", "mask_query_segmentation"]
+)
 @pytest.mark.parametrize("format", ["onnx", "openvino"])
 def test_every_task(name, format, tmp_path, photos):
     run = save_trained(name, tmp_path / "run", num_steps=60)

@@ -131,6 +131,29 @@ def test_detector_metadata(detector_run):
     }
 
 
+@pytest.mark.parametrize(
+    ("name", "how", "limit"),
+    [
+        (
+            "semantic_segmentation",
+            "with a linear head on its patches",
+            "each patch of 8 x 8 pixels is classified as one",
+        ),
+        (
+            "mask_query_segmentation",
+            "with 5 queries in the last 1 of its 2 layers, each of which finds a class and its mask",
+            "masks have about a fourth of that size",
+        ),
+    ],
+)
+def test_segmenter_card(name, how, limit, tmp_path):
+    build(name).save_pretrained(tmp_path)
+    text = write_model_card(tmp_path, repo_id="me/my-segmenter").read_text()
+    check_form(text)
+    assert f"gives each pixel of an image one of 3 classes: a plain Vision Transformer {how}" in text
+    assert limit in text
+
+
 def test_encoder_card(encoder_run):
     text = write_model_card(encoder_run, repo_id="me/my-encoder").read_text()
     check_form(text)

@@ -8,7 +8,10 @@ from torch import nn
 from hf_vlm.models.modeling_distill import RunningStandardizer
 from hf_vlm.models.ssl_prototypes import Centering, PrototypeHead
 
-HEADS = ("classification", "detection", "instance_segmentation", "semantic_segmentation")
+HEADS = (
+    *("classification", "detection", "instance_segmentation"),
+    *("semantic_segmentation", "mask_query_segmentation"),
+)
 LOSSES = (PrototypeHead, Centering, RunningStandardizer)  # modules that compare features, beside the model itself
 
 

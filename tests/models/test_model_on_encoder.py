@@ -16,6 +16,7 @@ from hf_vlm import (
     DINOv2ForPreTraining,
     VLMViTForImageClassification,
     VLMViTForInstanceSegmentation,
+    VLMViTForMaskQuerySegmentation,
     VLMViTForObjectDetection,
     VLMViTForSemanticSegmentation,
 )
@@ -26,12 +27,14 @@ HEADS = {
     VLMViTForObjectDetection: AutoModelForObjectDetection,
     VLMViTForInstanceSegmentation: AutoModelForInstanceSegmentation,
     VLMViTForSemanticSegmentation: AutoModelForSemanticSegmentation,
+    VLMViTForMaskQuerySegmentation: AutoModelForSemanticSegmentation,
 }
 FIELDS = {
     VLMViTForImageClassification: {},
     VLMViTForObjectDetection: {**DETECTION, "hidden_size": 64},
     VLMViTForInstanceSegmentation: {**DETECTION, "mask_feature_size": 8},
     VLMViTForSemanticSegmentation: {"num_feature_layers": 2, "freeze_encoder": True},
+    VLMViTForMaskQuerySegmentation: {"num_query_layers": 1, "num_queries": 5},
 }
 for fields in FIELDS.values():
     fields.pop("id2label", None)
@@ -86,15 +89,17 @@ def test_only_weights_that_no_part_of_a_model_explains_are_reported(name, prefix
 def test_wrong_calls_say_what_to_call(head, name, tmp_path):
     model = build(name)
     model.save_pretrained(tmp_path)
-    wanted = rf"is of type '{model.config.model_type}', not of a {head.__name__}. For a new one on its encoder call "
-    from_folder = wanted + rf"{head.__name__}.from_encoder\('{tmp_path}', ...\)"
-    for call in (head.from_pretrained, HEADS[head].from_pretrained):
+    first = next(other for other, auto_class in HEADS.items() if auto_class is HEADS[head])  # of two for one task
+    for named, load, build_new in (
+        (head, head.from_pretrained, head),
+        (first, HEADS[head].from_pretrained, HEADS[head].from_config),
+    ):
+        wanted = rf"is of type '{model.config.model_type}', not of a {named.__name__}. For a new one on its encoder "
         for fields in ({}, {"num_labels": 3}):
-            with pytest.raises(ValueError, match=from_folder):
-                call(tmp_path, **fields)
-    for call in (head, HEADS[head].from_config):
+            with pytest.raises(ValueError, match=wanted + rf"call {named.__name__}.from_encoder\('{tmp_path}', ...\)"):
+                load(tmp_path, **fields)
         with pytest.raises(ValueError, match=wanted):
-            call(model.config)
+            build_new(model.config)
 
 
 def test_a_configuration_does_not_make_a_students_encoder_one_for_use(tmp_path):

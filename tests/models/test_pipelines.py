@@ -12,7 +12,10 @@ from transformers import AutoConfig, AutoModel, pipeline
 from hf_vlm.registry import MODELS, find_model
 from hf_vlm.tasks import TASKS
 
-WITH_PIPELINE = ("encoder", "detection", "instance_segmentation", "classification", "semantic_segmentation")
+WITH_PIPELINE = (
+    *("encoder", "detection", "instance_segmentation", "classification"),
+    *("semantic_segmentation", "mask_query_segmentation"),
+)
 
 
 def save(name, folder):

@@ -14,7 +14,10 @@ from hf_vlm.models.modeling_lejepa import sample_slices
 from hf_vlm.models.ssl_layers import SyncedBatchNorm1d, gather_with_gradient
 
 BATCH = 6
-NAMES = [*PRETRAINING, "detection", "instance_segmentation", "semantic_segmentation"]
+NAMES = [
+    *PRETRAINING,
+    *("detection", "instance_segmentation", "semantic_segmentation", "mask_query_segmentation"),
+]
 
 
 def objective(name):

@@ -55,6 +55,10 @@ METHODS = {
     "simclr": {"model_config": {"projection_hidden_size": 32, "projection_size": 16}},
     "classification": {"num_eval_examples": 8},
     "semantic_segmentation": {"num_eval_examples": 8},
+    "mask_query_segmentation": {
+        "model_config": {"num_queries": 10, "num_query_layers": 1, "mask_feature_size": 16},
+        "num_eval_examples": 8,
+    },
     "detection": {
         "model_config": {
             "hidden_size": 32,

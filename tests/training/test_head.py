@@ -4,10 +4,12 @@ import re
 
 import pytest
 import torch
+from tiny import build, perturb
 
 from hf_vlm.features.loading import find_head
 from hf_vlm.models.modeling_classification import VLMViTForImageClassification
 from hf_vlm.models.modeling_detection import VLMViTForObjectDetection
+from hf_vlm.models.modeling_mask_query_segmentation import VLMViTForMaskQuerySegmentation
 from hf_vlm.models.modeling_simmim import SimMIMForPreTraining
 from hf_vlm.training.recipe import load_recipe
 from hf_vlm.training.run import finetune
@@ -111,3 +113,19 @@ def test_heads_that_do_not_fit_are_not_found(digits, tmp_path):
     assert find_head(str(digits), SimMIMForPreTraining) is None
     with pytest.raises(ValueError, match=r"holds no model: there is no config\.json"):
         find_head(str(tmp_path), VLMViTForObjectDetection)
+
+
+@pytest.mark.slow
+def test_a_segmenter_takes_the_queries_of_another(make_recipe, tmp_path):
+    source = build("mask_query_segmentation")
+    perturb(source)
+    source.save_pretrained(tmp_path / "source")
+    changes = {"encoder": str(tmp_path / "source"), "encoder_config": {}, "model_config": {}, "num_eval_examples": 2}
+    recipe = make_recipe("mask_query_segmentation", **changes, max_steps=1, learning_rate=0.0)
+    finetune(recipe)
+    model = VLMViTForMaskQuerySegmentation.from_pretrained(recipe["output_dir"])
+    assert (model.config.num_labels, model.config.num_queries, model.config.num_query_layers) == (6, 5, 1)
+    theirs = source.state_dict()
+    new = {name for name, value in model.state_dict().items() if not torch.equal(value, theirs[name])}
+    assert new <= {*model.class_layers(), "annealing.fractions"}
+    assert model.class_layers() <= new

@@ -20,6 +20,7 @@ WINDOWS = {
     "detection": DetectionSettings,
     "instance_segmentation": DetectionSettings,
     "semantic_segmentation": SegmentationSettings,
+    "mask_query_segmentation": SegmentationSettings,
 }
 ONE = re.compile(r"deviation: ([^:]+): official (.+), here (.+?) \(.+\)")
 SEVERAL = re.compile(r"deviations \([^)]+\): (.+)")

@@ -11,6 +11,7 @@ import yaml
 from killed_run import KillAt, KilledError
 from safetensors.torch import load_file
 from sample_data import write_images
+from tiny import build
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import TrainerCallback
@@ -298,6 +299,20 @@ def test_a_rewound_run_leaves_its_later_checkpoints_aside(make_recipe, tmp_path,
     again = {"output_dir": str(tmp_path / "again"), "resume_from_checkpoint": "last", "restart_schedule": True}
     pretrain(changed | again)
     assert_same_weights(folder, tmp_path / "again")
+
+
+@pytest.mark.slow
+def test_a_resumed_segmenter_masks_attention_as_far_as_it_was(make_recipe, tmp_path):
+    """From an encoder of MAE: the queries that are masked depend on the progress, which is in the weights."""
+    build("mae").save_pretrained(tmp_path / "encoder")
+    changes = {"encoder": str(tmp_path / "encoder"), "encoder_config": {}, "num_eval_examples": 2, "max_steps": 4}
+    recipe, folder = make_recipe("mask_query_segmentation", **SAVING, **changes), tmp_path / "mask_query_segmentation"
+    finetune(recipe)
+    copy_checkpoint(folder, 2, tmp_path / "again")
+    finetune(recipe | {"output_dir": str(tmp_path / "again"), "resume_from_checkpoint": "last"})
+    assert_same_weights(folder, tmp_path / "again")
+    masked = load_file(tmp_path / "again" / "checkpoint-2" / "model.safetensors")["annealing.fractions"]
+    assert masked.tolist() == pytest.approx([0.5**0.9])
 
 
 def test_options_that_contradict_each_other_are_refused():
