@@ -61,11 +61,13 @@ def plan_recipe(args: VisionTrainingArguments, cluster: Cluster, *, search: bool
     config = build_config(args, entry)
     cost = step_cost(entry.model_class, config, input_shapes(args), DTYPES[cluster.precision])
     found: list[tuple[Plan, int]] = []
+    accumulates = args.gradient_accumulation_steps > 1
     for checkpointing in (False, True):
         for layout in LAYOUTS if cluster.num_gpus > 1 else LAYOUTS[:1]:
-            largest = largest_batch(cost, cluster, layout, checkpointing=checkpointing)
+            ways = {"checkpointing": checkpointing, "accumulates": accumulates}
+            largest = largest_batch(cost, cluster, layout, **ways)
             size = 2 ** (largest.bit_length() - 1) if search and largest else args.per_device_train_batch_size
-            found.append((make_plan(cost, cluster, layout, size, checkpointing=checkpointing), largest))
+            found.append((make_plan(cost, cluster, layout, size, **ways), largest))
     plans, largest_batches = zip(*found)
     return RecipePlan(
         method=args.method,

@@ -61,10 +61,10 @@ def _advice(plan: RecipePlan) -> str:
     if size:
         checkpointing = " with activation checkpointing" if one.checkpointing else ""
         return f"Nothing fits. The nearest: {one.layout}{checkpointing} with --per_device_train_batch_size {size}."
-    short = min(plan.plans, key=lambda one: one.total_memory)
-    needed = short.total_memory - short.memory["activations"]
+    short = min(plan.plans, key=lambda one: one.memory_without_images)
     return (
-        f"Nothing fits, not even one image: {short.layout} takes {needed / GB:,.0f} GB per GPU without images. "
+        f"Nothing fits, not even one image: {short.layout} takes {short.memory_without_images / GB:,.0f} GB per GPU "
+        "without images. "
         "Take more GPUs, larger ones, or a smaller model."
     )
 
