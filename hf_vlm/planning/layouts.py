@@ -127,9 +127,9 @@ def make_plan(
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout: there is no {layout!r}, but {', '.join(LAYOUTS)}.")
-    shards = {"ddp": 1, "hsdp": cluster.node_size, "fsdp2": cluster.num_gpus}[layout]
-    activations = batch_size * _per_image(cost, checkpointing)
+    shards = _shards(cluster, layout)
     gradients = FP32 * cost.num_trained / shards
+    moments = _moments(cost, shards, checkpointing=checkpointing, accumulates=accumulates)
     if layout == "ddp":
         working = {"copies": cost.copies, "buckets": FP32 * cost.num_trained if cluster.num_gpus > 1 else 0.0}
     else:
@@ -141,12 +141,11 @@ def make_plan(
         **working,
         "reserved": RESERVED,
     }
-    passes = activations + gradients if accumulates else max(activations, gradients)
     return Plan(
         layout=layout,
         checkpointing=checkpointing,
         batch_size=batch_size,
-        memory={**fixed, "activations and gradients": passes},
+        memory={**fixed, "activations and gradients": max(held + batch_size * image for held, image in moments)},
         memory_without_images=sum(fixed.values()) + gradients,
         compute_seconds=flops / (cluster.gpu.peak(cluster.precision) * cluster.mfu),
         communication_seconds=_communication(cost, cluster, layout),
@@ -178,13 +177,23 @@ def largest_batch(
 ) -> int:
     """Images per GPU that fit; 0 where not even one does."""
     empty = make_plan(cost, cluster, layout, 0, checkpointing=checkpointing, accumulates=accumulates)
+    free = cluster.gpu.memory - empty.total_memory + empty.memory["activations and gradients"]
+    moments = _moments(cost, _shards(cluster, layout), checkpointing=checkpointing, accumulates=accumulates)
     if not empty.fits:
         return 0
-    free = cluster.gpu.memory - empty.total_memory
-    if not accumulates:
-        free += empty.memory["activations and gradients"]
-    return int(free // _per_image(cost, checkpointing))
+    return int(min((free - held) // image for held, image in moments if image > 0))
 
 
-def _per_image(cost: StepCost, checkpointing: bool) -> float:
-    return cost.checkpointed_per_image if checkpointing else cost.activations_per_image
+def _shards(cluster: Cluster, layout: str) -> int:
+    """Number of GPUs that weights, gradients and optimiser are divided among."""
+    return {"ddp": 1, "hsdp": cluster.node_size, "fsdp2": cluster.num_gpus}[layout]
+
+
+def _moments(cost: StepCost, shards: int, *, checkpointing: bool, accumulates: bool) -> list[tuple[float, float]]:
+    """The moments of a step that may be its fullest: bytes of gradients on a GPU, and bytes of an image."""
+    saved = cost.activations_per_image - cost.checkpointed_per_image if checkpointing else 0.0
+    gradients = FP32 * cost.num_trained
+    moments = [
+        ((gradients if accumulates else held) / shards, max(0.0, image - saved)) for held, image in cost.moments
+    ]
+    return [*moments, (gradients / shards, 0.0)]

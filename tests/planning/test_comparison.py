@@ -22,6 +22,7 @@ COST = StepCost(
     activations_per_image=1e9,
     checkpointed_per_image=1e8,
     copies=0.0,
+    moments=((0.0, 1e9),),
 )
 
 
