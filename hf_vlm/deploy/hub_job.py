@@ -96,12 +96,13 @@ def plan_job(recipe: dict[str, Any], machine: str, timeout: str) -> HubJob:
         hint = f"Did you mean hub:{near[0]}? " if near else ""
         raise ValueError(f"--on {machine}: there is no such machine. {hint}There are: hub:{', hub:'.join(flavors)}.")
     for key in SOURCES:
-        value = str(recipe.get(key) or "scenes")
-        if value.split(":")[0] != "scenes" and not is_remote(value) and not is_hub_id(value):
-            raise ValueError(
-                f"{key}: a machine of the Hub cannot read {value}. Publish it first, with hf-vlm push, and give its "
-                "name on the Hub, or a URL."
-            )
+        given = recipe.get(key) or ()
+        for name in [given] if isinstance(given, str) else given:  # a mixture names several
+            if name.split(":")[0] != "scenes" and not is_remote(name) and not is_hub_id(name):
+                raise ValueError(
+                    f"{key}: a machine of the Hub cannot read {name}. Publish it first, with hf-vlm push, and give "
+                    "its name on the Hub, or a URL."
+                )
     if not (recipe.get("push_to_hub") and recipe.get("hub_model_id")):
         raise ValueError(
             "The disk of a job goes with it: give --push_to_hub true --hub_model_id my-org/my-encoder, and the run is "

@@ -102,6 +102,7 @@ def test_what_cannot_run_there_is_refused(tmp_path, monkeypatch):
         (recipe(), "hub:h200x9", "Did you mean hub:h200"),
         (recipe(), "aws:p5", "there is no such machine"),
         (recipe("--data", str(tmp_path / "images")), "hub:h200", "data: a machine of the Hub cannot read"),
+        (recipe("--data", "{my-org/images: 0.5, ./more: 0.5}"), "hub:h200", r"data: .* cannot read \./more"),
         (recipe("--probe_data", "./labelled"), "hub:h200", "probe_data: a machine of the Hub cannot read"),
         (recipe("--push_to_hub", "false"), "hub:h200", "The disk of a job goes with it"),
         (recipe("--hub_token", TOKEN), "hub:h200", "leave it out of the recipe"),
