@@ -26,7 +26,7 @@ GB = 1e9
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredRun:
-    """What the folder of a run tells about its cost; None for what it does not hold.
+    """The cost of a run by its folder; None for what is not recorded there.
 
     Attributes:
         method: Its method.
