@@ -4,9 +4,14 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hf_vlm.cli.options import check_positive
 from hf_vlm.cli.outputs import prepare_picture
+
+if TYPE_CHECKING:
+    from hf_vlm.planning.comparison import MeasuredRun
+    from hf_vlm.planning.recipe import RecipePlan
 
 
 def run(argv: Sequence[str]) -> None:
@@ -30,11 +35,14 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("--price", type=float, help="US dollars per hour of a GPU")
     parser.add_argument("--search", action="store_true", help="the largest batches that fit, not the recipe's")
     parser.add_argument("--save", type=Path, metavar="FILE.png", help="a picture of the memory")
+    parser.add_argument("--against", type=Path, metavar="RUN", help="compare the plan with what this run has come to")
+    parser.add_argument("--layout", choices=("ddp", "hsdp", "fsdp2"), default="ddp", help="of that run (ddp)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options, overrides = parser.parse_known_args(argv)
     check_positive(options, "gpus", "gpus_per_node", "network", "price")
     check_positive(options, "mfu", most=1)
 
+    from hf_vlm.planning.comparison import read_run
     from hf_vlm.planning.hardware import find_gpu
     from hf_vlm.planning.layouts import Cluster
     from hf_vlm.planning.recipe import plan_recipe
@@ -53,7 +61,11 @@ def run(argv: Sequence[str]) -> None:
         mfu=options.mfu,
     )
     args = parse_arguments(load_recipe(options.recipe, overrides))
+    run = read_run(options.against) if options.against else None
     plan = plan_recipe(args, cluster, search=options.search)
+    if run is not None:
+        print_comparison(plan, run, options.layout, checkpointing=args.activation_checkpointing, as_json=options.json)
+        return
     print(json.dumps(as_dict(plan), indent=2) if options.json else as_text(plan, options.price))
     if options.save:
         bars = {
@@ -61,3 +73,19 @@ def run(argv: Sequence[str]) -> None:
             for one in plan.plans
         }
         plot_memory(options.save, bars, cluster.gpu.memory)
+
+
+def print_comparison(
+    plan: "RecipePlan", run: "MeasuredRun", layout: str, *, checkpointing: bool, as_json: bool
+) -> None:
+    """Prints the plan of a layout beside what a run has come to; ValueError where they cannot be compared."""
+    from hf_vlm.planning.comparison import compare, comparison_as_text
+
+    names = [(one.layout, one.checkpointing) for one in plan.plans]
+    if (layout, checkpointing) not in names:
+        raise ValueError(f"--layout {layout}: one GPU has no other layout than ddp.")
+    found = compare(plan, plan.plans[names.index((layout, checkpointing))], run)
+    if as_json:
+        print(json.dumps({name: {"plan": planned, "run": measured} for name, (planned, measured) in found.items()}))
+    else:
+        print(comparison_as_text(found, run))

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from hf_vlm.cli.recipes import help_if_asked, read_recipe
+from hf_vlm.cli.remote import add_remote_options, run_remote, split_remote
 
 
 def run(argv: Sequence[str]) -> None:
@@ -16,7 +17,12 @@ def run(argv: Sequence[str]) -> None:
         "--encoder starts from weights, --resume_from_checkpoint last resumes a run that was stopped, and auto begins "
         "or resumes it.",
     )
+    add_remote_options(parser)
     help_if_asked(parser, argv, example="mae/vit_small.yaml", fits="data, encoder and machine")
+    options, argv = split_remote(argv)
+    if options.on:
+        run_remote(options, argv)
+        return
 
     from accelerate import PartialState
 

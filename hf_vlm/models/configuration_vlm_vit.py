@@ -105,6 +105,16 @@ class VLMViTConfig(BackboneConfigMixin, PreTrainedConfig):
 
     model_type = "vlm_vit"
     base_config_key = "backbone_config"
+    # Tensor parallelism: heads and inner channels are divided. The norms of queries and keys, whose weights all heads
+    # share, sum their gradients.
+    base_model_tp_plan = {
+        **{f"layers.*.attention.{name}": "colwise" for name in ("query", "key", "value")},
+        **{f"layers.*.attention.{name}": "replicated_with_grad_allreduce" for name in ("query_norm", "key_norm")},
+        "layers.*.attention.projection": "rowwise",
+        "layers.*.mlp.gate_projection": "colwise",
+        "layers.*.mlp.up_projection": "colwise",
+        "layers.*.mlp.down_projection": "rowwise",
+    }
 
     image_size: int | list[int] | tuple[int, int] = 224
     patch_size: int | list[int] | tuple[int, int] = 16

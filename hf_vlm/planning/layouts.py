@@ -2,6 +2,9 @@
 
 What is assumed and not measured: communication overlaps with computation, so that the slower of the two decides; and
 the fraction of the peak FLOP/s that training reaches, `Cluster.mfu`.
+
+Memory is that of a step's fullest moment. The backward pass frees activations while it makes gradients, so that the
+larger of the two counts; gradients that are summed over several batches are there from the first one on: both count.
 """
 
 from dataclasses import dataclass
@@ -66,7 +69,8 @@ class Plan:
             among those of a node.
         checkpointing: Whether activations are computed again in the backward pass.
         batch_size: Images per GPU and step.
-        memory: Bytes on each GPU by what they hold.
+        memory: Bytes on each GPU by what they hold, in the fullest moment of a step.
+        memory_without_images: Bytes on each GPU whatever the batch.
         compute_seconds: Of a step.
         communication_seconds: Of a step.
         cluster: The GPUs.
@@ -76,6 +80,7 @@ class Plan:
     checkpointing: bool
     batch_size: int
     memory: dict[str, float]
+    memory_without_images: float
     compute_seconds: float
     communication_seconds: float
     cluster: Cluster
@@ -98,33 +103,50 @@ class Plan:
         return self.batch_size * self.cluster.num_gpus / self.step_seconds
 
 
-def make_plan(cost: StepCost, cluster: Cluster, layout: str, batch_size: int, *, checkpointing: bool = False) -> Plan:
+def make_plan(
+    cost: StepCost,
+    cluster: Cluster,
+    layout: str,
+    batch_size: int,
+    *,
+    checkpointing: bool = False,
+    accumulates: bool = False,
+) -> Plan:
     """Memory and time of a layout.
+
+    Args:
+        cost: Cost of a step.
+        cluster: The GPUs.
+        layout: One of `LAYOUTS`.
+        batch_size: Images per GPU and step.
+        checkpointing: Whether activations are computed again in the backward pass.
+        accumulates: Whether gradients are summed over several batches.
 
     Raises:
         ValueError: There is no such layout.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout: there is no {layout!r}, but {', '.join(LAYOUTS)}.")
-    shards = {"ddp": 1, "hsdp": cluster.node_size, "fsdp2": cluster.num_gpus}[layout]
-    activations = cost.checkpointed_per_image if checkpointing else cost.activations_per_image
+    shards = _shards(cluster, layout)
+    gradients = FP32 * cost.num_trained / shards
+    moments = _moments(cost, shards, checkpointing=checkpointing, accumulates=accumulates)
     if layout == "ddp":
         working = {"copies": cost.copies, "buckets": FP32 * cost.num_trained if cluster.num_gpus > 1 else 0.0}
     else:
         working = {"gathered": GATHERED_LAYERS * (cluster.product_width + FP32) * cost.num_layer_parameters}
     flops = batch_size * cost.flops_per_image * (RECOMPUTED if checkpointing else 1.0)
+    fixed = {
+        "weights": FP32 * cost.num_parameters / shards,
+        "optimiser": ADAMW * cost.num_trained / shards,
+        **working,
+        "reserved": RESERVED,
+    }
     return Plan(
         layout=layout,
         checkpointing=checkpointing,
         batch_size=batch_size,
-        memory={
-            "weights": FP32 * cost.num_parameters / shards,
-            "gradients": FP32 * cost.num_trained / shards,
-            "optimiser": ADAMW * cost.num_trained / shards,
-            **working,
-            "activations": batch_size * activations,
-            "reserved": RESERVED,
-        },
+        memory={**fixed, "activations and gradients": max(held + batch_size * image for held, image in moments)},
+        memory_without_images=sum(fixed.values()) + gradients,
         compute_seconds=flops / (cluster.gpu.peak(cluster.precision) * cluster.mfu),
         communication_seconds=_communication(cost, cluster, layout),
         cluster=cluster,
@@ -150,8 +172,28 @@ def _communication(cost: StepCost, cluster: Cluster, layout: str) -> float:
     return inside + between
 
 
-def largest_batch(cost: StepCost, cluster: Cluster, layout: str, *, checkpointing: bool) -> int:
+def largest_batch(
+    cost: StepCost, cluster: Cluster, layout: str, *, checkpointing: bool, accumulates: bool = False
+) -> int:
     """Images per GPU that fit; 0 where not even one does."""
-    empty = make_plan(cost, cluster, layout, 0, checkpointing=checkpointing)
-    per_image = cost.checkpointed_per_image if checkpointing else cost.activations_per_image
-    return max(0, int((cluster.gpu.memory - empty.total_memory) // per_image))
+    empty = make_plan(cost, cluster, layout, 0, checkpointing=checkpointing, accumulates=accumulates)
+    free = cluster.gpu.memory - empty.total_memory + empty.memory["activations and gradients"]
+    moments = _moments(cost, _shards(cluster, layout), checkpointing=checkpointing, accumulates=accumulates)
+    if not empty.fits:
+        return 0
+    return int(min((free - held) // image for held, image in moments if image > 0))
+
+
+def _shards(cluster: Cluster, layout: str) -> int:
+    """Number of GPUs that weights, gradients and optimiser are divided among."""
+    return {"ddp": 1, "hsdp": cluster.node_size, "fsdp2": cluster.num_gpus}[layout]
+
+
+def _moments(cost: StepCost, shards: int, *, checkpointing: bool, accumulates: bool) -> list[tuple[float, float]]:
+    """The moments of a step that may be its fullest: bytes of gradients on a GPU, and bytes of an image."""
+    saved = cost.activations_per_image - cost.checkpointed_per_image if checkpointing else 0.0
+    gradients = FP32 * cost.num_trained
+    moments = [
+        ((gradients if accumulates else held) / shards, max(0.0, image - saved)) for held, image in cost.moments
+    ]
+    return [*moments, (gradients / shards, 0.0)]

@@ -12,7 +12,7 @@ from hf_vlm.training.build import build_config, build_encoder_config, build_proc
 from hf_vlm.training.data import view_transform
 from hf_vlm.training.meters import DTYPES
 
-__all__ = ["RecipePlan", "plan_recipe"]
+__all__ = ["RecipePlan", "input_shapes", "plan_recipe", "recipe_cost"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +43,16 @@ class RecipePlan:
         return self.num_images / plan.images_per_second
 
 
-def plan_recipe(args: VisionTrainingArguments, cluster: Cluster, *, search: bool = False) -> RecipePlan:
+def plan_recipe(
+    args: VisionTrainingArguments, cluster: Cluster, *, search: bool = False, cost: StepCost | None = None
+) -> RecipePlan:
     """Plans a recipe of pretraining.
 
     Args:
         args: The recipe; its batch is that of each GPU.
         cluster: The GPUs.
         search: Take the largest power of two that fits as batch of each plan, in place of the recipe's.
+        cost: `recipe_cost`, where it is known already.
 
     Raises:
         ValueError: The recipe is none of pretraining, or does not say how many images are seen.
@@ -58,14 +61,15 @@ def plan_recipe(args: VisionTrainingArguments, cluster: Cluster, *, search: bool
     if not issubclass(entry.model_class, SSLPreTrainedModel):
         raise ValueError(f"method: {args.method} needs labels, and plans are of pretraining alone.")
     num_images = _num_images(args, cluster.num_gpus)
-    config = build_config(args, entry)
-    cost = step_cost(entry.model_class, config, input_shapes(args), DTYPES[cluster.precision])
+    cost = cost or recipe_cost(args, cluster.precision)
     found: list[tuple[Plan, int]] = []
+    accumulates = args.gradient_accumulation_steps > 1
     for checkpointing in (False, True):
         for layout in LAYOUTS if cluster.num_gpus > 1 else LAYOUTS[:1]:
-            largest = largest_batch(cost, cluster, layout, checkpointing=checkpointing)
+            ways = {"checkpointing": checkpointing, "accumulates": accumulates}
+            largest = largest_batch(cost, cluster, layout, **ways)
             size = 2 ** (largest.bit_length() - 1) if search and largest else args.per_device_train_batch_size
-            found.append((make_plan(cost, cluster, layout, size, checkpointing=checkpointing), largest))
+            found.append((make_plan(cost, cluster, layout, size, **ways), largest))
     plans, largest_batches = zip(*found)
     return RecipePlan(
         method=args.method,
@@ -74,6 +78,12 @@ def plan_recipe(args: VisionTrainingArguments, cluster: Cluster, *, search: bool
         largest=largest_batches,
         num_images=num_images,
     )
+
+
+def recipe_cost(args: VisionTrainingArguments, precision: str) -> StepCost:
+    """Cost of a step of a recipe with products in a precision (bf16, fp16, tf32 or fp32), on any cluster."""
+    entry = find_model(args.method)
+    return step_cost(entry.model_class, build_config(args, entry), input_shapes(args), DTYPES[precision])
 
 
 def input_shapes(args: VisionTrainingArguments) -> Mapping[str, tuple[int, ...]]:

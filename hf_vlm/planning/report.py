@@ -6,7 +6,7 @@ from typing import Any
 from hf_vlm.planning.layouts import Plan
 from hf_vlm.planning.recipe import RecipePlan
 
-__all__ = ["as_dict", "as_text"]
+__all__ = ["aligned", "as_dict", "as_text", "duration"]
 
 GB = 1e9
 TITLES = ("layout", "checkpointing", "batch", "memory GB", "fits up to", "images/s", "time", "GPU hours", "MWh")
@@ -25,7 +25,7 @@ def as_text(plan: RecipePlan, price: float | None = None) -> str:
     ]
     titles = [*TITLES, *(["USD"] if price is not None else [])]
     rows = [_row(plan, one, largest, price) for one, largest in zip(plan.plans, plan.largest)]
-    lines += _aligned([titles, *rows])
+    lines += aligned([titles, *rows])
     return "\n".join([*lines, "", _advice(plan)])
 
 
@@ -39,7 +39,7 @@ def _row(plan: RecipePlan, one: Plan, largest: int, price: float | None) -> list
         f"{one.total_memory / GB:,.1f}{'' if one.fits else ' (!)'}",
         f"{largest:,}" if largest else "nothing",
         f"{one.images_per_second:,.0f}",
-        _duration(seconds),
+        duration(seconds),
         f"{hours:,.1f}",
         f"{hours * one.cluster.gpu.watts / 1e6:,.3f}",
     ]
@@ -54,17 +54,17 @@ def _advice(plan: RecipePlan) -> str:
         needed = best.images_per_second / cluster.num_gpus
         return (
             f"Fastest that fits: {best.layout}{checkpointing}, {best.batch_size} images per GPU "
-            f"({_duration(plan.seconds(best))}; {slower} decides). Reading and decoding {needed:,.0f} images per "
+            f"({duration(plan.seconds(best))}; {slower} decides). Reading and decoding {needed:,.0f} images per "
             "second for each GPU is not planned."
         )
     size, one = max(zip(plan.largest, plan.plans), key=lambda pair: pair[0])
     if size:
         checkpointing = " with activation checkpointing" if one.checkpointing else ""
         return f"Nothing fits. The nearest: {one.layout}{checkpointing} with --per_device_train_batch_size {size}."
-    short = min(plan.plans, key=lambda one: one.total_memory)
-    needed = short.total_memory - short.memory["activations"]
+    short = min(plan.plans, key=lambda one: one.memory_without_images)
     return (
-        f"Nothing fits, not even one image: {short.layout} takes {needed / GB:,.0f} GB per GPU without images. "
+        f"Nothing fits, not even one image: {short.layout} takes {short.memory_without_images / GB:,.0f} GB per GPU "
+        "without images. "
         "Take more GPUs, larger ones, or a smaller model."
     )
 
@@ -93,7 +93,8 @@ def as_dict(plan: RecipePlan) -> dict[str, Any]:
     }
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table whose columns are aligned to the right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
 
@@ -105,7 +106,8 @@ def _count(number: float) -> str:
     return f"{number:.0f}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds in the unit that suits them."""
     for size, unit in ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes")):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"

@@ -5,13 +5,16 @@ forward and backward run under torch's `FakeTensorMode`, which knows shapes alon
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
 
@@ -35,6 +38,8 @@ class StepCost:
         activations_per_image: What is kept of an image for the backward pass.
         checkpointed_per_image: The same with activation checkpointing: what enters each layer, and one whole layer.
         copies: What is kept for the backward pass whatever the number of images: weights in another precision.
+        moments: The moments of a step that may be its fullest: bytes of the gradients of weights, which grow in the
+            backward pass, and all bytes of an image, which shrink.
     """
 
     num_parameters: int
@@ -44,6 +49,7 @@ class StepCost:
     activations_per_image: float
     checkpointed_per_image: float
     copies: float
+    moments: tuple[tuple[float, float], ...]
 
 
 @dataclass
@@ -51,11 +57,10 @@ class SavedTensors:
     """Counts the bytes that autograd keeps for the backward pass, each storage once.
 
     Attributes:
-        known: Storages that are counted elsewhere: those of the weights. Kept alive, or their addresses would be given
-            to others.
+        known: Addresses of the storages that are not to be counted, at first those of the weights.
     """
 
-    known: dict[int, Any]
+    known: set[int]
     total: int = 0
     in_layers: int = 0
     into_layers: int = 0
@@ -66,7 +71,8 @@ class SavedTensors:
     def pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in self.known:
-            self.known[storage._cdata] = storage
+            self.known.add(storage._cdata)
+            weakref.finalize(storage, self.known.discard, storage._cdata)  # another may get the address
             self.total += storage.nbytes()
             self.in_layers += storage.nbytes() if self.depth else 0
         return tensor
@@ -97,6 +103,52 @@ class SavedTensors:
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+class LiveTensors(TorchDispatchMode):
+    """Notes when each storage is allocated and freed, within the context and after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+        self.changes: list[tuple[int, bool]] = []  # number of a storage, whether it is allocated or freed
+        self._alive: dict[int, int] = {}  # number of each storage by its address
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor):
+                self._note(tensor.untyped_storage())
+        return output
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata not in self._alive:
+            self._alive[storage._cdata] = len(self.sizes)
+            self.changes.append((len(self.sizes), True))
+            self.sizes.append(storage.nbytes())
+            weakref.finalize(storage, self._free, storage._cdata)
+
+    def _free(self, address: int) -> None:
+        self.changes.append((self._alive.pop(address), False))
+
+    def timeline(self, kept: Collection[Tensor]) -> list[tuple[int, int]]:
+        """Bytes that are there after each change: of tensors that are kept at the end, and of all others."""
+        numbers = {self._alive.get(tensor.untyped_storage()._cdata) for tensor in kept}
+        found, sums = [], [0, 0]
+        for number, is_allocated in self.changes:
+            sums[number not in numbers] += self.sizes[number] if is_allocated else -self.sizes[number]
+            found.append((sums[0], sums[1]))
+        return found
+
+
+def fullest_moments(fewer: list[tuple[int, int]], more: list[tuple[int, int]]) -> tuple[tuple[float, float], ...]:
+    """The moments of a step, by timelines of two batches of `BATCHES` images, that are not below another in both."""
+    per_image = [(b[1] - a[1]) / (BATCHES[1] - BATCHES[0]) for a, b in zip(fewer, more, strict=True)]
+    moments: list[tuple[float, float]] = []
+    for (gradients, _), size in sorted(zip(more, per_image), key=lambda moment: (-moment[1], -moment[0][0])):
+        if not moments or gradients > moments[-1][0]:
+            moments.append((gradients, size))
+    return tuple(moments)
 
 
 def repeated_layers(model: nn.Module) -> list[nn.Module]:
@@ -142,7 +194,7 @@ def step_cost(
     mode = FakeTensorMode()
     model = fake_model(model_class, config, mode)
     found = [_run(model, shapes, num_images, mode, dtype) for num_images in BATCHES]
-    (fewer_flops, fewer), (more_flops, more) = found
+    (fewer_flops, fewer, fewer_timeline), (more_flops, more, more_timeline) = found
     added = BATCHES[1] - BATCHES[0]
     per_image = (more.total - fewer.total) / added
     layers = repeated_layers(model)
@@ -154,6 +206,7 @@ def step_cost(
         activations_per_image=per_image,
         checkpointed_per_image=(more.checkpointed - fewer.checkpointed) / added,
         copies=max(0.0, fewer.total - per_image * BATCHES[0]),
+        moments=fullest_moments(fewer_timeline, more_timeline),
     )
 
 
@@ -163,22 +216,24 @@ def _run(
     num_images: int,
     mode: FakeTensorMode,
     dtype: torch.dtype,
-) -> tuple[int, SavedTensors]:
-    """FLOPs and saved tensors of a step on a batch."""
-    saved = SavedTensors({weight.untyped_storage()._cdata: weight for weight in model.parameters()})
-    counter = FlopCounter()
+) -> tuple[int, SavedTensors, list[tuple[int, int]]]:
+    """FLOPs and saved tensors of a step on a batch, and its timeline of gradients and all else beside the weights."""
+    saved = SavedTensors({weight.untyped_storage()._cdata for weight in model.parameters()})
+    counter, live = FlopCounter(), LiveTensors()
     torch.manual_seed(0)  # masks of sampled sizes are the same in each batch
     with mode:
-        batch = {name: torch.empty(num_images, *shape) for name, shape in shapes.items()}
+        with live:
+            batch = {name: torch.empty(num_images, *shape) for name, shape in shapes.items()}
         autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
         try:
-            with counter, saved.watching(model), autocast:
+            with counter, live, saved.watching(model), autocast:
                 model(**batch).loss.backward()
         except Exception as error:  # whatever an operation says that needs values
             raise ValueError(
                 f"A step of {type(model).__name__} cannot be planned without values: {error!r}"
             ) from error
+    timeline = live.timeline([weight.grad for weight in model.parameters() if weight.grad is not None])
     model.zero_grad()
     if counter.problem:
         raise ValueError(f"A step of {type(model).__name__} cannot be planned: {counter.problem}")
-    return counter.get_total_flops(), saved
+    return counter.get_total_flops(), saved, timeline

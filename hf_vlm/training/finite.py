@@ -56,7 +56,8 @@ def not_finite_weights(model: nn.Module) -> list[str]:
     weights = dict(_saved_weights(model))
     if not weights:
         return []
-    finite = torch.stack([weight.isfinite().all() for weight in weights.values()]).tolist()
+    device = next(iter(weights.values())).device  # weights that FSDP offloads are on the CPU, but buffers are not
+    finite = torch.stack([weight.isfinite().all().to(device) for weight in weights.values()]).tolist()
     return [name for name, is_finite in zip(weights, finite) if not is_finite]
 
 

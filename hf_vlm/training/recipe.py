@@ -16,9 +16,18 @@ from hf_vlm.registry import find_model
 from hf_vlm.training.arguments import VisionTrainingArguments
 from hf_vlm.training.build import REGULARISATION
 
-__all__ = ["COMMAND_LINE", "check_recipe", "find_recipe", "load_recipe", "parse_arguments", "shipped_folder"]
+__all__ = [
+    "COMMAND_LINE",
+    "LAUNCHERS",
+    "check_recipe",
+    "find_recipe",
+    "load_recipe",
+    "parse_arguments",
+    "shipped_folder",
+]
 
 COMMAND_LINE = "the command line"  # the place of a key, for messages
+LAUNCHERS = ("accelerate", "launch")  # folders of recipes/ with files of launchers
 RUN_LENGTHS = ("max_steps", "images_to_see", "budget")
 RENAMED_KEYS = {"data_kind": "format", "max_bad_share": "max_bad_fraction"}  # in recipes of version 0.1
 
@@ -95,7 +104,7 @@ def find_recipe(path: str | Path) -> Path:
     for candidate in (path, shipped / path, shipped.parent / path):
         if candidate.is_file():
             return candidate
-    known = sorted(str(p.relative_to(shipped)) for p in shipped.glob("*/*.yaml") if p.parent.name != "accelerate")
+    known = sorted(str(p.relative_to(shipped)) for p in shipped.glob("*/*.yaml") if p.parent.name not in LAUNCHERS)
     raise ValueError(f"There is no recipe {path}. Give a YAML file or one of: {', '.join(known)}.")
 
 

@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import yaml
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
@@ -76,6 +77,8 @@ class RunRecord:
             "batch_size": args.total_batch_size,
             "scaled_learning_rate": args.scaled_learning_rate,
             "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {args.n_gpu} GPUs, {args.world_size} ranks",
+            "device": torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type,
+            "num_processes": args.world_size,
             "metrics": {},
         }
 

@@ -28,6 +28,7 @@ from hf_vlm.training.checkpoints import check_run_folder, last_checkpoint, verif
 from hf_vlm.training.console import ConsoleLog
 from hf_vlm.training.data_state import load_data_state, save_data_state
 from hf_vlm.training.finite import check_before_saving, check_metrics
+from hf_vlm.training.layout import check_layout
 from hf_vlm.training.lock import LOCK_FILE
 from hf_vlm.training.lora import LORA_FILE
 from hf_vlm.training.meters import ThroughputMeter
@@ -80,6 +81,7 @@ class VisionTrainer(AveragingTrainer):
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
+        check_layout(self.model, self.accelerator)
         self.evaluator = evaluator
         self.on_save = on_save
         self.render = render
@@ -311,7 +313,8 @@ class VisionTrainer(AveragingTrainer):
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         """The model's loss; scalar parts of its output are summed on the device and logged as means."""
-        self._throughput.count(self.model, inputs)  # here, where inputs are ready and autocast is on
+        if not self.is_deepspeed_enabled:  # it takes every backward pass for one of the step
+            self._throughput.count(self.model, inputs)  # here, where inputs are ready and autocast is on
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         parts = {name: value for name, value in outputs.items() if name != "loss" and _is_scalar(value)}
         for name, value in {**parts, **(outputs.get("loss_dict") or {})}.items():

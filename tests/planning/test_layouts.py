@@ -18,17 +18,18 @@ COST = StepCost(
     activations_per_image=1e9,
     checkpointed_per_image=1e8,
     copies=4e9,
+    moments=((0.0, 1e9), (3e9, 0.9e9), (6e9, 0.2e9)),
 )
 CLUSTER = Cluster(gpu=GPUS["h100"], num_gpus=32, gpus_per_node=8, network=50e9, mfu=0.5)
 
 
 def memory(layout, **changes):
-    plan = make_plan(COST, dataclasses.replace(CLUSTER, **changes), layout, 10)
+    plan = make_plan(COST, dataclasses.replace(CLUSTER, **changes), layout, 10, accumulates=True)
     return {name: round(value / 1e9, 6) for name, value in plan.memory.items() if name != "reserved"}
 
 
 def test_ddp_holds_everything_on_every_gpu():
-    held = {"weights": 12.0, "gradients": 8.0, "optimiser": 16.0, "copies": 4.0, "buckets": 8.0, "activations": 10.0}
+    held = {"weights": 12.0, "optimiser": 16.0, "copies": 4.0, "buckets": 8.0, "activations and gradients": 18.0}
     assert memory("ddp") == held
     assert memory("ddp", num_gpus=1) == {**held, "buckets": 0.0}
 
@@ -37,10 +38,9 @@ def test_ddp_holds_everything_on_every_gpu():
 def test_sharded_layouts_divide_all_but_the_layers_at_work(layout, shards):
     assert memory(layout) == {
         "weights": round(12 / shards, 6),
-        "gradients": round(8 / shards, 6),
         "optimiser": round(16 / shards, 6),
         "gathered": 0.6,  # two layers of 50 M weights: bfloat16 weights and float32 gradients
-        "activations": 10.0,
+        "activations and gradients": round(10 + 8 / shards, 6),
     }
 
 
@@ -62,11 +62,21 @@ def test_the_slower_of_computing_and_communication_decides():
     assert checkpointed.compute_seconds == pytest.approx(many.compute_seconds * 4 / 3)
 
 
+@pytest.mark.parametrize(("images", "passes"), [(1, 8.0), (5, 8.0), (8, 3 + 7.2), (40, 40.0)])
+def test_gradients_come_while_activations_go(images, passes):
+    plan = make_plan(COST, CLUSTER, "ddp", images)
+    assert plan.memory["activations and gradients"] == passes * 1e9
+    assert plan.memory_without_images == pytest.approx((12 + 16 + 4 + 8 + 8 + 2) * 1e9)  # and what is reserved
+
+
+@pytest.mark.parametrize("accumulates", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_largest_batch_is_the_last_that_fits(checkpointing):
-    size = largest_batch(COST, CLUSTER, "fsdp2", checkpointing=checkpointing)
-    assert make_plan(COST, CLUSTER, "fsdp2", size, checkpointing=checkpointing).fits
-    assert not make_plan(COST, CLUSTER, "fsdp2", size + 1, checkpointing=checkpointing).fits
+def test_the_largest_batch_is_the_last_that_fits(checkpointing, accumulates):
+    ways = {"checkpointing": checkpointing, "accumulates": accumulates}
+    for layout in LAYOUTS:
+        size = largest_batch(COST, CLUSTER, layout, **ways)
+        assert make_plan(COST, CLUSTER, layout, size, **ways).fits
+        assert not make_plan(COST, CLUSTER, layout, size + 1, **ways).fits
     small = dataclasses.replace(CLUSTER, gpu=GPUS["t4"], precision="fp16")
     assert largest_batch(COST, small, "ddp", checkpointing=checkpointing) == 0
 

@@ -9,7 +9,7 @@ from tiny import PRETRAINING, TINY, batch, build, config_fields, slow_but
 from hf_vlm.models.configuration_vlm_vit import PRESETS, VLMViTConfig
 from hf_vlm.models.modeling_mae import MAEConfig, MAEForPreTraining
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
-from hf_vlm.planning.step import SavedTensors, step_cost
+from hf_vlm.planning.step import LiveTensors, SavedTensors, fullest_moments, step_cost
 from hf_vlm.registry import find_model
 from hf_vlm.training.meters import FlopCounter
 
@@ -18,11 +18,13 @@ PLANNED = [name for name in PRETRAINING if TINY[name].frozen is None and name no
 
 
 def real_step(model, inputs):
-    """FLOPs, and bytes that are kept for the backward pass, of a step with values."""
-    saved = SavedTensors({weight.untyped_storage()._cdata: weight for weight in model.parameters()})
-    with FlopCounter() as counter, saved.watching(model):
+    """FLOPs, bytes that are kept for the backward pass, and the timeline of bytes, of a step with values."""
+    saved = SavedTensors({weight.untyped_storage()._cdata for weight in model.parameters()})
+    with FlopCounter() as counter, LiveTensors() as live, saved.watching(model):
         model(**inputs).loss.backward()
-    return counter.get_total_flops(), saved
+    timeline = live.timeline([weight.grad for weight in model.parameters() if weight.grad is not None])
+    model.zero_grad()
+    return counter.get_total_flops(), saved, timeline
 
 
 @pytest.mark.parametrize("name", PLANNED)
@@ -32,9 +34,16 @@ def test_flops_and_activations_are_those_of_a_real_step(name, tmp_path):
     shapes = {key: tuple(value.shape[1:]) for key, value in batch(name, 1, with_choices=False).items()}
     cost = step_cost(entry.model_class, config, shapes, torch.float32)
     model = build(name)
-    (few_flops, few), (many_flops, many) = (real_step(model, batch(name, size, with_choices=False)) for size in (2, 4))
+    (few_flops, few, few_timeline), (many_flops, many, many_timeline) = (
+        real_step(model, batch(name, size, with_choices=False)) for size in (2, 4)
+    )
     assert cost.flops_per_image == pytest.approx((many_flops - few_flops) / 2, rel=1e-6)
     assert cost.activations_per_image == pytest.approx((many.total - few.total) / 2, rel=1e-6)
+    moments = fullest_moments(few_timeline, many_timeline)
+    if name.startswith("mae"):  # a real step frees its targets later
+        assert cost.moments[0] == pytest.approx(moments[0], rel=0.1)
+    else:
+        assert cost.moments == tuple(pytest.approx(moment, rel=1e-6) for moment in moments)
     assert cost.checkpointed_per_image < cost.activations_per_image
     assert cost.num_parameters == sum(p.numel() for p in model.parameters())
     assert cost.num_trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -45,7 +54,7 @@ def test_activation_checkpointing_keeps_what_was_planned():
     backbone = {"image_size": 64, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 2}
     model = build("simclr", backbone=backbone)
     images = torch.randn(4, 2, 3, 64, 64)
-    _, saved = real_step(model, {"pixel_values": images})
+    _, saved, _ = real_step(model, {"pixel_values": images})
     kept = []
 
     def pack(tensor):

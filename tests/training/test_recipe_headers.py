@@ -13,9 +13,9 @@ from hf_vlm.data.transforms.segmentation import SegmentationSettings
 from hf_vlm.data.transforms.views import ViewSettings
 from hf_vlm.registry import find_model
 from hf_vlm.training.build import build_config
-from hf_vlm.training.recipe import load_recipe, parse_arguments, parse_overrides, shipped_folder
+from hf_vlm.training.recipe import LAUNCHERS, load_recipe, parse_arguments, parse_overrides, shipped_folder
 
-RECIPES = [path for path in sorted(shipped_folder("recipes").glob("*/*.yaml")) if path.parent.name != "accelerate"]
+RECIPES = [path for path in sorted(shipped_folder("recipes").glob("*/*.yaml")) if path.parent.name not in LAUNCHERS]
 WINDOWS = {
     "detection": DetectionSettings,
     "instance_segmentation": DetectionSettings,
