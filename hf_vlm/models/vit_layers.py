@@ -13,6 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_vlm_vit import VLMViTConfig
+from .expert_layers import VLMViTSparseMLP
 from .packing import Packing
 from .stochastic_depth import StochasticDepth
 
@@ -138,14 +139,6 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
-class SelfInitialised(nn.Module):
-    """A layer with an initialisation of its own, which `_init_weights` calls in place of that by the configuration."""
-
-    def init_parameters(self) -> None:
-        """Initialises the layer's own parameters."""
-        raise NotImplementedError
-
-
 def build_norm(config: VLMViTConfig, size: int) -> nn.Module:
     """The normalisation layer that the configuration names."""
     norm_class = nn.RMSNorm if config.norm_type == "rmsnorm" else nn.LayerNorm
@@ -252,9 +245,14 @@ class VLMViTLayer(GradientCheckpointingLayer):
 
     Its tokens attend to themselves, or to a `context` (batch, context, dim), which is not changed: where only some
     tokens are needed after a layer, only these are given, with all of them as their context.
+
+    Args:
+        config: Shape of the layer.
+        drop_path_rate: Rate of stochastic depth.
+        is_sparse: Whether the MLP is a mixture of experts.
     """
 
-    def __init__(self, config: VLMViTConfig, drop_path_rate: float = 0.0):
+    def __init__(self, config: VLMViTConfig, drop_path_rate: float = 0.0, is_sparse: bool = False):
         super().__init__()
         size, scale = config.hidden_size, config.layerscale_value
         self.residual = StochasticDepth(drop_path_rate)
@@ -262,7 +260,7 @@ class VLMViTLayer(GradientCheckpointingLayer):
         self.attention = VLMViTAttention(config)
         self.layer_scale1 = nn.Identity() if scale is None else LayerScale(size, scale)
         self.norm2 = build_norm(config, size)
-        self.mlp = VLMViTMLP(config)
+        self.mlp = (VLMViTSparseMLP if is_sparse else VLMViTMLP)(config)
         self.layer_scale2 = nn.Identity() if scale is None else LayerScale(size, scale)
 
     def forward(
@@ -287,12 +285,20 @@ class VLMViTLayer(GradientCheckpointingLayer):
         return self.layer_scale2(self.mlp(self.norm2(states)))
 
 
+def build_layers(config: VLMViTConfig) -> nn.ModuleList:
+    """The layers of a configuration, those of `sparse_layer_indices` with experts."""
+    sparse = config.sparse_layer_indices
+    return nn.ModuleList(
+        [VLMViTLayer(config, rate, is_sparse=index in sparse) for index, rate in enumerate(config.drop_path_rates)]
+    )
+
+
 __all__ = [
     "LayerScale",
     "Positions",
-    "SelfInitialised",
     "VLMViTAttention",
     "VLMViTLayer",
+    "build_layers",
     "build_norm",
     "eager_attention_forward",
     "gather_patches",

@@ -12,14 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from transformers.integrations.moe import ExpertsInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
 
+from hf_vlm.models.expert_layers import num_inactive_parameters
 from hf_vlm.training.meters import FlopCounter
 
 __all__ = ["StepCost", "fake_model", "step_cost"]
 
 CPU = torch.device("cpu")  # has a kernel for every operation; none runs
+SHAPES_ALONE = "shapes_alone"  # name of `experts_by_shape` among transformers' implementations of experts
 BATCHES = (2, 4)  # sizes of the batches that are tried: what differs is of the images, the rest is of the step
 
 
@@ -30,6 +33,7 @@ class StepCost:
     Attributes:
         num_parameters: Number of all weights, those of a teacher too.
         num_trained: Number of those that are trained.
+        num_active: Number of those that a token passes: without the experts that are not chosen for it.
         num_layer_parameters: Number of weights of the largest layer that repeats.
         flops_per_image: FLOPs of forward and backward, two per multiply-add, of an image with all its views.
         activations_per_image: What is kept of an image for the backward pass.
@@ -39,6 +43,7 @@ class StepCost:
 
     num_parameters: int
     num_trained: int
+    num_active: int
     num_layer_parameters: int
     flops_per_image: float
     activations_per_image: float
@@ -125,6 +130,19 @@ def fake_model(model_class: type[PreTrainedModel], config: Any, mode: FakeTensor
     return model.train()
 
 
+def experts_by_shape(experts: Any, tokens: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Experts at the cost of grouped products, which have no shapes in float32: all rows pass the first expert."""
+    choices = top_k_index.shape[-1]
+    rows = tokens[top_k_index.flatten() // choices]  # (tokens x choices, dim)
+    inner = rows @ experts.get_parameter(experts.first)[0].T + experts.get_parameter(f"{experts.first}_bias")[0]
+    inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
+    outputs = (inner @ experts.down_proj[0].T + experts.down_proj_bias[0]) * top_k_weights.reshape(-1, 1)
+    return outputs.unflatten(0, (-1, choices)).sum(dim=1).to(tokens.dtype)
+
+
+ExpertsInterface.register(SHAPES_ALONE, experts_by_shape)
+
+
 def step_cost(
     model_class: type[PreTrainedModel], config: Any, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
 ) -> StepCost:
@@ -141,14 +159,17 @@ def step_cost(
     """
     mode = FakeTensorMode()
     model = fake_model(model_class, config, mode)
+    model.set_experts_implementation(SHAPES_ALONE)
     found = [_run(model, shapes, num_images, mode, dtype) for num_images in BATCHES]
     (fewer_flops, fewer), (more_flops, more) = found
     added = BATCHES[1] - BATCHES[0]
     per_image = (more.total - fewer.total) / added
     layers = repeated_layers(model)
+    num_parameters = sum(p.numel() for p in model.parameters())
     return StepCost(
-        num_parameters=sum(p.numel() for p in model.parameters()),
+        num_parameters=num_parameters,
         num_trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        num_active=num_parameters - num_inactive_parameters(model),
         num_layer_parameters=max((sum(p.numel() for p in layer.parameters()) for layer in layers), default=0),
         flops_per_image=(more_flops - fewer_flops) / added,
         activations_per_image=per_image,
