@@ -186,6 +186,11 @@ class VLMViTSparseMLP(nn.Module):
         self.router = VLMViTRouter(config)
         self.experts = (VLMViTGatedExperts if config.use_gated_mlp else VLMViTExperts)(config)
 
+    @property
+    def output_weight(self) -> Tensor:
+        """Weights (experts, dim, inner) of the last layers."""
+        return self.experts.down_proj
+
     def forward(self, hidden_states: Tensor) -> Tensor:
         tokens = hidden_states.flatten(0, -2)  # (all tokens, dim)
         weights, index, routing = self.router(tokens)

@@ -26,6 +26,7 @@ from .vit_layers import (
     VLMViTLayer,
     build_layers,
     build_norm,
+    check_pixel_values,
     gather_patches,
     interpolate_positions,
     patch_grid,
@@ -167,20 +168,6 @@ class VLMViTPreTrainedModel(PreTrainedModel):
         for name in TOKENS:
             if name in module._parameters:
                 init.trunc_normal_(getattr(module, name), std=std or SMALL_STD)
-
-
-def check_pixel_values(pixel_values: Tensor, config: VLMViTConfig) -> None:
-    """ValueError when images are not (batch, num_channels, height, width) with sides divisible by the patch."""
-    shape = tuple(pixel_values.shape)
-    if len(shape) != 4 or shape[1] != config.num_channels:
-        raise ValueError(f"pixel_values must be (batch, {config.num_channels}, height, width), but are {shape}.")
-    for size, patch, side in zip(shape[2:], config.patch_hw, ("height", "width")):
-        if size % patch:
-            below = size // patch * patch
-            raise ValueError(
-                f"Image {side} {size} is not a multiple of the patch {side} {patch}: resize images to {below} or "
-                f"{below + patch} pixels."
-            )
 
 
 class _Encoder(VLMViTPreTrainedModel):

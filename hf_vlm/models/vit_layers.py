@@ -25,6 +25,20 @@ def patch_grid(pixel_values: Tensor, patch_hw: tuple[int, int]) -> tuple[int, in
     return pixel_values.shape[-2] // patch_hw[0], pixel_values.shape[-1] // patch_hw[1]
 
 
+def check_pixel_values(pixel_values: Tensor, config: VLMViTConfig) -> None:
+    """ValueError when images are not (batch, num_channels, height, width) with sides divisible by the patch."""
+    shape = tuple(pixel_values.shape)
+    if len(shape) != 4 or shape[1] != config.num_channels:
+        raise ValueError(f"pixel_values must be (batch, {config.num_channels}, height, width), but are {shape}.")
+    for size, patch, side in zip(shape[2:], config.patch_hw, ("height", "width")):
+        if size % patch:
+            below = size // patch * patch
+            raise ValueError(
+                f"Image {side} {size} is not a multiple of the patch {side} {patch}: resize images to {below} or "
+                f"{below + patch} pixels."
+            )
+
+
 def patchify(pixel_values: Tensor, patch_hw: tuple[int, int]) -> Tensor:
     """Cuts images (batch, channels, height, width) into patches (batch, patches, channels x patch h x patch w).
 
@@ -222,6 +236,11 @@ class VLMViTMLP(nn.Module):
         self.down_projection = nn.Linear(config.intermediate_size, config.hidden_size)
         self.use_gate = config.use_gated_mlp
 
+    @property
+    def output_weight(self) -> Tensor:
+        """Weights (dim, inner) of the last layer."""
+        return self.down_projection.weight
+
     def forward(self, hidden_states: Tensor) -> Tensor:
         up = self.up_projection(hidden_states)
         inner = self.activation(self.gate_projection(hidden_states)) * up if self.use_gate else self.activation(up)
@@ -300,6 +319,7 @@ __all__ = [
     "VLMViTLayer",
     "build_layers",
     "build_norm",
+    "check_pixel_values",
     "eager_attention_forward",
     "gather_patches",
     "gather_tokens",

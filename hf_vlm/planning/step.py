@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from transformers.integrations.moe import ExpertsInterface
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
 
@@ -22,7 +22,6 @@ from hf_vlm.training.meters import FlopCounter
 __all__ = ["StepCost", "fake_model", "step_cost"]
 
 CPU = torch.device("cpu")  # has a kernel for every operation; none runs
-SHAPES_ALONE = "shapes_alone"  # name of `experts_by_shape` among transformers' implementations of experts
 BATCHES = (2, 4)  # sizes of the batches that are tried: what differs is of the images, the rest is of the step
 
 
@@ -130,17 +129,15 @@ def fake_model(model_class: type[PreTrainedModel], config: Any, mode: FakeTensor
     return model.train()
 
 
-def experts_by_shape(experts: Any, tokens: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Experts at the cost of grouped products, which have no shapes in float32: all rows pass the first expert."""
-    choices = top_k_index.shape[-1]
-    rows = tokens[top_k_index.flatten() // choices]  # (tokens x choices, dim)
-    inner = rows @ experts.get_parameter(experts.first)[0].T + experts.get_parameter(f"{experts.first}_bias")[0]
-    inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
-    outputs = (inner @ experts.down_proj[0].T + experts.down_proj_bias[0]) * top_k_weights.reshape(-1, 1)
-    return outputs.unflatten(0, (-1, choices)).sum(dim=1).to(tokens.dtype)
+class GroupedProducts(TorchDispatchMode):
+    """Products of experts, which torch gives shapes in bfloat16 alone."""
 
-
-ExpertsInterface.register(SHAPES_ALONE, experts_by_shape)
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is not torch.ops.aten._grouped_mm.default:
+            return function(*args, **(kwargs or {}))
+        first, second, offsets = *args, *(kwargs or {}).values()
+        groups = offsets.shape if first.ndim == second.ndim == 2 else ()
+        return first.new_empty(*groups, first.shape[-2], second.shape[-1])
 
 
 def step_cost(
@@ -159,7 +156,6 @@ def step_cost(
     """
     mode = FakeTensorMode()
     model = fake_model(model_class, config, mode)
-    model.set_experts_implementation(SHAPES_ALONE)
     found = [_run(model, shapes, num_images, mode, dtype) for num_images in BATCHES]
     (fewer_flops, fewer), (more_flops, more) = found
     added = BATCHES[1] - BATCHES[0]
@@ -189,7 +185,7 @@ def _run(
     saved = SavedTensors({weight.untyped_storage()._cdata: weight for weight in model.parameters()})
     counter = FlopCounter()
     torch.manual_seed(0)  # masks of sampled sizes are the same in each batch
-    with mode:
+    with mode, GroupedProducts():
         batch = {name: torch.empty(num_images, *shape) for name, shape in shapes.items()}
         autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
         try:

@@ -129,6 +129,15 @@ SIGNS: tuple[Sign, ...] = (
         level=5e-4,
         advice="Lower the teacher's temperature (0.04 is usual), or centre less; lower the learning rate.",
     ),
+    Sign(
+        name="a router sends nearly all tokens to few experts",
+        metric="expert_load_entropy",
+        shown=("expert_load_max", "expert_load_min"),
+        fall=1 / 2,
+        level=0.3,
+        matters_from=0.6,
+        advice="Raise router_aux_loss_coef or router_noise (1.0 is usual) in encoder_config; lower the learning rate.",
+    ),
 )
 
 

@@ -312,8 +312,8 @@ class VisionTrainer(AveragingTrainer):
         self._throughput.count(self.model, inputs)  # here, where inputs are ready and autocast is on
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         parts = {name: value for name, value in outputs.items() if name != "loss" and _is_scalar(value)}
-        of_routers = getattr(self.model, "router_metrics", {})
-        for name, value in {**parts, **(outputs.get("loss_dict") or {}), **of_routers}.items():
+        parts |= {**(outputs.get("loss_dict") or {}), **getattr(self.model, "router_metrics", {})}
+        for name, value in parts.items():
             self._part_sums[name] += value.detach()
         self._num_parts += 1
         return (loss, outputs) if return_outputs else loss
