@@ -16,6 +16,7 @@ from torch.func import functional_call
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import use_experts_implementation
+from transformers.utils.generic import maybe_autocast
 
 from .configuration_vlm_vit import VLMViTConfig
 from .self_initialised import SelfInitialised
@@ -125,7 +126,7 @@ class VLMViTRouter(SelfInitialised):
         """Weights and indices (tokens, choices) of experts of tokens (tokens, dim), and, where trained, a record."""
         is_trained = self.training and self.weight.requires_grad
         config, dtype = self.config, torch.promote_types(hidden_states.dtype, torch.float32)
-        with torch.autocast(hidden_states.device.type, enabled=False):
+        with maybe_autocast(hidden_states.device.type, enabled=False):
             logits = F.linear(hidden_states.to(dtype), self.weight.to(dtype))  # (tokens, experts)
         noisy = logits
         if is_trained and config.router_noise:
@@ -200,7 +201,7 @@ class VLMViTSparseMLP(nn.Module):
 
     def _apply_experts(self, tokens: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         device = tokens.device.type
-        if not torch.is_autocast_enabled(device):
+        if device == "meta" or not torch.is_autocast_enabled(device):
             return self.experts(tokens, index, weights)
         # Autocast does not know grouped products: they would be computed in the precision of the weights.
         dtype = torch.get_autocast_dtype(device)
