@@ -113,7 +113,7 @@ def findings(figure, values, *, num_steps=100, **others):
         ("teacher_marginal_entropy", [0.9, 0.7, 0.5, 0.31, 0.29], "the same prototype"),
         ("teacher_entropy", [0.9, 0.95, 0.985, 0.997, 0.998], "no prototype"),
         ("loss", [0.7, 1.0, 0.1, 0.006, 0.0049], "vanished"),
-        ("expert_load_entropy", [0.5, 0.95, 0.8, 0.5, 0.4], "few experts"),
+        ("expert_load_entropy", [0.5, 0.95, 0.7, 0.33, 0.3], "few experts"),
     ],
 )
 def test_a_fall_is_told_when_it_is_deep(figure, values, words):

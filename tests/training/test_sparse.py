@@ -51,3 +51,13 @@ def test_a_recipe_that_asks_for_experts_upcycles_a_dense_encoder(make_recipe, de
     again = make_recipe("mae", encoder=str(tmp_path / "mae"), encoder_config={"num_experts": 8})
     with pytest.raises(ValueError, match="num_experts: its weights have 4, the recipe asks for 8"):
         load_encoder(parse_arguments(again))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("balances", [True, False])
+def test_collapsed_routing_raises_the_alarm(make_recipe, caplog, balances):
+    fields = {"num_experts": 8} | ({} if balances else {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0})
+    longer = {"max_steps": 80, "per_device_train_batch_size": 8, "learning_rate": 3e-3, "warmup_steps": 0.1}
+    encoder = ENCODER | {"position_embedding_type": "sincos"} | fields
+    pretrain(make_recipe("simclr", **longer, encoder_config=encoder, num_train_examples=64, logging_steps=8))
+    assert ("a router sends nearly all tokens to few experts" in caplog.text) != balances
