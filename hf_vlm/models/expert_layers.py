@@ -103,6 +103,11 @@ class VLMViTExperts(SelfInitialised):
             output = output.index_add(0, token, (update * top_k_weights[token, choice, None]).to(output.dtype))
         return output
 
+    def _apply_gate(self, inner: Tensor) -> Tensor:
+        """Values (rows, inner) of gated experts, from both halves of their first projection (rows, 2 x inner)."""
+        gate, values = inner.chunk(2, dim=-1)
+        return self.act_fn(gate) * values
+
 
 @use_experts_implementation(has_gate=True, has_bias=True)
 class VLMViTGatedExperts(VLMViTExperts):

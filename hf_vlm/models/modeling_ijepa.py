@@ -140,7 +140,8 @@ class IJEPAForPreTraining(TeacherMixin, SSLPreTrainedModel):
         """
         for layers in (self.backbone.layers, self.predictor.layers):
             for depth, layer in enumerate(layers, start=1):
-                for weight in (layer.attention.projection.weight, layer.mlp.output_weight):
+                weights: Any = layer.output_weights
+                for weight in weights:
                     init.copy_(weight, weight / math.sqrt(2 * depth))
 
     @returns_loss

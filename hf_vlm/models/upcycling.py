@@ -33,10 +33,11 @@ def upcycle(encoder: VLMViTModel, **fields: Any) -> VLMViTModel:
     state = encoder.state_dict()
     for index in config.sparse_layer_indices:
         prefix = f"layers.{index}.mlp."
-        experts = expert_weights(encoder.layers[index].mlp, config.num_experts)
+        mlp: Any = encoder.layers[index].mlp
+        experts = expert_weights(mlp, config.num_experts)
         state = {name: value for name, value in state.items() if not name.startswith(prefix)}
         state |= {f"{prefix}experts.{name}": value for name, value in experts.items()}
-        state[f"{prefix}router.weight"] = sparse.layers[index].mlp.router.weight
+        state[f"{prefix}router.weight"] = sparse.get_parameter(f"{prefix}router.weight")
     sparse.load_state_dict(state)
     return sparse.to(encoder.device, encoder.dtype).train(encoder.training)
 

@@ -282,6 +282,11 @@ class VLMViTLayer(GradientCheckpointingLayer):
         self.mlp = (VLMViTSparseMLP if is_sparse else VLMViTMLP)(config)
         self.layer_scale2 = nn.Identity() if scale is None else LayerScale(size, scale)
 
+    @property
+    def output_weights(self) -> tuple[Tensor, Tensor]:
+        """Weights of the layers whose outputs are added to the tokens."""
+        return self.attention.projection.weight, self.mlp.output_weight
+
     def forward(
         self,
         hidden_states: Tensor,

@@ -132,10 +132,13 @@ def fake_model(model_class: type[PreTrainedModel], config: Any, mode: FakeTensor
 class GroupedProducts(TorchDispatchMode):
     """Products of experts, which torch gives shapes in bfloat16 alone."""
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if function is not torch.ops.aten._grouped_mm.default:
             return function(*args, **(kwargs or {}))
-        first, second, offsets = *args, *(kwargs or {}).values()
+        operands = [*args, *(kwargs or {}).values()]
+        first, second, offsets = operands
         groups = offsets.shape if first.ndim == second.ndim == 2 else ()
         return first.new_empty(*groups, first.shape[-2], second.shape[-1])
 
