@@ -1,7 +1,12 @@
 """Runs with a sparse encoder: started from a dense one, logged, watched."""
 
+import copy
+
 import pytest
 import torch
+from tiny import build
+from torch.utils.data import SequentialSampler
+from transformers import Trainer, TrainingArguments
 
 from hf_vlm.features.loading import load_model
 from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
@@ -51,6 +56,29 @@ def test_a_recipe_that_asks_for_experts_upcycles_a_dense_encoder(make_recipe, de
     again = make_recipe("mae", encoder=str(tmp_path / "mae"), encoder_config={"num_experts": 8})
     with pytest.raises(ValueError, match="num_experts: its weights have 4, the recipe asks for 8"):
         load_encoder(parse_arguments(again))
+
+
+class InOrder(Trainer):
+    def _get_train_sampler(self, *args):
+        return SequentialSampler(self.train_dataset)
+
+
+def test_the_stock_trainer_takes_the_loss_of_routers_with_gradient_accumulation(tmp_path):
+    model = build("mae_sparse")
+    expected = copy.deepcopy(model)
+    torch.manual_seed(0)
+    images, noise = torch.randn(8, 1, 3, 32, 32), torch.rand(8, 16)
+    options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 1, "logging_steps": 1}
+    plain = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+    args = TrainingArguments(tmp_path, **options, **plain, use_cpu=True, save_strategy="no", disable_tqdm=True)
+    data = [{"pixel_values": image, "noise": value} for image, value in zip(images, noise)]
+    trainer = InOrder(model=model, args=args, train_dataset=data)
+    trainer.train()
+    losses = [expected(pixel_values=x, noise=y).loss / 2 for x, y in zip(images.split(4), noise.split(4))]
+    sum(losses).backward()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(sum(losses).item(), rel=1e-5)
+    for parameter, other in zip(model.parameters(), expected.parameters()):
+        torch.testing.assert_close(parameter, other - 0.1 * other.grad)
 
 
 @pytest.mark.slow
