@@ -6,13 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import TINY, batch, build, perturb
+from tiny import SPARSE, TINY, batch, build, perturb
 from transformers import AutoImageProcessor
 
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.registry import MODELS, find_model
 
-BACKBONE = {"layerscale_value": 1e-5, "num_register_tokens": 1}
+BACKBONE = {"layerscale_value": 1e-5, "num_register_tokens": 1, **SPARSE}
 PRINT_OUTPUT = """
 import json, torch, transformers
 report, models = {}, json.loads(MODELS)

@@ -21,6 +21,7 @@ from hf_vlm.models.ssl_masks import context_and_targets
 from hf_vlm.registry import MODELS
 
 BACKBONE = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+SPARSE = {"num_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 1.0}
 DECODER = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
@@ -37,6 +38,7 @@ class Tiny:
         choices: What `forward` would sample, such as masks, for a number of images.
         labels: Labels of a number of images.
         frozen: Field that names the folder of a frozen encoder, where the method has one.
+        backbone: Changes of `BACKBONE`.
     """
 
     row: str
@@ -47,6 +49,7 @@ class Tiny:
     choices: Callable[[int], dict[str, Any]] = lambda num_images: {}
     labels: Callable[[int], list[dict[str, Any]]] | None = None
     frozen: str | None = None
+    backbone: dict[str, Any] = field(default_factory=dict)
 
 
 def patch_noise(num_images):
@@ -137,6 +140,7 @@ TINY = {
     "moco_v3": Tiny("moco_v3", PROJECTION, num_views=2),
     "mae": Tiny("mae", MAE, choices=patch_noise),
     "mae_partial": Tiny("mae", {**MAE, "use_cross_attention": True, "prediction_ratio": 0.5}, choices=patch_noise),
+    "mae_sparse": Tiny("mae", MAE, choices=patch_noise, backbone=SPARSE),
     "mae_image_losses": Tiny("mae_image_losses", IMAGE_LOSSES, choices=patch_noise),
     "mae_frozen_encoder": Tiny(
         "mae_image_losses", {**MAE, "perceptual_weight": 1.0}, choices=patch_noise, frozen="perceptual_encoder"
@@ -187,9 +191,10 @@ def perturb(model: torch.nn.Module, std: float = 0.2) -> None:
 def config_fields(name, folder, backbone=BACKBONE):
     """Fields of the configuration; a frozen encoder, where there is one, is saved in `folder`."""
     tiny = TINY[name]
+    backbone = {**tiny.backbone, **backbone}
     if tiny.row in ("encoder", "backbone"):
-        return dict(backbone)
-    fields = {"backbone_config": dict(backbone), **tiny.fields}
+        return backbone
+    fields = {"backbone_config": backbone, **tiny.fields}
     if tiny.frozen:
         encoder = Path(folder) / "frozen"
         if not encoder.is_dir():

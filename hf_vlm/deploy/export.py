@@ -145,6 +145,11 @@ def export_model(
     if is_exported(run):
         raise ValueError(f"{run} is an export: name the run that it came from.")
     reference = load_model(run)
+    if reference.encoder_config.num_experts:
+        raise ValueError(
+            f"{run} has a sparse encoder, which is not exported: how many tokens an expert gets is known as it runs. "
+            "It can be served by hf-vlm serve, and a dense encoder can learn from it by the method distill."
+        )
     task = TASKS[reference.entry.task]
     if task.served is None:
         raise ValueError(f"Models for {task.name} are not exported.")

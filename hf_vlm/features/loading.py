@@ -21,6 +21,7 @@ from hf_vlm.models.convert_vlm_vit import is_ours, load_transformers, read_confi
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.model_on_encoder import ModelOnEncoder
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
+from hf_vlm.models.upcycling import upcycle
 from hf_vlm.registry import ModelEntry, find_model_type
 
 __all__ = [
@@ -119,7 +120,13 @@ class EncoderSource:
 
         Args:
             resize: Whether weights of other shapes are left out.
+
+        A dense encoder of which a sparse one is asked gives its MLPs to the experts.
         """
+        if config.num_experts and not self.config.num_experts:
+            dense = {**config.to_dict(), "num_experts": 0, "sparse_layers": None}
+            encoder, report = self.load(VLMViTConfig(**dense), resize=resize)
+            return upcycle(encoder, num_experts=config.num_experts, sparse_layers=config.sparse_layers), report
         options: dict[str, Any] = {"config": config, "ignore_mismatched_sizes": resize, "output_loading_info": True}
         if self.converted is not None:
             options["state_dict"] = self.converted.state_dict()

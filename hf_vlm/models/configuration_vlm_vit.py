@@ -50,6 +50,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 POSITION_EMBEDDING_TYPES = ("learned", "sincos", "rope")
 POSITION_INTERPOLATIONS = ("bicubic", "bicubic_antialias", "bicubic_offset")
 NORM_TYPES = ("layernorm", "rmsnorm")
+EXPERT_WEIGHTS = ("up_proj", "up_proj_bias", "gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
 
 
 def _pair(value: int | list[int] | tuple[int, int]) -> tuple[int, int]:
@@ -94,6 +95,23 @@ class VLMViTConfig(BackboneConfigMixin, PreTrainedConfig):
         initializer_range (`float`, *optional*): Standard deviation of the initial weights of linear layers; `None`
             for Xavier's rule, by which they grow as layers get narrower. Methods of self-supervision set it to 0.02
             where it is `None`.
+        num_experts (`int`, defaults to 0):
+            MLPs of each sparse layer, a mixture of experts as in V-MoE (arXiv 2106.05974); 0 for a dense encoder.
+        num_experts_per_tok (`int`, defaults to 1): Experts that each token passes.
+        sparse_layers (`list[int]`, *optional*):
+            Indices of the layers with experts, from the end where negative; `None` for every second one, the last
+            included.
+        norm_topk_prob (`bool`, defaults to `True`):
+            Whether the weights of a token's experts, their probabilities, are scaled to sum to 1. Then a dense encoder
+            whose MLPs are copied into all experts (`upcycle`) starts with its outputs. Without it, as in V-MoE, the
+            MLPs' updates start at about `num_experts_per_tok / num_experts` of theirs.
+        expert_capacity_factor (`float`, *optional*):
+            Most tokens of an expert in training, relative to an equal part: the least probable choices beyond it are
+            dropped. By default none are.
+        router_noise (`float`, defaults to 0.0):
+            Standard deviation of noise on the router's logits in training, in units of 1 / `num_experts`; V-MoE: 1.
+        router_aux_loss_coef (`float`, defaults to 0.01): Weight of the loss that keeps experts equally loaded.
+        router_z_loss_coef (`float`, defaults to 0.001): Weight of the loss that keeps logits small.
         apply_layernorm (`bool`, defaults to `True`): Whether backbone feature maps pass the final norm.
         reshape_hidden_states (`bool`, defaults to `True`): Whether the backbone gives maps of the patches (batch,
             hidden_size, rows, columns), and not all tokens (batch, prefix + patches, hidden_size).
@@ -114,6 +132,10 @@ class VLMViTConfig(BackboneConfigMixin, PreTrainedConfig):
         "layers.*.mlp.gate_projection": "colwise",
         "layers.*.mlp.up_projection": "colwise",
         "layers.*.mlp.down_projection": "rowwise",
+    }
+    base_model_ep_plan = {
+        **{f"layers.*.mlp.experts.{name}": "grouped_gemm" for name in EXPERT_WEIGHTS},
+        "layers.*.mlp.experts": "ep_dispatch_experts",
     }
 
     image_size: int | list[int] | tuple[int, int] = 224
@@ -139,6 +161,14 @@ class VLMViTConfig(BackboneConfigMixin, PreTrainedConfig):
     qkv_bias: bool = True
     use_qk_norm: bool = False
     initializer_range: float | None = None
+    num_experts: int = 0
+    num_experts_per_tok: int = 1
+    sparse_layers: list[int] | None = None
+    norm_topk_prob: bool = True
+    expert_capacity_factor: float | int | None = None
+    router_noise: float | int = 0.0
+    router_aux_loss_coef: float | int = 0.01
+    router_z_loss_coef: float | int = 0.001
     apply_layernorm: bool = True
     reshape_hidden_states: bool = True
     _out_features: list[str] | None = None
@@ -173,9 +203,42 @@ class VLMViTConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"VLMViTConfig: sin-cos positions need hidden_size {self.hidden_size} divisible by 4.")
         if self.position_embedding_type == "rope" and (self.hidden_size // self.num_attention_heads) % 4:
             raise ValueError("VLMViTConfig: rotary positions need a head size that is divisible by 4.")
+        self._check_experts()
         for image, patch, side in zip(_pair(self.image_size), _pair(self.patch_size), ("height", "width")):
             if image % patch:
                 raise ValueError(f"VLMViTConfig: image {side} {image} is not a multiple of the patch {side} {patch}.")
+
+    def _check_experts(self) -> None:
+        if self.num_experts < 0 or (self.sparse_layers is not None and not self.num_experts):
+            raise ValueError(
+                f"VLMViTConfig: num_experts is {self.num_experts}: name the number of experts, or leave sparse_layers "
+                "out for a dense encoder."
+            )
+        if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(
+                f"VLMViTConfig: num_experts_per_tok must be in 1 to num_experts ({self.num_experts}), but is "
+                f"{self.num_experts_per_tok}."
+            )
+        depth = self.num_hidden_layers
+        if wrong := [index for index in self.sparse_layers or () if not -depth <= index < depth]:
+            raise ValueError(f"VLMViTConfig: sparse_layers names layer {wrong[0]}, but there are {depth} from 0 on.")
+        if self.expert_capacity_factor is not None and self.expert_capacity_factor <= 0:
+            raise ValueError(
+                f"VLMViTConfig: expert_capacity_factor must be positive, but is {self.expert_capacity_factor}: leave "
+                "it out to drop no tokens."
+            )
+        for name in ("router_noise", "router_aux_loss_coef", "router_z_loss_coef"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"VLMViTConfig: {name} must be at least 0, but is {getattr(self, name)}.")
+
+    @property
+    def sparse_layer_indices(self) -> frozenset[int]:
+        """Indices of the layers with experts; none in a dense encoder."""
+        depth = self.num_hidden_layers
+        if not self.num_experts:
+            return frozenset()
+        layers = range(depth - 1, -1, -2) if self.sparse_layers is None else self.sparse_layers
+        return frozenset(index % depth for index in layers)
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "VLMViTConfig":

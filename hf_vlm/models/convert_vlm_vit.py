@@ -267,6 +267,7 @@ def _misfits(family: Family, config: VLMViTConfig) -> list[str]:
     checks = {
         f"norm_type {config.norm_type}": config.norm_type != "layernorm",
         "use_qk_norm": config.use_qk_norm,
+        f"num_experts {config.num_experts}": bool(config.num_experts),
         "use_gated_mlp": config.use_gated_mlp and family.gated_mlp is None,
         f"hidden_act {config.hidden_act} of a gated MLP": needs_act not in (None, config.hidden_act),
         f"layerscale_value {config.layerscale_value}": config.layerscale_value is not None and not family.scales,

@@ -1,12 +1,16 @@
 """Models on an encoder, heads and pretraining methods: built on one that is saved, and loaded from their own kind."""
 
+from collections.abc import Mapping
 from os import PathLike
+from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
+from torch import Tensor
 from transformers.configuration_utils import PreTrainedConfig
 
 from .configuration_vlm_vit import VLMViTConfig
 from .modeling_vlm_vit import VLMViTModel, VLMViTPreTrainedModel
+from .router_loss import adds_router_loss
 from .saved_config import read_saved_config, trained_encoder_of
 
 OF_CLASSES = ("num_labels", "id2label", "label2id")  # fields that transformers' configurations compute
@@ -19,10 +23,18 @@ class ModelOnEncoder(VLMViTPreTrainedModel):
         other_model_types: Types of saved models, beside its own, that the class loads as they are.
         head_shape: Fields of the configuration that the weights of the head depend on, its class layers aside: a
             pretrained head brings them. Empty where all of the head is class layers.
+        router_metrics: How the routers of a sparse encoder routed the last training batch (see `router_loss`).
     """
 
     other_model_types: ClassVar[tuple[str, ...]] = ()
     head_shape: ClassVar[tuple[str, ...]] = ()
+    router_metrics: Mapping[str, Tensor] = MappingProxyType({})
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Whatever a model's `forward` computes, the loss of a sparse encoder's routers is added to it."""
+        super().__init_subclass__(**kwargs)
+        if "forward" in cls.__dict__:
+            cls.forward = adds_router_loss(cls.forward)  # type: ignore[method-assign]
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
         self._check_type(config.model_type, "The configuration", "the encoder's folder")

@@ -155,8 +155,8 @@ class IJEPAForPreTraining(TeacherMixin, SSLPreTrainedModel):
         """
         for layers in (self.backbone.layers, self.predictor.layers):
             for depth, layer in enumerate(layers, start=1):
-                for name in ("attention.projection.weight", "mlp.down_projection.weight"):
-                    weight = layer.get_parameter(name)
+                weights: Any = layer.output_weights
+                for weight in weights:
                     init.copy_(weight, weight / math.sqrt(2 * depth))
 
     @returns_loss

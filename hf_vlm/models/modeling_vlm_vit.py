@@ -18,13 +18,15 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_vlm_vit import VLMViTConfig
 from .packing import Packing
 from .saved_config import read_saved_config, trained_encoder_of
+from .self_initialised import SelfInitialised
 from .vit_layers import (
     LayerScale,
     Positions,
-    SelfInitialised,
     VLMViTAttention,
     VLMViTLayer,
+    build_layers,
     build_norm,
+    check_pixel_values,
     gather_patches,
     interpolate_positions,
     patch_grid,
@@ -113,6 +115,7 @@ class VLMViTPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    _can_set_experts_implementation_cached_value = True  # else looked for in the source of each model's file
     _can_record_outputs = {"hidden_states": VLMViTLayer, "attentions": VLMViTAttention}
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
@@ -138,9 +141,9 @@ class VLMViTPreTrainedModel(PreTrainedModel):
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay would only shrink, beside vectors and gains.
 
-        Tokens are no matrices, though they are stored with leading axes of one.
+        Tokens are no matrices, though they are stored with leading axes of one, nor are the biases of all experts.
         """
-        return {name for name, _ in self.named_parameters() if name.endswith(TOKENS)}
+        return {name for name, _ in self.named_parameters() if name.endswith((*TOKENS, "_proj_bias"))}
 
     def late_parameters(self) -> dict[str, float]:
         """Parameters that begin to learn later than the others: name -> fraction of training that is done by then.
@@ -167,27 +170,13 @@ class VLMViTPreTrainedModel(PreTrainedModel):
                 init.trunc_normal_(getattr(module, name), std=std or SMALL_STD)
 
 
-def check_pixel_values(pixel_values: Tensor, config: VLMViTConfig) -> None:
-    """ValueError when images are not (batch, num_channels, height, width) with sides divisible by the patch."""
-    shape = tuple(pixel_values.shape)
-    if len(shape) != 4 or shape[1] != config.num_channels:
-        raise ValueError(f"pixel_values must be (batch, {config.num_channels}, height, width), but are {shape}.")
-    for size, patch, side in zip(shape[2:], config.patch_hw, ("height", "width")):
-        if size % patch:
-            below = size // patch * patch
-            raise ValueError(
-                f"Image {side} {size} is not a multiple of the patch {side} {patch}: resize images to {below} or "
-                f"{below + patch} pixels."
-            )
-
-
 class _Encoder(VLMViTPreTrainedModel):
     """Parts and steps that the model and the backbone share, so that their weights have the same names."""
 
     def __init__(self, config: VLMViTConfig):
         super().__init__(config)
         self.embeddings = VLMViTEmbeddings(config)
-        self.layers = nn.ModuleList([VLMViTLayer(config, rate) for rate in config.drop_path_rates])
+        self.layers = build_layers(config)
         self.norm = build_norm(config, config.hidden_size)
 
     @classmethod

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .vit_layers import SelfInitialised
+from .self_initialised import SelfInitialised
 
 NEGATIVE_SLOPE = 0.2
 

@@ -135,6 +135,7 @@ def try_on_meta(config: PreTrainedConfig, size: Size, use: Callable[[PreTrainedM
         ValueError: if anything goes wrong.
     """
     config = copy.deepcopy(config)
+    config._experts_implementation = "batched_mm"  # torch gives grouped products no shapes in float32
     try:
         with torch.device("meta"):
             model = VLMViTModel(config) if isinstance(config, VLMViTConfig) else AutoModel.from_config(config)

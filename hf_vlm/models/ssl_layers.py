@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .vit_layers import SelfInitialised
+from .self_initialised import SelfInitialised
 
 
 def world_size() -> int:

@@ -6,7 +6,7 @@ from transformers import initialization as init
 
 from .configuration_vlm_vit import VLMViTConfig
 from .modeling_vlm_vit import VLMViTPreTrainedModel
-from .vit_layers import VLMViTLayer, build_norm, sincos_positions
+from .vit_layers import build_layers, build_norm, sincos_positions
 
 
 class MaskedPredictor(VLMViTPreTrainedModel):
@@ -28,7 +28,7 @@ class MaskedPredictor(VLMViTPreTrainedModel):
         self.use_cross_attention = use_cross_attention
         self.embed = nn.Linear(encoder_size, config.hidden_size)
         self.mask_token = nn.Parameter(torch.empty(1, 1, config.hidden_size))
-        self.layers = nn.ModuleList([VLMViTLayer(config) for _ in range(config.num_hidden_layers)])
+        self.layers = build_layers(config)
         self.norm = build_norm(config, config.hidden_size)
         self.predict = nn.Linear(config.hidden_size, output_size)
         self.post_init()

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from .self_initialised import SelfInitialised
 from .ssl_layers import HeadLinear, sum_over_ranks
 from .ssl_state import Float32State
-from .vit_layers import SelfInitialised
 
 
 class PrototypeHead(nn.Module):

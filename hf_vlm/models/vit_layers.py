@@ -13,6 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_vlm_vit import VLMViTConfig
+from .expert_layers import VLMViTSparseMLP
 from .packing import Packing
 from .stochastic_depth import StochasticDepth
 
@@ -22,6 +23,20 @@ Positions = tuple[Tensor, Tensor] | None
 def patch_grid(pixel_values: Tensor, patch_hw: tuple[int, int]) -> tuple[int, int]:
     """Rows and columns of patches in images (..., height, width)."""
     return pixel_values.shape[-2] // patch_hw[0], pixel_values.shape[-1] // patch_hw[1]
+
+
+def check_pixel_values(pixel_values: Tensor, config: VLMViTConfig) -> None:
+    """ValueError when images are not (batch, num_channels, height, width) with sides divisible by the patch."""
+    shape = tuple(pixel_values.shape)
+    if len(shape) != 4 or shape[1] != config.num_channels:
+        raise ValueError(f"pixel_values must be (batch, {config.num_channels}, height, width), but are {shape}.")
+    for size, patch, side in zip(shape[2:], config.patch_hw, ("height", "width")):
+        if size % patch:
+            below = size // patch * patch
+            raise ValueError(
+                f"Image {side} {size} is not a multiple of the patch {side} {patch}: resize images to {below} or "
+                f"{below + patch} pixels."
+            )
 
 
 def patchify(pixel_values: Tensor, patch_hw: tuple[int, int]) -> Tensor:
@@ -141,14 +156,6 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
-class SelfInitialised(nn.Module):
-    """A layer with an initialisation of its own, which `_init_weights` calls in place of that by the configuration."""
-
-    def init_parameters(self) -> None:
-        """Initialises the layer's own parameters."""
-        raise NotImplementedError
-
-
 def build_norm(config: VLMViTConfig, size: int) -> nn.Module:
     """The normalisation layer that the configuration names."""
     norm_class = nn.RMSNorm if config.norm_type == "rmsnorm" else nn.LayerNorm
@@ -234,6 +241,11 @@ class VLMViTMLP(nn.Module):
         self.down_projection = nn.Linear(config.intermediate_size, config.hidden_size)
         self.use_gate = config.use_gated_mlp
 
+    @property
+    def output_weight(self) -> Tensor:
+        """Weights (dim, inner) of the last layer."""
+        return self.down_projection.weight
+
     def forward(self, hidden_states: Tensor) -> Tensor:
         up = self.up_projection(hidden_states)
         inner = self.activation(self.gate_projection(hidden_states)) * up if self.use_gate else self.activation(up)
@@ -258,9 +270,14 @@ class VLMViTLayer(GradientCheckpointingLayer):
     Its tokens attend to themselves, or to a `context` (batch, context, dim), which is not changed: where only some
     tokens are needed after a layer, only these are given, with all of them as their context. Of these a token sees
     those for which an `attention_mask` (batch, 1, tokens, context) bool is True.
+
+    Args:
+        config: Shape of the layer.
+        drop_path_rate: Rate of stochastic depth.
+        is_sparse: Whether the MLP is a mixture of experts.
     """
 
-    def __init__(self, config: VLMViTConfig, drop_path_rate: float = 0.0):
+    def __init__(self, config: VLMViTConfig, drop_path_rate: float = 0.0, is_sparse: bool = False):
         super().__init__()
         size, scale = config.hidden_size, config.layerscale_value
         self.residual = StochasticDepth(drop_path_rate)
@@ -268,8 +285,13 @@ class VLMViTLayer(GradientCheckpointingLayer):
         self.attention = VLMViTAttention(config)
         self.layer_scale1 = nn.Identity() if scale is None else LayerScale(size, scale)
         self.norm2 = build_norm(config, size)
-        self.mlp = VLMViTMLP(config)
+        self.mlp = (VLMViTSparseMLP if is_sparse else VLMViTMLP)(config)
         self.layer_scale2 = nn.Identity() if scale is None else LayerScale(size, scale)
+
+    @property
+    def output_weights(self) -> tuple[Tensor, Tensor]:
+        """Weights of the layers whose outputs are added to the tokens."""
+        return self.attention.projection.weight, self.mlp.output_weight
 
     def forward(
         self,
@@ -301,13 +323,22 @@ class VLMViTLayer(GradientCheckpointingLayer):
         return self.layer_scale2(self.mlp(self.norm2(states)))
 
 
+def build_layers(config: VLMViTConfig) -> nn.ModuleList:
+    """The layers of a configuration, those of `sparse_layer_indices` with experts."""
+    sparse = config.sparse_layer_indices
+    return nn.ModuleList(
+        [VLMViTLayer(config, rate, is_sparse=index in sparse) for index, rate in enumerate(config.drop_path_rates)]
+    )
+
+
 __all__ = [
     "LayerScale",
     "Positions",
-    "SelfInitialised",
     "VLMViTAttention",
     "VLMViTLayer",
+    "build_layers",
     "build_norm",
+    "check_pixel_values",
     "eager_attention_forward",
     "gather_patches",
     "gather_tokens",

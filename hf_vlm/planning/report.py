@@ -15,8 +15,10 @@ TITLES = ("layout", "checkpointing", "batch", "memory GB", "fits up to", "images
 def as_text(plan: RecipePlan, price: float | None = None) -> str:
     """What the step costs, a table with a row for each plan, and what to choose."""
     cost, cluster = plan.cost, plan.plans[0].cluster
+    is_sparse = cost.num_active < cost.num_parameters
+    active = f" ({_count(cost.num_active)} active per token)" if is_sparse else ""
     lines = [
-        f"{plan.method}: {_count(cost.num_parameters)} parameters, {_count(cost.num_trained)} of them trained; "
+        f"{plan.method}: {_count(cost.num_parameters)} parameters{active}, {_count(cost.num_trained)} trained; "
         f"{cost.flops_per_image / 1e9:,.1f} GFLOP per image forward and backward",
         f"{cluster.num_gpus} x {cluster.gpu.name} in {cluster.num_nodes} "
         f"{'nodes' if cluster.num_nodes > 1 else 'node'}, {cluster.gpu.memory / GB:.0f} GB each, {cluster.precision} "
@@ -75,6 +77,7 @@ def as_dict(plan: RecipePlan) -> dict[str, Any]:
         "method": plan.method,
         "num_parameters": plan.cost.num_parameters,
         "num_trained": plan.cost.num_trained,
+        "num_active": plan.cost.num_active,
         "flops_per_image": plan.cost.flops_per_image,
         "num_images": plan.num_images,
         "plans": [

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
 
+from hf_vlm.models.expert_layers import num_inactive_parameters
 from hf_vlm.training.meters import FlopCounter
 
 __all__ = ["StepCost", "fake_model", "step_cost"]
@@ -33,6 +34,7 @@ class StepCost:
     Attributes:
         num_parameters: Number of all weights, those of a teacher too.
         num_trained: Number of those that are trained.
+        num_active: Number of those that a token passes: without the experts that are not chosen for it.
         num_layer_parameters: Number of weights of the largest layer that repeats.
         flops_per_image: FLOPs of forward and backward, two per multiply-add, of an image with all its views.
         activations_per_image: What is kept of an image for the backward pass.
@@ -44,6 +46,7 @@ class StepCost:
 
     num_parameters: int
     num_trained: int
+    num_active: int
     num_layer_parameters: int
     flops_per_image: float
     activations_per_image: float
@@ -177,6 +180,20 @@ def fake_model(model_class: type[PreTrainedModel], config: Any, mode: FakeTensor
     return model.train()
 
 
+class GroupedProducts(TorchDispatchMode):
+    """Products of experts, which torch gives shapes in bfloat16 alone."""
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function is not torch.ops.aten._grouped_mm.default:
+            return function(*args, **(kwargs or {}))
+        operands = [*args, *(kwargs or {}).values()]
+        first, second, offsets = operands
+        groups = offsets.shape if first.ndim == second.ndim == 2 else ()
+        return first.new_empty(*groups, first.shape[-2], second.shape[-1])
+
+
 def step_cost(
     model_class: type[PreTrainedModel], config: Any, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
 ) -> StepCost:
@@ -198,9 +215,11 @@ def step_cost(
     added = BATCHES[1] - BATCHES[0]
     per_image = (more.total - fewer.total) / added
     layers = repeated_layers(model)
+    num_parameters = sum(p.numel() for p in model.parameters())
     return StepCost(
-        num_parameters=sum(p.numel() for p in model.parameters()),
+        num_parameters=num_parameters,
         num_trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        num_active=num_parameters - num_inactive_parameters(model),
         num_layer_parameters=max((sum(p.numel() for p in layer.parameters()) for layer in layers), default=0),
         flops_per_image=(more_flops - fewer_flops) / added,
         activations_per_image=per_image,
@@ -221,7 +240,7 @@ def _run(
     saved = SavedTensors({weight.untyped_storage()._cdata for weight in model.parameters()})
     counter, live = FlopCounter(), LiveTensors()
     torch.manual_seed(0)  # masks of sampled sizes are the same in each batch
-    with mode:
+    with mode, GroupedProducts():
         with live:
             batch = {name: torch.empty(num_images, *shape) for name, shape in shapes.items()}
         autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)

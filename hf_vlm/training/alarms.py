@@ -81,6 +81,9 @@ SPREAD = (
 #   teacher_marginal_entropy  healthy >= 0.64 of the highest, one-hot collapse <= 0.2 (a DINO without centring)
 #   1 - teacher_entropy     healthy >= 0.068 of the highest (DINOv2, few prototypes), uniform collapse <= 0.008 (a DINO
 #                           with a temperature of 0.3)
+#   expert_load_entropy     healthy >= 0.6 of the highest and, from a quarter of the run, >= 0.19 (SimCLR, whose last
+#                           router sees class tokens alone; elsewhere >= 0.4), collapsed 0 (SimCLR without the balance
+#                           loss)
 SIGNS: tuple[Sign, ...] = (
     Sign(
         name="the features are nearly the same for all images",
@@ -128,6 +131,15 @@ SIGNS: tuple[Sign, ...] = (
         fall=1 / 40,
         level=5e-4,
         advice="Lower the teacher's temperature (0.04 is usual), or centre less; lower the learning rate.",
+    ),
+    Sign(
+        name="a router sends nearly all tokens to few experts",
+        metric="expert_load_entropy",
+        shown=("expert_load_max", "expert_load_min"),
+        fall=1 / 3,
+        level=0.1,
+        matters_from=0.6,
+        advice="Raise router_aux_loss_coef or router_noise (1.0 is usual) in encoder_config; lower the learning rate.",
     ),
 )
 

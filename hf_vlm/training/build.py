@@ -32,7 +32,12 @@ logger = logging.getLogger(__name__)
 DEFAULT_PRESET = "small"
 
 # Fields of encoder_config that affect training only.
-REGULARISATION = ("drop_path_rate", "drop_path_uniform", "attention_dropout")
+REGULARISATION = (
+    *("drop_path_rate", "drop_path_uniform", "attention_dropout"),
+    *("expert_capacity_factor", "router_noise", "router_aux_loss_coef", "router_z_loss_coef"),
+)
+# Fields of encoder_config that a dense encoder takes on where the first of them is given: its MLPs become experts.
+EXPERTS = ("num_experts", "num_experts_per_tok", "sparse_layers", "norm_topk_prob")
 
 
 def build_encoder_config(args: VisionTrainingArguments) -> VLMViTConfig:
@@ -209,10 +214,11 @@ def load_encoder(args: VisionTrainingArguments) -> VLMViTModel:
     except ValueError as error:
         raise ValueError(f"encoder: {error}") from error
     wanted = _wanted_architecture(args)
+    is_upcycled = bool(wanted.get("num_experts")) and not source.config.num_experts
     differences = [
         f"{name}: its weights have {_plain(getattr(source.config, name))}, the recipe asks for {_plain(value)}"
         for name, value in wanted.items()
-        if _plain(getattr(source.config, name)) != _plain(value)
+        if _plain(getattr(source.config, name)) != _plain(value) and not (is_upcycled and name in EXPERTS)
     ]
     if differences and not args.resize_encoder:
         raise ValueError(
@@ -230,6 +236,9 @@ def load_encoder(args: VisionTrainingArguments) -> VLMViTModel:
         config.image_size = list(args.image_hw)
     encoder, report = source.load(config, resize=bool(differences))
     _report(args, encoder, report)
+    if is_upcycled:
+        layers = ", ".join(map(str, sorted(config.sparse_layer_indices)))
+        logger.info("The MLPs of layers %s became %d experts each; routers are new.", layers, config.num_experts)
     _refuse_not_finite(args, encoder)
     _fit_image_size(args, config.patch_hw)
     return encoder

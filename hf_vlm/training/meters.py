@@ -153,6 +153,9 @@ class FlopCounter(FlopCounterMode):
         )
         formulas: dict[Any, Any] = dict.fromkeys(backwards, attention_backward_flops)
         formulas[aten._scaled_dot_product_flash_attention_for_cpu] = attention_flops
+        formulas[aten._grouped_mm] = grouped_mm_flops
+        formulas[torch.ops.transformers.grouped_mm_fallback] = grouped_mm_flops
+        formulas[torch.ops.transformers.grouped_mm_fallback_backward] = grouped_mm_backward_flops
         super().__init__(display=False, custom_mapping=formulas)
         self.problem = ""
 
@@ -184,6 +187,16 @@ def attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any)
 def attention_backward_flops(grad: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
     """FLOPs of the backward pass: two matrix products for each of the forward's."""
     return 2 * sdpa_flop_count(query, key, value)
+
+
+def grouped_mm_flops(first: Any, second: Any, *args: Any, **kwargs: Any) -> int:
+    """FLOPs of products of groups of rows with the matrix of each, or, in the backward pass, of groups of columns."""
+    return int(2 * first[-2] * first[-1] * second[-1])  # of shapes
+
+
+def grouped_mm_backward_flops(first: Any, second: Any, *args: Any, **kwargs: Any) -> int:
+    """FLOPs of the gradients of rows and of matrices."""
+    return 2 * grouped_mm_flops(first, second)
 
 
 def precision(args: VisionTrainingArguments, dtype: torch.dtype) -> str:

@@ -312,12 +312,13 @@ class VisionTrainer(AveragingTrainer):
     # ---- logs and evaluation
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        """The model's loss; scalar parts of its output are summed on the device and logged as means."""
+        """The model's loss; scalar parts of its output, and how its routers route, are logged as means."""
         if not self.is_deepspeed_enabled:  # it takes every backward pass for one of the step
             self._throughput.count(self.model, inputs)  # here, where inputs are ready and autocast is on
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         parts = {name: value for name, value in outputs.items() if name != "loss" and _is_scalar(value)}
-        for name, value in {**parts, **(outputs.get("loss_dict") or {})}.items():
+        parts |= {**(outputs.get("loss_dict") or {}), **getattr(self.model, "router_metrics", {})}
+        for name, value in parts.items():
             self._part_sums[name] += value.detach()
         self._num_parts += 1
         return (loss, outputs) if return_outputs else loss

@@ -12,7 +12,7 @@ import pytest
 import torch
 from faster_coco_eval.core import mask as coco_mask
 from PIL import Image
-from tiny import TINY, batch, build, perturb
+from tiny import SPARSE, TINY, batch, build, perturb
 
 from hf_vlm.cli.export import default_folder
 from hf_vlm.cli.main import main
@@ -25,6 +25,7 @@ from hf_vlm.deploy.push import files_to_push, writes_card
 from hf_vlm.features.export_formats import FORMATS, find_precision
 from hf_vlm.features.exported import ExportedVisionModel
 from hf_vlm.features.loading import load_model
+from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.registry import find_model
 
 DATA = ExportData("scenes:easy", num_examples=8)
@@ -203,6 +204,13 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_loaded(exported, 
         export_model("nowhere", exported)
     with pytest.raises(ValueError, match="tiny-onnx is an export: name the run that it came from"):
         export_model(exported, tmp_path / "out")
+
+
+def test_a_sparse_encoder_is_refused(tmp_path):
+    build("encoder", backbone=SPARSE).save_pretrained(tmp_path / "run")
+    VLMViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "run")
+    with pytest.raises(ValueError, match="run has a sparse encoder, which is not exported"):
+        export_model(tmp_path / "run", tmp_path / "out")
 
 
 def test_the_data_of_a_run_or_scenes(tmp_path, caplog):

@@ -217,6 +217,7 @@ def test_an_encoder_of_ours_may_take_another_layout():
         ("vit", {"position_embedding_type": "rope"}, "position_embedding_type rope"),
         ("vit", {"norm_type": "rmsnorm"}, "norm_type rmsnorm"),
         ("vit", {"use_qk_norm": True}, "use_qk_norm"),
+        ("vit", {"num_experts": 2}, "num_experts 2"),
         ("deit", {}, "num_register_tokens 0"),
         ("dinov2", {"image_size": [32, 48]}, "a grid of 4 x 6 patches"),
         ("dinov2", {"intermediate_size": 100}, "intermediate_size 100"),

@@ -63,6 +63,8 @@ OVERFITS = {
     "moco_v3": Overfit(contrast_is_learned, {"momentum": 0.9}, 8, 1e-3, 100, last_progress=0.5),
     "mae": Overfit(loss_falls_to(0.1)),
     "mae_partial": Overfit(loss_falls_to(0.1), {"prediction_ratio": 1.0}),
+    # Equally loaded experts have a balance loss of 1.
+    "mae_sparse": Overfit(lambda first, last: last.loss - 1 < 0.2 * (first.loss - 1)),
     "mae_image_losses": Overfit(image_losses_fall, {**IMAGE_LOSSES, "adversarial_start": 0.0}),
     "mae_frozen_encoder": Overfit(loss_falls_to(0.2)),
     "simmim": Overfit(loss_falls_to(0.1)),

@@ -92,7 +92,7 @@ def test_a_perceptual_loss_computes_no_gradient_of_weights(name):
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by dynamo itself
 @pytest.mark.parametrize(
-    "name", slow_but([*dict.fromkeys(TINY[name].row for name in PRETRAINING), "mae_partial"], "mae")
+    "name", slow_but([*dict.fromkeys(TINY[name].row for name in PRETRAINING), "mae_partial", "mae_sparse"], "mae")
 )
 def test_compiles_whole_and_once(name):
     """As small as possible: each operator is traced. LeJEPA has a second layer, for packed crops, and three knots."""

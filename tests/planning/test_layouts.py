@@ -13,6 +13,7 @@ from hf_vlm.planning.step import StepCost
 COST = StepCost(
     num_parameters=3_000_000_000,
     num_trained=2_000_000_000,
+    num_active=2_000_000_000,
     num_layer_parameters=50_000_000,
     flops_per_image=1e12,
     activations_per_image=1e9,

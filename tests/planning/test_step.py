@@ -47,6 +47,8 @@ def test_flops_and_activations_are_those_of_a_real_step(name, tmp_path):
     assert cost.checkpointed_per_image < cost.activations_per_image
     assert cost.num_parameters == sum(p.numel() for p in model.parameters())
     assert cost.num_trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    experts = sum(p.numel() for key, p in model.named_parameters() if ".experts." in key)
+    assert cost.num_active == cost.num_parameters - experts // 2  # a token passes two of four
 
 
 def test_activation_checkpointing_keeps_what_was_planned():

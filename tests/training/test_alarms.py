@@ -113,6 +113,7 @@ def findings(figure, values, *, num_steps=100, **others):
         ("teacher_marginal_entropy", [0.9, 0.7, 0.5, 0.31, 0.29], "the same prototype"),
         ("teacher_entropy", [0.9, 0.95, 0.985, 0.997, 0.998], "no prototype"),
         ("loss", [0.7, 1.0, 0.1, 0.006, 0.0049], "vanished"),
+        ("expert_load_entropy", [0.5, 0.95, 0.7, 0.33, 0.3], "few experts"),
     ],
 )
 def test_a_fall_is_told_when_it_is_deep(figure, values, words):
@@ -132,6 +133,7 @@ def test_a_fall_is_told_when_it_is_deep(figure, values, words):
         ("teacher_entropy", [0.8, 0.3, 0.05, 0.01]),  # sharp, which is no fault
         ("teacher_marginal_entropy", [0.04, 0.1, 0.5, 0.6]),
         ("loss", [0.5, -0.2, -1.0, 0.2]),
+        ("expert_load_entropy", [0.5, 0.0, 0.2, 0.9]),  # class tokens of a fresh model
     ],
 )
 def test_what_is_low_at_the_start_is_no_sign(figure, values):
