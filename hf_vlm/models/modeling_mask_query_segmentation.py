@@ -18,8 +18,9 @@ from .loss_mask_query_segmentation import mask_query_loss, masks_at, sample_labe
 from .model_on_encoder import HeadOnFreezableEncoder
 from .modeling_semantic_segmentation import check_labels
 from .modeling_vlm_vit import VLMViTModel
+from .self_initialised import SelfInitialised
 from .ssl_state import Float32State
-from .vit_layers import SelfInitialised, patch_grid
+from .vit_layers import patch_grid
 
 MASK_STRIDE = 4  # pixels per pixel of a mask, in each direction, where patches are of a power of two
 ANNEALING_POWER = 0.9
