@@ -105,7 +105,8 @@ def find_recipe(path: str | Path) -> Path:
         if candidate.is_file():
             return candidate
     known = sorted(str(p.relative_to(shipped)) for p in shipped.glob("*/*.yaml") if p.parent.name not in LAUNCHERS)
-    raise ValueError(f"There is no recipe {path}. Give a YAML file or one of: {', '.join(known)}.")
+    near = did_you_mean(str(path), known) or "."
+    raise ValueError(f"There is no recipe {path}{near} Give a YAML file or one of: {', '.join(known)}.")
 
 
 def shipped_folder(name: str) -> Path:

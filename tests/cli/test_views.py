@@ -41,7 +41,7 @@ def test_without_data_the_built_in_images_are_shown(tmp_path, capsys, monkeypatc
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["simclr/vit_smal.yaml"], "There is no recipe simclr/vit_smal.yaml"),
+        (["simclr/vit_smal.yaml"], "no recipe simclr/vit_smal.yaml; did you mean 'simclr/vit_small.yaml'?"),
         (["simclr/vit_small.yaml", "--views.blur_probabilty", "0"], "did you mean 'blur_probability'"),
         (["simclr/vit_small.yaml", "--data", "nowhere/at/all"], "nowhere/at/all does not exist"),
         (["simclr/vit_small.yaml", "--num_images", "0"], "--num_images 0: it must be above 0"),
