@@ -34,7 +34,7 @@ def run(argv: Sequence[str]) -> None:
     check_positive(arguments, "num_examples")
 
     from hf_vlm.deploy.export import ExportData, export_model
-    from hf_vlm.deploy.exported_card import parity_rows
+    from hf_vlm.deploy.exported_card import PREDICT_FILE, parity_rows
     from hf_vlm.training.run import quiet_libraries
 
     quiet_libraries()
@@ -53,6 +53,8 @@ def run(argv: Sequence[str]) -> None:
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
     print(f"\nThe model is in {folder}. Next: hf-vlm predict {folder} photo.jpg")
+    if (folder / PREDICT_FILE).is_file():
+        print(f"Where neither hf_vlm nor torch is installed: python {folder / PREDICT_FILE} photo.jpg")
 
 
 def default_folder(run: str, format: str, precision: str) -> Path:

@@ -29,7 +29,9 @@ def run(argv: Sequence[str]) -> None:
     check_tiling(arguments.tile, arguments.overlap)
     video = open_video(arguments.video, every=arguments.every, frame_rate=arguments.frame_rate)
     create_tracker(arguments.tracker)  # before the model is loaded: its package may be missing
-    for path in filter(None, (arguments.save, arguments.mot, arguments.output)):
+    written = [path for path in (arguments.output, arguments.save, arguments.mot) if path is not None]
+    is_written = arguments.output is not None or not written
+    for path in written:
         prepare_file(path)
     quiet_libraries()
     from hf_vlm.deploy.predict import Predictor
@@ -39,13 +41,15 @@ def run(argv: Sequence[str]) -> None:
         writer = stack.enter_context(VideoWriter(save, video.frame_rate / video.every)) if save else None
         predictor = Predictor.from_pretrained(arguments.run)
         class_names = [name for _, name in sorted(predictor.model.config.id2label.items())]
-        write = stack.enter_context(prediction_writer(arguments.format, arguments.output, class_names))
+        output = arguments.output
+        write = stack.enter_context(prediction_writer(arguments.format, output, class_names)) if is_written else None
         bar = stack.enter_context(tqdm(total=video.num_frames, desc="Tracking", leave=False, disable=None))
         renderer, rows, numbers = TrackRenderer(), [], set[int]()
         options = {"tile": arguments.tile, "overlap": arguments.overlap}
         tracked = track(predictor, video, tracker=arguments.tracker, threshold=arguments.threshold, **options)
         for frame, prediction in tracked:
-            write(prediction, Path(f"{frame.index:06d}"))
+            if write is not None:
+                write(prediction, Path(f"{frame.index:06d}"))
             rows.append(mot_rows(prediction, frame.index + 1))
             numbers.update(() if prediction.track_ids is None else prediction.track_ids.tolist())
             if writer is not None:
@@ -55,9 +59,9 @@ def run(argv: Sequence[str]) -> None:
             bar.update()
     if arguments.mot is not None:
         write_mot(arguments.mot, rows)
-    if arguments.output is not None:  # else the tracks are what is printed
-        written = filter(None, (arguments.output, arguments.save, arguments.mot))
-        print(f"{len(numbers):,} tracks in {len(rows):,} frames: {', '.join(map(str, written))}")
+    if written:  # else the tracks are what is printed
+        tracks = f"{len(numbers):,} track{'' if len(numbers) == 1 else 's'}"
+        print(f"{tracks} in {len(rows):,} frames: {', '.join(map(str, written))}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -72,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--save", type=Path, help="video to write with boxes, numbers and trails, such as out.mp4")
     parser.add_argument("--mot", type=Path, help="text file to write in the format of MOTChallenge")
     parser.add_argument("--format", choices=("json", "coco"), default="json", help="format of the predictions")
-    parser.add_argument("--output", type=Path, help="file for the predictions; by default they are printed")
+    parser.add_argument("--output", type=Path, help="file for the predictions; printed where no file is named")
     parser.add_argument(
         "--tracker",
         choices=TRACKERS,

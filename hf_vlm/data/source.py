@@ -117,7 +117,7 @@ class Source:
             ValueError: The fraction is not between 0 and 1, or a side would be empty.
         """
         if not 0.0 < fraction < 1.0:
-            raise ValueError(f"holdout={fraction} must be between 0 and 1")
+            raise ValueError(f"holdout={fraction} must be between 0 and 1, such as 0.1 for a tenth of the images")
         kept, apart = (
             replace(
                 self,

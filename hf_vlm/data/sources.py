@@ -241,10 +241,14 @@ def guess_format(source: str | Path) -> str:
     if path.is_file():
         if path.suffix.lower() not in FORMAT_OF_SUFFIX:
             raise ValueError(
-                f"{source} is neither Parquet, a tar, a COCO json nor a data.yaml of YOLO; give a folder or the format"
+                f"{source} is neither Parquet, a tar, a COCO json nor a data.yaml of YOLO; give a folder or the "
+                "format (images and videos to look at are for hf-vlm predict)"
             )
         return FORMAT_OF_SUFFIX[path.suffix.lower()]
-    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) and not text.startswith(".") and path.suffix not in FORMAT_OF_SUFFIX:
+    is_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) is not None and not text.startswith(".")
+    # What is missing in a folder that is here is no name: the Hub's client would retry for half a minute.
+    is_in_folder = "/" in text and Path(text.partition("/")[0]).is_dir()
+    if is_name and not is_in_folder and path.suffix not in FORMAT_OF_SUFFIX:
         return "hub"
     raise ValueError(f"{source} does not exist{near_path(path)}")
 

@@ -90,7 +90,9 @@ class Prediction:
             for entry, mask in zip(entries, self.masks, strict=True):
                 entry["mask"] = encode_mask(mask, offset=(0, 0), size=self.image_size)
         what = "classes" if self.boxes is None else "detections"
-        moment = {} if self.frame is None else {"frame": self.frame, "seconds": self.seconds}
+        moment: dict[str, Any] = {}
+        if self.frame is not None:
+            moment = {"frame": self.frame, "seconds": None if self.seconds is None else round(self.seconds, 3)}
         return {"path": self.path, **moment, "height": height, "width": width, what: entries}
 
     def to_coco(self, *, image_id: int) -> list[dict[str, Any]]:

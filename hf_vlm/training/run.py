@@ -232,6 +232,7 @@ def finetune(
         args = parse_arguments(recipe)
     _check_best_metric(args, task)
     source, held_out = open_labelled_sources(args, source)
+    task.class_names(source)  # refuses data without these labels, before there is a folder
     args.set_steps_for(source.num_examples)
     if finished := finished_run(args):
         return finished

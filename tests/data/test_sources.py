@@ -160,7 +160,7 @@ def test_features_beside_images_are_no_data(tmp_path, caplog):
     write_parquet(tmp_path / "features.parquet", {"image_id": [0], "features": [[0.0]]})
     source = open_source(tmp_path)
     assert (source.format, source.label_names) == ("imagefolder", ["cat", "dog"])
-    assert "1 files are no images and are not read, .parquet (1): features.parquet" in source.findings[0]
+    assert "1 file is no image and is not read, .parquet (1): features.parquet" in source.findings[0]
     for path in (tmp_path / "cat", tmp_path / "dog"):
         shutil.rmtree(path)
     assert guess_format(tmp_path) == "parquet"
@@ -229,6 +229,13 @@ def test_scenes_by_name():
     for source, preset in (("scenes", "easy"), ("scenes:easy", "easy"), ("scenes:hard", "hard")):
         expected = next(iter(scenes_source(preset, "validation", object_masks=True)))
         assert next(iter(open_source(source, "val"))) == expected
+
+
+def test_what_is_missing_in_a_folder_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    (tmp_path / "data" / "images").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"^data/imagse does not exist"):
+        open_source("data/imagse")
 
 
 def test_mistakes_in_the_source_are_named(tmp_path, folders):

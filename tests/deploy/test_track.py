@@ -54,9 +54,11 @@ class FakePredictor:
 def test_the_files_of_the_command_agree(frames, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Predictor, "from_pretrained", lambda run: FakePredictor())
     words = ["track", "a/run", str(frames), "--threshold", "0.5", "--frame_rate", "5"]
-    words += ["--save", str(tmp_path / "out.mp4"), "--mot", str(tmp_path / "out.txt")]
     assert main(words) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    words += ["--save", str(tmp_path / "out.mp4"), "--mot", str(tmp_path / "out.txt")]
+    assert main(words) == 0
+    assert capsys.readouterr().out == f"1 track in 5 frames: {tmp_path / 'out.mp4'}, {tmp_path / 'out.txt'}\n"
     assert [(line["frame"], line["seconds"]) for line in lines] == [(i, i / 5) for i in range(5)]
     printed = [
         [line["frame"] + 1, entry["track_id"], entry["box"]["xmin"], entry["box"]["ymin"], entry["score"]]
@@ -69,7 +71,7 @@ def test_the_files_of_the_command_agree(frames, tmp_path, capsys, monkeypatch):
     drawn = open_video(tmp_path / "out.mp4")
     assert (drawn.frame_rate, len(list(drawn))) == (5, 5)
     assert main(["track", "a/run", str(frames), "--threshold", "0.5", "--output", str(tmp_path / "out.json")]) == 0
-    assert capsys.readouterr().out == f"1 tracks in 5 frames: {tmp_path / 'out.json'}\n"
+    assert capsys.readouterr().out == f"1 track in 5 frames: {tmp_path / 'out.json'}\n"
 
 
 def interpolated(feature_map, y, x):

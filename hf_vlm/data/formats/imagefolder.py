@@ -162,9 +162,9 @@ def _warn_of_others(folder: Path, roots: Sequence[Path], others: Collection[Path
         suffixes = Counter(path.suffix.lower() or path.name for path in unread)
         kinds = ", ".join(f"{suffix} ({count})" for suffix, count in suffixes.most_common(5))
         logger.warning(
-            "%s: %d files are no images and are not read, %s: %s",
+            "%s: %s not read, %s: %s",
             folder,
-            len(unread),
+            "1 file is no image and is" if len(unread) == 1 else f"{len(unread)} files are no images and are",
             kinds,
             summarise(path.name for path in unread),
         )

@@ -180,7 +180,7 @@ def _box_lines(boxes: BoxReport) -> Lines:
         )
     else:
         sizes = (f"{_image_size(grid, patch)} with patches of {patch}" for patch in PATCH_SIZES)
-        advice = f"--image_size {' or '.join(sizes)}, or more, to show the small objects"
+        advice = f"the small objects need --image_size {' or '.join(sizes)}, or more"
     return [*lines, ("advice", advice)]
 
 
