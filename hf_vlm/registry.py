@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForObjectDetection,
     AutoModelForPreTraining,
     AutoModelForSemanticSegmentation,
+    AutoModelForZeroShotImageClassification,
 )
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
@@ -35,6 +36,7 @@ from hf_vlm.models.modeling_detection import VLMViTDetectionConfig, VLMViTForObj
 from hf_vlm.models.modeling_dinov2 import DINOv2Config, DINOv2ForPreTraining
 from hf_vlm.models.modeling_distill import DistillConfig, DistillForPreTraining
 from hf_vlm.models.modeling_ijepa import IJEPAConfig, IJEPAForPreTraining
+from hf_vlm.models.modeling_image_text import ImageTextConfig, ImageTextForPreTraining
 from hf_vlm.models.modeling_instance_segmentation import (
     VLMViTForInstanceSegmentation,
     VLMViTInstanceSegmentationConfig,
@@ -63,6 +65,7 @@ class ModelEntry:
     auto_class: Any
     processor_class: type[VLMViTImageProcessor] = VLMViTImageProcessor
     pipeline_class: Any = None  # Auto class by which transformers' pipeline loads it, where that is another
+    use: str = ""  # task of a pretraining model that is of use itself, not only for its encoder
 
 
 MODELS = (
@@ -83,6 +86,15 @@ MODELS = (
     ModelEntry("dinov2", "pretraining", DINOv2Config, DINOv2ForPreTraining, AutoModelForPreTraining),
     ModelEntry("ijepa", "pretraining", IJEPAConfig, IJEPAForPreTraining, AutoModelForPreTraining),
     ModelEntry("distill", "pretraining", DistillConfig, DistillForPreTraining, AutoModelForPreTraining),
+    ModelEntry(
+        "image_text",
+        "pretraining",
+        ImageTextConfig,
+        ImageTextForPreTraining,
+        AutoModelForPreTraining,
+        pipeline_class=AutoModelForZeroShotImageClassification,
+        use="zero-shot-image-classification",
+    ),
     ModelEntry(
         "detection",
         "object-detection",

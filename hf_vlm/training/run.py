@@ -22,7 +22,7 @@ from hf_vlm.registry import find_model
 from hf_vlm.tasks import PRETRAINABLE_TASKS, TASKS, TRAINABLE_TASKS, Task
 from hf_vlm.tasks.evaluation import eval_stream, match_class_names
 from hf_vlm.tasks.pseudo_labels import REGIONS
-from hf_vlm.training.alarms import CollapseAlarm
+from hf_vlm.training.alarms import SIGNS, CollapseAlarm
 from hf_vlm.training.arguments import VisionTrainingArguments
 from hf_vlm.training.budget import warn_of_short_pretraining, with_steps_for_budget
 from hf_vlm.training.build import build_model, build_processor
@@ -167,7 +167,8 @@ def _pretrain_encoder(
     if args.probe_steps != 0:
         trainer.add_callback(build_probe(trainer, transform, processor, source))
     if args.on_collapse != "ignore":
-        trainer.add_callback(CollapseAlarm(stop=args.on_collapse == "stop"))
+        signs = [sign for sign in SIGNS if not (model.loss_may_vanish and sign.metric == "loss")]
+        trainer.add_callback(CollapseAlarm(stop=args.on_collapse == "stop", signs=signs))
     _train(trainer, record)
     record.summary["probe"] = last_probe(trainer.state.log_history)
     _save_pretrained(trainer, processor, record, hooks.plot)
