@@ -67,6 +67,11 @@ class ModelEntry:
     pipeline_class: Any = None  # Auto class by which transformers' pipeline loads it, where that is another
     use: str = ""  # task of a pretraining model that is of use itself, not only for its encoder
 
+    @property
+    def task_in_use(self) -> str:
+        """The task that the commands know a saved model by."""
+        return self.use or self.task
+
 
 MODELS = (
     ModelEntry("encoder", "image-feature-extraction", VLMViTConfig, VLMViTModel, AutoModel),

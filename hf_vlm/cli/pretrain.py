@@ -37,7 +37,8 @@ def run(argv: Sequence[str]) -> None:
     folder = recipe["output_dir"]
     if not PartialState().is_main_process:  # the others are done while it still writes
         return
-    what = "encoder" if find_model(recipe["method"]).task == "pretraining" else "detector"
+    entry = find_model(recipe["method"])
+    what = {"pretraining": "encoder", "zero-shot-image-classification": "model"}.get(entry.task_in_use, "detector")
     print(f"\nThe {what} is in {folder}: {summary['num_images_seen']:,} images in {summary['seconds']:,.0f} s.")
     encoder = VLMViTConfig.from_pretrained(folder)
     print(f"Next: {finetune_command(DETECTION, encoder, folder, 'YOUR_LABELLED_IMAGES')}")

@@ -145,7 +145,7 @@ def export_model(
     if is_exported(run):
         raise ValueError(f"{run} is an export: name the run that it came from.")
     reference = load_model(run)
-    task = TASKS[reference.entry.task]
+    task = TASKS[reference.entry.task_in_use]
     if task.served is None:
         raise ValueError(f"Models for {task.name} are not exported.")
     data = data or recorded_data(run) or ExportData(SCENES)

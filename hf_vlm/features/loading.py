@@ -72,7 +72,7 @@ def load_model(source: str | Path) -> LoadedModel:
         encoder, processor = load_frozen_encoder(source)
         return LoadedModel(_encoder_entry(), encoder, processor)
     entry = find_model_type(read_own_config(source)["model_type"])
-    if entry is None or entry.task == "pretraining":
+    if entry is None or entry.task_in_use == "pretraining":
         entry = _encoder_entry()
     model, processor = _load(source, entry.model_class, entry.processor_class, what="model")
     return LoadedModel(entry, model, processor)

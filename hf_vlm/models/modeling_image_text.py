@@ -40,7 +40,7 @@ class ImageTextConfig(SSLConfig):
         backbone_config (`VLMViTConfig` or `dict`, *optional*): The encoder of images.
         text_config (`PreTrainedConfig` or `dict`, *optional*):
             The encoder of texts: any model of transformers that gives one vector per text (`pooler_output`), such as
-            those of BERT, CLIP and SigLIP. A small BERT when not given.
+            those of BERT and CLIP. A small BERT when not given; fields without `model_type` change that one.
         projection_size (`int`, defaults to 512): Width of the space that images and texts share.
         loss_type (`str`, defaults to `"sigmoid"`):
             `"sigmoid"`, each pair of an image and a text is told apart by itself (SigLIP, arXiv 2303.15343), which is
@@ -54,6 +54,8 @@ class ImageTextConfig(SSLConfig):
         use_patch_mean (`bool`, defaults to `True`):
             Whether images are read from the mean of the patch tokens beside the class token, as in dino.txt, so that
             patches can be compared with texts, too. An encoder without class token has this mean alone.
+        templates (`list`, defaults to `["a photo of a {}."]`):
+            Sentences in which the name of a class is a text, with {} in its place.
     """
 
     model_type = "vlm_image_text"
@@ -65,13 +67,16 @@ class ImageTextConfig(SSLConfig):
     lock_encoder: bool = False
     num_extra_blocks: int = 0
     use_patch_mean: bool = True
+    templates: list[str] | tuple[str, ...] = ("a photo of a {}.",)
 
     def __post_init__(self, **kwargs: Any) -> None:
         if not isinstance(self.text_config, PreTrainedConfig):
-            self.text_config = as_text_config(self.text_config or SMALL_TEXT_MODEL)
+            self.text_config = as_text_config(self.text_config or {})
         super().__post_init__(**kwargs)
         if self.loss_type not in INITIAL_SCALE:
             raise ValueError(f"ImageTextConfig: loss_type must be sigmoid or softmax, but is {self.loss_type!r}.")
+        if not self.templates or any(text.count("{}") != 1 or text.count("{") != 1 for text in self.templates):
+            raise ValueError(f"ImageTextConfig: templates need one {{}} each, but are {list(self.templates)}.")
         self.check_range(1, math.inf, "projection_size")
         self.check_range(0, math.inf, "num_extra_blocks")
 
@@ -84,8 +89,8 @@ class ImageTextConfig(SSLConfig):
 
 def as_text_config(fields: dict[str, Any]) -> PreTrainedConfig:
     """Configuration of a text model by its fields; ValueError where transformers has no such model by itself."""
-    fields = dict(fields)
-    model_type = fields.pop("model_type", None)
+    fields = dict(fields) if "model_type" in fields else {**SMALL_TEXT_MODEL, **fields}
+    model_type = fields.pop("model_type")
     try:
         config = AutoConfig.for_model(model_type, **fields)
     except ValueError:

@@ -62,7 +62,7 @@ def evaluate_split(
             model that has none.
     """
     loaded = load_model(run_dir)
-    task = TASKS[loaded.entry.task]
+    task = TASKS[loaded.entry.task_in_use]
     if needs_confusion and not task.has_confusion(loaded.model):
         raise ValueError(
             f"The model {run_dir} has no confusion matrix to plot: only models that give one class per image or pixel "
