@@ -58,6 +58,11 @@ class ImagesWithTexts(ImagesAlone):
 
     def build_model(self, args: VisionTrainingArguments, entry: ModelEntry) -> PreTrainedModel:
         model = build_model(args, entry, head_fields={"text_config": self.texts.config})
+        if model.config.lock_encoder and not args.encoder:
+            raise ValueError(
+                "model_config.lock_encoder keeps the encoder as it is, which would be random: name a trained one with "
+                "--encoder, or set --model_config.lock_encoder false."
+            )
         if self.texts.model is not None:
             model.text_model.load_state_dict(self.texts.model.state_dict())
         return model
