@@ -84,6 +84,8 @@ def input_shapes(args: VisionTrainingArguments) -> Mapping[str, tuple[int, ...]]
     shapes = {"pixel_values": (len(views.views), num_channels, *views.views[0].size)}
     if views.local_views:
         shapes["local_pixel_values"] = (len(views.local_views), num_channels, *views.local_views[0].size)
+    if "text" in entry.model_class.input_modalities:
+        shapes["input_ids"] = (args.text_length,)
     return shapes
 
 

@@ -169,7 +169,8 @@ def _run(
     counter = FlopCounter()
     torch.manual_seed(0)  # masks of sampled sizes are the same in each batch
     with mode:
-        batch = {name: torch.empty(num_images, *shape) for name, shape in shapes.items()}
+        dtypes = {"input_ids": torch.int64}
+        batch = {name: torch.empty(num_images, *shape, dtype=dtypes.get(name)) for name, shape in shapes.items()}
         autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
         try:
             with counter, saved.watching(model), autocast:

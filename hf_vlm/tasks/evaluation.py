@@ -82,7 +82,7 @@ def evaluate_split(
             source = source.holdout(holdout)[1]
             source = source if num_examples is None else source.take(num_examples)
         names = task.class_names(source)
-        if not task.fits_on_train:
+        if not task.fits_on_train and not task.has_open_classes:
             source = match_class_names(source, names, loaded.class_names, f"the model {run_dir}")
             names = list(loaded.class_names)
         transform = _Recording(task.transform(loaded.processor, train=False, class_names=names))
