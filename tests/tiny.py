@@ -16,9 +16,11 @@ import torch
 import torch.nn.functional as F
 
 from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
+from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 from hf_vlm.models.ssl_masks import context_and_targets
 from hf_vlm.registry import MODELS
+from hf_vlm.training.texts import train_tokenizer
 
 BACKBONE = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 DECODER = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -242,6 +244,19 @@ def batch(name, num_images=4, *, with_choices=True):
     if tiny.labels is not None:
         inputs["labels"] = tiny.labels(num_images)
     return inputs | (tiny.choices(num_images) if with_choices else {})
+
+
+def save_image_text(folder):
+    """The folder of a model of images and texts with its tokeniser, random but not the same for all images."""
+    tokenizer = train_tokenizer(["a photo of a cat.", "a photo of a black dog.", "two cats"] * 3)
+    tokenizer.model_max_length = 16
+    text_model = {**TEXT_MODEL, "vocab_size": len(tokenizer), "max_position_embeddings": 16}
+    model = build("image_text", text_config=text_model).eval()
+    perturb(model)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    VLMViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
 
 
 def slow_but(names: Iterable[str], *quick: str) -> list[Any]:

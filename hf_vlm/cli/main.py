@@ -18,6 +18,7 @@ COMMANDS = {
     "finetune": "fine-tune a model on labelled images:      hf-vlm finetune RECIPE --data SOURCE --encoder RUN",
     "evaluate": "metrics of a model on a split:             hf-vlm evaluate RUN --data SOURCE --split test",
     "embed": "features, neighbours and maps of images:   hf-vlm embed RUN --data SOURCE --neighbors neighbors.png",
+    "search": 'images found by words or by an image:  hf-vlm search "a red apple" --index features.parquet',
     "predict": "objects or classes of images:              hf-vlm predict RUN photo.jpg --save out.png",
     "track": "objects of a video, numbered:              hf-vlm track RUN clip.mp4 --save out.mp4",
     "plan": "cost of pretraining on a cluster:          hf-vlm plan RECIPE --gpus 64 --gpu h200",

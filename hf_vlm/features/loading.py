@@ -29,6 +29,7 @@ __all__ = [
     "find_encoder",
     "find_head",
     "image_statistics",
+    "is_used_whole",
     "load_frozen_encoder",
     "load_model",
     "quiet_transformers",
@@ -104,6 +105,13 @@ def load_frozen_encoder(source: str | Path) -> tuple[VLMViTModel, VLMViTImagePro
         return encoder.eval(), load_processor(str(source), encoder.config)[0]
     read_own_config(source)
     return _load(source, VLMViTModel, VLMViTImageProcessor, what="encoder")
+
+
+def is_used_whole(source: str | Path) -> bool:
+    """Whether what is saved is a pretraining model that is of use itself; ValueError where there is none."""
+    _refuse_unfinished(Path(source))
+    entry = find_model_type(read_config(str(source)).get("model_type"))
+    return entry is not None and bool(entry.use)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from sample_data import png, write_images, write_parquet
-from tiny import TEXT_MODEL, build, perturb
+from tiny import save_image_text
 from transformers import pipeline
 
 from hf_vlm.cli.main import main
@@ -16,22 +16,11 @@ from hf_vlm.features.texts import embed_classes, embed_texts, load_tokenizer
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_image_text import ImageTextForPreTraining
 from hf_vlm.tasks.evaluation import evaluate_split
-from hf_vlm.training.texts import train_tokenizer
 
 
 @pytest.fixture
 def run(tmp_path):
-    """The folder of a model with a tokeniser, random but not the same for all images."""
-    tokenizer = train_tokenizer(["a photo of a cat.", "a photo of a black dog.", "two cats"] * 3)
-    tokenizer.model_max_length = 16
-    text_model = {**TEXT_MODEL, "vocab_size": len(tokenizer), "max_position_embeddings": 16}
-    model = build("image_text", text_config=text_model).eval()
-    perturb(model)
-    folder = tmp_path / "run"
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    VLMViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
-    return folder
+    return save_image_text(tmp_path / "run")
 
 
 def features(folder, texts):
