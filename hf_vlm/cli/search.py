@@ -4,6 +4,7 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def run(argv: Sequence[str]) -> None:
             print(f"  {result.similarity:7.4f}  #{result.index}  {one_line(result.path or '')}".rstrip())
     print(f"{len(searcher.index):,} images were searched in {seconds:.3f} s.")
     if arguments.json is not None:
-        content = {query: [result._asdict() for result in results] for query, results in zip(arguments.query, found)}
+        content = {query: [asdict(result) for result in results] for query, results in zip(arguments.query, found)}
         arguments.json.write_text(json.dumps(content, indent=2) + "\n")
     if arguments.save is not None:
         _render(arguments, searcher.index.about, found).save(arguments.save)

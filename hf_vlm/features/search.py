@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow.parquet as pq
 import torch
@@ -22,7 +23,8 @@ __all__ = ["FeatureIndex", "Found", "Searcher", "load_embedder"]
 CHUNK_SIZE = 65536  # features compared at a time
 
 
-class Found(NamedTuple):
+@dataclass(frozen=True)
+class Found:
     """An image that was found.
 
     Attributes:
