@@ -71,6 +71,7 @@ HEADS = {  # by recipe
     },
     "classification/vit_small.yaml": {},
     "simclr/vit_small.yaml": {"projection_hidden_size": 32},
+    "image_text/vit_small.yaml": {"lock_encoder": True, "text_config": {**TINY_STACK, "intermediate_size": 32}},
 }
 for recipe in ("region_detection/vit_small.yaml", "instance_segmentation/vit_small.yaml"):
     HEADS[recipe] = HEADS["detection/vit_small.yaml"]
@@ -115,7 +116,15 @@ def test_the_commands_run_in_their_order(hub, run_process, tmp_path):
     code = f"{PREPARE}\nCOMMANDS = {runs!r}\n{RUN_COMMANDS}"
     printed = run_process(code, tmp_path, token="owner")
     assert "AP" in printed
-    for name in ("out.png", "features.parquet", "neighbors.png", "maps.png", "confusion.png", "views.png"):
+    for name in (
+        "out.png",
+        "features.parquet",
+        "found.png",
+        "neighbors.png",
+        "maps.png",
+        "confusion.png",
+        "views.png",
+    ):
         assert (tmp_path / name).stat().st_size > 0
     assert "model.safetensors" in hub.files("me/my-detector")
 

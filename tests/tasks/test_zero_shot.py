@@ -91,3 +91,20 @@ def test_transformers_pipeline_classifies_by_names(run, caplog):
         zip(names, expected.tolist())
     )
     assert "not supported" not in caplog.text
+
+
+CLASSIFY = """
+from transformers import pipeline
+from PIL import Image
+classify = pipeline("zero-shot-image-classification", model="run", trust_remote_code=True)
+found = classify(Image.new("RGB", (40, 30), (200, 40, 40)), candidate_labels=["cat", "dog"])
+print(found[0]["label"], round(found[0]["score"], 4))
+"""
+
+
+@pytest.mark.slow
+def test_the_pipeline_runs_where_the_package_is_not_installed(run, tmp_path, run_process):
+    image = Image.new("RGB", (40, 30), (200, 40, 40))
+    best = pipeline("zero-shot-image-classification", model=str(run))(image, candidate_labels=["cat", "dog"])[0]
+    printed = run_process(CLASSIFY, tmp_path, forbid_hf_vlm=True, HF_HUB_OFFLINE="1")
+    assert printed.splitlines()[-1] == f"{best['label']} {round(best['score'], 4)}"

@@ -14,6 +14,9 @@ from hf_vlm.data.sources import open_source
 from hf_vlm.data.transforms.captions import CaptionCollate, CaptionTransform, tokenize
 from hf_vlm.models.modeling_image_text import ImageTextForPreTraining
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
+from hf_vlm.training import run
+from hf_vlm.training.alarms import SIGNS, CollapseAlarm
+from hf_vlm.training.callbacks import read_log
 from hf_vlm.training.run import pretrain
 from hf_vlm.training.texts import train_tokenizer
 
@@ -64,7 +67,9 @@ def test_classes_are_texts_where_there_are_no_captions(tmp_path):
         with_texts(open_source(tmp_path / "plain"), TEMPLATES)
 
 
-def test_what_is_saved_is_the_whole_model_with_its_tokeniser(make_recipe, tmp_path):
+def test_what_is_saved_is_the_whole_model_with_its_tokeniser(make_recipe, tmp_path, monkeypatch):
+    alarms = []
+    monkeypatch.setattr(run, "CollapseAlarm", lambda **options: alarms.append(options) or CollapseAlarm(**options))
     pretrain(make_recipe("image_text", data="scenes:captions", max_steps=2, save_strategy="steps", save_steps=1))
     for folder in (tmp_path / "image_text", tmp_path / "image_text" / "checkpoint-1"):
         model, report = ImageTextForPreTraining.from_pretrained(folder, output_loading_info=True)
@@ -75,6 +80,10 @@ def test_what_is_saved_is_the_whole_model_with_its_tokeniser(make_recipe, tmp_pa
         encoder = VLMViTModel.from_pretrained(folder)
         assert all(torch.equal(value, model.backbone.state_dict()[key]) for key, value in encoder.state_dict().items())
     assert not (tmp_path / "image_text" / "pretraining_model").exists()
+    watched = {sign.metric for sign in alarms[0]["signs"]}
+    assert {sign.metric for sign in SIGNS} - watched == {"loss"}  # which may vanish when all pairs are learned
+    entries = [entry for entry in read_log(tmp_path / "image_text" / "log.jsonl") if "loss" in entry]
+    assert all({"accuracy", "feature_std", "text_std"} <= entry.keys() for entry in entries)
     assert json.loads((tmp_path / "image_text" / "run.json").read_text())["finished"]
 
 
