@@ -173,7 +173,9 @@ TINY = {
     "ijepa": Tiny("ijepa", {"predictor_config": DECODER}, choices=block_indices),
     "distill": Tiny("distill", frozen="teacher"),
     "image_text": Tiny("image_text", {**IMAGE_TEXT, "num_extra_blocks": 1}, inputs=texts),
-    "image_text_softmax": Tiny("image_text", {**IMAGE_TEXT, "loss_type": "softmax"}, inputs=texts),
+    "image_text_softmax": Tiny(
+        "image_text", {**IMAGE_TEXT, "loss_type": "softmax", "text_pooling": "pooler"}, inputs=texts
+    ),
     "detection": Tiny("detection", DETECTION, num_views=0, labels=boxes),
     "instance_segmentation": Tiny(
         "instance_segmentation",

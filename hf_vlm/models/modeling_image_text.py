@@ -39,8 +39,12 @@ class ImageTextConfig(SSLConfig):
     Args:
         backbone_config (`VLMViTConfig` or `dict`, *optional*): The encoder of images.
         text_config (`PreTrainedConfig` or `dict`, *optional*):
-            The encoder of texts: any model of transformers that gives one vector per text (`pooler_output`), such as
-            those of BERT and CLIP. A small BERT when not given; fields without `model_type` change that one.
+            The encoder of texts: any model of transformers with one state per token, such as those of BERT and CLIP.
+            A small BERT when not given; fields without `model_type` change that one.
+        text_pooling (`str`, defaults to `"mean"`):
+            What texts are read from: the `"mean"` of their tokens, as in sentence-transformers, or `"pooler"`, the
+            model's own vector per text, as CLIP's. Those of a new BERT hardly differ, and the loss with them stays
+            where it is for long.
         projection_size (`int`, defaults to 512): Width of the space that images and texts share.
         loss_type (`str`, defaults to `"sigmoid"`):
             `"sigmoid"`, each pair of an image and a text is told apart by itself (SigLIP, arXiv 2303.15343), which is
@@ -62,6 +66,7 @@ class ImageTextConfig(SSLConfig):
     sub_configs = {"backbone_config": VLMViTConfig, "text_config": AutoConfig}
 
     text_config: Any = None
+    text_pooling: str = "mean"
     projection_size: int = 512
     loss_type: str = "sigmoid"
     lock_encoder: bool = False
@@ -75,6 +80,8 @@ class ImageTextConfig(SSLConfig):
         super().__post_init__(**kwargs)
         if self.loss_type not in INITIAL_SCALE:
             raise ValueError(f"ImageTextConfig: loss_type must be sigmoid or softmax, but is {self.loss_type!r}.")
+        if self.text_pooling not in ("mean", "pooler"):
+            raise ValueError(f"ImageTextConfig: text_pooling must be mean or pooler, but is {self.text_pooling!r}.")
         if not self.templates or any(text.count("{}") != 1 or text.count("{") != 1 for text in self.templates):
             raise ValueError(f"ImageTextConfig: templates need one {{}} each, but are {list(self.templates)}.")
         self.check_range(1, math.inf, "projection_size")
@@ -211,6 +218,8 @@ class ImageTextForPreTraining(SSLPreTrainedModel):
         self.extra_blocks = nn.ModuleList(VLMViTLayer(encoder) for _ in range(config.num_extra_blocks))
         self.extra_norm = build_norm(encoder, encoder.hidden_size) if config.num_extra_blocks else nn.Identity()
         self.text_model = AutoModel.from_config(config.text_config)
+        if config.text_pooling == "mean" and hasattr(self.text_model, "pooler"):
+            self.text_model.pooler = None  # it would not learn, and DDP expects every parameter to
         self.image_projection = nn.Linear(config.image_size, config.projection_size, bias=False)
         self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_size, bias=False)
         self.cosine_scale = CosineScale(config.loss_type)
@@ -255,12 +264,14 @@ class ImageTextForPreTraining(SSLPreTrainedModel):
             input_ids: (texts, tokens) int64.
             attention_mask: (texts, tokens), 0 for padding.
         """
-        pooled = self.text_model(input_ids=input_ids, attention_mask=attention_mask).get("pooler_output")
-        if pooled is None:
+        output = self.text_model(input_ids=input_ids, attention_mask=attention_mask)
+        if self.config.text_pooling == "mean":
+            is_text = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            weights = (is_text / is_text.sum(dim=1, keepdim=True)).to(output.last_hidden_state.dtype)
+            pooled = (weights[:, None] @ output.last_hidden_state)[:, 0]  # (texts, hidden_size)
+        elif (pooled := output.get("pooler_output")) is None:
             name = type(self.text_model).__name__
-            raise ValueError(
-                f"{name} gives no vector per text (pooler_output): take another text model, such as bert."
-            )
+            raise ValueError(f"{name} gives no vector per text (pooler_output): set text_pooling to mean.")
         return F.normalize(self.text_projection(pooled).float(), dim=-1)
 
     @returns_loss

@@ -64,7 +64,8 @@ class ImagesWithTexts(ImagesAlone):
                 "--encoder, or set --model_config.lock_encoder false."
             )
         if self.texts.model is not None:
-            model.text_model.load_state_dict(self.texts.model.state_dict())
+            weights = self.texts.model.state_dict()
+            model.text_model.load_state_dict({name: weights[name] for name in model.text_model.state_dict()})
         return model
 
     def transform(self, views: Transform) -> Transform:

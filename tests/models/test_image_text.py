@@ -104,12 +104,15 @@ def test_any_number_of_texts_may_be_compared_with_images():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("pooling", ["mean", "pooler"])
 @pytest.mark.parametrize("model_type", ["clip_text_model", "roberta"])
-def test_any_text_model_of_transformers_will_do(model_type):
+def test_any_text_model_of_transformers_will_do(model_type, pooling):
     fields = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = build("image_text", text_config={"model_type": model_type, "vocab_size": 32, **fields}).eval()
+    text_config = {"model_type": model_type, "vocab_size": 32, **fields}
+    model = build("image_text", text_config=text_config, text_pooling=pooling).eval()
     inputs = batch("image_text")
-    pooled = model.text_model(inputs["input_ids"], inputs["attention_mask"]).pooler_output
+    output = model.text_model(inputs["input_ids"], inputs["attention_mask"])
+    pooled = output.last_hidden_state[:, :4].mean(dim=1) if pooling == "mean" else output.pooler_output
     expected = F.normalize(model.text_projection(pooled), dim=1)
     torch.testing.assert_close(model(**inputs).text_embeds, expected)
 
@@ -121,5 +124,9 @@ def test_settings_that_cannot_work_are_refused():
         with pytest.raises(ValueError, match=f"model_type '{model_type}', which is no encoder of texts"):
             build("image_text", text_config={"model_type": model_type})
     fields = {"hidden_size": 16, "vocab_size": 32, "num_hidden_layers": 1, "n_heads": 2, "hidden_dim": 32, "dim": 16}
+    distilbert = {"model_type": "distilbert", **fields}
     with pytest.raises(ValueError, match="DistilBertModel gives no vector per text"):
-        build("image_text", text_config={"model_type": "distilbert", **fields})(**batch("image_text"))
+        build("image_text", text_config=distilbert, text_pooling="pooler")(**batch("image_text"))
+    assert build("image_text", text_config=distilbert)(**batch("image_text")).loss.isfinite()
+    with pytest.raises(ValueError, match="text_pooling must be mean or pooler, but is 'max'"):
+        build("image_text", text_pooling="max")

@@ -102,6 +102,7 @@ def test_a_text_model_to_start_from_and_a_locked_encoder(make_recipe, tmp_path):
     model = ImageTextForPreTraining.from_pretrained(tmp_path / "image_text")
     encoder = VLMViTModel.from_pretrained(tmp_path / "mae").state_dict()
     assert all(torch.equal(value, encoder[key]) for key, value in model.backbone.state_dict().items())
+    assert model.text_model.pooler is None
     for key, value in model.text_model.state_dict().items():
         torch.testing.assert_close(value, text_model.state_dict()[key], atol=1e-5, rtol=0)
     assert json.loads((tmp_path / "image_text" / "run.json").read_text())["finished"]
