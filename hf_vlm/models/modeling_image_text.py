@@ -268,7 +268,7 @@ class ImageTextForPreTraining(SSLPreTrainedModel):
         if self.config.text_pooling == "mean":
             is_text = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             weights = (is_text / is_text.sum(dim=1, keepdim=True)).to(output.last_hidden_state.dtype)
-            pooled = (weights[:, None] @ output.last_hidden_state)[:, 0]  # (texts, hidden_size)
+            pooled = (output.last_hidden_state * weights[:, :, None]).sum(dim=1)  # (texts, hidden_size)
         elif (pooled := output.get("pooler_output")) is None:
             name = type(self.text_model).__name__
             raise ValueError(f"{name} gives no vector per text (pooler_output): set text_pooling to mean.")
