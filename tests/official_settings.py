@@ -593,6 +593,7 @@ OFFICIAL = {
                 "max_grad_norm": 1.0,
                 **ADAMW,
                 "model_config.loss_type": "sigmoid",
+                "model_config.initial_bias": -2.71,
                 "model_config.lock_encoder": True,
                 "model_config.num_extra_blocks": 0,
                 "model_config.use_patch_mean": False,
@@ -605,7 +606,6 @@ OFFICIAL = {
         {
             "big_vision/configs/proj/image_text/siglip_lit_coco.py": {
                 "colours and shapes": ("randaug(2,10)", "unchanged"),
-                "bias at the start": ("-2.71", "-10"),
                 "projection of images": ("none", "linear"),
             },
         },

@@ -20,7 +20,6 @@ from .vit_layers import SelfInitialised, VLMViTLayer, build_norm
 
 MAX_LOG_SCALE = math.log(100)  # CLIP's bound of the factor of the cosines
 INITIAL_SCALE = {"sigmoid": 10.0, "softmax": 1 / 0.07}  # of SigLIP and CLIP
-INITIAL_BIAS = {"sigmoid": -10.0, "softmax": 0.0}
 SMALL_TEXT_MODEL = {  # as wide and deep as suits captions of one's own; without dropout, as SigLIP's
     "model_type": "bert",
     "hidden_size": 256,
@@ -50,6 +49,10 @@ class ImageTextConfig(SSLConfig):
             `"sigmoid"`, each pair of an image and a text is told apart by itself (SigLIP, arXiv 2303.15343), which is
             better with up to some thousands of pairs per batch; or `"softmax"`, each image chooses among all texts and
             each text among all images (CLIP, arXiv 2103.00020).
+        initial_bias (`float`, defaults to -10.0):
+            What the sigmoid loss adds to logits at first. SigLIP's -10 suits its batches of 32,768 pairs, of which
+            one in as many is right; -log(pairs - 1) suits others. With a lower one, all images and texts first
+            become alike, as a higher cosine is what the loss then asks of nearly every pair.
         lock_encoder (`bool`, defaults to `False`):
             Whether the encoder of images neither learns nor drops anything, as in LiT (arXiv 2111.07991).
         num_extra_blocks (`int`, defaults to 0):
@@ -69,6 +72,7 @@ class ImageTextConfig(SSLConfig):
     text_pooling: str = "mean"
     projection_size: int = 512
     loss_type: str = "sigmoid"
+    initial_bias: float | int = -10.0
     lock_encoder: bool = False
     num_extra_blocks: int = 0
     use_patch_mean: bool = True
@@ -138,9 +142,9 @@ class ImageTextOutput(ModelOutput):
 class CosineScale(SelfInitialised):
     """The learned factor and, for the sigmoid loss, offset that turn cosines into logits."""
 
-    def __init__(self, loss_type: str):
+    def __init__(self, loss_type: str, initial_bias: float = -10.0):
         super().__init__()
-        self.loss_type = loss_type
+        self.loss_type, self.initial_bias = loss_type, initial_bias
         self.log_scale = nn.Parameter(torch.empty(1))  # not of shape (), which FSDP does not shard
         if loss_type == "sigmoid":
             self.bias = nn.Parameter(torch.empty(1))
@@ -148,7 +152,7 @@ class CosineScale(SelfInitialised):
     def init_parameters(self) -> None:
         init.constant_(self.log_scale, math.log(INITIAL_SCALE[self.loss_type]))
         if self.loss_type == "sigmoid":
-            init.constant_(self.bias, INITIAL_BIAS[self.loss_type])
+            init.constant_(self.bias, self.initial_bias)
 
     def forward(self, images: Tensor, texts: Tensor) -> Tensor:
         """Logits (images, texts) of L2-normalised images (images, dim) and texts (texts, dim)."""
@@ -222,7 +226,7 @@ class ImageTextForPreTraining(SSLPreTrainedModel):
             self.text_model.pooler = None  # it would not learn, and DDP expects every parameter to
         self.image_projection = nn.Linear(config.image_size, config.projection_size, bias=False)
         self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_size, bias=False)
-        self.cosine_scale = CosineScale(config.loss_type)
+        self.cosine_scale = CosineScale(config.loss_type, config.initial_bias)
         self.post_init()
 
     def train(self, mode: bool = True) -> Self:

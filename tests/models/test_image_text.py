@@ -48,6 +48,7 @@ def test_the_softmax_loss_chooses_among_texts_and_among_images():
 def test_factor_and_bias_start_as_in_siglip_and_clip():
     siglip, clip = build("image_text").cosine_scale, build("image_text_softmax").cosine_scale
     assert (siglip.log_scale.exp().item(), siglip.bias.item()) == (pytest.approx(10), -10)
+    assert build("image_text", initial_bias=-4).cosine_scale.bias.item() == -4
     assert clip.log_scale.exp().item() == pytest.approx(1 / 0.07)
     assert not hasattr(clip, "bias")
 
