@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForObjectDetection,
     AutoModelForPreTraining,
     AutoModelForSemanticSegmentation,
+    AutoModelForZeroShotImageClassification,
 )
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
@@ -34,6 +35,7 @@ from hf_vlm.models.modeling_detection import VLMViTDetectionConfig, VLMViTForObj
 from hf_vlm.models.modeling_dinov2 import DINOv2Config, DINOv2ForPreTraining
 from hf_vlm.models.modeling_distill import DistillConfig, DistillForPreTraining
 from hf_vlm.models.modeling_ijepa import IJEPAConfig, IJEPAForPreTraining
+from hf_vlm.models.modeling_image_text import ImageTextConfig, ImageTextForPreTraining
 from hf_vlm.models.modeling_instance_segmentation import (
     VLMViTForInstanceSegmentation,
     VLMViTInstanceSegmentationConfig,
@@ -67,6 +69,12 @@ class ModelEntry:
     auto_class: Any
     processor_class: type[VLMViTImageProcessor] = VLMViTImageProcessor
     pipeline_class: Any = None  # Auto class by which transformers' pipeline loads it, where that is another
+    use: str = ""  # task of a pretraining model that is of use itself, not only for its encoder
+
+    @property
+    def task_in_use(self) -> str:
+        """The task that the commands know a saved model by."""
+        return self.use or self.task
 
 
 MODELS = (
@@ -87,6 +95,15 @@ MODELS = (
     ModelEntry("dinov2", "pretraining", DINOv2Config, DINOv2ForPreTraining, AutoModelForPreTraining),
     ModelEntry("ijepa", "pretraining", IJEPAConfig, IJEPAForPreTraining, AutoModelForPreTraining),
     ModelEntry("distill", "pretraining", DistillConfig, DistillForPreTraining, AutoModelForPreTraining),
+    ModelEntry(
+        "image_text",
+        "pretraining",
+        ImageTextConfig,
+        ImageTextForPreTraining,
+        AutoModelForPreTraining,
+        pipeline_class=AutoModelForZeroShotImageClassification,
+        use="zero-shot-image-classification",
+    ),
     ModelEntry(
         "detection",
         "object-detection",

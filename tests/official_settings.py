@@ -571,6 +571,45 @@ OFFICIAL = {
             "util/datasets.py": BICUBIC,
         },
     ),
+    "image_text": Official(
+        "google-research/big_vision@3b8e5ab",
+        {
+            "big_vision/configs/proj/image_text/siglip_lit_coco.py": {
+                "encoder_preset": "B/16",
+                "encoder_config.patch_size": 16,
+                "image_size": 224,
+                "text_encoder": "bert_base",
+                "model_config.text_config.hidden_size": 768,
+                "model_config.text_config.intermediate_size": 3072,
+                "model_config.text_config.num_hidden_layers": 12,
+                "model_config.text_config.num_attention_heads": 12,
+                "text_length": 16,
+                "length": "5000 steps",
+                "reference_batch_size": 512,
+                "learning_rate": 1e-3,
+                "weight_decay": 0.01,
+                "warmup_steps": 0.03,  # 150 of 5000
+                "lr_scheduler_type": "cosine",
+                "max_grad_norm": 1.0,
+                **ADAMW,
+                "model_config.loss_type": "sigmoid",
+                "model_config.initial_bias": -2.71,
+                "model_config.lock_encoder": True,
+                "model_config.num_extra_blocks": 0,
+                "model_config.use_patch_mean": False,
+                "model_config.projection_size": 768,
+                "views.num_views": 1,
+                "views.crop_scale": "none",
+                "views.flip_probability": 0.5,
+            },
+        },
+        {
+            "big_vision/configs/proj/image_text/siglip_lit_coco.py": {
+                "colours and shapes": ("randaug(2,10)", "unchanged"),
+                "projection of images": ("none", "linear"),
+            },
+        },
+    ),
     "semantic_segmentation": Official(
         "facebookresearch/dinov3@78dc9b8",
         {

@@ -31,6 +31,7 @@ DATA_LEVELS = {
     "source": 2,
     "stream": 2,
     "loader": 2,
+    "captions": 3,
     "pseudo_labels": 3,
     "shards": 3,
     "formats": 3,

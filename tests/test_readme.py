@@ -71,6 +71,7 @@ HEADS = {  # by recipe
     },
     "classification/vit_small.yaml": {},
     "simclr/vit_small.yaml": {"projection_hidden_size": 32},
+    "image_text/vit_small.yaml": {"lock_encoder": True, "text_config": {**TINY_STACK, "intermediate_size": 32}},
 }
 for recipe in ("region_detection/vit_small.yaml", "instance_segmentation/vit_small.yaml"):
     HEADS[recipe] = HEADS["detection/vit_small.yaml"]
@@ -123,6 +124,7 @@ def test_the_commands_run_in_their_order(hub, run_process, tmp_path):
     for name in (
         "out.png",
         "features.parquet",
+        "found.png",
         "neighbors.png",
         "maps.png",
         "confusion.png",

@@ -16,9 +16,11 @@ import torch
 import torch.nn.functional as F
 
 from hf_vlm.models.configuration_vlm_vit import VLMViTConfig
+from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 from hf_vlm.models.ssl_masks import context_and_targets
 from hf_vlm.registry import MODELS
+from hf_vlm.training.texts import train_tokenizer
 
 BACKBONE = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 SPARSE = {"num_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 1.0}
@@ -36,6 +38,7 @@ class Tiny:
         has_local_views: Whether there are small views as well.
         image_hw: Height and width of the images.
         choices: What `forward` would sample, such as masks, for a number of images.
+        inputs: What else a batch holds, such as texts, for a number of images.
         labels: Labels of a number of images.
         frozen: Field that names the folder of a frozen encoder, where the method has one.
         backbone: Changes of `BACKBONE`.
@@ -47,6 +50,7 @@ class Tiny:
     has_local_views: bool = False
     image_hw: tuple[int, int] = (32, 32)
     choices: Callable[[int], dict[str, Any]] = lambda num_images: {}
+    inputs: Callable[[int], dict[str, Any]] = lambda num_images: {}
     labels: Callable[[int], list[dict[str, Any]]] | None = None
     frozen: str | None = None
     backbone: dict[str, Any] = field(default_factory=dict)
@@ -105,6 +109,24 @@ def candidates(num_images):
     return {"points": torch.rand(num_images, 24, 2)}
 
 
+def texts(num_images):
+    """As many tokens in each text, so that halves of the batch weigh the same; the rest is padding."""
+    mask = (torch.arange(6) < 4).long().expand(num_images, -1)
+    return {"input_ids": torch.randint(1, 32, (num_images, 6)) * mask, "attention_mask": mask}
+
+
+TEXT_MODEL = {
+    "model_type": "bert",
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 8,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+IMAGE_TEXT = {"text_config": TEXT_MODEL, "projection_size": 16}
 PROJECTION = {"projection_hidden_size": 32, "projection_size": 16}
 MAE = {"decoder_config": DECODER}
 LEJEPA = {**PROJECTION, "num_slices": 16}
@@ -160,6 +182,10 @@ TINY = {
     ),
     "ijepa": Tiny("ijepa", {"predictor_config": DECODER}, choices=block_indices),
     "distill": Tiny("distill", frozen="teacher"),
+    "image_text": Tiny("image_text", {**IMAGE_TEXT, "num_extra_blocks": 1}, inputs=texts),
+    "image_text_softmax": Tiny(
+        "image_text", {**IMAGE_TEXT, "loss_type": "softmax", "text_pooling": "pooler"}, inputs=texts
+    ),
     "detection": Tiny("detection", DETECTION, num_views=0, labels=boxes),
     "instance_segmentation": Tiny(
         "instance_segmentation",
@@ -230,9 +256,23 @@ def batch(name, num_images=4, *, with_choices=True):
     inputs = {"pixel_values": torch.randn(num_images, *views, 3, *tiny.image_hw)}
     if tiny.has_local_views:
         inputs["local_pixel_values"] = torch.randn(num_images, 2, 3, 16, 16)
+    inputs |= tiny.inputs(num_images)
     if tiny.labels is not None:
         inputs["labels"] = tiny.labels(num_images)
     return inputs | (tiny.choices(num_images) if with_choices else {})
+
+
+def save_image_text(folder):
+    """The folder of a model of images and texts with its tokeniser, random but not the same for all images."""
+    tokenizer = train_tokenizer(["a photo of a cat.", "a photo of a black dog.", "two cats"] * 3)
+    tokenizer.model_max_length = 16
+    text_model = {**TEXT_MODEL, "vocab_size": len(tokenizer), "max_position_embeddings": 16}
+    model = build("image_text", text_config=text_model).eval()
+    perturb(model)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    VLMViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
 
 
 def slow_but(names: Iterable[str], *quick: str) -> list[Any]:

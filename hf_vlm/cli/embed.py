@@ -19,15 +19,16 @@ def run(argv: Sequence[str]) -> None:
     from hf_vlm.data.images import first_images, images_at
     from hf_vlm.data.sources import guess_format, open_source
     from hf_vlm.features.device import to_best_device
-    from hf_vlm.features.loading import load_frozen_encoder
     from hf_vlm.features.neighbors import evenly_spaced_in_file
+    from hf_vlm.features.search import load_embedder
     from hf_vlm.training.run import quiet_libraries
     from hf_vlm.viz.map_sheet import plot_feature_maps
     from hf_vlm.viz.neighbor_sheet import plot_stored_neighbors
 
     quiet_libraries()
-    encoder, processor = load_frozen_encoder(arguments.run)
-    to_best_device(encoder)
+    model, processor, arguments.pooling = load_embedder(arguments.run, arguments.pooling)
+    to_best_device(model)
+    encoder = getattr(model, "backbone", model)
     format = arguments.format or guess_format(arguments.data)
     num_examples = images_to_read(format, arguments.num_examples)
     source = open_source(
@@ -43,7 +44,7 @@ def run(argv: Sequence[str]) -> None:
         raise ValueError(f"--queries {max(queries)}: only {num_examples} images are read, numbered from 0 on")
     with _feature_path(arguments) as path:
         if path is not None:
-            _write_features(path, encoder, processor, source, arguments, num_expected=num_examples)
+            _write_features(path, model, processor, source, arguments, num_expected=num_examples)
             queries = queries or evenly_spaced_in_file(path, arguments.num_queries)
         if path is not None and arguments.neighbors is not None:
             picture = plot_stored_neighbors(path, source, queries, num_neighbors=arguments.num_neighbors)
@@ -75,7 +76,13 @@ def _write_features(
         pooling=arguments.pooling,
         batch_size=arguments.batch_size,
         max_bad_fraction=arguments.max_bad_fraction,
-        about={"encoder": redact_url(arguments.run), "data": redact_url(arguments.data), "split": arguments.split},
+        about={
+            "encoder": redact_url(arguments.run),
+            "data": redact_url(arguments.data),
+            "split": arguments.split,
+            "format": arguments.format,
+            "num_examples": num_expected,
+        },
         num_expected=num_expected,
     )
     skipped = f"; {num_bad:,} could not be read and were skipped" if num_bad else ""
@@ -105,7 +112,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--num_neighbors", type=int, default=8, help="number of neighbours per image")
     parser.add_argument("--foreground", action="store_true", help="leave the background of the components black")
     parser.add_argument("--patch", help="row,column of a patch: maps of similarity to it, instead of attention")
-    parser.add_argument("--pooling", default="mean", help="features: mean of the patch tokens, class token, or both")
+    parser.add_argument(
+        "--pooling",
+        help="features: mean of the patch tokens (default), class token, both, or shared: those that are "
+        "compared with texts (default of models that have them)",
+    )
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--max_bad_fraction", type=float, default=0.01, help="fraction of unreadable images to accept")
     arguments = parser.parse_args(argv)

@@ -110,7 +110,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hf-vlm evaluate",
         description="Prints the metrics of a model's task: COCO metrics of a detector, accuracy and calibration of a "
-        "classifier, mean IoU of a segmenter, kNN and linear accuracy of an encoder's frozen features.",
+        "classifier, mean IoU of a segmenter, kNN and linear accuracy of an encoder's frozen features, zero-shot "
+        "accuracy and retrieval of a model of images and texts.",
     )
     parser.add_argument("run", help="folder of a model, or its name on the Hub")
     parser.add_argument("--data", required=True, help="labelled images: folder, file, Hub id or scenes")

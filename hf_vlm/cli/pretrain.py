@@ -44,8 +44,9 @@ def run(argv: Sequence[str]) -> None:
     folder = recipe["output_dir"]
     if not PartialState().is_main_process:  # the others are done while it still writes
         return
-    task = TASKS.get(find_model(recipe["method"]).task)  # None of an encoder
-    what = "encoder" if task is None else "model"
+    entry = find_model(recipe["method"])
+    task = TASKS.get(entry.task)  # None of an encoder
+    what = "encoder" if entry.task_in_use == "pretraining" else "model"
     print(f"\nThe {what} is in {folder}: {summary['num_images_seen']:,} images in {summary['seconds']:,.0f} s.")
     encoder = VLMViTConfig.from_pretrained(folder)
     print(f"Next: {finetune_command(task or DETECTION, encoder, folder, 'YOUR_LABELLED_IMAGES')}")

@@ -4,15 +4,20 @@ from collections.abc import Sequence
 
 import datasets
 
-__all__ = ["COLUMNS", "image_feature", "objects_feature"]
+__all__ = ["COLUMNS", "captions_feature", "image_feature", "objects_feature"]
 
 # Every column a stream may have; `image` and `image_id` are always there.
-COLUMNS = ("image", "image_id", "label", "objects", "mask", "instance_mask")
+COLUMNS = ("image", "image_id", "label", "objects", "mask", "instance_mask", "text")
 
 
 def image_feature() -> datasets.Image:
     """Type of `image`, `mask` and `instance_mask`: the encoded file as {"bytes", "path"}, one of them None."""
     return datasets.Image(decode=False)
+
+
+def captions_feature() -> datasets.List:
+    """Type of `text`: the captions of an image, any of which describes it."""
+    return datasets.List(datasets.Value("string"))
 
 
 def objects_feature(class_names: Sequence[str], *, has_masks: bool = False) -> dict[str, datasets.List]:

@@ -71,6 +71,11 @@ class Source:
             return None
         return list(self.mask_class_names)
 
+    @property
+    def has_captions(self) -> bool:
+        """Whether there is the column `text`."""
+        return "text" in self.features
+
     def unlabelled(self) -> "Source":
         """The source with nothing but `image` and `image_id`."""
         return replace(self, dataset=self.dataset.select_columns(["image", "image_id"]))

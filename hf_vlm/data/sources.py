@@ -103,12 +103,12 @@ def open_source(
     """Open a source, whose images stay encoded.
 
     Args:
-        source: `scenes`, `scenes:easy`, `scenes:hard` or `scenes:symbols` (the built-in images); a Parquet
-            file, a WebDataset tar, or a folder of these; a COCO json or a folder with one; a folder of Pascal VOC; a
-            data.yaml of YOLO or its folder; a folder of images; or the id of a dataset on the Hub. Files and folders
-            may also be URLs of any protocol that fsspec knows (https, s3, gs, ...), with credentials from its
-            configuration; web servers alone have no folders. `{00..31}` and `*` name several Parquet files or tars. A
-            mapping of sources to weights mixes them (see `mix_sources`).
+        source: `scenes`, `scenes:easy`, `scenes:hard`, `scenes:symbols` or `scenes:captions` (the built-in images); a
+            Parquet file, a WebDataset tar, or a folder of these; a COCO json or a folder with one; a folder of
+            Pascal VOC; a data.yaml of YOLO or its folder; a folder of images; or the id of a dataset on the Hub. Files
+            and folders may also be URLs of any protocol that fsspec knows (https, s3, gs, ...), with credentials from
+            its configuration; web servers alone have no folders. `{00..31}` and `*` name several Parquet files or
+            tars. A mapping of sources to weights mixes them (see `mix_sources`).
         split: Name of the split; `val` and `valid` are `validation`.
         format: One of `FORMATS`; None to guess it.
         num_samples: Number of examples to read: the first ones, but evenly spread ones of class folders; None for all.
@@ -119,8 +119,9 @@ def open_source(
 
     Returns:
         A source with the columns `image` ({"bytes", "path"}) and `image_id`, and as the source has them `label`,
-        `objects` {bbox, category, area, iscrowd, segmentation}, `mask` and `instance_mask`. The classes of
-        masks are named by a file `mask_classes.txt`, `labelmap.txt` or `class_dict.csv` in the folder.
+        `objects` {bbox, category, area, iscrowd, segmentation}, `mask`, `instance_mask` and `text`, a list of
+        captions. The classes of masks are named by a file `mask_classes.txt`, `labelmap.txt` or `class_dict.csv` in
+        the folder.
 
     Raises:
         ValueError: There is nothing of the format, no such split, the labels make no sense, or the source names files

@@ -38,6 +38,7 @@ COLUMNS = {
     "where they have masks, `segmentation` as COCO's JSON",
     "mask": "the class of each pixel, 255 for none",
     "instance_mask": "the number of the object at each pixel, 0 for none",
+    "text": "its captions",
 }
 
 

@@ -150,7 +150,7 @@ def export_model(
             f"{run} has a sparse encoder, which is not exported: how many tokens an expert gets is known as it runs. "
             "It can be served by hf-vlm serve, and a dense encoder can learn from it by the method distill."
         )
-    task = TASKS[reference.entry.task]
+    task = TASKS[reference.entry.task_in_use]
     if task.served is None:
         raise ValueError(f"Models for {task.name} are not exported.")
     data = data or recorded_data(run) or ExportData(SCENES)

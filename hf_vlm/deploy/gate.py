@@ -80,7 +80,7 @@ def compare(reference: LoadedModel, artifact: LoadedModel, images: Sequence[Imag
     Raises:
         ValueError: The artifact does not run on a batch.
     """
-    task = TASKS[reference.entry.task]
+    task = TASKS[reference.entry.task_in_use]
     assert task.served is not None
     differences: list[float] = []
     agreements: list[tuple[float, float]] = []

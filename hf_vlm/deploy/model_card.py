@@ -174,7 +174,7 @@ def _task(config: "PreTrainedConfig") -> "Task":
     from hf_vlm.tasks import TASKS
 
     entry = find_model_type(config.model_type)
-    return TASKS.get(entry.task if entry else "", TASKS["image-feature-extraction"])
+    return TASKS.get(entry.task_in_use if entry else "", TASKS["image-feature-extraction"])
 
 
 def _values(

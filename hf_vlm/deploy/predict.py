@@ -31,7 +31,7 @@ class Predictor:
         from hf_vlm.tasks import TASKS
 
         self.model, self.processor = loaded.model.eval(), loaded.processor
-        self.task = TASKS[loaded.entry.task]
+        self.task = TASKS[loaded.entry.task_in_use]
         if self.task.post_process is None:
             raise ValueError(f"A model for {self.task.name} predicts no classes: fine-tune it (hf-vlm finetune).")
 

@@ -45,6 +45,11 @@ EXPORT_DESCRIPTION = {
     EXPORT_FILE: "the manifest of the program",
     PARITY_FILE: "the record of the gate",
 }
+# Of a model that reads texts, as the tokenisers of transformers are saved.
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model"),
+)
 PROVENANCE = "## Licence and provenance"
 STALE = ("*.safetensors", "*.safetensors.index.json", "*.py")
 STALE_EXPORTS = ("*.onnx", "*.onnx.data", "*.xml", "*.bin", "*.pt2", "*.pte")
@@ -235,7 +240,8 @@ def files_to_push(run_dir: str | Path) -> list[str]:
     missing += [f"{name} (code that the configuration names)" for name in code if not (run_dir / name).is_file()]
     if missing:
         raise ValueError(f"{run_dir} is not the folder of a finished run; it has no {', no '.join(missing)}.")
-    return [*described, *weights, *code]
+    tokenizer = [name for name in TOKENIZER_FILES if (run_dir / name).is_file()]
+    return [*described, *weights, *code, *tokenizer]
 
 
 def write_hub_files(folder: Path) -> None:

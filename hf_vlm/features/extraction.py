@@ -24,11 +24,21 @@ from hf_vlm.data.source import Source
 from hf_vlm.data.stream import ExampleStream, Transform
 from hf_vlm.data.transforms.views import EvalTransform
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
-from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 
-__all__ = ["METADATA_KEY", "POOLINGS", "encode", "eval_transform_for", "feature_size", "frozen", "write_features"]
+__all__ = [
+    "METADATA_KEY",
+    "POOLINGS",
+    "SHARED",
+    "encode",
+    "eval_transform_for",
+    "feature_size",
+    "frozen",
+    "weights_fingerprint",
+    "write_features",
+]
 
-POOLINGS = ("mean", "class", "both")
+SHARED = "shared"
+POOLINGS = ("mean", "class", "both", SHARED)
 METADATA_KEY = b"hf_vlm"  # in the Parquet file: which encoder made the features, from which data
 # Settings that EvalTransform cannot change.
 FIXED_PROCESSOR_FIELDS = ("resample", "do_rescale", "rescale_factor", "do_normalize")
@@ -36,7 +46,7 @@ ROWS_PER_GROUP = 4096  # held in memory: 25 MB of 1,536 features
 
 
 @contextmanager
-def frozen(encoder: VLMViTModel) -> Iterator[VLMViTModel]:
+def frozen(encoder: Any) -> Iterator[Any]:
     """The encoder in evaluation mode without gradients; the modes of its modules are restored afterwards."""
     modes = {part: part.training for part in encoder.modules()}
     encoder.eval()
@@ -48,20 +58,28 @@ def frozen(encoder: VLMViTModel) -> Iterator[VLMViTModel]:
             part.training = is_training
 
 
-def encode(encoder: VLMViTModel, pixel_values: Tensor, *, pooling: str = "mean") -> Tensor:
+def encode(encoder: Any, pixel_values: Tensor, *, pooling: str = "mean") -> Tensor:
     """Features (batch, features) float32, on the CPU, of images (batch, channels, height, width).
 
     Args:
-        encoder: Encoder on any device.
+        encoder: Encoder on any device; for "shared" a model of images and texts.
         pooling: "mean" of the patch tokens, which every encoder has; the "class" token, which is what image-level
             methods train (SimCLR, MoCo v3, LeJEPA, DINOv2); or "both", the class token followed by the mean, as in
-            DINOv2's linear classifiers: twice as many features.
+            DINOv2's linear classifiers: twice as many features; or "shared", the space in which a model of images and
+            texts compares them.
 
     Raises:
-        ValueError: There is no such pooling, or the encoder has no class token.
+        ValueError: There is no such pooling, or the encoder has no class token, or shares no space with texts.
     """
     if pooling not in POOLINGS:
         raise ValueError(f"There is no pooling {pooling!r}. There are: {', '.join(POOLINGS)}.")
+    if pooling == SHARED:
+        if not hasattr(encoder, "get_image_features"):
+            raise ValueError(
+                f"The pooling {SHARED!r} needs a model of images and texts, and this is an encoder alone."
+            )
+        with frozen(encoder):
+            return encoder.get_image_features(pixel_values.to(encoder.device)).cpu()  # type: ignore[no-any-return]
     if pooling != "mean" and not encoder.config.use_class_token:
         raise ValueError("The encoder has no class token to take features from: use the pooling 'mean'.")
     with frozen(encoder):
@@ -73,8 +91,10 @@ def encode(encoder: VLMViTModel, pixel_values: Tensor, *, pooling: str = "mean")
         return torch.cat(parts, dim=1).float().cpu()
 
 
-def feature_size(encoder: VLMViTModel, pooling: str) -> int:
+def feature_size(encoder: Any, pooling: str) -> int:
     """Number of features of an image with this pooling."""
+    if pooling == SHARED:
+        return encoder.config.projection_size  # type: ignore[no-any-return]
     return encoder.config.hidden_size * (2 if pooling == "both" else 1)
 
 
@@ -104,7 +124,7 @@ class ProcessorTransform:
 
 def write_features(
     path: Path,
-    encoder: VLMViTModel,
+    encoder: Any,
     processor: VLMViTImageProcessor,
     source: Source,
     *,
@@ -185,9 +205,7 @@ class WithMetadata:
         return {**view, "index": example["index"], "image_id": example["image_id"], "path": path and redact_url(path)}
 
 
-def _record_batch(
-    encoder: VLMViTModel, examples: list[dict[str, Any]], pooling: str, schema: pa.Schema
-) -> pa.RecordBatch:
+def _record_batch(encoder: Any, examples: list[dict[str, Any]], pooling: str, schema: pa.Schema) -> pa.RecordBatch:
     pixel_values = torch.stack([example["pixel_values"] for example in examples])
     features = encode(encoder, pixel_values, pooling=pooling)  # (batch, hidden_size)
     if not features.isfinite().all():
@@ -210,7 +228,7 @@ def _write_group(writer: pq.ParquetWriter, batches: list[pa.RecordBatch]) -> int
 
 
 def _schema(
-    source: datasets.Features, encoder: VLMViTModel, processor: VLMViTImageProcessor, about: dict[str, Any]
+    source: datasets.Features, encoder: Any, processor: VLMViTImageProcessor, about: dict[str, Any]
 ) -> pa.Schema:
     """Columns as `datasets` reads them back, and what is known of the encoder."""
     features = datasets.Features(
@@ -221,9 +239,9 @@ def _schema(
     features["features"] = datasets.List(datasets.Value("float32"), length=feature_size(encoder, about["pooling"]))
     known = {
         "encoder": redact_url(encoder.name_or_path),
-        "encoder_fingerprint": _fingerprint(encoder),
+        "encoder_fingerprint": weights_fingerprint(encoder),
         "image_size": [processor.size["height"], processor.size["width"]],
-        "patch_size": list(encoder.config.patch_hw),
+        "patch_size": list(getattr(encoder.config, "backbone_config", encoder.config).patch_hw),
         "hf_vlm": version("hf_vlm"),
         **about,
     }
@@ -231,7 +249,7 @@ def _schema(
     return schema.with_metadata({**schema.metadata, METADATA_KEY: json.dumps(known).encode()})
 
 
-def _fingerprint(encoder: VLMViTModel) -> str:
+def weights_fingerprint(encoder: Any) -> str:
     """A short hash of the weights, since the next run may overwrite their folder."""
     digest = hashlib.sha256()
     for name, weight in sorted(encoder.state_dict().items()):

@@ -30,6 +30,7 @@ __all__ = [
     "find_encoder",
     "find_head",
     "image_statistics",
+    "is_used_whole",
     "load_frozen_encoder",
     "load_model",
     "quiet_transformers",
@@ -73,7 +74,7 @@ def load_model(source: str | Path) -> LoadedModel:
         encoder, processor = load_frozen_encoder(source)
         return LoadedModel(_encoder_entry(), encoder, processor)
     entry = find_model_type(read_own_config(source)["model_type"])
-    if entry is None or entry.task == "pretraining":
+    if entry is None or entry.task_in_use == "pretraining":
         entry = _encoder_entry()
     model, processor = _load(source, entry.model_class, entry.processor_class, what="model")
     return LoadedModel(entry, model, processor)
@@ -105,6 +106,13 @@ def load_frozen_encoder(source: str | Path) -> tuple[VLMViTModel, VLMViTImagePro
         return encoder.eval(), load_processor(str(source), encoder.config)[0]
     read_own_config(source)
     return _load(source, VLMViTModel, VLMViTImageProcessor, what="encoder")
+
+
+def is_used_whole(source: str | Path) -> bool:
+    """Whether what is saved is a pretraining model that is of use itself; ValueError where there is none."""
+    _refuse_unfinished(Path(source))
+    entry = find_model_type(read_config(str(source)).get("model_type"))
+    return entry is not None and bool(entry.use)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Neighbors", "evenly_spaced", "evenly_spaced_in_file", "find_neighbors", "nearest_rows", "search_file"]
+__all__ = [
+    "Neighbors",
+    "evenly_spaced",
+    "evenly_spaced_in_file",
+    "feature_chunks",
+    "find_neighbors",
+    "nearest_rows",
+    "search_file",
+]
 
 CHUNK_SIZE = 8192  # features compared at a time
 
@@ -58,8 +66,8 @@ def search_file(path: Path, queries: Sequence[int], *, num_neighbors: int = 8) -
     with pq.ParquetFile(path) as file:
         indices = _indices(file)
         rows = torch.from_numpy(_rows_of(queries, indices))
-        features = _rows(_chunks(file), rows)
-        similarities, found = nearest_rows(features, _chunks(file), num_neighbors, excluded=rows)
+        features = _rows(feature_chunks(file), rows)
+        similarities, found = nearest_rows(features, feature_chunks(file), num_neighbors, excluded=rows)
     return Neighbors(queries=list(queries), indices=indices[found].tolist(), similarities=similarities.tolist())
 
 
@@ -71,7 +79,12 @@ def evenly_spaced_in_file(path: Path, num_chosen: int) -> list[int]:
 
 
 def nearest_rows(
-    queries: Tensor, chunks: Iterable[Tensor], num_neighbors: int, *, excluded: Tensor | None = None
+    queries: Tensor,
+    chunks: Iterable[Tensor],
+    num_neighbors: int,
+    *,
+    excluded: Tensor | None = None,
+    are_normalized: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The rows of a long matrix, given in chunks, with the highest cosine similarities to the queries.
 
@@ -80,6 +93,7 @@ def nearest_rows(
         chunks: Parts (rows, D) of the matrix, in their order.
         num_neighbors: Number k of rows to find for each query.
         excluded: (n,) row to leave out for each query.
+        are_normalized: Whether rows are L2-normalised already, which saves a pass over them.
 
     Returns:
         Similarities (n, k), descending, and rows (n, k); fewer than k where there are fewer rows.
@@ -94,7 +108,8 @@ def nearest_rows(
     rows = torch.empty(len(queries), 0, dtype=torch.int64)
     first = 0
     for chunk in chunks:
-        similarities = queries @ F.normalize(chunk, dim=1).T  # (n, rows of the chunk)
+        rows_of_chunk = chunk if are_normalized else F.normalize(chunk, dim=1)
+        similarities = queries @ rows_of_chunk.T  # (n, rows of the chunk)
         numbers = torch.arange(first, first + len(chunk))
         if excluded is not None:
             similarities[numbers == excluded[:, None]] = -torch.inf
@@ -134,7 +149,7 @@ def _indices(file: pq.ParquetFile) -> np.ndarray[Any, Any]:
     return file.read(columns=["index"]).column("index").to_numpy()  # type: ignore[no-any-return]  # 8 bytes per image
 
 
-def _chunks(file: pq.ParquetFile) -> Iterator[Tensor]:
+def feature_chunks(file: pq.ParquetFile) -> Iterator[Tensor]:
     """The features (rows, D) of each row group: batches over all groups would keep the whole file in memory."""
     for group in range(file.num_row_groups):
         column = file.read_row_group(group, columns=["features"]).column("features").combine_chunks()

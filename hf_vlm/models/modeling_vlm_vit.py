@@ -106,7 +106,7 @@ class VLMViTPreTrainedModel(PreTrainedModel):
     config_class = VLMViTConfig
     base_model_prefix = "backbone"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities: tuple[str, ...] = ("image",)
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # losses are means over the batch: gradient accumulation must divide them
     _no_split_modules = ["VLMViTLayer"]

@@ -110,11 +110,13 @@ class SSLPreTrainedModel(ModelOnEncoder):
 
     Attributes:
         default_views: Augmentation that the method is trained with, as the recipe key `views`, which may override it.
+        loss_may_vanish: Whether the loss comes near 0 when all is learned, so that it is no sign of a collapse.
         is_pretraining: Whether the method computed a loss in training mode, since whoever reads this set it to false.
     """
 
     config_class = SSLConfig
     is_pretraining = False
+    loss_may_vanish: ClassVar[bool] = False
     default_views: ClassVar[dict[str, Any]] = {"num_views": 1}
 
     def initialize_weights(self) -> None:

@@ -91,9 +91,11 @@ def input_shapes(args: VisionTrainingArguments) -> Mapping[str, tuple[int, ...]]
     entry, num_channels = find_model(args.method), build_encoder_config(args).num_channels
     processor = build_processor(args, entry.processor_class, num_channels)
     views = view_transform(args, entry.model_class.default_views, processor)
-    shapes = {"pixel_values": (len(views.views), num_channels, *views.views[0].size)}
+    shapes: dict[str, tuple[int, ...]] = {"pixel_values": (len(views.views), num_channels, *views.views[0].size)}
     if views.local_views:
         shapes["local_pixel_values"] = (len(views.local_views), num_channels, *views.local_views[0].size)
+    if "text" in entry.model_class.input_modalities:
+        shapes["input_ids"] = (args.text_length,)
     return shapes
 
 

@@ -240,9 +240,10 @@ def _run(
     saved = SavedTensors({weight.untyped_storage()._cdata for weight in model.parameters()})
     counter, live = FlopCounter(), LiveTensors()
     torch.manual_seed(0)  # masks of sampled sizes are the same in each batch
+    dtypes = {"input_ids": torch.int64}
     with mode, GroupedProducts():
         with live:
-            batch = {name: torch.empty(num_images, *shape) for name, shape in shapes.items()}
+            batch = {name: torch.empty(num_images, *shape, dtype=dtypes.get(name)) for name, shape in shapes.items()}
         autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
         try:
             with counter, live, saved.watching(model), autocast:

@@ -73,7 +73,7 @@ def evaluate_split(
             model that has none.
     """
     loaded = load_model(run_dir)
-    task = TASKS[loaded.entry.task]
+    task = TASKS[loaded.entry.task_in_use]
     if needs_confusion and not task.has_confusion(loaded.model):
         raise ValueError(
             f"The model {run_dir} has no confusion matrix to plot: only models that give one class per image or pixel "
@@ -81,12 +81,12 @@ def evaluate_split(
         )
     options = {"format": format, "allow_outside": allow_outside, "object_masks": task.reads_object_masks}
     source, train = _open(data, split, holdout, num_examples, fits_on_train=task.fits_on_train, **options)
-    names, owner = (
-        (loaded.class_names, f"the model {run_dir}")
-        if train is None
-        else (task.class_names(train), f"split {train.split!r}")
-    )
-    source = match_class_names(source, task.class_names(source), names, owner)
+    names = found = task.class_names(source)
+    if not task.has_open_classes:
+        names, owner = loaded.class_names, f"the model {run_dir}"
+        if train is not None:
+            names, owner = task.class_names(train), f"split {train.split!r}"
+        source = match_class_names(source, found, names, owner)
 
     def stream(source: Source, transform: Transform) -> ExampleStream:
         return eval_stream(source, transform, max_bad_fraction=max_bad_fraction)

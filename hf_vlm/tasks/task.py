@@ -112,6 +112,7 @@ class Task:
             pretrained; None for tasks that have no such labels.
         served: What exported models return; None for tasks that are not exported.
         reads_object_masks: Whether it takes the masks of objects, without which sources are opened else.
+        has_open_classes: Whether a model takes classes by their names, and so those of any data.
         fits_on_train: Whether evaluation needs the train split too, as classifiers on frozen features do.
     """
 
@@ -135,6 +136,7 @@ class Task:
     find_labels: Callable[..., PseudoLabels] | None = None
     served: ServedOutput | None = None
     reads_object_masks: bool = False
+    has_open_classes: bool = False
     fits_on_train: bool = False
 
     def __post_init__(self) -> None:

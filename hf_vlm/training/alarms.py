@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,15 +149,20 @@ class CollapseAlarm(TrainerCallback):
 
     With `stop` it ends training at the first sign: a checkpoint is saved, all earlier ones are kept, and `train()`
     raises a ValueError.
+
+    Args:
+        stop: Whether to stop.
+        signs: What to look for.
     """
 
-    def __init__(self, *, stop: bool = False) -> None:
+    def __init__(self, *, stop: bool = False, signs: Sequence[Sign] = SIGNS) -> None:
         self.stop = stop
+        self.signs = signs
         self._reported: dict[str, float] = {}  # distance from collapse of each sign when it was last reported
         self._reason: str | None = None
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        for sign in SIGNS:
+        for sign in self.signs:
             found = sign.find(state.log_history, progress=state.global_step / max(state.max_steps, 1))
             if found is None or self._reason is not None:
                 continue

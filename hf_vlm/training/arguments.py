@@ -63,6 +63,16 @@ class VisionTrainingArguments(TrainingArguments):
         default=True,
         metadata={"help": "Load the head too, but for its class layers, where the encoder is part of such a model."},
     )
+    text_encoder: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or Hub id of a text model of transformers to start from, for methods with texts; by "
+            "default a new one, as model_config.text_config says, with a tokeniser made for the texts."
+        },
+    )
+    text_length: int = field(
+        default=64, metadata={"help": "Number of tokens that texts are padded and cut to, for methods with texts."}
+    )
     data: Any = field(
         default="", metadata={"help": "Source of images: folder, file, URL, Hub id, scenes, or {source: weight, ...}."}
     )

@@ -164,7 +164,7 @@ def build_config(
         decided["id2label"] = dict(enumerate(class_names))
         decided["label2id"] = {name: index for index, name in enumerate(class_names)}
     for name, value in decided.items():
-        if args.model_config.get(name, value) != value:
+        if not _agrees(args.model_config.get(name, value), value):
             raise ValueError(
                 f"model_config: {name} is {args.model_config[name]!r}, but the data make it {value!r}: leave it out."
             )
@@ -280,6 +280,13 @@ def _report(args: VisionTrainingArguments, encoder: VLMViTModel, report: dict[st
     if (missing or reshaped) and not args.resize_encoder:
         raise ValueError(f"encoder: {args.encoder} lacks weights of the encoder.{table}")
     logger.info("Encoder from %s%s", args.encoder, table)
+
+
+def _agrees(wanted: Any, decided: Any) -> bool:
+    """Whether what a recipe says is so; of a dictionary it may say a part."""
+    if isinstance(wanted, dict) and isinstance(decided, dict):
+        return decided == {**decided, **wanted}
+    return bool(wanted == decided)
 
 
 def _plain(value: Any) -> Any:

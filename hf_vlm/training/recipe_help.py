@@ -13,7 +13,7 @@ __all__ = ["GROUPS", "format_keys"]
 GROUPS: dict[str, tuple[str, ...]] = {
     "Model": (
         *("method", "encoder", "encoder_preset", "encoder_config", "model_config", "resize_encoder", "load_head"),
-        *("processor_config", "attn_implementation"),
+        *("processor_config", "attn_implementation", "text_encoder", "text_length"),
     ),
     "Data": (
         *(

@@ -41,6 +41,7 @@ def _names(text: str) -> frozenset[str]:
 FIXED = _names(
     """
     method encoder_preset encoder_config model_config processor_config encoder resize_encoder load_head image_size
+    text_encoder text_length
     neftune_noise_alpha
     data format train_split holdout num_train_examples labels_from labels_per_image rounds unlabelled_data
     num_unlabelled_examples unlabelled_fraction views augmentation shuffle_block seed data_seed

@@ -22,12 +22,13 @@ from hf_vlm.registry import find_model
 from hf_vlm.tasks import PRETRAINABLE_TASKS, TASKS, TRAINABLE_TASKS, Task
 from hf_vlm.tasks.evaluation import eval_stream, match_class_names
 from hf_vlm.tasks.pseudo_labels import REGIONS
-from hf_vlm.training.alarms import CollapseAlarm
+from hf_vlm.training.alarms import SIGNS, CollapseAlarm
 from hf_vlm.training.arguments import VisionTrainingArguments
 from hf_vlm.training.budget import warn_of_short_pretraining, with_steps_for_budget
 from hf_vlm.training.build import build_model, build_processor
 from hf_vlm.training.checkpoints import check_run_folder, checkpoints, clear_run_folder, prepare_run_folder
 from hf_vlm.training.data import open_labelled_sources, open_train_source, train_stream, view_transform
+from hf_vlm.training.inputs import inputs_for
 from hf_vlm.training.labels import (
     add_unlabelled,
     check_label_keys,
@@ -69,7 +70,8 @@ def pretrain(
 
     Leaves in `output_dir` the encoder with its image processor, the recipe, `run.json` and `log.jsonl`; the whole
     pretraining model (heads, decoder) in its subfolder `pretraining_model`; and the checkpoints. A model with a head
-    is there whole, with the labels that were found. Returns the content of `run.json`.
+    is there whole, with the labels that were found; so is one of images and texts, with its tokeniser. Returns the
+    content of `run.json`.
 
     Args:
         source: The images to train on where they are open already, as the recipe says; None to open them.
@@ -158,27 +160,35 @@ def _pretrain_encoder(
     args: VisionTrainingArguments, recipe: dict[str, Any], source: Source, hooks: Hooks
 ) -> dict[str, Any]:
     entry = find_model(args.method)
-    model = build_model(args, entry)
+    inputs = inputs_for(args, entry, source)
+    model = inputs.build_model(args, entry)
     processor = build_processor(args, entry.processor_class, model.config.backbone_config.num_channels)
-    transform = view_transform(args, model.default_views, processor)
-    on_device = DeviceViews(transform) if args.makes_views_on_device else None
-    record = RunRecord(args, recipe, source, hooks.write_card, external_weights=model.config.external_weights())
+    views = view_transform(args, model.default_views, processor)
+    on_device = DeviceViews(views) if args.makes_views_on_device else None
+    external = [*model.config.external_weights(), *inputs.external_weights]
+    record = RunRecord(args, recipe, source, hooks.write_card, external_weights=external)
+
+    def save_beside(folder: Path) -> None:
+        inputs.save(folder)
+        record.write(folder)
+
     trainer = VisionTrainer(
         model=model,
         args=args,
-        train_dataset=train_stream(args, source.unlabelled(), on_device.sample if on_device else transform),
-        data_collator=on_device.collate if on_device else collate_views,
+        train_dataset=train_stream(args, inputs.source, inputs.transform(on_device.sample if on_device else views)),
+        data_collator=inputs.collate(on_device.collate if on_device else collate_views),
         render=on_device.render if on_device else None,
         processing_class=processor,
-        on_save=record.write,
+        on_save=save_beside,
     )
     if args.probe_steps != 0:
-        trainer.add_callback(build_probe(trainer, transform, processor, source))
+        trainer.add_callback(build_probe(trainer, views, processor, source))
     if args.on_collapse != "ignore":
-        trainer.add_callback(CollapseAlarm(stop=args.on_collapse == "stop"))
+        signs = [sign for sign in SIGNS if not (model.loss_may_vanish and sign.metric == "loss")]
+        trainer.add_callback(CollapseAlarm(stop=args.on_collapse == "stop", signs=signs))
     _train(trainer, record)
     record.summary["probe"] = last_probe(trainer.state.log_history)
-    _save_pretrained(trainer, processor, record, hooks.plot)
+    _save_pretrained(trainer, processor, record, hooks.plot, is_used_whole=bool(entry.use))
     return record.summary
 
 
@@ -187,16 +197,19 @@ def _save_pretrained(
     processor: VLMViTImageProcessor,
     record: RunRecord,
     plot: Callable[[Path], Any] | None,
+    *,
+    is_used_whole: bool,
 ) -> None:
-    """Saves the whole model in a subfolder, and the trained encoder in `output_dir`."""
+    """Saves the trained encoder in `output_dir`, and the whole model in a subfolder, or there in its place."""
     model, output_dir = trainer.model, Path(trainer.args.output_dir)
     if plot is not None and trainer.args.should_save:
         with not_needed("The plot of the curves"):
             plot(output_dir)
     with trainer.saving_model(output_dir) as folder:
-        trainer.save_model(str(folder / PRETRAINING_MODEL_FOLDER), _internal_call=True)
+        record.summary["finished"] = is_used_whole
+        trainer.save_model(str(folder if is_used_whole else folder / PRETRAINING_MODEL_FOLDER), _internal_call=True)
         weights = trainer.accelerator.get_state_dict(model.trained_encoder)  # all ranks gather what is sharded
-        if trainer.args.should_save:
+        if trainer.args.should_save and not is_used_whole:
             encoder = VLMViTModel(model.config.backbone_config)
             encoder.load_state_dict(weights)
             encoder.save_pretrained(folder)

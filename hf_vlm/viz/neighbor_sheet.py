@@ -17,7 +17,7 @@ from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
 from hf_vlm.viz.sheets import PAPER, captioned, class_color, in_colors, titled_rows
 
-__all__ = ["SIDE", "neighbor_sheet", "plot_neighbors", "plot_stored_neighbors"]
+__all__ = ["GAP", "SIDE", "image_tile", "neighbor_sheet", "plot_neighbors", "plot_stored_neighbors"]
 
 Array = np.ndarray[Any, Any]
 
@@ -49,7 +49,7 @@ def neighbor_sheet(
     for query, indices, similarities in zip(neighbors.queries, neighbors.indices, neighbors.similarities):
         captions = [f"#{query}", *(f"{value:.4f}   #{index}" for value, index in zip(similarities, indices))]
         pictures = [
-            _tile(images[index], caption, _label(index, labels, class_names))
+            image_tile(images[index], caption, _label(index, labels, class_names))
             for index, caption in zip([query, *indices], captions)
         ]
         pictures[0] = ImageOps.expand(pictures[0], (0, 0, 2 * GAP, 0), PAPER)  # a gap after the query
@@ -66,7 +66,7 @@ def _label(index: int, labels: Mapping[int, int] | None, class_names: Sequence[s
     return (label, class_names[label]) if 0 <= label < len(class_names) else (-1, "no label")
 
 
-def _tile(image: Array, caption: str, label: tuple[int, str] | None) -> Image.Image:
+def image_tile(image: Array, caption: str, label: tuple[int, str] | None = None) -> Image.Image:
     """The image at the bottom of a square, in a frame, above its caption and the name of its label."""
     picture = ImageOps.contain(Image.fromarray(in_colors(image)), (SIDE, SIDE), Image.Resampling.BICUBIC)
     number, name = label or (-1, None)

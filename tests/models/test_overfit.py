@@ -54,6 +54,10 @@ def features_are_learned(first, last):
     return last.patch_cosine > 0.9 and last.image_kl < 0.01
 
 
+def pairs_are_learned(first, last):
+    return last.accuracy == 1 and last.loss < 0.1 * first.loss
+
+
 DINOV2 = {"num_images": 8, "learning_rate": 2e-3, "num_steps": 60, "last_progress": 0.6}
 IMAGE_LOSSES = {"perceptual_weight": 1.0, "adversarial_weight": 0.01}
 OVERFITS = {
@@ -75,6 +79,8 @@ OVERFITS = {
     "dinov2_centering": Overfit(lambda first, last: last.feature_std > 0.6, **DINOV2),
     "ijepa": Overfit(loss_falls_to(0.5), {"momentum": 0.9}, 8, num_steps=120),
     "distill": Overfit(features_are_learned, num_images=4),
+    "image_text": Overfit(pairs_are_learned, num_images=8, num_steps=80),
+    "image_text_softmax": Overfit(pairs_are_learned, num_images=8, num_steps=80),
 }
 
 

@@ -17,6 +17,13 @@ from hf_vlm.training.meters import FlopCounter
 PLANNED = [name for name in PRETRAINING if TINY[name].frozen is None and name not in ("ijepa", "mae_image_losses")]
 
 
+def inputs_of(name, num_images):
+    """A batch without choices, its texts without padding, of which a plan knows nothing."""
+    inputs = batch(name, num_images, with_choices=False)
+    inputs.pop("attention_mask", None)
+    return inputs
+
+
 def real_step(model, inputs):
     """FLOPs, bytes that are kept for the backward pass, and the timeline of bytes, of a step with values."""
     saved = SavedTensors({weight.untyped_storage()._cdata for weight in model.parameters()})
@@ -31,11 +38,11 @@ def real_step(model, inputs):
 def test_flops_and_activations_are_those_of_a_real_step(name, tmp_path):
     entry = find_model(TINY[name].row)
     config = entry.config_class(**config_fields(name, tmp_path))
-    shapes = {key: tuple(value.shape[1:]) for key, value in batch(name, 1, with_choices=False).items()}
+    shapes = {key: tuple(value.shape[1:]) for key, value in inputs_of(name, 1).items()}
     cost = step_cost(entry.model_class, config, shapes, torch.float32)
     model = build(name)
     (few_flops, few, few_timeline), (many_flops, many, many_timeline) = (
-        real_step(model, batch(name, size, with_choices=False)) for size in (2, 4)
+        real_step(model, inputs_of(name, size)) for size in (2, 4)
     )
     assert cost.flops_per_image == pytest.approx((many_flops - few_flops) / 2, rel=1e-6)
     assert cost.activations_per_image == pytest.approx((many.total - few.total) / 2, rel=1e-6)

@@ -50,6 +50,18 @@ METHODS = {
         "views": {"local": {"num_views": 2, "size": 16, "crop_scale": [0.05, 0.3]}},
     },
     "distill": {},
+    "image_text": {
+        "text_length": 16,
+        "model_config": {
+            "projection_size": 16,
+            "text_config": {
+                "hidden_size": 16,
+                "intermediate_size": 32,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+            },
+        },
+    },
     "simmim": {"model_config": {"mask_patch_size": 16}},
     "moco_v3": {"model_config": {"projection_hidden_size": 32, "projection_size": 16}},
     "simclr": {"model_config": {"projection_hidden_size": 32, "projection_size": 16}},

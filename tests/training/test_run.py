@@ -67,9 +67,10 @@ def losses(folder):
     slow_but(
         [
             *("simclr", "mae", "mae_image_losses", "simmim", "ijepa", "lejepa", "dinov2", "distill", "moco_v3"),
+            "image_text",
             "detection",
         ],
-        *("mae", "dinov2", "detection"),
+        *("mae", "dinov2", "image_text", "detection"),
     ),
 )
 @pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])

@@ -24,6 +24,7 @@ __all__ = [
     "ObjectLists",
     "check_boxes",
     "check_labels",
+    "normalise_captions",
     "normalise_objects",
     "select_objects",
 ]
@@ -48,6 +49,12 @@ class ObjectLists(TypedDict):
     area: list[float]
     iscrowd: list[int]
     segmentation: NotRequired[list[str]]  # see `hf_vlm.data.segmentations`
+
+
+def normalise_captions(value: Any) -> list[str]:
+    """The captions of an image, from one text or a list of them; what is missing or blank is left out."""
+    texts = value if isinstance(value, list) else [value]
+    return [text.strip() for text in texts if isinstance(text, str) and text.strip()]
 
 
 def normalise_objects(

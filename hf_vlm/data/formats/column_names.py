@@ -32,6 +32,7 @@ COLUMN_NAMES = {
         *("label", "labels", "fine_label", "class"),
         *("label_name", "class_name", "category", "category_name", "class_label"),
     ),
+    "text": ("text", "texts", "caption", "captions"),
     "objects": ("objects", "annotations"),
     "mask": ("mask", "semantic_mask", "annotation"),
     "instance_mask": ("instance_mask",),
@@ -71,6 +72,6 @@ TABLE_NAMES = frozenset(
     for names in (*COLUMN_NAMES.values(), *OBJECT_NAMES.values(), *(sides for _, sides in SIDE_NAMES))
     for name in names
 )
-ANNOTATION_NAMES = TABLE_NAMES - SIZE_NAMES - {"id", "image_id", "name", "area", "areas"}
+ANNOTATION_NAMES = TABLE_NAMES - SIZE_NAMES - {"id", "image_id", "name", "area", "areas"} - {*COLUMN_NAMES["text"]}
 ANNOTATION_NAMES -= {*"xywh", "cx", "cy", "left", "top", "right", "bottom"}
 ANNOTATION_NAMES |= {"segmentation", "segments", "polygon", "polygons", "keypoints", "rle"}

@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 
 from hf_vlm.data.boxes import clean_boxes
-from hf_vlm.data.formats.annotations import ObjectLists, normalise_objects, select_objects
+from hf_vlm.data.formats.annotations import ObjectLists, normalise_captions, normalise_objects, select_objects
 from hf_vlm.data.formats.box_conventions import XYWH, as_xywh
 from hf_vlm.data.formats.categories import Categories
 from hf_vlm.data.formats.column_names import (
@@ -25,7 +25,7 @@ from hf_vlm.data.formats.column_names import (
 from hf_vlm.data.io.files import join
 from hf_vlm.data.io.messages import summarise
 from hf_vlm.data.io.trust import check_inside, outside_is_allowed
-from hf_vlm.data.schema import image_feature, objects_feature
+from hf_vlm.data.schema import captions_feature, image_feature, objects_feature
 
 __all__ = [
     "POSITION",
@@ -151,7 +151,7 @@ def find_columns(features: Mapping[str, Any], source: object) -> ColumnMap:
     taken = {*columns.values()} | (set() if nested else {*objects.values(), *sides})
     # One object per row: its class may be that of the image, too.
     taken -= {objects["category"]} if objects and not nested and _is_category(features[objects["category"]]) else set()
-    accepted = {"label": _is_category, "mask": _holds_files, "instance_mask": _holds_files}
+    accepted = {"label": _is_category, "mask": _holds_files, "instance_mask": _holds_files, "text": _holds_captions}
     for column, names in COLUMN_NAMES.items():
         fits = accepted.get(column, _is_integer)
         found = [name for name in names if fits(features.get(name)) and name not in taken]
@@ -272,6 +272,8 @@ class RowReader:
         for name in ("mask", "instance_mask"):
             if name in self.map.columns:
                 features[name] = image_feature()
+        if "text" in self.map.columns:
+            features["text"] = captions_feature()
         return features
 
     def __call__(self, row: Row) -> Row:
@@ -285,6 +287,8 @@ class RowReader:
         for name in ("mask", "instance_mask"):
             if name in columns:
                 example[name] = self._encoded(row[columns[name]])
+        if "text" in columns:
+            example["text"] = normalise_captions(row[columns["text"]])
         return example
 
     def encoded_image(self, row: Row) -> Row:
@@ -328,6 +332,10 @@ def _is_integer(feature: Any) -> bool:
 
 def _is_text(feature: Any) -> bool:
     return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
+
+
+def _holds_captions(feature: Any) -> bool:
+    return _is_text(feature.feature if isinstance(feature, LISTS) else feature)
 
 
 def _is_category(feature: Any) -> bool:

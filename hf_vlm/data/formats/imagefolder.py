@@ -36,7 +36,8 @@ def open_imagefolder(folder: Path, split: str, *, num_samples: int | None = None
 
     A `metadata.jsonl`, `metadata.csv`, `metadata.parquet` or `_annotations.csv` in the folder or in any below replaces
     the subfolders: a row has `file_name`, relative to the metadata, and columns such as `label`, a number or a name,
-    or `objects` {bbox, categories}; `mask_file_name` names a mask. Images without a row are left out.
+    or `objects` {bbox, categories}, or `text`, its captions; `mask_file_name` names a mask. Images without a row
+    are left out.
 
     Raises:
         ValueError: The folder holds no images, the split is not there, or metadata make no sense.

@@ -218,7 +218,7 @@ def _by_image(stored: Sequence[Row], columns: ColumnMap) -> tuple[dict[str, Row]
 
 
 def _find_columns(rows: Sequence[Row], source: Path) -> ColumnMap:
-    """Which columns are what; those that the schema does not have, such as captions, are ignored."""
+    """Which columns are what; those that the schema does not have are ignored."""
     features: Row = {FILE_NAME: datasets.Value("string")}
     for name in dict.fromkeys(name for row in rows for name in row):
         values = [row.get(name) for row in rows]

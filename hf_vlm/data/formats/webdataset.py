@@ -43,8 +43,9 @@ def open_webdataset(
     """Stream the samples of tar files: of one, of several, or of a folder of them. Each tar is a shard.
 
     A sample is the files that follow each other with the same name up to the first dot. `jpg`, `png` and so on is the
-    image, `cls` the label, a number or a name, `mask.png` or `seg.png` the mask, and `json` may hold `image_id`,
-    `label` and `objects` {bbox, category} under the names that other sources use; other files are left out. Names of
+    image, `cls` the label, a number or a name, `txt` the caption, `mask.png` or `seg.png` the mask, and `json` may
+    hold `image_id`, `label`, `text` and `objects` {bbox, category} under the names that other sources use; other files
+    are left out. Names of
     classes are in `classes.txt` beside the tars, one per line. With it, opening reads the first samples alone. Without
     it, tars on disk are searched for labels and their classes when the first samples hold labels or json, and labels
     of remote tars are left out. The split is given by names, as for Parquet files.

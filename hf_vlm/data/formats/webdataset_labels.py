@@ -40,6 +40,7 @@ UNKNOWN_SIZE = (np.inf, np.inf)
 SAMPLE_SIZE = 64  # images whose sizes are read where json gives none
 CLASSES_FILE = "classes.txt"
 LABEL_NAMES = ("cls", *COLUMN_NAMES["label"])
+CAPTION_NAMES = ("txt", *COLUMN_NAMES["text"])
 ANNOTATIONS = {  # names in json that show that there are some
     "label": LABEL_NAMES,
     "objects": (*COLUMN_NAMES["objects"], *OBJECT_NAMES["bbox"], *(names[0] for _, names in SIDE_NAMES)),
@@ -48,7 +49,7 @@ ANNOTATIONS = {  # names in json that show that there are some
 
 def roles_of(columns: ColumnMap) -> set[str]:
     """What to read of samples."""
-    return {source if source in ("image", "mask", "cls") else "json" for source in columns.source_names}
+    return {source if source in ("image", "mask", "cls", "txt") else "json" for source in columns.source_names}
 
 
 def missing_columns(columns: ColumnMap) -> set[str]:
@@ -72,9 +73,9 @@ def _find_columns(samples: Sequence[tuple[Sample, Shard]]) -> ColumnMap:
 
 def _columns_of(rows: Sequence[Row]) -> ColumnMap:
     columns = {"image": "image"}
-    types = {"label": int | float | str, "width": int, "height": int}
+    types = {"label": int | float | str, "text": str | list, "width": int, "height": int}
     for column, value_type in types.items():
-        aliases = LABEL_NAMES if column == "label" else COLUMN_NAMES[column]
+        aliases = {"label": LABEL_NAMES, "text": CAPTION_NAMES}.get(column, COLUMN_NAMES[column])
         names = [name for name in aliases if any(isinstance(row.get(name), value_type) for row in rows)]
         texts = [name for name in names if any(isinstance(row.get(name), str) for row in rows)]
         if names:
@@ -118,7 +119,8 @@ def find_classes(
     """Columns, and classes of labels and of objects, from `classes.txt` or from all tars on disk."""
     columns = _find_columns(first)
     missing = missing_columns(columns)
-    if len(missing) == 2 and (is_remote(tars[0][0]) or not any(sample.texts for sample, _ in first)):
+    has_labels = any(sample.texts.keys() - {"txt"} for sample, _ in first)
+    if len(missing) == 2 and (is_remote(tars[0][0]) or not has_labels):
         return columns, None, None
     names = _read_class_names(folders)
     if not names and is_remote(tars[0][0]):

@@ -20,7 +20,8 @@ Row = dict[str, Any]
 
 MAX_ID = 2**63  # of an integer in a table
 
-ROLES = {".cls": "cls", ".json": "json", ".mask.png": "mask", ".seg.png": "mask"} | dict.fromkeys(
+TEXT_ROLES = ("cls", "json", "txt")
+ROLES = {".cls": "cls", ".json": "json", ".txt": "txt", ".mask.png": "mask", ".seg.png": "mask"} | dict.fromkeys(
     IMAGE_EXTENSIONS, "image"
 )
 
@@ -51,7 +52,7 @@ def walk_samples(file: IO[bytes], roles: Collection[str], *, reads_images: bool)
             role = ROLES.get(extension)
             if role is None or role not in roles or role in sample.texts or role in sample.images:
                 continue
-            if role in ("cls", "json"):
+            if role in TEXT_ROLES:
                 sample.texts[role] = read_member(file, member, limit=MAX_TEXT_BYTES + 1)  # one more shows
             else:
                 is_read = reads_images and member.size <= MAX_ENCODED_BYTES
@@ -80,7 +81,7 @@ def read_member(file: IO[bytes], member: TarMember, *, limit: int | None = None)
 
 
 def read_fields(sample: Sample) -> Row:
-    """The content of `json` and `cls`, unchanged."""
+    """The content of `json`, `cls` and `txt`, unchanged."""
     too_long = [role for role, text in sample.texts.items() if len(text) > MAX_TEXT_BYTES]
     if too_long:
         raise LabelError(f"its {too_long[0]} has more than the {MAX_TEXT_BYTES:,} bytes that are read")
@@ -91,6 +92,8 @@ def read_fields(sample: Sample) -> Row:
         if "cls" in sample.texts:
             text = sample.texts["cls"].decode("utf-8-sig").strip()
             fields["cls"] = int(text) if re.fullmatch(r"-?[0-9]+", text) else text or None
+        if "txt" in sample.texts:
+            fields["txt"] = sample.texts["txt"].decode("utf-8-sig")
         return fields
     except ValueError as error:
         raise LabelError(str(error)) from error

@@ -42,6 +42,7 @@ class Scene:
     track_ids: Array  # (n,) int64, the same for an object in all frames of its clip
     instance_mask: Array  # (height, width) uint8, 0 is background
     semantic_mask: Array  # (height, width) uint8, 0 is background, else 1 + category
+    colors: Array  # (n,) int64, index of the object's colour among those that have names; -1 for others
     label: int  # category of the object with most visible pixels
 
 
@@ -62,7 +63,7 @@ class Canvas:
     def __init__(self, background: Array) -> None:
         self.image = background  # (height, width, 3) float32 in 0..255
         self.owner = np.zeros(background.shape[:2], dtype=np.uint8)  # 1 + row of the object, 0 is background
-        self.objects: list[tuple[int, int]] = []  # (category, track id)
+        self.objects: list[tuple[int, int, int]] = []  # (category, track id, color)
         self.painted: list[int] = []  # pixels of each object when it was painted,
         self.visible: list[int] = []  # and those that later objects have left
 
@@ -78,7 +79,9 @@ class Canvas:
             for visible, lost, painted in zip(self.visible, covered, self.painted, strict=True)
         )
 
-    def paint(self, shape: Shape, x: int, y: int, *, finish: Finish, category: int, track_id: int) -> None:
+    def paint(
+        self, shape: Shape, x: int, y: int, *, finish: Finish, category: int, track_id: int, color: int = -1
+    ) -> None:
         """Blend an object in, with its left upper corner at column x and row y; what lies outside is cut off."""
         if finish.shadow > 0:
             framed = np.pad(shape.opacity, SHADOW_REACH)
@@ -92,14 +95,14 @@ class Canvas:
         self.visible = [pixels - lost for pixels, lost in zip(self.visible, covered, strict=True)]
         self.visible.append(int(np.count_nonzero(solid)))
         self.painted.append(self.visible[-1])
-        self.objects.append((category, track_id))
+        self.objects.append((category, track_id, color))
         owner[solid] = len(self.objects)
 
     def scene(self) -> Scene:
         """The finished image, with the truth about every object of which enough is visible."""
         areas = np.array(self.visible)
         shown = np.flatnonzero(areas >= np.maximum(1, MIN_VISIBLE_FRACTION * np.array(self.painted)))
-        categories, track_ids = np.array(self.objects, dtype=np.int64)[shown].T
+        categories, track_ids, colors = np.array(self.objects, dtype=np.int64)[shown].T
         row_of = np.zeros(len(self.objects) + 1, dtype=np.uint8)
         row_of[shown + 1] = np.arange(1, len(shown) + 1)
         instance_mask = row_of.take(self.owner)
@@ -112,6 +115,7 @@ class Canvas:
             track_ids=track_ids,
             instance_mask=instance_mask,
             semantic_mask=np.array([0, *(categories + 1)], dtype=np.uint8).take(instance_mask),
+            colors=colors,
             label=int(categories[areas[shown].argmax()]),
         )
 

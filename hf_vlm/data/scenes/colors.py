@@ -5,10 +5,18 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["LUMA", "hue_at", "hue_of", "sample_brightness"]
+__all__ = ["LUMA", "NAMED_COLORS", "hue_at", "hue_of", "sample_brightness"]
 
 Array = np.ndarray[Any, Any]
 
+NAMED_COLORS = {  # that people call by these names whatever lies beside them
+    "red": (215, 35, 35),
+    "green": (40, 165, 55),
+    "blue": (45, 75, 225),
+    "yellow": (245, 225, 50),
+    "purple": (150, 55, 185),
+    "white": (250, 250, 250),
+}
 LUMA = np.array([0.299, 0.587, 0.114])  # brightness of red, green, blue
 
 

@@ -73,6 +73,9 @@ class Digits:
         color += brightness - color @ LUMA
         return Uniform(np.minimum(np.maximum(color, 0), 255).astype(np.float32))
 
+    def plain_finish(self, color: Array) -> Uniform:
+        return Uniform(color)
+
 
 def _glyph(image: Array) -> Array:
     """Opacity of a digit: the 8x8 greys (0..16) enlarged smoothly, with the stroke's edge made sharp again."""

@@ -37,5 +37,8 @@ class Objects(Protocol):
     def sample_finish(self, rng: np.random.Generator, below: Array, contrast: tuple[float, float]) -> Finish:
         """A finish whose brightness differs by `contrast`, in 0..1, from the colour (3,) below, 0..255."""
 
+    def plain_finish(self, color: Array) -> Finish:
+        """A finish of one colour (3,), in 0..255."""
+
 
 OBJECTS: dict[str, type[Objects]] = {"digits": Digits, "symbols": Symbols}

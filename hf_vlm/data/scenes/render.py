@@ -16,7 +16,8 @@ import cv2
 import numpy as np
 
 from hf_vlm.data.scenes.backgrounds import BACKGROUNDS, STRIP_WIDTH, Strips, reflect, sample_background
-from hf_vlm.data.scenes.canvas import MIN_VISIBLE_FRACTION, Canvas, Scene
+from hf_vlm.data.scenes.canvas import MIN_VISIBLE_FRACTION, Canvas, Finish, Scene
+from hf_vlm.data.scenes.colors import NAMED_COLORS
 from hf_vlm.data.scenes.objects import OBJECTS, Objects
 from hf_vlm.data.scenes.splits import NUM_SAMPLES
 
@@ -54,6 +55,7 @@ class SceneSettings:
     max_rotation: float = 10.0  # degrees, either way
     min_contrast: float = 0.4  # between an object and the mean of what lies below it
     max_contrast: float = 0.6
+    color_names: tuple[str, ...] = ()  # keys of NAMED_COLORS that objects have in place of those by contrast
     max_overlap: float = 0.0  # fraction of an object that later objects may cover
     min_crop: int = 64  # side of the piece of a background that fills the scene
     max_speed: float = 2.0  # of an object in a clip, in pixels per frame
@@ -66,6 +68,8 @@ class SceneSettings:
         ):
             if choice not in known:
                 raise ValueError(f"SceneSettings: {field}={choice!r} must be one of {', '.join(known)}")
+        if unknown := [name for name in self.color_names if name not in NAMED_COLORS]:
+            raise ValueError(f"SceneSettings: color_names: {unknown[0]!r} is none of {', '.join(NAMED_COLORS)}")
         kind = OBJECTS[self.objects]
         bounds = [
             (1, "num_classes", self.num_classes, len(kind.names)),
@@ -121,6 +125,15 @@ PRESETS = {
         max_contrast=0.35,
         max_overlap=0.4,
         min_crop=80,
+    ),
+    # For texts: few objects of colours that have names, where each lies apart.
+    "captions": SceneSettings(
+        image_size=64,
+        num_classes=6,
+        max_objects=3,
+        min_object_size=18.0,
+        max_object_size=26.0,
+        color_names=("red", "green", "blue", "yellow", "purple", "white"),
     ),
     # For people to look at: objects that have names, before backgrounds of many colours; for demos, few large ones.
     "icons": SceneSettings(
@@ -195,9 +208,25 @@ def render_scene(seed: int, index: int, settings: SceneSettings, *, split: str =
         shape = item.pose(size, rng.uniform(-settings.max_rotation, settings.max_rotation)).cropped()
         position = _sample_position(rng, canvas, shape.opacity, settings)
         if position is not None:
-            finish = objects.sample_finish(rng, canvas.mean_color(shape.opacity, *position), settings.contrast)
-            canvas.paint(shape, *position, finish=finish, category=item.category, track_id=number)
+            color, finish = _sample_finish(rng, canvas, shape.opacity, position, objects, settings)
+            canvas.paint(shape, *position, finish=finish, category=item.category, track_id=number, color=color)
     return canvas.scene()
+
+
+def _sample_finish(
+    rng: np.random.Generator,
+    canvas: Canvas,
+    opacity: Array,
+    position: tuple[int, int],
+    objects: Objects,
+    settings: SceneSettings,
+) -> tuple[int, Finish]:
+    """A finish, and the index of its colour among the named ones; -1 where there are none."""
+    if not settings.color_names:
+        below = canvas.mean_color(opacity, *position)
+        return -1, objects.sample_finish(rng, below, settings.contrast)
+    color = int(rng.integers(len(settings.color_names)))
+    return color, objects.plain_finish(np.array(NAMED_COLORS[settings.color_names[color]], dtype=np.float32))
 
 
 def render_clip(

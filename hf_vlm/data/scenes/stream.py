@@ -9,8 +9,9 @@ import datasets
 import numpy as np
 
 from hf_vlm.data.io.indexed import indexed_stream
+from hf_vlm.data.scenes.captions import scene_captions
 from hf_vlm.data.scenes.render import NUM_SAMPLES, Scene, SceneSettings, load_material, render_scene, scene_settings
-from hf_vlm.data.schema import image_feature, objects_feature
+from hf_vlm.data.schema import captions_feature, image_feature, objects_feature
 from hf_vlm.data.segmentations import encode_mask
 from hf_vlm.data.source import Source
 
@@ -60,6 +61,7 @@ def scenes_source(
             "image_id": datasets.Value("int64"),
             "label": datasets.ClassLabel(names=list(names)),
             "objects": objects_feature(names, has_masks=object_masks),
+            "text": captions_feature(),
         }
     )
     if masks:
@@ -94,6 +96,7 @@ def _render_example(
             "area": scene.areas.tolist(),
             "iscrowd": [0] * len(scene.boxes),
         },
+        "text": scene_captions(scene, settings),
     }
     if object_masks:
         example["objects"]["segmentation"] = [_segmentation(scene, row) for row in range(len(scene.boxes))]

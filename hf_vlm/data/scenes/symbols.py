@@ -136,6 +136,10 @@ class Symbols:
             shadow=rng.uniform(0.3, 0.6) if rng.random() < SHADOW_FRACTION else 0.0,
         )
 
+    def plain_finish(self, color: Array) -> Surface:
+        line = np.float32(0.2) * color if color @ LUMA > 110 else 255 - np.float32(0.2) * (255 - color)
+        return Surface(start=color, end=color, direction=0.0, texture=None, line=line, shadow=0.4)
+
     def _sample_texture(self, rng: np.random.Generator) -> Array:
         strip = self.strips[rng.integers(len(self.strips))]
         y, x = (int(rng.integers(side - TEXTURE_SIZE)) for side in (strip.shape[0], STRIP_WIDTH))

@@ -29,6 +29,8 @@ Array = np.ndarray[Any, Any]
 # crop, `flip` (vertical, horizontal), `color` the runs before and after the shift of the hue (see `fold_color`).
 FIELDS = {"box": 4, "flip": 2, "color": 36, "hue": 1, "sigma": 1, "solarize": 1}
 
+SENT = ("images", "parameters", "blurred")  # of a batch, what the views are made of
+
 # Longest side that is sent, relative to what the views of the image need: a batch is as large as its largest image.
 MAX_LENGTH = 4
 
@@ -80,14 +82,18 @@ class DeviceViews:
 
     @torch.no_grad()
     def render(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """`pixel_values` (B, V, C, h, w) float32 and, where there are any, `local_pixel_values`, on the device."""
+        """`pixel_values` (B, V, C, h, w) float32 and, where there are any, `local_pixel_values`, on the device.
+
+        What else the batch holds stays as it is.
+        """
         images = batch["images"]
         dtype = self.dtype or (torch.float32 if images.device.type == "cpu" else torch.float16)
         rows = images.transpose(2, 3).to(dtype, memory_format=torch.contiguous_format)  # (B, H, C, W)
-        return {
+        views = {
             name: self._render(rows, views, _unpack(batch["parameters"][name]), batch["blurred"][name])
             for name, views in self.groups.items()
         }
+        return {**{name: value for name, value in batch.items() if name not in SENT}, **views}
 
     def _render(
         self, images: Tensor, settings: Sequence[ViewSettings], parameters: dict[str, Tensor], blurred: Tensor

@@ -83,7 +83,8 @@ def test_boxes_come_from_the_rows(root):
     expected = {"bbox": [[1, 2, 3.5, 4], [0, 0, 5, 6]], "category": [2, 0], "area": [14, 30], "iscrowd": [0, 0]}
     assert first["objects"] == expected
     assert second["objects"] == {"bbox": [], "category": [], "area": [], "iscrowd": []}
-    assert set(source.features) == {"image", "image_id", "objects"}
+    assert set(source.features) == {"image", "image_id", "objects", "text"}
+    assert [first["text"], second["text"]] == [[], ["nothing there"]]
     for example in source:
         assert source.features.encode_example(example) == example
 

@@ -185,7 +185,7 @@ def test_mistakes_are_named():
         SceneSettings(objects="symbols", num_classes=9)
     with pytest.raises(ValueError, match=r"scenes have no split 'val'; there are train, validation, test"):
         render_scene(0, 0, PRESETS["symbols"], split="val")
-    with pytest.raises(ValueError, match="unknown preset of scenes 'eazy'; there are easy, hard, icons, symbols"):
+    with pytest.raises(ValueError, match="unknown preset of scenes 'eazy'; there are easy, hard, captions, icons"):
         scene_settings("eazy")
     with pytest.raises(ValueError, match=r"max_object_size=60 must be between 4 and 35.5"):
         SceneSettings(max_object_size=60)

@@ -45,7 +45,7 @@ def test_symbols_have_names():
 
 def test_stream_without_masks_and_without_labels():
     source = scenes_source("easy", num_samples=3, masks=False)
-    assert set(next(iter(source))) == set(source.features) == {"image", "image_id", "label", "objects"}
+    assert set(next(iter(source))) == set(source.features) == {"image", "image_id", "label", "objects", "text"}
     bare = source.unlabelled()
     assert set(next(iter(bare))) == set(bare.features) == {"image", "image_id"}
     assert bare.object_names is None
