@@ -14,9 +14,10 @@ from transformers.utils import ModelOutput, auto_docstring
 
 from .configuration_vlm_vit import VLMViTConfig
 from .modeling_vlm_vit import VLMViTModel
+from .self_initialised import SelfInitialised
 from .ssl_layers import check_views, feature_std, gather_with_gradient, rank
 from .ssl_model import SSLConfig, SSLPreTrainedModel, returns_loss
-from .vit_layers import SelfInitialised, VLMViTLayer, build_norm
+from .vit_layers import VLMViTLayer, build_norm
 
 MAX_LOG_SCALE = math.log(100)  # CLIP's bound of the factor of the cosines
 INITIAL_SCALE = {"sigmoid": 10.0, "softmax": 1 / 0.07}  # of SigLIP and CLIP
