@@ -77,7 +77,7 @@ def test_the_data_are_opened_as_the_run_will(data):
     _, source = read_recipe([*words, "--allow_outside", "true", "--num_train_examples", "3"], command="finetune")
     assert len(list(source)) == 3
     for wrong in (["--num_train_examples", "few"], ["--train_split", "3"]):
-        with pytest.raises(ValueError, match=rf"^{wrong[0][2:]} in hf-vlm finetune must be "):
+        with pytest.raises(ValueError, match=rf"^{wrong[0][2:]} in the command line must be "):
             read_recipe([*words, *wrong], command="finetune")
 
 

@@ -71,10 +71,14 @@ def test_only_the_run_is_pushed(detector_run):
     assert all((detector_run / name).is_file() for name in files)
     parts = {
         "detection_layers.py",
+        "expert_layers.py",
         "loss_detection.py",
         "model_on_encoder.py",
         "packing.py",
+        "router_loss.py",
         "saved_config.py",
+        "self_initialised.py",
+        "ssl_layers.py",
         "stochastic_depth.py",
         "vit_layers.py",
     }

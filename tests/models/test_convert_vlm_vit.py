@@ -274,7 +274,7 @@ def test_an_encoder_within_a_method_of_ours_is_converted(tmp_path):
     model.save_pretrained(tmp_path)
     conversion = load_ours(str(tmp_path), "vit")
     assert_same_features(model.backbone, conversion.model.eval(), (32, 32))
-    assert conversion.dropped
+    assert not conversion.dropped  # the decoder is no part of an encoder
     with pytest.raises(ValueError, match="is an encoder of hf_vlm already"):
         load_transformers(str(tmp_path))
 

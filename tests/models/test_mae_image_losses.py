@@ -114,7 +114,7 @@ def test_perceptual_loss_of_the_own_encoder_equals_a_slow_reference(norm_pix_los
     output, teacher = model(**inputs), model.teacher["backbone"]
 
     def features(images):
-        states, found = teacher._embed(images)[0], []
+        states, found = teacher.embed(images)[0], []
         for layer in teacher.layers:
             states = layer(states)
             found.append(states)

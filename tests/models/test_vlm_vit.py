@@ -237,13 +237,13 @@ def test_drop_path_takes_the_context_and_the_positions_of_the_samples_that_it_ke
     seen = torch.rand(8, 1, 6, 8)
     angles = seen.cos(), seen.sin()
     torch.manual_seed(1)
-    dropped = layer.residual(states, layer._attend, None, context, angles)
+    dropped = layer.residual(states, layer._attend, None, context, angles, None)
     torch.manual_seed(1)
     kept = torch.randperm(8)[:4]
     expected = states.clone()
     for index in kept.tolist():
         pick = slice(index, index + 1)
-        branch = layer._attend(states[pick], None, context[pick], (angles[0][pick], angles[1][pick]))
+        branch = layer._attend(states[pick], None, context[pick], (angles[0][pick], angles[1][pick]), None)
         expected[pick] += 2 * branch
     torch.testing.assert_close(dropped, expected)
 

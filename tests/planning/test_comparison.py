@@ -17,6 +17,7 @@ RECORD |= {"num_images_seen": 4000, "seconds": 80.0}
 COST = StepCost(
     num_parameters=1000,
     num_trained=900,
+    num_active=1000,
     num_layer_parameters=100,
     flops_per_image=1e12,
     activations_per_image=1e9,

@@ -47,7 +47,7 @@ def test_flops_and_activations_are_those_of_a_real_step(name, tmp_path):
     assert cost.flops_per_image == pytest.approx((many_flops - few_flops) / 2, rel=1e-6)
     assert cost.activations_per_image == pytest.approx((many.total - few.total) / 2, rel=1e-6)
     moments = fullest_moments(few_timeline, many_timeline)
-    if name.startswith("mae"):  # a real step frees its targets later
+    if name.startswith(("mae", "image_text")):  # a real step frees some tensors later
         assert cost.moments[0] == pytest.approx(moments[0], rel=0.1)
     else:
         assert cost.moments == tuple(pytest.approx(moment, rel=1e-6) for moment in moments)

@@ -239,7 +239,7 @@ def test_a_run_killed_in_its_last_save_trains_no_further_step(make_recipe, tmp_p
     recipe = make_recipe("mae", **SAVING)
     summary = pretrain(recipe | {"output_dir": str(tmp_path / "whole")})
     with monkeypatch.context() as patch:
-        patch.setattr(run, "_save_pretrained", lambda *args: 1 / 0)
+        patch.setattr(run, "_save_pretrained", lambda *args, **kwargs: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             pretrain(recipe)
     steps = []

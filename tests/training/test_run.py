@@ -406,7 +406,11 @@ def test_losses_fall(make_recipe, tmp_path):
     [
         ("mae", {"data": "no/such/folder"}, "no/such/folder"),
         ("mae", {"data": ""}, "No data"),
-        ("mae", {"method": "classification"}, "no pretraining or object-detection method 'classification'"),
+        (
+            "mae",
+            {"method": "classification"},
+            "no pretraining or object-detection or instance-segmentation method 'classification'",
+        ),
         ("mae", {"method": "mea"}, "did you mean 'mae'"),
         ("mae", {"encoder": "nowhere/at-all"}, "neither a folder with a model nor one on the Hub"),
         ("mae", {"model_config": {"mask_ration": 0.5}}, "no field 'mask_ration'"),
