@@ -14,6 +14,7 @@ __all__ = ["render_detections"]
 
 Rectangle = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels, the last column and row included
 SMALL = 320  # pixels of the longer side from which an image is not enlarged
+MAX_COVERED = 0.3  # fraction of the picture that texts may cover, which else hide what is found
 
 
 def render_detections(
@@ -30,7 +31,8 @@ def render_detections(
     Args:
         image: A Pillow image, or an RGB or grey array of uint8.
         boxes: (n, 4) x1, y1, x2, y2 in pixels of the image.
-        names: Text on each of the n boxes; none where it is empty.
+        names: Text on each of the n boxes; none where it is empty, and on no box where all together would cover much
+            of the picture.
         scores: (n,) numbers that follow the names.
         class_ids: (n,) integers that determine the colours; by default the names do.
         scale: Whole factor by which image and boxes are enlarged first; by default one that makes the longer side of
@@ -54,12 +56,21 @@ def render_detections(
     order = sorted(range(len(boxes)), key=lambda i: -_area(rectangles[i]))
     for i in order:
         canvas.rectangle(rectangles[i], outline=colors[i], width=line_width)
+    texts = [name if scores is None else f"{name}: {scores[i]:.2f}".removeprefix(": ") for i, name in enumerate(names)]
+    sizes = [_label_size(text, font) for text in texts if text]
+    if sum(width * height for width, height in sizes) > MAX_COVERED * picture.width * picture.height:
+        return picture
     taken: list[Rectangle] = []
     for i in order:
-        text = names[i] if scores is None else f"{names[i]}: {float(scores[i]):.2f}".removeprefix(": ")
-        if text:
-            taken.append(_render_label(canvas, rectangles[i], text, colors[i], font, picture.size, taken))
+        if texts[i]:
+            taken.append(_render_label(canvas, rectangles[i], texts[i], colors[i], font, picture.size, taken))
     return picture
+
+
+def _label_size(text: str, font: ImageFont.FreeTypeFont) -> tuple[int, int]:
+    """Width and height of a text with its margin, in pixels."""
+    margin = max(2, round(font.size / 5))
+    return math.ceil(font.getlength(text)) + 2 * margin, round(font.size * 1.15) + margin
 
 
 def _enlarged(picture: Image.Image, scale: int | None) -> tuple[Image.Image, int]:
@@ -94,9 +105,7 @@ def _render_label(
     taken: list[Rectangle],
 ) -> Rectangle:
     """Write the text on its class's colour, at the first free position around the box."""
-    margin = max(2, round(font.size / 5))
-    width = math.ceil(font.getlength(text)) + 2 * margin
-    height = round(font.size * 1.15) + margin
+    width, height = _label_size(text, font)
     left, top, right, bottom = rectangle
     corners = [
         (left, top - height),

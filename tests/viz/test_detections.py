@@ -85,6 +85,15 @@ def test_texts_do_not_lie_on_each_other():
         assert (pixels == class_color(i)).all(axis=2).sum() > 0.6 * alone[i]
 
 
+def test_texts_that_would_hide_the_picture_are_left_out():
+    boxes = [[x, y, x + 20, y + 20] for x in range(10, 390, 40) for y in range(10, 320, 40)]
+    names = ["a long name"] * len(boxes)
+    crowded = render_detections(blank(), boxes, names, class_ids=[1] * len(boxes))
+    plain = render_detections(blank(), boxes, [""] * len(boxes), class_ids=[1] * len(boxes))
+    assert crowded.tobytes() == plain.tobytes()
+    assert render_detections(blank(), boxes[:9], names[:9], class_ids=[1] * 9).tobytes() != plain.tobytes()
+
+
 def test_text_stays_in_the_picture():
     picture = render_detections(blank(), [[380, 0, 400, 330]], ["a long name of a class"], scores=[0.5], class_ids=[2])
     columns = np.nonzero(changed_pixels(picture).any(axis=0))[0]
