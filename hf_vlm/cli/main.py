@@ -20,7 +20,7 @@ COMMANDS = {
     "evaluate": "metrics of a model on a split:             hf-vlm evaluate RUN --data SOURCE --split test",
     "probe": "accuracies of an encoder:                  hf-vlm probe RECIPE --data SOURCE --encoder RUN",
     "embed": "features, neighbours and maps of images:   hf-vlm embed RUN --data SOURCE --neighbors neighbors.png",
-    "search": 'images found by words or by an image:  hf-vlm search "a red apple" --index features.parquet',
+    "search": 'images found by words or by an image:      hf-vlm search "a red apple" --index features.parquet',
     "predict": "objects or classes of images:              hf-vlm predict RUN photo.jpg --save out.png",
     "track": "objects of a video, numbered:              hf-vlm track RUN clip.mp4 --save out.mp4",
     "plan": "cost of pretraining on a cluster:          hf-vlm plan RECIPE --gpus 64 --gpu h200",

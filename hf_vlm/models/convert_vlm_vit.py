@@ -111,7 +111,9 @@ def read_config(source: str) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"{source!r} is neither a folder with a model nor one on the Hub: {_first(error)}") from error
     if not config:
-        raise ValueError(f"{source} holds no model: there is no config.json.")
+        inside = sorted(str(path.parent) for path in Path(source).glob("*/config.json"))  # as of an earlier round
+        where = f" There are models in {', '.join(inside)}." if inside else ""
+        raise ValueError(f"{source} holds no model: there is no config.json.{where}")
     return dict(config)
 
 

@@ -25,6 +25,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+FEW_HELD_OUT = 10  # images, below which chance decides metrics
+
 
 def open_recipe_source(args: VisionTrainingArguments, split: str, num_examples: int | None) -> Source:
     """A split of the recipe's data.
@@ -97,6 +99,12 @@ def open_labelled_sources(args: VisionTrainingArguments, source: Source | None) 
     source, held_out = source.holdout(args.holdout, args.num_eval_examples)
     counts = [part.num_examples or "an unknown number" for part in (source, held_out)]
     logger.info("Holding out a fraction of %g of the images: training on %s, evaluating on %s.", args.holdout, *counts)
+    if held_out.num_examples is not None and held_out.num_examples < FEW_HELD_OUT:
+        logger.warning(
+            "%d held-out images are few: metrics, and the score threshold that is chosen by them, depend on chance. "
+            "A larger --holdout takes more.",
+            held_out.num_examples,
+        )
     return source, held_out
 
 

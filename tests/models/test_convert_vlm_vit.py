@@ -13,6 +13,7 @@ from hf_vlm.models.convert_vlm_vit import (
     from_transformers,
     load_ours,
     load_transformers,
+    read_config,
     to_transformers,
 )
 from hf_vlm.models.modeling_mae import MAEConfig, MAEForPreTraining
@@ -281,3 +282,10 @@ def test_an_encoder_within_a_method_of_ours_is_converted(tmp_path):
 
 def test_aliases_are_families():
     assert find_family("siglip") is find_family("siglip_vision_model")
+
+
+def test_models_within_a_folder_without_one_are_named(tmp_path):
+    """As where a run ended between two rounds."""
+    VLMViTConfig(**SIZE).save_pretrained(tmp_path / "round-1")
+    with pytest.raises(ValueError, match=r"there is no config\.json\. There are models in .*round-1\.$"):
+        read_config(str(tmp_path))
