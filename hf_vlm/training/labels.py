@@ -163,7 +163,7 @@ def _label(
             "They show nothing that stands out from its surroundings."
             if labels_from == REGIONS
             else f"That model is whole: fine-tune from it with --encoder {labels_from}. For one more round, train it "
-            "longer, or keep its best boxes whatever their scores, as with --labels_per_image 2; --rounds 1 trains one alone."
+            "longer, or keep its best boxes whatever their scores (--labels_per_image 2); --rounds 1 trains one alone."
         )
         raise ValueError(
             f"Nothing was found in {len(found.image_ids):,} images of {source.name} by {labels_from}. {advice}"
