@@ -15,6 +15,7 @@ from hf_vlm.training.meters import FlopCounter
 
 # Of what a step costs beside its images: discriminators that are trained now and then, sizes of masks by chance.
 PLANNED = [name for name in PRETRAINING if TINY[name].frozen is None and name not in ("ijepa", "mae_image_losses")]
+QUICK = ("simclr", "mae", "mae_sparse", "dinov2", "image_text")  # the steps of the others are made of the same parts
 
 
 def inputs_of(name, num_images):
@@ -34,7 +35,7 @@ def real_step(model, inputs):
     return counter.get_total_flops(), saved, timeline
 
 
-@pytest.mark.parametrize("name", PLANNED)
+@pytest.mark.parametrize("name", slow_but(PLANNED, *QUICK))
 def test_flops_and_activations_are_those_of_a_real_step(name, tmp_path):
     entry = find_model(TINY[name].row)
     config = entry.config_class(**config_fields(name, tmp_path))
@@ -81,7 +82,7 @@ def test_activation_checkpointing_keeps_what_was_planned():
     assert 5 * saved.largest_layer < saved.in_layers <= 6 * saved.largest_layer  # the last needs the class token alone
 
 
-@pytest.mark.parametrize("preset", slow_but(PRESETS, "nano", "tiny"))
+@pytest.mark.parametrize("preset", slow_but(PRESETS, "nano"))
 def test_a_plain_encoder_has_the_parameters_and_flops_of_the_formulas(preset):
     """A multiply-add of each weight per token, twice that in the backward pass, and two products of attention."""
     config = VLMViTConfig.from_preset(preset, image_size=56 if PRESETS[preset].get("patch_size") == 14 else 64)
@@ -104,6 +105,7 @@ def test_a_plain_encoder_has_the_parameters_and_flops_of_the_formulas(preset):
     assert cost.num_parameters == pytest.approx(products + config.patch_dim * dim, rel=0.03)
 
 
+@pytest.mark.slow
 def test_products_of_fewer_bits_keep_fewer_bytes_and_copies_of_the_weights():
     config = MAEConfig(
         backbone_config={"image_size": 64, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
