@@ -5,6 +5,8 @@ import re
 import shlex
 from pathlib import Path
 
+from tiny import DETECTION_HEAD
+
 ROOT = Path(__file__).parents[1]
 
 # What the commands find in their folder: images of every kind that README names, and an encoder of transformers.
@@ -60,15 +62,7 @@ ENCODER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, 
 TINY_STACK = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 HEADS = {  # by recipe
     "mae/vit_small.yaml": {"decoder_config": TINY_STACK},
-    "detection/vit_small.yaml": {
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_decoder_layers": 1,
-        "num_queries": 5,
-        "neck_num_blocks": 1,
-        "num_self_attention_heads": 4,
-        "num_cross_attention_heads": 4,
-    },
+    "detection/vit_small.yaml": DETECTION_HEAD,
     "classification/vit_small.yaml": {},
     "simclr/vit_small.yaml": {"projection_hidden_size": 32},
     "image_text/vit_small.yaml": {"lock_encoder": True, "text_config": {**TINY_STACK, "intermediate_size": 32}},

@@ -139,7 +139,7 @@ IMAGE_LOSSES = {
     "discriminator_size": 8,
 }
 FROZEN_STATISTICS = ([0.4, 0.5, 0.6], [0.2])
-DETECTION = {
+DETECTION_HEAD = {
     "hidden_size": 32,
     "intermediate_size": 32,
     "num_decoder_layers": 1,
@@ -147,8 +147,8 @@ DETECTION = {
     "num_cross_attention_heads": 4,
     "num_queries": 5,
     "neck_num_blocks": 1,
-    "id2label": {0: "cat", 1: "dog", 2: "bird"},
 }
+DETECTION = DETECTION_HEAD | {"id2label": {0: "cat", 1: "dog", 2: "bird"}}
 MASK_QUERIES = {
     "num_queries": 5,
     "num_query_layers": 1,

@@ -3,20 +3,21 @@
 import argparse
 import math
 
-__all__ = ["add_allow_outside", "as_bool", "check_positive"]
+__all__ = ["add_allow_outside", "add_bool", "as_bool", "check_positive"]
 
 
 def add_allow_outside(parser: argparse.ArgumentParser) -> None:
     """Adds `--allow_outside true`, as recipes have it."""
-    parser.add_argument(
+    add_bool(
+        parser,
         "--allow_outside",
-        nargs="?",
-        const=True,
-        default=False,
-        type=as_bool,
-        metavar="true",
-        help="follow what annotations and tables name outside of the source's folder or host",
+        help="follow what annotations and tables name outside the source's folder or host",
     )
+
+
+def add_bool(parser: argparse.ArgumentParser, name: str, *, help: str) -> None:
+    """Adds an option that is false unless it is given, alone or with `true`."""
+    parser.add_argument(name, nargs="?", const=True, default=False, type=as_bool, metavar="true", help=help)
 
 
 def as_bool(text: str) -> bool:

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from hf_vlm.cli.options import as_bool
+from hf_vlm.cli.options import add_bool
 
 __all__ = ["add_remote_options", "run_remote", "split_remote"]
 
@@ -11,15 +11,7 @@ __all__ = ["add_remote_options", "run_remote", "split_remote"]
 def add_remote_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--on", metavar="hub:FLAVOR", help="run it on a machine of the Hub, such as hub:h200x8")
     parser.add_argument("--job_timeout", default="24h", help="time after which such a job is ended (24h)")
-    parser.add_argument(
-        "--submit",
-        nargs="?",
-        const=True,
-        default=False,
-        type=as_bool,
-        metavar="true",
-        help="start the job, which costs money; without it what would run is printed",
-    )
+    add_bool(parser, "--submit", help="start the job, which costs money; without it what would run is printed")
 
 
 def split_remote(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

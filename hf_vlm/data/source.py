@@ -132,16 +132,15 @@ class Source:
             )
             for is_held_out in (False, True)
         )
-        if self.num_examples is None or self.format in ("scenes", "hub") or "://" in self.name:
-            return kept, apart if number is None else apart.take(number)
-        held_out = sum(map(_IsHeldOut(fraction, True), self))
-        counts = self.num_examples - held_out, held_out
-        if not all(counts):
-            raise ValueError(
-                f"{self.name}: holdout={fraction} of {self.num_examples} images leaves {counts[0]} to train on and "
-                f"{counts[1]} to hold out; choose another fraction, or name a validation split"
-            )
-        kept, apart = replace(kept, num_examples=counts[0]), replace(apart, num_examples=counts[1])
+        if self.num_examples is not None and self.format not in ("scenes", "hub") and "://" not in self.name:
+            held_out = sum(map(_IsHeldOut(fraction, True), self))
+            counts = self.num_examples - held_out, held_out
+            if not all(counts):
+                raise ValueError(
+                    f"{self.name}: holdout={fraction} of {self.num_examples} images leaves {counts[0]} to train on "
+                    f"and {counts[1]} to hold out; choose another fraction, or name a validation split"
+                )
+            kept, apart = replace(kept, num_examples=counts[0]), replace(apart, num_examples=counts[1])
         return kept, apart if number is None else apart.take(number)
 
     def take(self, number: int) -> "Source":

@@ -47,7 +47,7 @@ class ImageTextConfig(SSLConfig):
             where it is for long.
         projection_size (`int`, defaults to 512): Width of the space that images and texts share.
         loss_type (`str`, defaults to `"sigmoid"`):
-            `"sigmoid"`, each pair of an image and a text is told apart by itself (SigLIP, arXiv 2303.15343), which is
+            `"sigmoid"`, each pair of an image and a text is classified by itself (SigLIP, arXiv 2303.15343), which is
             better with up to some thousands of pairs per batch; or `"softmax"`, each image chooses among all texts and
             each text among all images (CLIP, arXiv 2103.00020).
         initial_bias (`float`, defaults to -10.0):

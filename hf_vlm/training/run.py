@@ -124,7 +124,10 @@ def _pretrain_in_rounds(
         earlier = recipe | {"rounds": 1, "output_dir": str(folder / ROUND_FOLDER.format(number)), "rewind_to": None}
         earlier |= {"labels_from": labels_from, "push_to_hub": False}
         earlier["resume_from_checkpoint"] = "auto" if args.resumes else None
-        _pretrain(parse_arguments(earlier), earlier, source, hooks, labels_from=labels_from)
+        earlier_args = parse_arguments(earlier)
+        earlier_args.set_steps_for(source.num_examples)
+        if not finished_run(earlier_args):
+            _pretrain(earlier_args, earlier, source, hooks, labels_from=labels_from)
         labels_from = str(folder / ROUND_FOLDER.format(number))
     if args.resume_from_checkpoint == "last" and not checkpoints(folder):
         args.resume_from_checkpoint = "auto"  # it was stopped in an earlier round
@@ -140,9 +143,6 @@ def _pretrain(
     labels_from: str | None,
 ) -> dict[str, Any]:
     set_seed(args.seed)
-    args.set_steps_for(source.num_examples)
-    if finished := finished_run(args):
-        return finished
     task = TASKS.get(find_model(args.method).task)
     with _run_folder(args):
         if task is None:

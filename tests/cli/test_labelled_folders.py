@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from tiny import DETECTION_HEAD
 
 from hf_vlm.cli.main import main
 from hf_vlm.registry import find_model
@@ -20,16 +21,7 @@ SHORT = (
     *("--image_size", "32", "--max_steps", "2", "--per_device_train_batch_size", "4", "--use_cpu", "true"),
     *("--save_strategy", "no", "--dataloader_num_workers", "0", "--shuffle_block", "8"),
 )
-HEAD = {
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_decoder_layers": 1,
-    "num_queries": 5,
-    "neck_num_blocks": 1,
-    "num_self_attention_heads": 4,
-    "num_cross_attention_heads": 4,
-}
-MASK_HEAD = {**HEAD, "mask_feature_size": 16}
+MASK_HEAD = {**DETECTION_HEAD, "mask_feature_size": 16}
 
 
 def polygons(row):
@@ -137,9 +129,9 @@ HOLDOUT = ("--holdout", "0.5")  # where there is one subset
 OBJECTS, PIXELS = list(NAMES), ["background", *NAMES]
 # How the folder is written, the recipe, its head, options, class names and a metric.
 CASES = {
-    "coco_boxes": (write_coco, "detection", HEAD, HOLDOUT, OBJECTS, "ap50"),
+    "coco_boxes": (write_coco, "detection", DETECTION_HEAD, HOLDOUT, OBJECTS, "ap50"),
     "coco_masks": (write_coco, "instance_segmentation", MASK_HEAD, HOLDOUT, OBJECTS, "mask_ap"),
-    "yolo_boxes": (write_yolo, "detection", HEAD, (), OBJECTS, "ap50"),
+    "yolo_boxes": (write_yolo, "detection", DETECTION_HEAD, (), OBJECTS, "ap50"),
     "yolo_masks": (write_yolo, "instance_segmentation", MASK_HEAD, (), OBJECTS, "mask_ap"),
     "colored_masks": (write_colored_masks, "segmentation", {}, HOLDOUT, PIXELS, "miou"),
     "cityscapes": (write_cityscapes, "segmentation", {}, (), PIXELS, "miou"),
