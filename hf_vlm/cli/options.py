@@ -8,11 +8,8 @@ __all__ = ["add_allow_outside", "add_bool", "as_bool", "check_positive"]
 
 def add_allow_outside(parser: argparse.ArgumentParser) -> None:
     """Adds `--allow_outside true`, as recipes have it."""
-    add_bool(
-        parser,
-        "--allow_outside",
-        help="follow what annotations and tables name outside the source's folder or host",
-    )
+    follows = "follow what annotations and tables name outside of the source's folder or host"
+    add_bool(parser, "--allow_outside", help=follows)
 
 
 def add_bool(parser: argparse.ArgumentParser, name: str, *, help: str) -> None:
