@@ -2,13 +2,15 @@
 
 import contextlib
 import functools
+import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 __all__ = ["enable_fast_matmul", "to_best_device", "use_fast_cpu_matmul"]
@@ -35,6 +37,7 @@ def use_fast_cpu_matmul(model: PreTrainedModel) -> None:
     """Let a model on the CPU multiply by the fastest exact kernels."""
     if enable_fast_matmul() and model.config._attn_implementation == "sdpa":
         ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attend)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, sdpa_mask)  # without it, models of text would see padding
         model.set_attn_implementation(ATTENTION)
 
 
@@ -89,23 +92,27 @@ class _FusedAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, scaling: float, dropout: float, mask: Tensor | None, *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, attend: Callable[..., tuple[Tensor, None]], *inputs: Tensor | None) -> Tensor:
         with torch.enable_grad(), _ieee_matmul():
-            ctx.inputs = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in inputs]
-            query, key, value = ctx.inputs
-            ctx.output = F.scaled_dot_product_attention(query, key, value, mask, dropout_p=dropout, scale=scaling)
+            ctx.inputs = [
+                None if tensor is None else tensor.detach().requires_grad_(tensor.requires_grad) for tensor in inputs
+            ]
+            ctx.output, _ = attend(*ctx.inputs)
         return ctx.output.detach()  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
-        wanted = [tensor for tensor in ctx.inputs if tensor.requires_grad]
+        is_wanted = [tensor is not None and tensor.requires_grad for tensor in ctx.inputs]
         with _ieee_matmul():
-            gradients = iter(torch.autograd.grad(ctx.output, wanted, gradient))
-        return None, None, None, *(next(gradients) if tensor.requires_grad else None for tensor in ctx.inputs)
+            gradients = iter(
+                torch.autograd.grad(ctx.output, list(itertools.compress(ctx.inputs, is_wanted)), gradient)
+            )
+        return None, *(next(gradients) if wanted else None for wanted in is_wanted)
 
 
 def _attend(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *, scaling: float, dropout: float, **kwargs: Any
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """Attention of (batch, heads, tokens, dim), as transformers' interface has it: (batch, tokens, heads, dim)."""
-    return _FusedAttention.apply(scaling, dropout, mask, query, key, value).transpose(1, 2), None
+    """What transformers computes for "sdpa": causal where the module is, with masks and their gradients."""
+    attend = functools.partial(sdpa_attention_forward, module, **options)
+    return _FusedAttention.apply(attend, query, key, value, mask), None
