@@ -210,7 +210,7 @@ def test_a_mistyped_command_names_the_nearest(capsys):
 
 
 def test_a_reader_that_has_enough_ends_a_command_in_silence():
-    command = f"{sys.executable} -m hf_vlm.cli finetune --help | head -1"
+    command = f"{sys.executable} -m hf_vlm.cli evaluate --help | head -1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.count("\n") == 1
     assert done.stderr == ""

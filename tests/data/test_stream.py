@@ -193,8 +193,7 @@ def test_an_ended_stream_stays_ended_when_resumed_and_starts_anew_otherwise():
     assert pairs(resumed) == first
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("name", ["generator", "arrow"])
+@pytest.mark.parametrize(("name", "num_workers"), [("generator", 0), ("arrow", 0), ("arrow", 2)])
 def test_loader_resumes_twice_in_a_row(name, num_workers):
     def loader():
         return StatefulDataLoader(make_stream(SOURCES[name]()), batch_size=3, num_workers=num_workers, collate_fn=list)

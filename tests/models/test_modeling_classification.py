@@ -268,6 +268,7 @@ def test_half_precision(model: VLMViTForImageClassification) -> None:
     assert output.loss.item() == pytest.approx(loss.item(), abs=0.1)
 
 
+@pytest.mark.slow
 def test_compiles_without_graph_breaks(model: VLMViTForImageClassification) -> None:
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():

@@ -15,7 +15,7 @@ from hf_vlm.training.meters import FlopCounter
 
 # Of what a step costs beside its images: discriminators that are trained now and then, sizes of masks by chance.
 PLANNED = [name for name in PRETRAINING if TINY[name].frozen is None and name not in ("ijepa", "mae_image_losses")]
-QUICK = ("simclr", "mae", "mae_sparse", "dinov2", "image_text")  # the steps of the others are made of the same parts
+QUICK = ("simclr", "mae_sparse", "image_text")  # the steps of the others are made of the same parts
 
 
 def inputs_of(name, num_images):

@@ -49,6 +49,7 @@ def test_a_detector_is_pretrained_on_regions_and_fine_tuned_to_other_classes(hea
     assert theirs.keys() - same <= detector.class_layers()
 
 
+@pytest.mark.slow
 def test_an_instance_segmenter_is_pretrained_on_the_outlines_of_regions(make_recipe, tmp_path):
     """With its mask head, which fine-tuning takes over, and in a second round on the masks of the first."""
     changes = {"model_config": {"mask_feature_size": 16}, "max_steps": 2, "rounds": 2, "labels_per_image": 1.0}

@@ -103,7 +103,8 @@ def test_figures_are_those_of_the_encoder_on_fixed_views(make_recipe, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("method", "bf16"), [("simclr", False), pytest.param("mae", False, marks=pytest.mark.slow), ("mae", True)]
+    ("method", "bf16"),
+    [*(pytest.param(name, False, marks=pytest.mark.slow) for name in ("simclr", "mae")), ("mae", True)],
 )
 def test_probes_change_no_bit_of_a_run(make_recipe, tmp_path, method, bf16):
     recipe = make_recipe(method, bf16=bf16)

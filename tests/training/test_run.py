@@ -70,7 +70,7 @@ def losses(folder):
             "image_text",
             "detection",
         ],
-        *("mae", "dinov2", "image_text", "detection"),
+        *("mae", "detection"),
     ),
 )
 @pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])

@@ -47,8 +47,8 @@ def test_ids_are_unique(sources):
     assert by_id[2 * 7 + 1] == {"b7"}
 
 
-@pytest.mark.parametrize("num_workers", [0, 1, 2])
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("world_size", [*(pytest.param(size, marks=pytest.mark.slow) for size in (1, 2)), 3])
 def test_ranks_and_workers_see_every_example_in_an_epoch(sources, world_size, num_workers):
     seen = set()
     for rank in range(world_size):

@@ -66,7 +66,7 @@ def both(options, images, dtype=None, num_channels=3):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)])
 def test_views_of_a_batch_are_those_made_one_by_one(options, dtype):
     rendered, expected = both(options, photos() * 3, dtype)
     assert set(rendered) == {"pixel_values", "local_pixel_values"}
@@ -92,7 +92,7 @@ def test_steps_of_colour_amplify_what_was_rounded():
     [{"jitter": [0, 0, 0, 0.5]}, COLOR, COLOR | {"blur_probability": 0.5, "solarize_probability": 0.2}],
     ids=str,
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)])
 def test_hue_differs_by_the_steps_of_eight_bits(options, dtype):
     rendered, expected = both(options, photos() * 3, dtype)
     for name, views in rendered.items():
