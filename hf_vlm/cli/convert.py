@@ -1,14 +1,15 @@
 """`hf-vlm convert SOURCE OUTPUT_DIR [--to dinov2]`"""
 
-import argparse
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from hf_vlm.cli.options import Parser
+
 
 def run(argv: Sequence[str]) -> None:
     """Converts an encoder of transformers to one of ours, or back, and reports what happened to its weights."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hf-vlm convert",
         description="Converts an encoder of transformers (ViT, DeiT, ViT-MAE, DINOv2, DINOv3, SigLIP), alone or in a "
         "whole model, to one of hf_vlm with the same features; with --to an encoder of hf_vlm to the layout of one of "

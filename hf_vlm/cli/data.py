@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_vlm.cli.options import add_allow_outside, check_positive
+from hf_vlm.cli.options import Parser, add_allow_outside, check_positive
 from hf_vlm.cli.outputs import prepare_file, prepare_picture
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ NUM_SCENES = 1000
 
 def run(argv: Sequence[str]) -> None:
     """Inspects every image of a source; prints a report and commands to train on it, and renders some examples."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hf-vlm data",
         description="Reads every image once and reports sizes, classes, boxes, duplicates, unreadable files and "
         "labels that make no sense; renders examples on one picture.",

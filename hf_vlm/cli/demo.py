@@ -1,6 +1,5 @@
 """`hf-vlm demo`: from unlabelled images to a detector, and what the pretraining gained, on built-in images."""
 
-import argparse
 import contextlib
 import os
 import statistics
@@ -11,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
+from hf_vlm.cli.options import Parser
 
 VARIANTS = {"pretrained": "from the pretrained detector", "random": "from random initialisation"}
 SCENES = "icons"
@@ -23,7 +22,7 @@ METRICS = {"ap": "AP", "ap50": "AP50", "ap75": "AP75", "ar_100": "AR 100"}
 
 def run(argv: Sequence[str]) -> None:
     """Runs the demo and prints its result."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hf-vlm demo",
         description="Pretrains a detector on unlabelled built-in images, fine-tunes it on few labelled ones, and "
         "compares it with one from random initialisation, in three runs of each. Offline; minutes on two CPU cores.",
@@ -50,6 +49,7 @@ def run_demo(
     Raises:
         ValueError: if one of the commands fails, which has printed the reason.
     """
+    print(f"\n[1/3] Pretraining on {NUM_UNLABELLED:,} unlabelled images: no label is read", flush=True)
     from hf_vlm.training.run import quiet_libraries
 
     quiet_libraries()
@@ -57,7 +57,6 @@ def run_demo(
     keys = {"overwrite_output_dir": "true", **(overrides or {})}
     options = [f"--{key}={value}" for key, value in keys.items()]
 
-    print(f"\n[1/3] Pretraining on {NUM_UNLABELLED:,} unlabelled images: no label is read", flush=True)
     synthesise_unlabelled(images, num_images=NUM_UNLABELLED)
     command = ["pretrain", "demo/pretrain.yaml", "--data", str(images), f"--seed={seed}", *options]
     _finish(_start([*command, "--output_dir", str(pretrained)]))
@@ -104,6 +103,8 @@ def run_folder(folder: Path, variant: str, index: int) -> Path:
 
 def _start(argv: list[str], *, output: TextIO | None = None) -> subprocess.Popen[bytes]:
     """Starts a command of ours. On CPUs it has one core: at this size a second thread gains next to nothing."""
+    import torch
+
     environment = os.environ if torch.accelerator.is_available() else {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "hf_vlm.cli", *argv]
     return subprocess.Popen(command, env=environment, stdout=output, stderr=output)

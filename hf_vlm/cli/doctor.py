@@ -1,13 +1,14 @@
 """`hf-vlm doctor`"""
 
-import argparse
 from collections import Counter
 from collections.abc import Sequence
+
+from hf_vlm.cli.options import Parser
 
 
 def run(argv: Sequence[str]) -> None:
     """Examines the installation and the machine; ValueError where something is wrong."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hf-vlm doctor",
         description="Examines Python, packages, devices, memory, disks and the Hub, and says what to type where "
         "something is wrong. Ends with status 2 if so, else 0.",

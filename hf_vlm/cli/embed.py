@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_vlm.cli.data import images_to_read
-from hf_vlm.cli.options import add_allow_outside, check_positive
+from hf_vlm.cli.options import Parser, add_allow_outside, check_positive
 from hf_vlm.cli.outputs import prepare_file, prepare_picture
 
 
@@ -92,7 +92,7 @@ def _write_features(
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hf-vlm embed",
         description="Writes the features of all images of a source to Parquet, one row per image. Renders "
         "images beside their nearest neighbours, and maps of their patches: principal components as colours, "

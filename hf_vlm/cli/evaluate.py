@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_vlm.cli.options import add_allow_outside, check_positive
+from hf_vlm.cli.options import Parser, add_allow_outside, check_positive
 from hf_vlm.cli.outputs import prepare_file, prepare_folder, prepare_picture
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def _calibrate(folder: Path, calibration: "Calibration") -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hf-vlm evaluate",
         description="Prints the metrics of a model's task: COCO metrics of a detector, accuracy and calibration of a "
         "classifier, mean IoU of a segmenter, kNN and linear accuracy of an encoder's frozen features, zero-shot "

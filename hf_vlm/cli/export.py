@@ -1,15 +1,14 @@
 """`hf-vlm export RUN --format onnx [--precision int8] [--data SOURCE]`"""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_vlm.cli.options import add_allow_outside, check_positive
+from hf_vlm.cli.options import Parser, add_allow_outside, check_positive
 
 
 def run(argv: Sequence[str]) -> None:
     """Exports a model, and prints how the artifact compares with it."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hf-vlm export",
         description="Exports a model for a runtime, for batches of any size. The artifact is compared with the model: "
         "outputs or predictions on images, the task's metric on labelled ones, and the time of each. One that differs "

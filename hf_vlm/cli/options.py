@@ -1,9 +1,24 @@
-"""Options that several commands share."""
+"""Options that several commands share, and the parser of those whose options are all known."""
 
 import argparse
 import math
+from collections.abc import Sequence
+from typing import Any
 
-__all__ = ["add_allow_outside", "add_bool", "as_bool", "check_positive"]
+from hf_vlm.models.nearest_name import did_you_mean
+
+__all__ = ["Parser", "add_allow_outside", "add_bool", "as_bool", "check_positive"]
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that offers the nearest option for one that it does not know."""
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            near = did_you_mean(unknown[0].partition("=")[0], self._option_string_actions)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
+        return parsed
 
 
 def add_allow_outside(parser: argparse.ArgumentParser) -> None:

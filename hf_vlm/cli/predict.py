@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_vlm.cli.options import check_positive
+from hf_vlm.cli.options import Parser, check_positive
 from hf_vlm.cli.outputs import is_picture, prepare_file, prepare_folder, prepare_picture
 
 if TYPE_CHECKING:
@@ -61,10 +61,10 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hf-vlm predict",
         description="Objects, classes or segments of images and of the frames of videos; prints one line of JSON per "
-        "image, or writes COCO or YOLO.",
+        "image, or writes COCO or YOLO. Goes on after images that cannot be read, names them and ends with status 2.",
     )
     parser.add_argument("run", help="folder of a fine-tuned model, or its name on the Hub")
     parser.add_argument(

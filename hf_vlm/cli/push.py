@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Mapping, Sequence
 
-from hf_vlm.cli.options import add_allow_outside, as_bool, check_positive
+from hf_vlm.cli.options import Parser, add_allow_outside, as_bool, check_positive
 
 TYPES = ("model", "dataset", "space")
 ONLY_FOR = {  # options that other types have no use for
@@ -18,7 +18,7 @@ ONLY_FOR = {  # options that other types have no use for
 
 def run(argv: Sequence[str]) -> None:
     """Publishes a model, a data set or a Space on the Hub."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hf-vlm push",
         description="Publishes on the Hub a run (model, code, image processor, recipe, card) or an export of it; "
         "with --type dataset images and their labels; with --type space a page that shows a model's predictions.",

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hf_vlm.cli.options import add_allow_outside
+from hf_vlm.cli.options import Parser, add_allow_outside
 from hf_vlm.cli.outputs import prepare_file, prepare_picture
 
 
@@ -65,7 +65,7 @@ def _render(arguments: argparse.Namespace, about: dict[str, Any], found: Any) ->
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hf-vlm search",
         description="Finds images by words or by an image, among those whose features hf-vlm embed has written. Words "
         "need a model of images and texts.",

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_vlm.cli.options import check_positive
+from hf_vlm.cli.options import Parser, check_positive
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ def _examples(given: str | None) -> list[str]:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hf-vlm serve",
         description="Answers POST /predict with the predictions for an image as JSON, and shows a page where an image "
         "can be dropped and a threshold moved.",

@@ -5,7 +5,7 @@ import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_vlm.cli.options import check_positive
+from hf_vlm.cli.options import Parser, check_positive
 from hf_vlm.cli.outputs import prepare_file
 
 
@@ -67,7 +67,7 @@ def run(argv: Sequence[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     from hf_vlm.deploy.track import TRACKERS
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hf-vlm track",
         description="Objects of a video with numbers that stay the same; prints one line of JSON per frame.",
     )

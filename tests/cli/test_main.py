@@ -209,6 +209,16 @@ def test_a_mistyped_command_names_the_nearest(capsys):
     assert "did you mean 'predict'?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [(["data", "x", "--splitt", "test"], "--split"), (["export", "x", "--formt=onnx"], "--format")],
+)
+def test_a_mistyped_option_names_the_nearest(words, offered, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    assert f"did you mean '{offered}'?" in capsys.readouterr().err
+
+
 def test_a_reader_that_has_enough_ends_a_command_in_silence():
     command = f"{sys.executable} -m hf_vlm.cli evaluate --help | head -1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=True)
