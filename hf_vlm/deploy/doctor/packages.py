@@ -19,7 +19,7 @@ Installed = Callable[[str], str | None]  # the version of a package; None where 
 
 SHOWN = ("torch", "transformers", "datasets", "accelerate", "huggingface_hub")
 OPENCV = ("opencv-python", "opencv-contrib-python", "opencv-python-headless", "opencv-contrib-python-headless")
-HIDDEN_EXTRAS = ("dev",)
+HIDDEN_EXTRAS = ("dev", "page")
 ACCELERATORS = ("nvidia[0-9]*", "kfd")  # in /dev: CUDA, ROCm
 PROBE_SECONDS = 120
 # Importing torch takes seconds, and may end the process: it is done in another one, where there is a reason to.
