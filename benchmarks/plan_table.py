@@ -13,6 +13,7 @@ from pathlib import Path
 from hf_vlm.planning.hardware import find_gpu
 from hf_vlm.planning.layouts import Cluster
 from hf_vlm.planning.recipe import plan_recipe, recipe_cost
+from hf_vlm.planning.report import as_count
 from hf_vlm.planning.step import StepCost
 from hf_vlm.training.arguments import VisionTrainingArguments
 from hf_vlm.training.recipe import load_recipe, parse_arguments
@@ -83,6 +84,15 @@ SEVEN = Encoder(
         "{num_prototypes: 262144, head_hidden_size: 8192, bottleneck_size: 512, separate_heads: true}",
     ),
 )
+TRILLION = Encoder(
+    name="1T of experts",
+    overrides=(
+        *("--encoder_preset", "7b", "--image_size", "256", "--encoder_config"),
+        f"{{{DROPPED}, num_experts: 512}}",
+        *("--views.local", "{num_views: 8, size: 112, crop_scale: [0.05, 0.32]}", "--model_config"),
+        "{num_prototypes: 262144, head_hidden_size: 8192, bottleneck_size: 512, separate_heads: true}",
+    ),
+)
 README = "facebookresearch/dinov2, README.md and dinov2/configs"
 PUBLISHED = (
     PublishedRun(
@@ -116,7 +126,7 @@ PUBLISHED = (
         source="arXiv 2508.10104; facebookresearch/dinov3, dinov3/configs/train",
     ),
 )
-TABLE = (L14, H14, GIANT, SEVEN)
+TABLE = (L14, H14, GIANT, SEVEN, TRILLION)
 SIZES, GPU, TOTAL_BATCH, NUM_IMAGES = (64, 256, 1024, 4096), "h100", 4096, 1e9
 HEADER = """# Plans of large encoders
 
@@ -204,7 +214,7 @@ def main() -> None:
             for num_gpus in SIZES:
                 cost, size = cost_of(encoder), TOTAL_BATCH // num_gpus
                 cells = hours(encoder, cost, Cluster(gpu=find_gpu(GPU), num_gpus=num_gpus), size, NUM_IMAGES)
-                name = f"{encoder.name} ({cost.num_parameters / 1e9:.2g} B with teacher and heads)"
+                name = f"{encoder.name} ({as_count(cost.num_parameters)} with teacher and heads)"
                 if cells is None:
                     rows.append([name, f"{num_gpus:,}", str(size), "nothing fits", *[""] * 5])
                 else:
@@ -223,7 +233,8 @@ def main() -> None:
         text.append(
             f"\n## One billion images on {find_gpu(GPU).name}s, {TOTAL_BATCH:,} images per step\n\n"
             "The fastest layout that fits, all images of a step at once. With a batch that does not grow, more GPUs\n"
-            "have fewer images each, until communication decides.\n\n"
+            "have fewer images each, until communication decides. The last encoder is the 7B with 512 experts in\n"
+            "every second layer, of which a token passes one; `ep` divides them among 512 GPUs, others among all.\n\n"
         )
         text.append(table(titles, rows))
     written = "".join(text)

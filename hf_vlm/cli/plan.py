@@ -36,7 +36,7 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("--search", action="store_true", help="the largest batches that fit, not the recipe's")
     parser.add_argument("--save", type=Path, metavar="FILE.png", help="a picture of the memory")
     parser.add_argument("--against", type=Path, metavar="RUN", help="compare the plan with what this run has come to")
-    parser.add_argument("--layout", choices=("ddp", "hsdp", "fsdp2"), default="ddp", help="of that run (ddp)")
+    parser.add_argument("--layout", choices=("ddp", "hsdp", "fsdp2", "ep"), default="ddp", help="of that run (ddp)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options, overrides = parser.parse_known_args(argv)
     check_positive(options, "gpus", "gpus_per_node", "network", "price")

@@ -7,14 +7,14 @@ Memory is that of a step's fullest moment. The backward pass frees activations w
 larger of the two counts; gradients that are summed over several batches are there from the first one on: both count.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hf_vlm.planning.hardware import Gpu
-from hf_vlm.planning.step import StepCost
+from hf_vlm.planning.step import ExpertCost, StepCost
 
-__all__ = ["LAYOUTS", "Cluster", "Plan", "largest_batch", "make_plan"]
+__all__ = ["LAYOUTS", "Cluster", "Plan", "largest_batch", "layouts_for", "make_plan"]
 
-LAYOUTS = ("ddp", "hsdp", "fsdp2")
+LAYOUTS = ("ddp", "hsdp", "fsdp2", "ep")
 FP32, ADAMW = 4, 8  # bytes per weight: weights, gradients and their sums are float32; AdamW keeps two averages
 GATHERED_LAYERS = 2  # of FSDP: the layer that is computed, and the next one, which is being fetched
 RESERVED = 2e9  # bytes of a GPU that are not the model's: its context, libraries, fragments
@@ -66,7 +66,7 @@ class Plan:
 
     Attributes:
         layout: `ddp`, every GPU holds all; `fsdp2`, weights, gradients and optimiser divided among all GPUs; `hsdp`,
-            among those of a node.
+            among those of a node; `ep`, experts among as many GPUs as a layer has experts, all else as `fsdp2`.
         checkpointing: Whether activations are computed again in the backward pass.
         batch_size: Images per GPU and step.
         memory: Bytes on each GPU by what they hold, in the fullest moment of a step.
@@ -103,6 +103,13 @@ class Plan:
         return self.batch_size * self.cluster.num_gpus / self.step_seconds
 
 
+def layouts_for(cost: StepCost, cluster: Cluster) -> tuple[str, ...]:
+    """The layouts that a model can be divided by: experts need a sparse one, and all but `ddp` several GPUs."""
+    if cluster.num_gpus == 1:
+        return ("ddp",)
+    return tuple(layout for layout in LAYOUTS if layout != "ep" or cost.experts is not None)
+
+
 def make_plan(
     cost: StepCost,
     cluster: Cluster,
@@ -123,22 +130,18 @@ def make_plan(
         accumulates: Whether gradients are summed over several batches.
 
     Raises:
-        ValueError: There is no such layout.
+        ValueError: There is no such layout of this model.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout: there is no {layout!r}, but {', '.join(LAYOUTS)}.")
-    shards = _shards(cluster, layout)
-    gradients = FP32 * cost.num_trained / shards
-    moments = _moments(cost, shards, checkpointing=checkpointing, accumulates=accumulates)
-    if layout == "ddp":
-        working = {"copies": cost.copies, "buckets": FP32 * cost.num_trained if cluster.num_gpus > 1 else 0.0}
-    else:
-        working = {"gathered": GATHERED_LAYERS * (cluster.product_width + FP32) * cost.num_layer_parameters}
+    if layout not in layouts_for(cost, cluster):
+        raise ValueError(f"layout: there is no {layout!r} here, but {', '.join(layouts_for(cost, cluster))}.")
+    weights, trained = _held(cost, cluster, layout)
+    gradients = FP32 * trained
+    moments = _moments(cost, trained, checkpointing=checkpointing, accumulates=accumulates)
     flops = batch_size * cost.flops_per_image * (RECOMPUTED if checkpointing else 1.0)
     fixed = {
-        "weights": FP32 * cost.num_parameters / shards,
-        "optimiser": ADAMW * cost.num_trained / shards,
-        **working,
+        "weights": FP32 * weights,
+        "optimiser": ADAMW * trained,
+        **_working(cost, cluster, layout),
         "reserved": RESERVED,
     }
     return Plan(
@@ -148,21 +151,64 @@ def make_plan(
         memory={**fixed, "activations and gradients": max(held + batch_size * image for held, image in moments)},
         memory_without_images=sum(fixed.values()) + gradients,
         compute_seconds=flops / (cluster.gpu.peak(cluster.precision) * cluster.mfu),
-        communication_seconds=_communication(cost, cluster, layout),
+        communication_seconds=_communication(cost, cluster, layout, batch_size, checkpointing=checkpointing),
         cluster=cluster,
     )
 
 
-def _communication(cost: StepCost, cluster: Cluster, layout: str) -> float:
+def _held(cost: StepCost, cluster: Cluster, layout: str) -> tuple[float, float]:
+    """Numbers of weights, and of those that are trained, that a GPU holds while no layer is at work."""
+    if layout == "ep" and cost.experts is not None:
+        experts, size = cost.experts, _expert_gpus(cost.experts, cluster)
+        of_all, of_trained = cost.num_parameters - experts.num_parameters, cost.num_trained - experts.num_trained
+        return (
+            of_all / cluster.num_gpus + experts.num_parameters / size,
+            of_trained / cluster.num_gpus + experts.num_trained / size,
+        )
+    shards = {"ddp": 1, "hsdp": cluster.node_size}.get(layout, cluster.num_gpus)
+    return cost.num_parameters / shards, cost.num_trained / shards
+
+
+def _expert_gpus(experts: ExpertCost, cluster: Cluster) -> int:
+    """Number of GPUs that the experts of a layer are divided among: each has some, or its own alone."""
+    return min(cluster.num_gpus, experts.num_experts)
+
+
+def _working(cost: StepCost, cluster: Cluster, layout: str) -> dict[str, float]:
+    """Bytes on each GPU of what a layout needs beside what it holds."""
+    if layout == "ddp":
+        return {"copies": cost.copies, "buckets": FP32 * cost.num_trained if cluster.num_gpus > 1 else 0.0}
+    num_gathered, copies = cost.num_layer_parameters, {}
+    if layout == "ep" and cost.experts is not None:  # experts stay where they are, and have copies for the products
+        num_gathered -= cost.experts.num_layer_parameters
+        width = cluster.product_width if cluster.product_width < FP32 else 0.0
+        copies = {"copies": width * cost.experts.num_trained / _expert_gpus(cost.experts, cluster)}
+    return {"gathered": GATHERED_LAYERS * (cluster.product_width + FP32) * num_gathered, **copies}
+
+
+def _communication(cost: StepCost, cluster: Cluster, layout: str, batch_size: int, *, checkpointing: bool) -> float:
     """Seconds of a step's communication, by the bytes that a ring sends from each GPU."""
-    gradients = FP32 * cost.num_trained
-    gathering = (
-        2 * cluster.product_width * cost.num_parameters
-    )  # weights, in the forward and again in the backward pass
 
     def around(size: int, num_bytes: float, speed: float) -> float:
         return num_bytes * (size - 1) / size / speed
 
+    if layout == "ep" and cost.experts is not None:
+        experts, size = cost.experts, _expert_gpus(cost.experts, cluster)
+        dense = replace(
+            cost,
+            num_parameters=cost.num_parameters - experts.num_parameters,
+            num_trained=cost.num_trained - experts.num_trained,
+            experts=None,
+        )
+        routed = batch_size * cluster.product_width * experts.routed_per_image * (1.5 if checkpointing else 1.0)
+        link = cluster.gpu.link if size <= cluster.node_size else cluster.network
+        return (
+            _communication(dense, cluster, "fsdp2", batch_size, checkpointing=checkpointing)
+            + around(size, routed, link)  # from each GPU to all others
+            + around(cluster.num_gpus // size, 2 * FP32 * experts.num_trained / size, cluster.network)
+        )
+    gradients = FP32 * cost.num_trained
+    gathering = 2 * cluster.product_width * cost.num_parameters  # weights, for the forward and the backward pass
     if layout == "ddp":
         return around(cluster.num_gpus, 2 * gradients, cluster.ring)  # an all-reduce is a scatter and a gather
     if layout == "fsdp2":
@@ -178,22 +224,20 @@ def largest_batch(
     """Images per GPU that fit; 0 where not even one does."""
     empty = make_plan(cost, cluster, layout, 0, checkpointing=checkpointing, accumulates=accumulates)
     free = cluster.gpu.memory - empty.total_memory + empty.memory["activations and gradients"]
-    moments = _moments(cost, _shards(cluster, layout), checkpointing=checkpointing, accumulates=accumulates)
+    _, trained = _held(cost, cluster, layout)
+    moments = _moments(cost, trained, checkpointing=checkpointing, accumulates=accumulates)
     if not empty.fits:
         return 0
     return int(min((free - held) // image for held, image in moments if image > 0))
 
 
-def _shards(cluster: Cluster, layout: str) -> int:
-    """Number of GPUs that weights, gradients and optimiser are divided among."""
-    return {"ddp": 1, "hsdp": cluster.node_size, "fsdp2": cluster.num_gpus}[layout]
+def _moments(cost: StepCost, trained: float, *, checkpointing: bool, accumulates: bool) -> list[tuple[float, float]]:
+    """The moments of a step that may be its fullest: bytes of gradients on a GPU, and bytes of an image.
 
-
-def _moments(cost: StepCost, shards: int, *, checkpointing: bool, accumulates: bool) -> list[tuple[float, float]]:
-    """The moments of a step that may be its fullest: bytes of gradients on a GPU, and bytes of an image."""
+    Args:
+        trained: Number of trained weights that a GPU holds; gradients are taken to come at one pace on all.
+    """
     saved = cost.activations_per_image - cost.checkpointed_per_image if checkpointing else 0.0
-    gradients = FP32 * cost.num_trained
-    moments = [
-        ((gradients if accumulates else held) / shards, max(0.0, image - saved)) for held, image in cost.moments
-    ]
-    return [*moments, (gradients / shards, 0.0)]
+    gradients, share = FP32 * trained, trained / cost.num_trained
+    moments = [(gradients if accumulates else held * share, max(0.0, image - saved)) for held, image in cost.moments]
+    return [*moments, (gradients, 0.0)]

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hf_vlm.models.ssl_model import SSLPreTrainedModel
-from hf_vlm.planning.layouts import LAYOUTS, Cluster, Plan, largest_batch, make_plan
+from hf_vlm.planning.layouts import Cluster, Plan, largest_batch, layouts_for, make_plan
 from hf_vlm.planning.step import StepCost, step_cost
 from hf_vlm.registry import find_model
 from hf_vlm.training.arguments import VisionTrainingArguments
@@ -65,7 +65,7 @@ def plan_recipe(
     found: list[tuple[Plan, int]] = []
     accumulates = args.gradient_accumulation_steps > 1
     for checkpointing in (False, True):
-        for layout in LAYOUTS if cluster.num_gpus > 1 else LAYOUTS[:1]:
+        for layout in layouts_for(cost, cluster):
             ways = {"checkpointing": checkpointing, "accumulates": accumulates}
             largest = largest_batch(cost, cluster, layout, **ways)
             size = 2 ** (largest.bit_length() - 1) if search and largest else args.per_device_train_batch_size

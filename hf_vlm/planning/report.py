@@ -6,7 +6,7 @@ from typing import Any
 from hf_vlm.planning.layouts import Plan
 from hf_vlm.planning.recipe import RecipePlan
 
-__all__ = ["aligned", "as_dict", "as_text", "duration"]
+__all__ = ["aligned", "as_count", "as_dict", "as_text", "duration"]
 
 GB = 1e9
 TITLES = ("layout", "checkpointing", "batch", "memory GB", "fits up to", "images/s", "time", "GPU hours", "MWh")
@@ -16,9 +16,9 @@ def as_text(plan: RecipePlan, price: float | None = None) -> str:
     """What the step costs, a table with a row for each plan, and what to choose."""
     cost, cluster = plan.cost, plan.plans[0].cluster
     is_sparse = cost.num_active < cost.num_parameters
-    active = f" ({_count(cost.num_active)} active per token)" if is_sparse else ""
+    active = f" ({as_count(cost.num_active)} active per token)" if is_sparse else ""
     lines = [
-        f"{plan.method}: {_count(cost.num_parameters)} parameters{active}, {_count(cost.num_trained)} trained; "
+        f"{plan.method}: {as_count(cost.num_parameters)} parameters{active}, {as_count(cost.num_trained)} trained; "
         f"{cost.flops_per_image / 1e9:,.1f} GFLOP per image forward and backward",
         f"{cluster.num_gpus} x {cluster.gpu.name} in {cluster.num_nodes} "
         f"{'nodes' if cluster.num_nodes > 1 else 'node'}, {cluster.gpu.memory / GB:.0f} GB each, {cluster.precision} "
@@ -102,7 +102,8 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
 
 
-def _count(number: float) -> str:
+def as_count(number: float) -> str:
+    """A number in the unit that suits it, as of parameters."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.3g} {unit}"

@@ -18,13 +18,32 @@ from torch.utils._pytree import tree_leaves
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
 
-from hf_vlm.models.expert_layers import num_inactive_parameters
+from hf_vlm.models.expert_layers import VLMViTExperts, num_inactive_parameters
 from hf_vlm.training.meters import FlopCounter
 
-__all__ = ["StepCost", "fake_model", "step_cost"]
+__all__ = ["ExpertCost", "StepCost", "fake_model", "step_cost"]
 
 CPU = torch.device("cpu")  # has a kernel for every operation; none runs
 BATCHES = (2, 4)  # sizes of the batches that are tried: what differs is of the images, the rest is of the step
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertCost:
+    """What of a step's cost is that of sparse experts.
+
+    Attributes:
+        num_experts: Number of experts of a layer.
+        num_parameters: Number of their weights, of all layers, those of a teacher too.
+        num_trained: Number of those that are trained.
+        num_layer_parameters: Number of those of the layer that has most.
+        routed_per_image: Numbers that an image's tokens bring to experts and back, in the forward and backward pass.
+    """
+
+    num_experts: int
+    num_parameters: int
+    num_trained: int
+    num_layer_parameters: int
+    routed_per_image: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +61,7 @@ class StepCost:
         copies: What is kept for the backward pass whatever the number of images: weights in another precision.
         moments: The moments of a step that may be its fullest: bytes of the gradients of weights, which grow in the
             backward pass, and all bytes of an image, which shrink.
+        experts: What of it is that of experts; None for a dense encoder.
     """
 
     num_parameters: int
@@ -53,6 +73,7 @@ class StepCost:
     checkpointed_per_image: float
     copies: float
     moments: tuple[tuple[float, float], ...]
+    experts: ExpertCost | None = None
 
 
 @dataclass
@@ -211,7 +232,7 @@ def step_cost(
     mode = FakeTensorMode()
     model = fake_model(model_class, config, mode)
     found = [_run(model, shapes, num_images, mode, dtype) for num_images in BATCHES]
-    (fewer_flops, fewer, fewer_timeline), (more_flops, more, more_timeline) = found
+    (fewer_flops, fewer, fewer_timeline, fewer_routed), (more_flops, more, more_timeline, more_routed) = found
     added = BATCHES[1] - BATCHES[0]
     per_image = (more.total - fewer.total) / added
     layers = repeated_layers(model)
@@ -226,7 +247,44 @@ def step_cost(
         checkpointed_per_image=(more.checkpointed - fewer.checkpointed) / added,
         copies=max(0.0, fewer.total - per_image * BATCHES[0]),
         moments=fullest_moments(fewer_timeline, more_timeline),
+        experts=_expert_cost(model, (more_routed - fewer_routed) / added),
     )
+
+
+def _expert_cost(model: nn.Module, routed_per_image: float) -> ExpertCost | None:
+    layers = [module for module in model.modules() if isinstance(module, VLMViTExperts)]
+    if not layers:
+        return None
+    sizes = [[weight.numel() for weight in layer.parameters()] for layer in layers]
+    return ExpertCost(
+        num_experts=layers[0].num_experts,
+        num_parameters=sum(map(sum, sizes)),
+        num_trained=sum(weight.numel() for layer in layers for weight in layer.parameters() if weight.requires_grad),
+        num_layer_parameters=max(map(sum, sizes)),
+        routed_per_image=routed_per_image,
+    )
+
+
+@contextlib.contextmanager
+def _count_routed(model: nn.Module) -> Iterator[list[int]]:
+    """A list that receives, of each call of experts, how many numbers go to them and come back.
+
+    A token goes once to each of its experts, and its output comes back; in the backward pass gradients do the same.
+    """
+    counts: list[int] = []
+
+    def count(module: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+        tokens, index, _ = inputs
+        counts.append((4 if torch.is_grad_enabled() else 2) * index.numel() * tokens.shape[-1])
+
+    hooks = [
+        module.register_forward_pre_hook(count) for module in model.modules() if isinstance(module, VLMViTExperts)
+    ]
+    try:
+        yield counts
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _run(
@@ -235,8 +293,10 @@ def _run(
     num_images: int,
     mode: FakeTensorMode,
     dtype: torch.dtype,
-) -> tuple[int, SavedTensors, list[tuple[int, int]]]:
-    """FLOPs and saved tensors of a step on a batch, and its timeline of gradients and all else beside the weights."""
+) -> tuple[int, SavedTensors, list[tuple[int, int]], int]:
+    """FLOPs and saved tensors of a step on a batch, its timeline of gradients and all else beside the weights, and how
+    many numbers go to experts and back.
+    """
     saved = SavedTensors({weight.untyped_storage()._cdata for weight in model.parameters()})
     counter, live = FlopCounter(), LiveTensors()
     torch.manual_seed(0)  # masks of sampled sizes are the same in each batch
@@ -246,7 +306,7 @@ def _run(
             batch = {name: torch.empty(num_images, *shape, dtype=dtypes.get(name)) for name, shape in shapes.items()}
         autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
         try:
-            with counter, live, saved.watching(model), autocast:
+            with counter, live, saved.watching(model), _count_routed(model) as routed, autocast:
                 model(**batch).loss.backward()
         except Exception as error:  # whatever an operation says that needs values
             raise ValueError(
@@ -256,4 +316,4 @@ def _run(
     model.zero_grad()
     if counter.problem:
         raise ValueError(f"A step of {type(model).__name__} cannot be planned: {counter.problem}")
-    return counter.get_total_flops(), saved, timeline
+    return counter.get_total_flops(), saved, timeline, sum(routed)

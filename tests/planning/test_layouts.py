@@ -7,8 +7,8 @@ import pytest
 
 from hf_vlm.cli.main import main
 from hf_vlm.planning.hardware import GPUS, find_gpu
-from hf_vlm.planning.layouts import LAYOUTS, Cluster, largest_batch, make_plan
-from hf_vlm.planning.step import StepCost
+from hf_vlm.planning.layouts import Cluster, largest_batch, layouts_for, make_plan
+from hf_vlm.planning.step import ExpertCost, StepCost
 
 COST = StepCost(
     num_parameters=3_000_000_000,
@@ -21,6 +21,14 @@ COST = StepCost(
     copies=4e9,
     moments=((0.0, 1e9), (3e9, 0.9e9), (6e9, 0.2e9)),
 )
+EXPERTS = ExpertCost(
+    num_experts=16,
+    num_parameters=2_400_000_000,
+    num_trained=1_600_000_000,
+    num_layer_parameters=40_000_000,
+    routed_per_image=5e8,
+)
+SPARSE = dataclasses.replace(COST, experts=EXPERTS)
 CLUSTER = Cluster(gpu=GPUS["h100"], num_gpus=32, gpus_per_node=8, network=50e9, mfu=0.5)
 
 
@@ -45,8 +53,33 @@ def test_sharded_layouts_divide_all_but_the_layers_at_work(layout, shards):
     }
 
 
+def test_experts_stay_where_they_are_and_all_else_is_sharded():
+    assert layouts_for(COST, CLUSTER) == ("ddp", "hsdp", "fsdp2")
+    assert layouts_for(SPARSE, CLUSTER) == ("ddp", "hsdp", "fsdp2", "ep")
+    plan = make_plan(SPARSE, CLUSTER, "ep", 10, accumulates=True)  # 16 of the 32 GPUs hold an expert each, twice
+    trained = 0.4 / 32 + 1.6 / 16
+    assert {name: round(value / 1e9, 6) for name, value in plan.memory.items()} == {
+        "weights": round(4 * (0.6 / 32 + 2.4 / 16), 6),
+        "optimiser": round(8 * trained, 6),
+        "gathered": round(2 * 6 * 0.01, 6),  # two layers of 10 M other weights
+        "copies": round(2 * 1.6 / 16, 6),
+        "reserved": 2.0,
+        "activations and gradients": round(10 + 4 * trained, 6),
+    }
+    dense = (2 * 2 * 0.6e9 + 4 * 0.4e9) * 31 / 32
+    routed = 10 * 2 * 5e8 * 15 / 16
+    replicas = 2 * 4 * 1.6e9 / 16 * 1 / 2
+    assert plan.communication_seconds == pytest.approx((dense + routed + replicas) / 50e9)
+    recomputed = make_plan(SPARSE, CLUSTER, "ep", 10, checkpointing=True)
+    assert recomputed.communication_seconds - plan.communication_seconds == pytest.approx(routed / 2 / 50e9)
+    with pytest.raises(ValueError, match="there is no 'ep' here, but ddp, hsdp, fsdp2"):
+        make_plan(COST, CLUSTER, "ep", 10)
+
+
 def test_the_slowest_link_carries_what_a_ring_sends():
-    seconds = {layout: make_plan(COST, CLUSTER, layout, 10).communication_seconds for layout in LAYOUTS}
+    seconds = {
+        layout: make_plan(COST, CLUSTER, layout, 10).communication_seconds for layout in layouts_for(COST, CLUSTER)
+    }
     assert seconds["ddp"] == pytest.approx(2 * 8e9 * 31 / 32 / 50e9)
     assert seconds["fsdp2"] == pytest.approx((2 * 6e9 + 8e9) * 31 / 32 / 50e9)
     assert seconds["hsdp"] == pytest.approx((2 * 6e9 + 8e9) * 7 / 8 / 450e9 + 2 * 1e9 * 3 / 4 / 50e9)
@@ -74,10 +107,10 @@ def test_gradients_come_while_activations_go(images, passes):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_largest_batch_is_the_last_that_fits(checkpointing, accumulates):
     ways = {"checkpointing": checkpointing, "accumulates": accumulates}
-    for layout in LAYOUTS:
-        size = largest_batch(COST, CLUSTER, layout, **ways)
-        assert make_plan(COST, CLUSTER, layout, size, **ways).fits
-        assert not make_plan(COST, CLUSTER, layout, size + 1, **ways).fits
+    for layout in layouts_for(SPARSE, CLUSTER):
+        size = largest_batch(SPARSE, CLUSTER, layout, **ways)
+        assert make_plan(SPARSE, CLUSTER, layout, size, **ways).fits
+        assert not make_plan(SPARSE, CLUSTER, layout, size + 1, **ways).fits
     small = dataclasses.replace(CLUSTER, gpu=GPUS["t4"], precision="fp16")
     assert largest_batch(COST, small, "ddp", checkpointing=checkpointing) == 0
 

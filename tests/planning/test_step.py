@@ -57,6 +57,11 @@ def test_flops_and_activations_are_those_of_a_real_step(name, tmp_path):
     assert cost.num_trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
     experts = sum(p.numel() for key, p in model.named_parameters() if ".experts." in key)
     assert cost.num_active == cost.num_parameters - experts // 2  # a token passes two of four
+    assert (cost.experts.num_parameters if cost.experts else 0) == experts
+    if name == "mae_sparse":  # one of two layers, of 4 visible patches and the class token, there and back twice
+        assert cost.experts.num_trained == cost.experts.num_layer_parameters == experts
+        assert cost.experts.num_experts == 4
+        assert cost.experts.routed_per_image == 4 * (4 + 1) * 2 * config.backbone_config.hidden_size
 
 
 def test_activation_checkpointing_keeps_what_was_planned():
