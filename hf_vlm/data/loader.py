@@ -20,6 +20,8 @@ class StreamLoader(StatefulDataLoader[Any]):
         ValueError: No batch came in time, or a worker raised one, whose message is that of the worker.
     """
 
+    _iterator: Any  # of the stock loader
+
     def __init__(self, *args: Any, num_workers: int = 0, **kwargs: Any) -> None:
         timeout = BATCH_SECONDS if num_workers else 0  # without workers there is nobody to wait for
         super().__init__(*args, num_workers=num_workers, timeout=timeout, **kwargs)
@@ -30,6 +32,12 @@ class StreamLoader(StatefulDataLoader[Any]):
         except ValueError as error:
             raise ValueError(_worker_message(error)) from error
         return self._batches(iterator)
+
+    def stop_workers(self) -> None:
+        """Ends the data workers, which would live as long as the loader does, and make the end of a program wait."""
+        iterator, self._iterator = self._iterator, None
+        if self.num_workers and iterator is not None:
+            iterator._shutdown_workers()
 
     def _batches(self, iterator: Any) -> Iterator[Any]:
         try:

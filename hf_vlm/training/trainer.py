@@ -10,7 +10,6 @@ import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor, nn
-from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PrinterCallback, ProgressCallback, set_seed
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
@@ -126,7 +125,7 @@ class VisionTrainer(AveragingTrainer):
         return self._stream_loader
 
     _data_state: dict[str, Any] | None = None
-    _stream_loader: StatefulDataLoader | None = None
+    _stream_loader: StreamLoader | None = None
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The batch on the device, rendered there where views are made on the device."""
@@ -162,7 +161,11 @@ class VisionTrainer(AveragingTrainer):
                 self._data_state = load_data_state(Path(resume_from_checkpoint), self.train_dataset, self.args)
         if self.args.world_size > 1:  # ranks see different images, and so should sample different masks
             set_seed(self.args.seed + self.args.process_index)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        finally:
+            if self._stream_loader is not None:
+                self._stream_loader.stop_workers()
 
     def _verify(self, checkpoint: Path) -> None:
         """ValueError for a damaged checkpoint; one process reads it all, while the others wait."""

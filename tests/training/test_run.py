@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import multiprocessing
 import re
 import time
 
@@ -385,6 +386,12 @@ def test_waiting_for_data_is_logged_and_warned_about_once(make_recipe, tmp_path,
     assert len(shares) == 7
     assert all(0.5 < share < 1 for share in shares)
     assert caplog.text.count("Raise dataloader_num_workers (now 0") == 1
+
+
+def test_no_data_worker_outlives_training(make_recipe):
+    """A program would wait for them at its end: they do not end at SIGTERM, in which a step is finished and saved."""
+    pretrain(make_recipe("mae", max_steps=2, dataloader_num_workers=2))
+    assert multiprocessing.active_children() == []
 
 
 def test_after_step_gets_the_progress(make_recipe, monkeypatch):
