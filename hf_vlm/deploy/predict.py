@@ -158,7 +158,7 @@ class Predictor:
             maps = stack.enter_context(recorded_maps(self.model)) if with_appearance else []
             outputs = self.model(**inputs.to(self.model.device))
         results = self.task.post_process(self.processor, outputs, threshold=threshold, sizes=sizes, model=self.model)
-        names = self.model.config.id2label
+        names, covered = self.model.config.id2label, self.processor.covered_size
         return [
             Prediction(
                 boxes=result["boxes"].float().cpu().numpy() if "boxes" in result else None,
@@ -168,7 +168,7 @@ class Predictor:
                 labels=result["labels"].long().cpu().numpy(),
                 label_names=[names[label] for label in result["labels"].tolist()],
                 image_size=size,
-                appearance=appearance_features(maps[-1][row], result["boxes"], size).cpu().numpy()
+                appearance=appearance_features(maps[-1][row], result["boxes"], covered(size)).cpu().numpy()
                 if maps and "boxes" in result
                 else None,
             )

@@ -72,7 +72,7 @@ def predict_detection(
     batches = detect(model, stream, processor, batch_size=batch_size, find=find)
     for batch in tqdm(batches, desc="Evaluating", leave=False, disable=stream.rank != 0 or None):
         predictions += batch.found
-        references += [_reference(labels) for labels in batch.labels]
+        references += [_reference(labels, processor) for labels in batch.labels]
         num_queries = batch.num_queries
     model.train(was_training)
     _warn_of_few_queries(num_queries, references)
@@ -93,10 +93,10 @@ def _warn_of_few_queries(num_queries: int, references: Sequence[dict[str, Any]])
         )
 
 
-def _reference(labels: dict[str, Any]) -> dict[str, Any]:
+def _reference(labels: dict[str, Any], processor: VLMViTDetectionImageProcessor) -> dict[str, Any]:
     centre, extent = labels["boxes"].cpu().split(2, dim=-1)
     corners = torch.cat([centre - extent / 2, centre + extent / 2], dim=-1)  # (n, 4) in 0..1
-    height, width = original_size(labels)
+    height, width = processor.covered_size(original_size(labels))
     return {
         "boxes": corners * torch.tensor([width, height, width, height]),
         "labels": labels["class_labels"].cpu(),

@@ -33,13 +33,14 @@ def detection_transform(
     """
     return DetectionTransform.from_dict(
         augmentation or {},
-        size=(processor.size["height"], processor.size["width"]),
+        size=processor.input_hw,
         train=train,
         image_mean=processor.image_mean,
         image_std=processor.image_std,
         num_channels=len(processor.image_mean),
         num_classes=len(class_names),
         masks=masks,
+        letterbox=bool(processor.do_pad),
     )
 
 

@@ -10,8 +10,9 @@ import numpy as np
 from hf_vlm.data.transforms.image_ops import ColorStep, adjust_color, flip, resize, sample_color_jitter
 from hf_vlm.data.transforms.objects import Span
 from hf_vlm.data.transforms.options import as_jitter, as_probability, as_range
+from hf_vlm.models.image_processing_vlm_vit import fitted_size
 
-__all__ = ["WindowParameters", "WindowSettings", "render_window", "sample_window"]
+__all__ = ["WindowParameters", "WindowSettings", "pad_to", "render_window", "sample_window", "window_spans"]
 
 Array = np.ndarray[Any, Any]
 
@@ -113,6 +114,40 @@ def sample_window(settings: WindowSettings, rng: np.random.Generator) -> WindowP
         vertical_flip=rng.random() < settings.vertical_flip_probability,
         color=sample_color_jitter(settings.jitter, rng) if rng.random() < settings.jitter_probability else (),
     )
+
+
+def window_spans(
+    image_hw: tuple[int, int],
+    window: tuple[float, float],
+    position: tuple[float, float],
+    *,
+    size: tuple[int, int],
+    original_hw: tuple[int, int] | None,
+) -> tuple[Span, Span]:
+    """The rows and columns of a window.
+
+    Args:
+        image_hw: Height and width of the image as it was decoded and turned.
+        window: Height and width of the window, relative to the image's.
+        position: Its y and x, 0 to 1 in its free range.
+        size: Height and width of the output.
+        original_hw: Height and width of the image before it was decoded smaller, where the window keeps its aspect
+            ratio in that it fills a part of `size` alone; None where it fills all of it.
+    """
+    if original_hw is not None:
+        size = fitted_size((original_hw[0] * window[0], original_hw[1] * window[1]), size)
+    rows, columns = (Span.of_window(*axis) for axis in zip(image_hw, size, window, position, strict=True))
+    return rows, columns
+
+
+def pad_to(image: Array, size: tuple[int, int], fill: Any) -> Array:
+    """The image (height, width, C) at the upper left of one of `size`, of the values `fill` (C,)."""
+    if image.shape[:2] == size:
+        return image
+    padded = np.empty((*size, image.shape[2]), dtype=image.dtype)
+    padded[:] = fill
+    padded[: image.shape[0], : image.shape[1]] = image
+    return padded
 
 
 def render_window(
