@@ -2,8 +2,12 @@
 
 import argparse
 import math
+from typing import TYPE_CHECKING
 
-__all__ = ["add_allow_outside", "add_bool", "as_bool", "check_positive"]
+if TYPE_CHECKING:
+    from hf_vlm.data.tiles import Tiling
+
+__all__ = ["add_allow_outside", "add_bool", "add_tiling", "as_bool", "check_positive", "tiling_of"]
 
 
 def add_allow_outside(parser: argparse.ArgumentParser) -> None:
@@ -15,6 +19,19 @@ def add_allow_outside(parser: argparse.ArgumentParser) -> None:
 def add_bool(parser: argparse.ArgumentParser, name: str, *, help: str) -> None:
     """Adds an option that is false unless it is given, alone or with `true`."""
     parser.add_argument(name, nargs="?", const=True, default=False, type=as_bool, metavar="true", help=help)
+
+
+def add_tiling(parser: argparse.ArgumentParser) -> None:
+    """Adds `--tile` and `--overlap`."""
+    parser.add_argument("--tile", type=int, help="side in pixels of tiles to look for objects in, for large images")
+    parser.add_argument("--overlap", type=float, default=0.2, help="fraction of a tile that the next one repeats")
+
+
+def tiling_of(arguments: argparse.Namespace) -> "Tiling | None":
+    """The tiles that `--tile` and `--overlap` ask for; ValueError where there are no such ones."""
+    from hf_vlm.data.tiles import Tiling
+
+    return None if arguments.tile is None else Tiling(arguments.tile, arguments.overlap)
 
 
 def as_bool(text: str) -> bool:
