@@ -49,8 +49,8 @@ class Tiling:
     overlap: float = OVERLAP
 
     def __post_init__(self) -> None:
-        if self.side < 16:
-            raise ValueError(f"tile is {self.side}; give the side of the tiles in pixels, 16 or more.")
+        if not isinstance(self.side, int) or self.side < 16:
+            raise ValueError(f"tile is {self.side!r}; give the side of the tiles in pixels, 16 or more.")
         if not 0 <= self.overlap <= 0.9:
             raise ValueError(
                 f"overlap is {self.overlap}; it is the fraction of a tile that the next one repeats, 0 to 0.9."

@@ -174,16 +174,17 @@ class DetectionTransform:
     def _choose_window(
         self, image: Array, objects: Objects, parameters: WindowParameters, original_size: tuple[int, int]
     ) -> tuple[tuple[Span, Span], Objects]:
-        """The first window that keeps an object; all of the image when none does."""
+        """The first window that keeps an object; when none does all of the image, or a tile without objects."""
         image_size = (image.shape[0], image.shape[1])
-        kept_ratio: dict[str, Any] = {"size": self.size, "original_hw": original_size if self.letterbox else None}
-        if parameters.window is not None:
-            for position in parameters.positions:
-                rows, columns = window_spans(image_size, parameters.window, position, **kept_ratio)
-                kept = objects.crop(rows, columns, min_visible=self.settings.min_visible)
-                if len(kept) or not len(objects):
-                    return (rows, columns), kept
-        return window_spans(image_size, (1.0, 1.0), (0.0, 0.0), **kept_ratio), objects
+        window, letterbox = parameters.window_of(original_size), original_size if self.letterbox else None
+        for position in parameters.positions:
+            spans = window_spans(image_size, window, position, size=self.size, letterbox=letterbox)
+            kept = objects.crop(*spans, min_visible=self.settings.min_visible)
+            if len(kept) or not len(objects):
+                return spans, kept
+        if parameters.tile is not None:
+            return spans, kept
+        return window_spans(image_size, (1.0, 1.0), (0.0, 0.0), size=self.size, letterbox=letterbox), objects
 
     def _read_objects(self, example: dict[str, Any], height: int, width: int) -> Objects:
         objects = example.get("objects")

@@ -120,18 +120,18 @@ class SegmentationTransform:
             image = rotate_quarter_turns(image, parameters.quarter_turns)
             mask = rotate_quarter_turns(mask, parameters.quarter_turns)
             original_size = original_size[:: (-1) ** parameters.quarter_turns]
-        rows, columns = self._choose_window(mask, parameters, original_size if self.letterbox else None)
+        rows, columns = self._choose_window(mask, parameters, original_size)
         image = render_window(image, rows, columns, parameters, fill=self.normalize.fill)
         mask = render_window(mask, rows, columns, replace(parameters, color=()), fill=IGNORED, resize=resize_nearest)
         return image, mask
 
     def _choose_window(
-        self, mask: Array, parameters: WindowParameters, original_size: tuple[int, int] | None
+        self, mask: Array, parameters: WindowParameters, original_size: tuple[int, int]
     ) -> tuple[Span, Span]:
         image_size = (mask.shape[0], mask.shape[1])
-        window = parameters.window or (1.0, 1.0)
+        window, letterbox = parameters.window_of(original_size), original_size if self.letterbox else None
         for position in parameters.positions or ((0.0, 0.0),):
-            rows, columns = window_spans(image_size, window, position, size=self.size, original_hw=original_size)
+            rows, columns = window_spans(image_size, window, position, size=self.size, letterbox=letterbox)
             counts = np.bincount(mask[slice(*rows.source), slice(*columns.source)].ravel(), minlength=IGNORED + 1)
             counts = counts[:IGNORED]
             if 0 < counts.max() <= self.settings.max_class_fraction * counts.sum():
