@@ -146,7 +146,13 @@ class Predictor:
             raise ValueError(f"tile is {tiling.side}, but masks of objects are not merged from tiles; leave it out.")
         merged = merge_tiles([vars(one) for one in found], tiles, image_size=size)
         names = self.model.config.id2label
-        return Prediction(label_names=[names[i] for i in merged["labels"].tolist()], image_size=size, **merged)
+        return Prediction(
+            scores=merged["scores"],
+            labels=merged["labels"],
+            label_names=[names[label] for label in merged["labels"].tolist()],
+            image_size=size,
+            boxes=merged["boxes"],
+        )
 
     def _predict_arrays(
         self, arrays: Sequence[NDArray[Any]], threshold: float | None, with_appearance: bool = False

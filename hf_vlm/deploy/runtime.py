@@ -163,7 +163,7 @@ def find_objects(outputs: dict[str, Array], size: tuple[int, int], threshold: fl
     corners = np.clip(np.concatenate([centre - extent / 2, centre + extent / 2], axis=1), 0, 1)
     height, width = size
     covered = [side * full / part for side, full, part in zip(size, of.input_size, of.fitted_size(size))]
-    pixels = np.minimum(corners * np.float32(2 * covered[::-1]), np.float32(2 * [width, height]))
+    pixels = np.minimum(corners * np.array(2 * covered[::-1], np.float32), np.array(2 * [width, height]))
     is_there = (pixels[:, 2:] > pixels[:, :2]).all(axis=1) | (not of.processor.get("do_pad"))  # not in the padding
     scores = (sigmoid(logits) * is_there[:, None]).ravel()
     best = np.argsort(-scores, kind="stable")[: max(MIN_DETECTIONS, len(logits))]

@@ -112,12 +112,12 @@ class VLMViTImageProcessor(PilBackend):
         resized = F.interpolate(batch, (size.height, size.width), mode=TORCH_MODES[resample], antialias=True)
         return resized[0].numpy()
 
-    def _preprocess(self, images: list[Any], do_pad: bool | None = None, **kwargs: Any) -> BatchFeature:
-        check_padding(do_pad, kwargs["do_resize"], kwargs["do_center_crop"], kwargs["pad_size"])
-        if do_pad:
+    def _preprocess(self, images: list[Any], **kwargs: Any) -> BatchFeature:
+        check_padding(kwargs["do_pad"], kwargs["do_resize"], kwargs["do_center_crop"], kwargs["pad_size"])
+        if kwargs["do_pad"]:
             images = [self._letterbox(image, **kwargs) for image in images]
-            kwargs["do_resize"] = False
-        return super()._preprocess(images, do_pad=False, **kwargs)
+            kwargs |= {"do_resize": False, "do_pad": False}
+        return super()._preprocess(images, **kwargs)
 
     def _letterbox(
         self,

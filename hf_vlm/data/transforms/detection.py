@@ -166,7 +166,7 @@ class DetectionTransform:
         if parameters.quarter_turns:
             image = rotate_quarter_turns(image, parameters.quarter_turns)
             objects = objects.turn(parameters.quarter_turns)
-            original_size = original_size[:: (-1) ** parameters.quarter_turns]
+            original_size = parameters.turned_size(original_size)
         (rows, columns), objects = self._choose_window(image, objects, parameters, original_size)
         shown = render_window(image, rows, columns, parameters, fill=self.normalize.fill)
         return shown, objects.flip(horizontal=parameters.flip, vertical=parameters.vertical_flip)

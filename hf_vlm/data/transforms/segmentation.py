@@ -119,7 +119,7 @@ class SegmentationTransform:
         if parameters.quarter_turns:
             image = rotate_quarter_turns(image, parameters.quarter_turns)
             mask = rotate_quarter_turns(mask, parameters.quarter_turns)
-            original_size = original_size[:: (-1) ** parameters.quarter_turns]
+            original_size = parameters.turned_size(original_size)
         rows, columns = self._choose_window(mask, parameters, original_size)
         image = render_window(image, rows, columns, parameters, fill=self.normalize.fill)
         mask = render_window(mask, rows, columns, replace(parameters, color=()), fill=IGNORED, resize=resize_nearest)

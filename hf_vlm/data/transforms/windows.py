@@ -110,6 +110,11 @@ class WindowParameters:
             return None
         window = self.window or (1.0, 1.0)
         height, width = (math.ceil(side / fraction) for side, fraction in zip(size, window))
+        return self.turned_size((height, width))
+
+    def turned_size(self, image_hw: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) of an image after, or before, its turns."""
+        height, width = image_hw
         return (width, height) if self.quarter_turns % 2 else (height, width)
 
 
