@@ -120,8 +120,8 @@ class VLMViTDetectionImageProcessor(VLMViTImageProcessor):
         corners = torch.cat([centre - extent / 2, centre + extent / 2], dim=-1).clamp(0, 1)
         if target_sizes is None:
             return corners
-        if len(target_sizes) != len(boxes):
-            raise ValueError(f"{len(target_sizes)} target_sizes are given for {len(boxes)} images.")
+        if len(target_sizes) != boxes.shape[0]:
+            raise ValueError(f"{len(target_sizes)} target_sizes are given for {boxes.shape[0]} images.")
         sizes = [(int(height), int(width)) for height, width in target_sizes]
         covered, most = (
             torch.tensor(values, dtype=torch.float32, device=boxes.device).flip(1).repeat(1, 2)[:, None]
