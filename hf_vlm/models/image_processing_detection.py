@@ -92,42 +92,49 @@ class VLMViTDetectionImageProcessor(VLMViTImageProcessor):
         Raises:
             ValueError: if there are not as many target sizes as images.
         """
-        scores, labels, _, corners = self.best_pairs(outputs, target_sizes, max_detections)
+        scores, labels, _, corners = best_pairs(self, outputs, target_sizes, max_detections)
         keep = scores > (self.score_threshold if threshold is None else threshold)
         return [{"scores": s[k], "labels": i[k], "boxes": b[k]} for s, i, b, k in zip(scores, labels, corners, keep)]
 
-    def best_pairs(
-        self, outputs: Any, target_sizes: Tensor | Sequence[tuple[int, int]] | None, max_detections: int | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The best pairs of query and class; for the arguments see `post_process_object_detection`.
 
-        Returns:
-            scores (batch, kept) falling, classes (batch, kept), queries (batch, kept) and boxes (batch, kept, 4).
-        """
-        corners = self._corners(outputs.pred_boxes.float(), target_sizes)  # (batch, queries, 4)
-        scores = outputs.logits.float().sigmoid()
-        if self.do_pad:  # there is nothing in the padding
-            scores = scores * (corners[..., 2:] > corners[..., :2]).all(dim=-1, keepdim=True)
-        num_queries, num_labels = scores.shape[1:]
-        limit = max(300, num_queries) if max_detections is None else max_detections
-        scores, index = scores.flatten(1).topk(min(limit, num_queries * num_labels))  # (batch, kept)
-        labels, queries = index % num_labels, index // num_labels
-        return scores, labels, queries, corners.gather(1, queries[..., None].expand(-1, -1, 4))
+def best_pairs(
+    processor: VLMViTImageProcessor,
+    outputs: Any,
+    target_sizes: Tensor | Sequence[tuple[int, int]] | None,
+    max_detections: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The best pairs of query and class; for the arguments see `post_process_object_detection`.
 
-    def _corners(self, boxes: Tensor, target_sizes: Tensor | Sequence[tuple[int, int]] | None) -> Tensor:
-        """Boxes (batch, queries, 4) as the model gives them to (x0, y0, x1, y1) within the images, in their pixels."""
-        centre, extent = boxes[..., :2], boxes[..., 2:]
-        corners = torch.cat([centre - extent / 2, centre + extent / 2], dim=-1).clamp(0, 1)
-        if target_sizes is None:
-            return corners
-        if len(target_sizes) != boxes.shape[0]:
-            raise ValueError(f"{len(target_sizes)} target_sizes are given for {boxes.shape[0]} images.")
-        sizes = [(int(height), int(width)) for height, width in target_sizes]
-        covered, most = (
-            torch.tensor(values, dtype=torch.float32, device=boxes.device).flip(1).repeat(1, 2)[:, None]
-            for values in ([self.covered_size(size) for size in sizes], sizes)
-        )  # (batch, 1, 4) each
-        return torch.minimum(corners * covered, most)
+    Returns:
+        scores (batch, kept) falling, classes (batch, kept), queries (batch, kept) and boxes (batch, kept, 4).
+    """
+    corners = _corners(processor, outputs.pred_boxes.float(), target_sizes)  # (batch, queries, 4)
+    scores = outputs.logits.float().sigmoid()
+    if processor.do_pad:  # there is nothing in the padding
+        scores = scores * (corners[..., 2:] > corners[..., :2]).all(dim=-1, keepdim=True)
+    num_queries, num_labels = scores.shape[1:]
+    limit = max(300, num_queries) if max_detections is None else max_detections
+    scores, index = scores.flatten(1).topk(min(limit, num_queries * num_labels))  # (batch, kept)
+    labels, queries = index % num_labels, index // num_labels
+    return scores, labels, queries, corners.gather(1, queries[..., None].expand(-1, -1, 4))
+
+
+def _corners(
+    processor: VLMViTImageProcessor, boxes: Tensor, target_sizes: Tensor | Sequence[tuple[int, int]] | None
+) -> Tensor:
+    """Boxes (batch, queries, 4) as the model gives them to (x0, y0, x1, y1) within the images, in their pixels."""
+    centre, extent = boxes[..., :2], boxes[..., 2:]
+    corners = torch.cat([centre - extent / 2, centre + extent / 2], dim=-1).clamp(0, 1)
+    if target_sizes is None:
+        return corners
+    if len(target_sizes) != boxes.shape[0]:
+        raise ValueError(f"{len(target_sizes)} target_sizes are given for {boxes.shape[0]} images.")
+    sizes = [(int(height), int(width)) for height, width in target_sizes]
+    covered, most = (
+        torch.tensor(values, dtype=torch.float32, device=boxes.device).flip(1).repeat(1, 2)[:, None]
+        for values in ([processor.covered_size(size) for size in sizes], sizes)
+    )  # (batch, 1, 4) each
+    return torch.minimum(corners * covered, most)
 
 
 def coco_labels(
@@ -163,4 +170,4 @@ def coco_labels(
     }
 
 
-__all__ = ["VLMViTDetectionImageProcessor", "coco_labels"]
+__all__ = ["VLMViTDetectionImageProcessor", "best_pairs", "coco_labels"]

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .image_processing_detection import VLMViTDetectionImageProcessor
+from .image_processing_detection import VLMViTDetectionImageProcessor, best_pairs
 
 CHUNK = 32  # masks that are resized at a time: of hundreds of queries at an image's size there is no room for all
 
@@ -80,7 +80,7 @@ class VLMViTInstanceSegmentationImageProcessor(VLMViTDetectionImageProcessor):
             (n, rows, columns), and `size`, the height and width for `binary_masks`.
         """
         threshold = self.score_threshold if threshold is None else threshold
-        scores, labels, queries, boxes = self.best_pairs(outputs, target_sizes, max_detections)
+        scores, labels, queries, boxes = best_pairs(self, outputs, target_sizes, max_detections)
         sizes = [outputs.pred_masks.shape[2:]] * scores.shape[0] if target_sizes is None else target_sizes
         return [
             {
