@@ -28,6 +28,7 @@ DATA_LEVELS = {
     "masks": 1,
     "segmentations": 1,
     "level_lines": 1,
+    "tiles": 1,
     "source": 2,
     "stream": 2,
     "loader": 2,

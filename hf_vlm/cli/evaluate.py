@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_vlm.cli.options import Parser, add_allow_outside, check_positive
+from hf_vlm.cli.options import Parser, add_allow_outside, add_tiling, check_positive, tiling_of
 from hf_vlm.cli.outputs import prepare_file, prepare_folder, prepare_picture
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ def _evaluate(arguments: argparse.Namespace) -> "EvaluatedSplit":
             allow_outside=arguments.allow_outside,
             max_bad_fraction=arguments.max_bad_fraction,
             needs_confusion=arguments.plot is not None,
+            tiling=tiling_of(arguments),
         )
     except NoSplitError as error:
         raise ValueError(
@@ -124,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         help="fraction of the split to evaluate on: what fine-tuning with the same --holdout did not train on",
     )
     parser.add_argument("--num_examples", type=int, help="use the first N images, or N spread over class folders")
+    add_tiling(parser)
     parser.add_argument("--max_bad_fraction", type=float, default=0.01, help="fraction of unreadable images to accept")
     parser.add_argument("--save", type=Path, help="JSON file for the metrics")
     parser.add_argument("--plot", type=Path, help="picture of the confusion matrix, for tasks that have one")

@@ -3,11 +3,14 @@
 import argparse
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_vlm.models.nearest_name import did_you_mean
 
-__all__ = ["Parser", "add_allow_outside", "add_bool", "as_bool", "check_positive"]
+if TYPE_CHECKING:
+    from hf_vlm.data.tiles import Tiling
+
+__all__ = ["Parser", "add_allow_outside", "add_bool", "add_tiling", "as_bool", "check_positive", "tiling_of"]
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,6 +33,19 @@ def add_allow_outside(parser: argparse.ArgumentParser) -> None:
 def add_bool(parser: argparse.ArgumentParser, name: str, *, help: str) -> None:
     """Adds an option that is false unless it is given, alone or with `true`."""
     parser.add_argument(name, nargs="?", const=True, default=False, type=as_bool, metavar="true", help=help)
+
+
+def add_tiling(parser: argparse.ArgumentParser) -> None:
+    """Adds `--tile` and `--overlap`."""
+    parser.add_argument("--tile", type=int, help="side in pixels of tiles to look for objects in, for large images")
+    parser.add_argument("--overlap", type=float, default=0.2, help="fraction of a tile that the next one repeats")
+
+
+def tiling_of(arguments: argparse.Namespace) -> "Tiling | None":
+    """The tiles that `--tile` and `--overlap` ask for; ValueError where there are no such ones."""
+    from hf_vlm.data.tiles import Tiling
+
+    return None if arguments.tile is None else Tiling(arguments.tile, arguments.overlap)
 
 
 def as_bool(text: str) -> bool:

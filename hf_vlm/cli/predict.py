@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_vlm.cli.options import Parser, check_positive
+from hf_vlm.cli.options import Parser, add_tiling, check_positive, tiling_of
 from hf_vlm.cli.outputs import is_picture, prepare_file, prepare_folder, prepare_picture
 
 if TYPE_CHECKING:
@@ -29,12 +29,11 @@ def run(argv: Sequence[str]) -> None:
     from hf_vlm.data.images import image_paths
     from hf_vlm.data.video import is_video, open_video
     from hf_vlm.deploy.prediction_files import output_names, prediction_writer
-    from hf_vlm.deploy.tiling import check_tiling
     from hf_vlm.training.run import quiet_libraries
 
     if arguments.threshold is not None and not 0 <= arguments.threshold <= 1:
         raise ValueError(f"--threshold {arguments.threshold}: scores are from 0 to 1")
-    check_tiling(arguments.tile, arguments.overlap)
+    tiling_of(arguments)  # before the model is loaded
     quiet_libraries()
     given = [path for word in arguments.images for path in (_listed() if word == "-" else [word])]
     videos = [open_video(path, every=arguments.every) for path in given if is_video(path) and "://" not in path]
@@ -83,8 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output", type=Path, help="file for the predictions, of YOLO a folder; by default they are printed"
     )
-    parser.add_argument("--tile", type=int, help="side in pixels of tiles to look for objects in, for large images")
-    parser.add_argument("--overlap", type=float, default=0.2, help="fraction of a tile that the next one repeats")
+    add_tiling(parser)
     parser.add_argument("--every", type=int, default=1, help="of videos, every how many frames one is looked at")
     return parser
 

@@ -5,7 +5,7 @@ import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_vlm.cli.options import Parser, check_positive
+from hf_vlm.cli.options import Parser, add_tiling, check_positive, tiling_of
 from hf_vlm.cli.outputs import prepare_file
 
 
@@ -19,14 +19,13 @@ def run(argv: Sequence[str]) -> None:
     from hf_vlm.data.video import VideoWriter, open_video
     from hf_vlm.deploy.mot import mot_rows, write_mot
     from hf_vlm.deploy.prediction_files import prediction_writer
-    from hf_vlm.deploy.tiling import check_tiling
     from hf_vlm.deploy.track import create_tracker, track
     from hf_vlm.training.run import quiet_libraries
     from hf_vlm.viz.tracks import TrackRenderer
 
     if arguments.threshold is not None and not 0 < arguments.threshold <= 1:
         raise ValueError(f"--threshold {arguments.threshold}: give a score above 0, up to 1")
-    check_tiling(arguments.tile, arguments.overlap)
+    tiling_of(arguments)  # before the model is loaded
     video = open_video(arguments.video, every=arguments.every, frame_rate=arguments.frame_rate)
     create_tracker(arguments.tracker)  # before the model is loaded: its package may be missing
     written = [path for path in (arguments.output, arguments.save, arguments.mot) if path is not None]
@@ -91,6 +90,5 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--every", type=int, default=1, help="every how many frames one is looked at")
     parser.add_argument("--frame_rate", type=float, help="frames per second of a folder; by default its own, else 30")
-    parser.add_argument("--tile", type=int, help="side in pixels of tiles to look for objects in, for large frames")
-    parser.add_argument("--overlap", type=float, default=0.2, help="fraction of a tile that the next one repeats")
+    add_tiling(parser)
     return parser

@@ -84,7 +84,7 @@ def write_exported_card(folder: Path, *, name: str, run: str | Path, record: dic
 
 def _is_plain(processor: dict[str, Any]) -> bool:
     """Whether images are colour images that are resized, rescaled and normalised per channel, and nothing else."""
-    steps = all(processor[f"do_{step}"] for step in ("resize", "rescale", "normalize"))
+    steps = not processor.get("do_pad") and all(processor[f"do_{step}"] for step in ("resize", "rescale", "normalize"))
     return steps and all(np.shape(processor[f"image_{name}"]) == (3,) for name in ("mean", "std"))
 
 

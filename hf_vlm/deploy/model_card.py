@@ -210,6 +210,7 @@ def _values(
             (markdown(name), markdown(version)) for name, version in sorted((run.get("versions") or {}).items())
         ],
         "image_size": _size((size["height"], size["width"]) if size else encoder.image_size),
+        "aspect_ratio": f"{'keeping' if processor.get('do_pad') else 'without keeping'} their aspect ratio",
         "patch_size": _size(encoder.patch_size),
         "num_parameters": _num_parameters(run_dir),
         "marker": CARD_MARKER,

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_vlm.data.images import ImageLike, expand_images, load_image
+from hf_vlm.data.tiles import OVERLAP, Tiling, merge_tiles
 from hf_vlm.data.video import Frame, Video
 from hf_vlm.deploy.prediction import Prediction
-from hf_vlm.deploy.tiling import check_tiling, merge_tiles, tiles_of
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +65,7 @@ class Predictor:
         *,
         batch_size: int = 8,
         tile: int | None = None,
-        overlap: float = 0.2,
+        overlap: float = OVERLAP,
         with_appearance: bool = False,
     ) -> list[Prediction]:
         """Predictions of images.
@@ -94,18 +94,18 @@ class Predictor:
 
         if threshold is not None and not 0 <= threshold <= 1:
             raise ValueError(f"threshold is {threshold}; scores are from 0 to 1.")
-        check_tiling(tile, overlap)
+        tiling = None if tile is None else Tiling(tile, overlap)
         everything = list(expand_images(images))
         found: list[Prediction] = []
         with torch.inference_mode():
             for first in range(0, len(everything), batch_size):
                 batch = everything[first : first + batch_size]
                 arrays = [load_image(image, num_channels=self.processor.num_channels) for image in batch]
-                whole = [image for image in arrays if not _is_larger(image, tile)]
+                whole = [image for image in arrays if not _is_larger(image, tiling)]
                 predicted = iter(self._predict_arrays(whole, threshold, with_appearance) if whole else [])
                 for image, array in zip(batch, arrays, strict=True):
-                    if tile is not None and _is_larger(array, tile):
-                        prediction = self._predict_tiles(array, threshold, batch_size, tile, overlap)
+                    if tiling is not None and _is_larger(array, tiling):
+                        prediction = self._predict_tiles(array, threshold, batch_size, tiling)
                     else:
                         prediction = next(predicted)
                     path = os.fspath(image) if isinstance(image, str | os.PathLike) else None
@@ -132,19 +132,27 @@ class Predictor:
                 )
 
     def _predict_tiles(
-        self, image: NDArray[Any], threshold: float | None, batch_size: int, tile: int, overlap: float
+        self, image: NDArray[Any], threshold: float | None, batch_size: int, tiling: Tiling
     ) -> Prediction:
-        size = image.shape[:2]
-        tiles = tiles_of((size[0], size[1]), tile, overlap)
+        size = image.shape[0], image.shape[1]
+        tiles = tiling.tiles(size)
         found: list[Prediction] = []
         for first in range(0, len(tiles), batch_size):
             windows = [np.ascontiguousarray(image[one.slices]) for one in tiles[first : first + batch_size]]
             found += self._predict_arrays(windows, threshold)
         if any(one.boxes is None for one in found):
-            raise ValueError(f"tile is {tile}, but tiles are for models that predict boxes; leave it out.")
+            raise ValueError(f"tile is {tiling.side}, but tiles are for models that predict boxes; leave it out.")
         if any(one.masks is not None for one in found):
-            raise ValueError(f"tile is {tile}, but masks of objects are not merged from tiles; leave it out.")
-        return merge_tiles(found, tiles, image_size=(size[0], size[1]))
+            raise ValueError(f"tile is {tiling.side}, but masks of objects are not merged from tiles; leave it out.")
+        merged = merge_tiles([vars(one) for one in found], tiles, image_size=size)
+        names = self.model.config.id2label
+        return Prediction(
+            scores=merged["scores"],
+            labels=merged["labels"],
+            label_names=[names[label] for label in merged["labels"].tolist()],
+            image_size=size,
+            boxes=merged["boxes"],
+        )
 
     def _predict_arrays(
         self, arrays: Sequence[NDArray[Any]], threshold: float | None, with_appearance: bool = False
@@ -158,7 +166,7 @@ class Predictor:
             maps = stack.enter_context(recorded_maps(self.model)) if with_appearance else []
             outputs = self.model(**inputs.to(self.model.device))
         results = self.task.post_process(self.processor, outputs, threshold=threshold, sizes=sizes, model=self.model)
-        names = self.model.config.id2label
+        names, covered = self.model.config.id2label, self.processor.covered_size
         return [
             Prediction(
                 boxes=result["boxes"].float().cpu().numpy() if "boxes" in result else None,
@@ -168,7 +176,7 @@ class Predictor:
                 labels=result["labels"].long().cpu().numpy(),
                 label_names=[names[label] for label in result["labels"].tolist()],
                 image_size=size,
-                appearance=appearance_features(maps[-1][row], result["boxes"], size).cpu().numpy()
+                appearance=appearance_features(maps[-1][row], result["boxes"], covered(size)).cpu().numpy()
                 if maps and "boxes" in result
                 else None,
             )
@@ -176,8 +184,8 @@ class Predictor:
         ]
 
 
-def _is_larger(image: NDArray[Any], tile: int | None) -> bool:
-    return tile is not None and max(image.shape[:2]) > tile
+def _is_larger(image: NDArray[Any], tiling: Tiling | None) -> bool:
+    return tiling is not None and max(image.shape[:2]) > tiling.side
 
 
 def _batched(frames: Iterable[Frame], size: int) -> Iterator[list[Frame]]:

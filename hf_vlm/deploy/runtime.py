@@ -53,13 +53,10 @@ class Runtime:
             )
         self._post_process = POST_PROCESSING[model_type]
         _check_processor(self.folder, self.processor)
+        mean, size = self.processor["image_mean"], self.processor["size"]
+        self.num_channels = 3 if isinstance(mean, float | int) else len(mean)
+        self.input_size: tuple[int, int] = size["height"], size["width"]
         self._run = _open_program(self.folder, num_threads)
-
-    @property
-    def num_channels(self) -> int:
-        """Channels of the images that the model takes."""
-        mean = self.processor["image_mean"]
-        return 3 if isinstance(mean, float | int) else len(mean)
 
     def predict(self, image: str | os.PathLike[str] | Image.Image | Array, threshold: float | None = None) -> Any:
         """What the model finds in an image.
@@ -94,9 +91,12 @@ class Runtime:
         """An image (height, width, channels) uint8 to the model's input (channels, rows, columns) float32."""
         settings = self.processor
         if settings["do_resize"]:
-            size = settings["size"]["width"], settings["size"]["height"]
+            height, width = self.fitted_size(image.shape[:2])
             picture = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
-            image = np.array(picture.resize(size, resample=settings["resample"]))
+            resized = np.atleast_3d(np.array(picture.resize((width, height), resample=settings["resample"])))
+            mean = np.multiply(settings["image_mean"], 1 / settings["rescale_factor"] if settings["do_rescale"] else 1)
+            image = np.full((*self.input_size, image.shape[2]), np.rint(mean), np.uint8)
+            image[:height, :width] = resized
         pixels = np.moveaxis(np.atleast_3d(image), -1, 0).astype(np.float32)
         if settings["do_rescale"]:
             pixels = (pixels.astype(np.float64) * settings["rescale_factor"]).astype(np.float32)
@@ -105,12 +105,25 @@ class Runtime:
             pixels = ((pixels.T - mean) / std).T
         return np.ascontiguousarray(pixels)
 
+    def fitted_size(self, size: tuple[int, ...]) -> tuple[int, ...]:
+        """Rows and columns of the model's input that show an image (height, width); the others are padding."""
+        if not self.processor.get("do_pad"):
+            return self.input_size
+        scale = min(self.input_size[0] / size[0], self.input_size[1] / size[1])
+        return tuple(min(max(round(side * scale), 1), most) for side, most in zip(size, self.input_size))
+
+    def resize_maps(self, maps: Array, size: tuple[int, int]) -> Array:
+        """Maps (channels, rows, columns) of the model's input at the size of its image, without the padding."""
+        if self.processor.get("do_pad"):
+            rows, columns = self.fitted_size(size)
+            maps = resize_bilinear(maps, self.input_size)[:, :rows, :columns]
+        return resize_bilinear(maps, size)
+
 
 def read_image(image: Any, num_channels: int) -> Array:
     """An image upright, (height, width, num_channels) uint8.
 
-    Raises:
-        ValueError: It cannot be read, or is an array of another type or of other channels.
+    ValueError where it cannot be read, or is an array of another type or of other channels.
     """
     if isinstance(image, np.ndarray):
         if image.ndim != 3 or image.shape[2] != num_channels or image.dtype != np.uint8:
@@ -146,19 +159,21 @@ def find_objects(outputs: dict[str, Array], size: tuple[int, int], threshold: fl
     and their masks from `pred_masks` (queries, rows, columns), where there are any."""
     logits, boxes = outputs["logits"], outputs["pred_boxes"]
     threshold = of.processor.get("score_threshold", 0.5) if threshold is None else threshold
-    scores = sigmoid(logits).ravel()
+    centre, extent = boxes[:, :2], boxes[:, 2:]
+    corners = np.clip(np.concatenate([centre - extent / 2, centre + extent / 2], axis=1), 0, 1)
+    height, width = size
+    covered = [side * full / part for side, full, part in zip(size, of.input_size, of.fitted_size(size))]
+    pixels = np.minimum(corners * np.array(2 * covered[::-1], np.float32), np.array(2 * [width, height]))
+    is_there = (pixels[:, 2:] > pixels[:, :2]).all(axis=1) | (not of.processor.get("do_pad"))  # not in the padding
+    scores = (sigmoid(logits) * is_there[:, None]).ravel()
     best = np.argsort(-scores, kind="stable")[: max(MIN_DETECTIONS, len(logits))]
     best = best[scores[best] > threshold]
     queries, labels = np.divmod(best, logits.shape[1])
-    centre, extent = boxes[queries, :2], boxes[queries, 2:]
-    corners = np.clip(np.concatenate([centre - extent / 2, centre + extent / 2], axis=1), 0, 1)
-    height, width = size
-    pixels = corners * np.array([width, height, width, height], np.float32)
-    found = {"scores": scores[best], "labels": labels, "boxes": pixels.astype(np.float32)}
+    found = {"scores": scores[best], "labels": labels, "boxes": pixels[queries].astype(np.float32)}
     if "pred_masks" in outputs:
         found["masks"] = np.zeros((len(best), height, width), bool)
         for mask, query in zip(found["masks"], queries):
-            mask[:] = resize_bilinear(outputs["pred_masks"][query][None], size)[0] > 0  # a probability above 0.5
+            mask[:] = of.resize_maps(outputs["pred_masks"][query][None], size)[0] > 0  # a probability above 0.5
     return found
 
 
@@ -177,7 +192,7 @@ def find_classes(outputs: dict[str, Array], size: tuple[int, int], threshold: fl
 
 def find_segments(outputs: dict[str, Array], size: tuple[int, int], threshold: float | None, of: Runtime) -> Any:
     """The class of each pixel from `logits` (classes, rows, columns), and the fractions that the classes cover."""
-    classes = resize_bilinear(outputs["logits"], size).argmax(axis=0)  # (height, width)
+    classes = of.resize_maps(outputs["logits"], size).argmax(axis=0)  # (height, width)
     counts = np.bincount(classes.ravel(), minlength=len(outputs["logits"]))
     fractions = (counts / classes.size).astype(np.float32)
     largest = np.argsort(-fractions, kind="stable")
@@ -236,8 +251,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _check_processor(folder: Path, settings: dict[str, Any]) -> None:
     if settings.get("inference", "whole") != "whole":
         raise ValueError(f"{folder} cuts images into windows, which is not done without torch: use hf-vlm predict.")
-    if settings.get("do_center_crop") or settings.get("do_pad") or not {"height", "width"} <= {*settings["size"]}:
-        raise ValueError(f"{folder} crops, pads or keeps aspect ratios, which is not done without torch.")
+    if settings.get("do_center_crop") or not {"height", "width"} <= {*settings["size"]}:
+        raise ValueError(f"{folder} crops images, or has no size of a height and width: use hf-vlm predict.")
 
 
 def _open_program(folder: Path, num_threads: int | None) -> Run:
@@ -306,15 +321,12 @@ def as_record(found: dict[str, Any]) -> dict[str, Any]:
 def run_lengths(mask: Array) -> list[int]:
     """Lengths of the runs of equal pixels of a mask (height, width), down the columns, beginning with zeros."""
     flat = np.concatenate([[False], mask.T.ravel()])
-    runs: list[int] = np.diff(np.flatnonzero(flat[1:] != flat[:-1]), prepend=0, append=mask.size).tolist()
-    return runs
+    return list(map(int, np.diff(np.flatnonzero(flat[1:] != flat[:-1]), prepend=0, append=mask.size)))
 
 
 def encode_runs(runs: Sequence[int]) -> str:
-    """Run lengths as COCO's text: differences to the run before last, in characters of 5 bits, the lowest first.
-
-    https://github.com/cocodataset/cocoapi/blob/master/common/maskApi.c, `rleToString`.
-    """
+    """Run lengths as COCO's text: differences to the run before last, in characters of 5 bits, the lowest first
+    (https://github.com/cocodataset/cocoapi/blob/master/common/maskApi.c, `rleToString`)."""
     text = ""
     for index, run in enumerate(runs):
         value, more = run - (runs[index - 2] if index > 2 else 0), True
@@ -328,8 +340,7 @@ def encode_runs(runs: Sequence[int]) -> str:
 def save_label_map(found: dict[str, Any], path: Path) -> None:
     """Writes the class number of each pixel as a greyscale PNG, of 8 bits, or of 16 where 256 classes are too few.
 
-    Raises:
-        ValueError: The model does not classify pixels, or the file cannot be written.
+    ValueError where the model does not classify pixels, or the file cannot be written.
     """
     if "segmentation" not in found:
         raise ValueError("--label_maps is for models that classify pixels, and this one does not.")
@@ -344,8 +355,7 @@ def save_label_map(found: dict[str, Any], path: Path) -> None:
 def label_map_paths(images: Sequence[str], folder: Path | None) -> Sequence[Path | None]:
     """Paths of the label maps of images in a folder; None for each where there is no folder.
 
-    Raises:
-        ValueError: Two of them would be the same, or one an image.
+    ValueError where two of them would be the same, or one an image.
     """
     if folder is None:
         return [None] * len(images)

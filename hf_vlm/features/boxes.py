@@ -23,13 +23,13 @@ def box_features(maps: Tensor, boxes: Tensor) -> Tensor:
     return sampled.mean(-1).transpose(1, 2)
 
 
-def appearance_features(feature_map: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+def appearance_features(feature_map: Tensor, boxes: Tensor, size: tuple[float, float]) -> Tensor:
     """What the middle of each box shows: (n, dim) from the feature map (dim, rows, columns) of an image.
 
     Args:
-        feature_map: Of the whole image.
+        feature_map: Of the model's whole input.
         boxes: (n, 4) x1, y1, x2, y2 in pixels of the image.
-        size: Its height and width.
+        size: Height and width of what the input shows, in pixels of the image: of the image, and its padding.
     """
     height, width = size
     corners = boxes.float() / torch.tensor([width, height, width, height], device=boxes.device)

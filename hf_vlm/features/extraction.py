@@ -41,7 +41,7 @@ SHARED = "shared"
 POOLINGS = ("mean", "class", "both", SHARED)
 METADATA_KEY = b"hf_vlm"  # in the Parquet file: which encoder made the features, from which data
 # Settings that EvalTransform cannot change.
-FIXED_PROCESSOR_FIELDS = ("resample", "do_rescale", "rescale_factor", "do_normalize")
+FIXED_PROCESSOR_FIELDS = ("resample", "do_rescale", "rescale_factor", "do_normalize", "do_pad")
 ROWS_PER_GROUP = 4096  # held in memory: 25 MB of 1,536 features
 
 

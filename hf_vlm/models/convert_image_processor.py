@@ -56,7 +56,10 @@ def load_our_processor(source: str) -> tuple[ViTImageProcessorPil | None, str]:
         return None, "no preprocessor_config.json, and so none was written"
     names = ("size", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
     processor = ViTImageProcessorPil(**{name: getattr(ours, name) for name in names})
-    return processor, f"{ours.size['height']} x {ours.size['width']}: the checkpoint's"
+    origin = "the checkpoint's" + (
+        ", but without padding, and so not in the images' aspect ratio" if ours.do_pad else ""
+    )
+    return processor, f"{ours.size['height']} x {ours.size['width']}: {origin}"
 
 
 __all__ = ["load_our_processor", "load_processor", "whole_patches"]

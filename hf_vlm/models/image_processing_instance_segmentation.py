@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .image_processing_detection import VLMViTDetectionImageProcessor, best_pairs
@@ -53,7 +52,7 @@ class VLMViTInstanceSegmentationImageProcessor(VLMViTDetectionImageProcessor):
             raise ValueError("return_binary_maps and return_coco_annotation exclude each other: set one of them.")
         results = []
         for image in self.find_instances(outputs, threshold=threshold, target_sizes=target_sizes):
-            masks = torch.cat(list(binary_masks(image["mask_logits"], image["size"], mask_threshold)))
+            masks = torch.cat(list(self.binary_masks(image["mask_logits"], image["size"], mask_threshold)))
             kept = masks.flatten(1).any(dim=1)
             segmentation: Tensor | list[dict[str, list[int]]]
             if not (return_binary_maps or return_coco_annotation):
@@ -78,10 +77,10 @@ class VLMViTInstanceSegmentationImageProcessor(VLMViTDetectionImageProcessor):
 
         Returns:
             One dict per image: `scores` (n,) falling, `labels` (n,), `boxes` (n, 4) (x0, y0, x1, y1), `mask_logits`
-            (n, rows, columns), and `size`, the height and width for [`binary_masks`].
+            (n, rows, columns), and `size`, the height and width for `binary_masks`.
         """
         threshold = self.score_threshold if threshold is None else threshold
-        scores, labels, queries, boxes = best_pairs(outputs, target_sizes, max_detections)
+        scores, labels, queries, boxes = best_pairs(self, outputs, target_sizes, max_detections)
         sizes = [outputs.pred_masks.shape[2:]] * scores.shape[0] if target_sizes is None else target_sizes
         return [
             {
@@ -94,12 +93,14 @@ class VLMViTInstanceSegmentationImageProcessor(VLMViTDetectionImageProcessor):
             for s, i, q, b, masks, size in zip(scores, labels, queries, boxes, outputs.pred_masks, sizes)
         ]
 
-
-def binary_masks(mask_logits: Tensor, size: tuple[int, int], mask_threshold: float = 0.5) -> Iterator[Tensor]:
-    """Masks (n, rows, columns), resized bilinearly, in chunks (up to 32, height, width) bool; at least one."""
-    lowest = torch.tensor(mask_threshold).logit().item()
-    for chunk in mask_logits.float().split(CHUNK):
-        yield F.interpolate(chunk[:, None], size, mode="bilinear", align_corners=False)[:, 0] > lowest
+    def binary_masks(
+        self, mask_logits: Tensor, size: tuple[int, int], mask_threshold: float = 0.5
+    ) -> Iterator[Tensor]:
+        """Masks (n, rows, columns) of the model's input at an image's size, in chunks (up to 32, height, width) bool;
+        at least one."""
+        lowest = torch.tensor(mask_threshold).logit().item()
+        for chunk in mask_logits.float().split(CHUNK):
+            yield self.resize_maps(chunk[:, None], size)[:, 0] > lowest
 
 
 def paint(masks: Tensor, min_visible: float) -> tuple[Tensor, Tensor]:
@@ -130,4 +131,4 @@ def run_lengths(mask: Tensor) -> dict[str, list[int]]:
     return {"size": list(mask.shape), "counts": [0, *counts] if flat[0] else counts}
 
 
-__all__ = ["VLMViTInstanceSegmentationImageProcessor", "binary_masks", "paint", "run_lengths"]
+__all__ = ["VLMViTInstanceSegmentationImageProcessor", "paint", "run_lengths"]

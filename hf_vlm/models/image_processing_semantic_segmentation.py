@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,18 +36,19 @@ class VLMViTSemanticSegmentationImageProcessor(VLMViTImageProcessor):
     of the second. `post_process_semantic_segmentation` puts them together by the images' sizes.
 
     Raises:
-        ValueError: for another value of `inference`.
+        ValueError: for another value of `inference`, or for windows of padded images.
     """
 
+    recipe_fields: ClassVar[tuple[str, ...]] = ("image_mean", "image_std", "do_pad", "inference")
     valid_kwargs = SemanticSegmentationImageProcessorKwargs
     inference = "whole"
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
-        check_inference(self.inference)
+        check_inference(self.inference, self.do_pad)
 
     def _preprocess(self, images: list[Any], inference: str = "whole", **kwargs: Any) -> BatchFeature:
-        check_inference(inference)
+        check_inference(inference, kwargs.get("do_pad"))
         if inference == "whole":
             return super()._preprocess(images, **kwargs)
         window = kwargs["size"].height, kwargs["size"].width
@@ -88,21 +89,21 @@ class VLMViTSemanticSegmentationImageProcessor(VLMViTImageProcessor):
 
     def num_windows(self, size: Size) -> int:
         """Number of windows that an image of a size is cut into by `inference="slide"`."""
-        window = self.size["height"], self.size["width"]
-        return len(list(sliding_windows(sliding_size(size, window), window)))
+        return len(list(sliding_windows(sliding_size(size, self.input_hw), self.input_hw)))
 
     def _at_size(self, logits: Tensor, size: Size) -> Tensor:
         """Logits (1 or windows, classes, rows, columns) of an image to (classes, height, width)."""
         if self.inference == "slide":
-            window = self.size["height"], self.size["width"]
-            logits = joined_windows(logits, sliding_size(size, window), window)[None]
-        return F.interpolate(logits, size, mode="bilinear", align_corners=False)[0]
+            logits = joined_windows(logits, sliding_size(size, self.input_hw), self.input_hw)[None]
+        return self.resize_maps(logits, size)[0]
 
 
-def check_inference(inference: str) -> None:
-    """ValueError for another mode than those there are."""
+def check_inference(inference: str, do_pad: Any) -> None:
+    """ValueError for another mode than those there are, or for padding beside windows."""
     if inference not in MODES:
         raise ValueError(f"inference is {inference!r}, but must be one of {', '.join(MODES)}.")
+    if inference == "slide" and do_pad:
+        raise ValueError('inference="slide" keeps the aspect ratio without padding: set do_pad to False.')
 
 
 def sliding_size(size: Size, window: Size) -> Size:

@@ -1,5 +1,7 @@
 """Object detection: boxes with classes, evaluated by COCO metrics."""
 
+import dataclasses
+import functools
 import logging
 import math
 from collections.abc import Sequence
@@ -11,13 +13,21 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_vlm.data.source import Source
-from hf_vlm.data.stream import ExampleStream
+from hf_vlm.data.stream import ExampleStream, Transform
+from hf_vlm.data.tiles import Tiling
 from hf_vlm.data.transforms.collate import collate_detection
 from hf_vlm.metrics import best_f1, coco_detection_metrics, match_detections
 from hf_vlm.metrics.coco import AREA_RANGES
 from hf_vlm.models.image_processing_detection import VLMViTDetectionImageProcessor
 from hf_vlm.tasks.calibration import threshold_of_best_f1
-from hf_vlm.tasks.detector import Find, detect, detection_transform, original_size
+from hf_vlm.tasks.detector import (
+    Find,
+    TileTransform,
+    detect,
+    detect_in_tiles,
+    detection_transform,
+    original_size,
+)
 from hf_vlm.tasks.pseudo_labels import find_pseudo_labels
 from hf_vlm.tasks.reports.detection import DetectionOutcomes, report_detection
 from hf_vlm.tasks.task import Collate, Evaluation, ServedOutput, Task
@@ -64,23 +74,32 @@ def predict_detection(
     *,
     batch_size: int = 32,
     find: Find | None = None,
+    in_tiles: bool = False,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Predictions (by `find`, see `detect`) and references of all images of a stream, in pixels, for COCO metrics."""
+    """Predictions (by `find`, see `detect`) and references of all images of a stream, in pixels, for COCO metrics.
+
+    Args:
+        in_tiles: Whether the stream gives tiles of images, in each of which is looked.
+    """
     was_training = model.training
     model.eval()
-    predictions, references, num_queries = [], [], 0
-    batches = detect(model, stream, processor, batch_size=batch_size, find=find)
+    predictions, references, num_queries = [], [], []
+    if in_tiles:
+        batches = detect_in_tiles(model, stream, processor, batch_size=batch_size)
+    else:
+        batches = detect(model, stream, processor, batch_size=batch_size, find=find)
     for batch in tqdm(batches, desc="Evaluating", leave=False, disable=stream.rank != 0 or None):
         predictions += batch.found
-        references += [_reference(labels) for labels in batch.labels]
-        num_queries = batch.num_queries
+        references += [_reference(labels, processor) for labels in batch.labels]
+        num_queries += [batch.num_queries] * len(batch.labels)
     model.train(was_training)
     _warn_of_few_queries(num_queries, references)
     return predictions, references
 
 
-def _warn_of_few_queries(num_queries: int, references: Sequence[dict[str, Any]]) -> None:
-    crowded = [len(reference["boxes"]) for reference in references if len(reference["boxes"]) > num_queries]
+def _warn_of_few_queries(num_queries: Sequence[int], references: Sequence[dict[str, Any]]) -> None:
+    counts = [len(reference["boxes"]) for reference in references]
+    crowded = [count for count, most in zip(counts, num_queries, strict=True) if count > most]
     if crowded:
         logger.warning(
             "%d of %d images hold more objects (up to %d) than the model has queries (%d), each of which finds one at "
@@ -89,14 +108,14 @@ def _warn_of_few_queries(num_queries: int, references: Sequence[dict[str, Any]])
             len(crowded),
             len(references),
             max(crowded),
-            num_queries,
+            min(num_queries),
         )
 
 
-def _reference(labels: dict[str, Any]) -> dict[str, Any]:
+def _reference(labels: dict[str, Any], processor: VLMViTDetectionImageProcessor) -> dict[str, Any]:
     centre, extent = labels["boxes"].cpu().split(2, dim=-1)
     corners = torch.cat([centre - extent / 2, centre + extent / 2], dim=-1)  # (n, 4) in 0..1
-    height, width = original_size(labels)
+    height, width = processor.covered_size(original_size(labels))
     return {
         "boxes": corners * torch.tensor([width, height, width, height]),
         "labels": labels["class_labels"].cpu(),
@@ -115,12 +134,13 @@ def evaluate_detection(
     batch_size: int = 32,
     per_class: bool = False,
     fit_stream: ExampleStream | None = None,
+    in_tiles: bool = False,
 ) -> Evaluation:
     """COCO metrics over a stream, gathered from all ranks; ValueError for a stream without images.
 
     Also the best F1, see `choose_threshold`.
     """
-    predictions, references = predict_detection(model, stream, processor, batch_size=batch_size)
+    predictions, references = predict_detection(model, stream, processor, batch_size=batch_size, in_tiles=in_tiles)
     if stream.world_size > 1:
         predictions, references = gather_object(predictions), gather_object(references)
     metrics = coco_detection_metrics(predictions, references, class_names=class_names, per_class=per_class)
@@ -155,6 +175,19 @@ def post_process(
     return processor.post_process_object_detection(outputs, threshold=threshold, target_sizes=sizes)
 
 
+def detection_in_tiles(tiling: Tiling) -> Task:
+    """The task whose evaluation, and transform for it, is of tiles."""
+
+    def transform(
+        processor: VLMViTDetectionImageProcessor, *, train: bool, class_names: Sequence[str], **options: Any
+    ) -> Transform:
+        whole = detection_transform(processor, train=train, class_names=class_names, **options)
+        return whole if train else TileTransform(whole, processor, tiling)
+
+    evaluate = functools.partial(evaluate_detection, in_tiles=True)
+    return dataclasses.replace(DETECTION, transform=transform, evaluate=evaluate)
+
+
 DETECTION = Task(
     name="object-detection",
     class_names=class_names,
@@ -165,6 +198,7 @@ DETECTION = Task(
     post_process=post_process,
     calibrate=threshold_of_best_f1,
     report=report_detection,
+    tile=detection_in_tiles,
     find_labels=find_pseudo_labels,
     served=ServedOutput(
         output_class="transformers.models.detr.modeling_detr.DetrObjectDetectionOutput",

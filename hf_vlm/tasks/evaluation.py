@@ -10,6 +10,7 @@ import numpy as np
 from hf_vlm.data.source import Source
 from hf_vlm.data.sources import open_source
 from hf_vlm.data.stream import ExampleStream, Transform
+from hf_vlm.data.tiles import Tiling
 from hf_vlm.features.device import to_best_device
 from hf_vlm.features.loading import load_model
 from hf_vlm.tasks import TASKS
@@ -59,6 +60,7 @@ def evaluate_split(
     allow_outside: bool = False,
     max_bad_fraction: float = 0.01,
     needs_confusion: bool = False,
+    tiling: Tiling | None = None,
 ) -> EvaluatedSplit:
     """Evaluates a saved model on a split of a source.
 
@@ -66,11 +68,12 @@ def evaluate_split(
         holdout: Fraction of the split to evaluate on, which is what training with the same `holdout` did not see. A
             task that fits on the train split fits on the rest instead.
         num_examples: First images to evaluate on.
+        tiling: Tiles that the model looks at, as `predict` does with the same; None for whole images.
 
     Raises:
         ValueError: The folder holds no model, the data lack what its task needs or have other classes, more than
-            `max_bad_fraction` of the images cannot be read, or `needs_confusion` asks for a confusion matrix of a
-            model that has none.
+            `max_bad_fraction` of the images cannot be read, `needs_confusion` asks for a confusion matrix of a model
+            that has none, or `tiling` for tiles of a task that has none.
     """
     loaded = load_model(run_dir)
     task = TASKS[loaded.entry.task_in_use]
@@ -79,6 +82,10 @@ def evaluate_split(
             f"The model {run_dir} has no confusion matrix to plot: only models that give one class per image or pixel "
             "have one."
         )
+    if tiling is not None:
+        if task.tile is None:
+            raise ValueError(f"tile is {tiling.side}, but tiles are for detectors, not for {task.name}; leave it out.")
+        task = task.tile(tiling)
     options = {"format": format, "allow_outside": allow_outside, "object_masks": task.reads_object_masks}
     source, train = _open(data, split, holdout, num_examples, fits_on_train=task.fits_on_train, **options)
     names = found = task.class_names(source)

@@ -13,10 +13,7 @@ from hf_vlm.data.stream import ExampleStream
 from hf_vlm.data.transforms.detection import DetectionTransform
 from hf_vlm.metrics.coco import best_per_class
 from hf_vlm.metrics.instance_segmentation import coco_instance_metrics, encode_masks
-from hf_vlm.models.image_processing_instance_segmentation import (
-    VLMViTInstanceSegmentationImageProcessor,
-    binary_masks,
-)
+from hf_vlm.models.image_processing_instance_segmentation import VLMViTInstanceSegmentationImageProcessor
 from hf_vlm.tasks.calibration import threshold_of_best_f1
 from hf_vlm.tasks.detection import F1_NAMES, UNDEFINED, choose_threshold, collate, minimum_fields, predict_detection
 from hf_vlm.tasks.detector import detection_transform
@@ -62,16 +59,18 @@ def predict_instances(
 
     def find(outputs: Any, sizes: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
         found = processor.find_instances(outputs, threshold=0.0, target_sizes=sizes)
-        return [_with_encoded_masks(image) for image in found]
+        return [_with_encoded_masks(processor, image) for image in found]
 
     return predict_detection(model, stream, processor, batch_size=batch_size, find=find)
 
 
-def _with_encoded_masks(image: Mapping[str, Any]) -> dict[str, Any]:
+def _with_encoded_masks(
+    processor: VLMViTInstanceSegmentationImageProcessor, image: Mapping[str, Any]
+) -> dict[str, Any]:
     """The detections of an image that can count, their masks encoded: no other masks are resized."""
     kept = torch.from_numpy(best_per_class(image["scores"].cpu(), image["labels"].cpu(), MAX_DETECTIONS))
     best = {name: image[name].cpu()[kept] for name in ("scores", "labels", "boxes")}
-    chunks = binary_masks(image["mask_logits"][kept.to(image["mask_logits"].device)], image["size"])
+    chunks = processor.binary_masks(image["mask_logits"][kept.to(image["mask_logits"].device)], image["size"])
     return best | {"masks": [encoded for chunk in chunks for encoded in encode_masks(chunk)]}
 
 
@@ -114,7 +113,7 @@ def post_process(
     found = processor.find_instances(outputs, threshold=threshold, target_sizes=sizes)
     return [
         {name: image[name] for name in ("scores", "labels", "boxes")}
-        | {"masks": torch.cat(list(binary_masks(image["mask_logits"], image["size"])))}
+        | {"masks": torch.cat(list(processor.binary_masks(image["mask_logits"], image["size"])))}
         for image in found
     ]
 

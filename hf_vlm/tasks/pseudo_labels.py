@@ -22,7 +22,6 @@ from hf_vlm.data.transforms.image_ops import resize
 from hf_vlm.features.device import to_best_device
 from hf_vlm.features.loading import load_model
 from hf_vlm.metrics.instance_segmentation import encode_masks
-from hf_vlm.models.image_processing_instance_segmentation import binary_masks
 from hf_vlm.models.modeling_detection import VLMViTForObjectDetection
 from hf_vlm.models.modeling_instance_segmentation import VLMViTForInstanceSegmentation
 from hf_vlm.tasks.detector import detect, detection_transform
@@ -138,7 +137,7 @@ def _detections(loaded: Any, stream: ExampleStream, num_workers: int, masks: boo
             boxes[:, 2:] -= boxes[:, :2]
             large = np.flatnonzero(boxes[:, 2:].min(1) >= MIN_SIDE)
             kept = large[_without_duplicates(boxes[large], scores[large], classes[large])]
-            texts = _encoded_masks(image, kept) if masks else None
+            texts = _encoded_masks(loaded.processor, image, kept) if masks else None
             yield LabelsOfImage(int(labels["image_id"]), boxes[kept], classes[kept], scores[kept], texts)
 
 
@@ -147,9 +146,9 @@ def _find_instances(processor: Any, outputs: Any, sizes: Sequence[tuple[int, int
     return [{name: value.cpu() if name != "size" else value for name, value in image.items()} for image in found]
 
 
-def _encoded_masks(image: dict[str, Any], kept: Any) -> list[str]:
+def _encoded_masks(processor: Any, image: dict[str, Any], kept: Any) -> list[str]:
     """Masks of what is kept in an image as text, "" for an empty one."""
-    chunks = binary_masks(image["mask_logits"][torch.from_numpy(kept)], image["size"])
+    chunks = processor.binary_masks(image["mask_logits"][torch.from_numpy(kept)], image["size"])
     return [segmentation_text(encoded) for chunk in chunks for encoded in encode_masks(chunk)]
 
 

@@ -67,11 +67,12 @@ def segmentation_transform(
         return SegmentationEvalTransform(processor, num_classes=len(class_names))
     return SegmentationTransform.from_dict(
         augmentation or {},
-        size=(processor.size["height"], processor.size["width"]),
+        size=processor.input_hw,
         num_classes=len(class_names),
         image_mean=processor.image_mean,
         image_std=processor.image_std,
         num_channels=processor.num_channels,
+        letterbox=bool(processor.do_pad),
     )
 
 

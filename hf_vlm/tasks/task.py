@@ -16,6 +16,7 @@ from transformers.modeling_utils import PreTrainedModel
 from hf_vlm.data.pseudo_labels import PseudoLabels
 from hf_vlm.data.source import Source
 from hf_vlm.data.stream import Transform
+from hf_vlm.data.tiles import Tiling
 from hf_vlm.tasks.calibration import Calibration
 from hf_vlm.tasks.reports.parts import Part, default_report
 
@@ -107,6 +108,8 @@ class Task:
         undefined: Why a metric may be NaN, by its name, or as `metric_names` under `ap/`; see `why_undefined`.
         recipes: Shipped recipes by encoder preset.
         card: Template of the model card.
+        tile: Function from a [`Tiling`] to the task whose evaluation looks at tiles of images; None for tasks of which
+            tiles are not put together.
         find_labels: Function `(source, labels_from, *, size, num_channels, per_image, num_workers, rank, world_size,
             max_bad_fraction)` that returns [`PseudoLabels`], labels that nobody annotated, by which the head can be
             pretrained; None for tasks that have no such labels.
@@ -133,6 +136,7 @@ class Task:
     metric_names: Mapping[str, str] = field(default_factory=dict)
     undefined: Mapping[str, str] = field(default_factory=dict)
     recipes: Mapping[str, str] = field(default_factory=dict)
+    tile: "Callable[[Tiling], Task] | None" = None
     find_labels: Callable[..., PseudoLabels] | None = None
     served: ServedOutput | None = None
     reads_object_masks: bool = False

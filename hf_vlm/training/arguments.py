@@ -50,7 +50,7 @@ class VisionTrainingArguments(TrainingArguments):
     encoder_config: dict[str, Any] = field(default_factory=dict, metadata={"help": "VLMViTConfig fields to override."})
     model_config: dict[str, Any] = field(default_factory=dict, metadata={"help": "Fields of the method's config."})
     processor_config: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "Fields of the image processor, such as {inference: slide}."}
+        default_factory=dict, metadata={"help": "Fields of the image processor, such as {do_pad: true}."}
     )
     encoder: str | None = field(
         default=None,

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 from transformers.modeling_utils import PreTrainedModel
-from transformers.processing_utils import ImagesKwargs
 
 from hf_vlm.data.io.messages import summarise
 from hf_vlm.features.loading import (
@@ -308,8 +307,7 @@ def build_processor(
         ValueError: if `processor_config` has another field, which training would not follow, or a value that the image
             processor refuses.
     """
-    own = processor_class.valid_kwargs.__annotations__.keys() - ImagesKwargs.__annotations__.keys()
-    known = {"image_mean", "image_std"} | own
+    known = processor_class.recipe_fields
     if unknown := [name for name in args.processor_config if name not in known]:
         raise ValueError(
             f"processor_config: {unknown[0]!r} is no field of {processor_class.__name__} that a recipe sets: these "

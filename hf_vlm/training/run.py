@@ -14,6 +14,7 @@ from transformers import set_seed
 from hf_vlm.data.io.durable import disk_errors
 from hf_vlm.data.source import Source
 from hf_vlm.data.stream import ExampleStream
+from hf_vlm.data.tiles import Tiling
 from hf_vlm.data.transforms.collate import collate_views
 from hf_vlm.data.transforms.device_views import DeviceViews
 from hf_vlm.models.image_processing_vlm_vit import VLMViTImageProcessor
@@ -276,7 +277,7 @@ def _train_head(
         minimum_fields=task.minimum_fields(source),
     )
     processor = build_processor(args, entry.processor_class, model.config.backbone_config.num_channels)
-    options = {"class_names": names, "augmentation": args.augmentation}
+    options, evaluated_as = {"class_names": names, "augmentation": args.augmentation}, _as_evaluated(args, task)
     record = RunRecord(args, recipe, source, write_card, class_names=names, external_weights=labelling_models(args))
     record.summary["data"]["labels_found"] = held_out is None  # and not annotated
     record.summary["labelling_seconds"] = round(labelling_seconds, 1)
@@ -284,11 +285,11 @@ def _train_head(
         model=model,
         args=args,
         train_dataset=train_stream(args, source, task.transform(processor, train=True, **options)),
-        eval_dataset=None if held_out is None else _held_out_stream(args, held_out, task, processor, names),
+        eval_dataset=None if held_out is None else _held_out_stream(args, held_out, evaluated_as, processor, names),
         data_collator=task.collate(train=True, **options),
         processing_class=processor,
         evaluator=functools.partial(
-            task.evaluate, processor=processor, class_names=names, batch_size=args.per_device_eval_batch_size
+            evaluated_as.evaluate, processor=processor, class_names=names, batch_size=args.per_device_eval_batch_size
         ),
         on_save=record.write,
     )
@@ -315,6 +316,12 @@ def _train_head(
         trainer.push_to_hub()
     trainer.accelerator.wait_for_everyone()  # the model is there, for all ranks that start from it
     return record.summary
+
+
+def _as_evaluated(args: VisionTrainingArguments, task: Task) -> Task:
+    """The task on tiles, where it is trained on tiles and can be evaluated on them."""
+    tile = args.augmentation.get("tile")
+    return task if tile is None or task.tile is None else task.tile(Tiling(tile))
 
 
 def _held_out_stream(

@@ -60,11 +60,12 @@ def test_maps_are_resized_as_by_torch(size):
     np.testing.assert_allclose(resize_bilinear(maps.numpy(), size), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("do_pad", [False, True])
 @pytest.mark.parametrize("threshold", [0.0, 0.3, None])
-def test_detections(model, threshold):
+def test_detections(model, threshold, do_pad):
     torch.manual_seed(0)
     outputs = {"logits": 3 * torch.randn(1, 90, 5), "pred_boxes": torch.rand(1, 90, 4)}  # 450 pairs: cut to 300
-    processor = VLMViTDetectionImageProcessor()
+    processor = VLMViTDetectionImageProcessor(do_pad=do_pad)
     found = model(processor, {"model_type": "vlm_vit_detection"}, outputs).predict(blank(), threshold)
     default = {} if threshold is None else {"threshold": threshold}
     expected = processor.post_process_object_detection(SimpleNamespace(**outputs), target_sizes=[SIZE], **default)[0]
@@ -76,15 +77,15 @@ def test_detections(model, threshold):
     assert as_record(found)["detections"][0]["box"]["xmax"] == found["boxes"][0, 2]
 
 
-@pytest.mark.parametrize("threshold", [0.7, 1.0])
-def test_instances(model, threshold):
+@pytest.mark.parametrize(("threshold", "do_pad"), [(0.7, False), (0.7, True), (1.0, True)])
+def test_instances(model, threshold, do_pad):
     """The records equal those of `hf-vlm predict`, with their masks, to the last pixel."""
     torch.manual_seed(3)
     outputs = {"logits": 2 * torch.randn(1, 9, 5), "pred_boxes": torch.rand(1, 9, 4)}
     outputs["pred_masks"] = 4 * torch.randn(1, 9, 7, 8) - 1
     outputs["pred_masks"][0, 0] = -9.0  # nothing
     outputs["pred_masks"][0, 1] = 9.0  # all of it
-    processor = VLMViTInstanceSegmentationImageProcessor()
+    processor = VLMViTInstanceSegmentationImageProcessor(size={"height": 40, "width": 48}, do_pad=do_pad)
     found = model(processor, {"model_type": "vlm_vit_instance_segmentation"}, outputs).predict(blank(), threshold)
     reference = Prediction(
         **{
@@ -117,7 +118,8 @@ def test_run_lengths_are_those_of_coco(density):
 
 def test_ties_of_detections_are_in_the_order_of_the_queries():
     outputs = {"logits": np.zeros((3, 2), np.float32), "pred_boxes": np.full((3, 4), 0.5, np.float32)}
-    found = find_objects(outputs, SIZE, 0.4, SimpleNamespace(processor={}))
+    of = SimpleNamespace(processor={}, input_size=SIZE, fitted_size=lambda size: SIZE)
+    found = find_objects(outputs, SIZE, 0.4, of)
     np.testing.assert_array_equal(found["labels"], [0, 1, 0, 1, 0, 1])
 
 
@@ -138,10 +140,11 @@ def test_classes(model, problem_type, threshold):
     assert [entry["score"] for entry in as_record(found)["classes"]] == pytest.approx(found["scores"], abs=1e-4)
 
 
-@pytest.mark.parametrize("threshold", [0.2, None])
-def test_segments(model, threshold):
+@pytest.mark.parametrize(("threshold", "do_pad"), [(0.2, False), (None, False), (0.2, True)])
+def test_segments(model, threshold, do_pad):
     torch.manual_seed(2)
-    outputs, processor = {"logits": torch.randn(1, 5, 4, 6)}, VLMViTSemanticSegmentationImageProcessor()
+    outputs = {"logits": torch.randn(1, 5, 4, 6)}
+    processor = VLMViTSemanticSegmentationImageProcessor(size={"height": 40, "width": 60}, do_pad=do_pad)
     found = model(processor, {"model_type": "vlm_vit_semantic_segmentation"}, outputs).predict(blank(), threshold)
     expected = processor.post_process_semantic_segmentation(SimpleNamespace(**outputs), target_sizes=[SIZE])[0]
     np.testing.assert_array_equal(found["segmentation"], expected)
@@ -191,13 +194,17 @@ def test_features_are_the_mean_of_the_patch_tokens():
 
 
 @pytest.mark.parametrize("num_channels", [1, 3])
-@pytest.mark.parametrize("settings", [{}, {"resample": 3}, {"do_resize": False}, {"do_normalize": False}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"resample": 3}, {"do_resize": False}, {"do_normalize": False}, {"do_pad": True}]
+)
 def test_images_are_prepared_as_by_the_processor(model, num_channels, settings):
     statistics = {"image_mean": [0.4, 0.5, 0.6][:num_channels], "image_std": [0.2, 0.3, 0.25][:num_channels]}
     processor = VLMViTImageProcessor(size={"height": 24, "width": 40}, **statistics, **settings)
-    image = np.random.default_rng(0).integers(0, 256, (33, 57, num_channels), dtype=np.uint8)
-    expected = processor(image, return_tensors="np", input_data_format="channels_last")["pixel_values"][0]
-    np.testing.assert_allclose(model(processor, {"model_type": "vlm_vit"}).preprocess(image), expected, atol=1e-6)
+    for size in ((33, 57), (57, 33)):
+        image = np.random.default_rng(0).integers(0, 256, (*size, num_channels), dtype=np.uint8)
+        expected = processor(image, return_tensors="np", input_data_format="channels_last")["pixel_values"][0]
+        found = model(processor, {"model_type": "vlm_vit"}).preprocess(image)
+        np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_files_are_read_as_by_predict(tmp_path):

@@ -1,14 +1,21 @@
-"""Tiles cover the image, and what is found in them is each object once, with the box it has in the whole image."""
+"""What is found in tiles of images by prediction and by evaluation, which is the same."""
 
-import itertools
+import io
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from hf_vlm.cli.main import main
+from hf_vlm.data.tiles import Tiling
 from hf_vlm.deploy.predict import Predictor
-from hf_vlm.deploy.prediction import Prediction
-from hf_vlm.deploy.tiling import check_tiling, merge_tiles, tiles_of
+from hf_vlm.models.image_processing_detection import VLMViTDetectionImageProcessor
+from hf_vlm.models.modeling_detection import VLMViTObjectDetectionOutput
+from hf_vlm.tasks.detection import DETECTION, predict_detection
+
+SIDE = 64
+NAMES = ["red", "green", "blue"]
 
 
 @pytest.fixture(scope="module")
@@ -16,38 +23,65 @@ def predictor(saved_detector):
     return Predictor.from_pretrained(saved_detector, device="cpu")
 
 
-def picture(height, width):
-    noise = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+def picture(height, width, seed=0):
+    noise = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     return np.asarray(Image.fromarray(noise).resize((width, height)))
 
 
-def found_in(boxes, labels, tile, scores):
-    """What a perfect detector finds in a tile: the part of each object that is in it."""
-    corners = np.array(tile, dtype=np.float32)
-    cut = np.concatenate([np.maximum(boxes[:, :2], corners[:2]), np.minimum(boxes[:, 2:], corners[2:])], axis=1)
-    rows = np.flatnonzero((cut[:, 2:] - cut[:, :2] > 3).all(axis=1))
-    return Prediction(
-        boxes=(cut - np.tile(corners[:2], 2))[rows].astype(np.float32),
-        scores=scores[rows],
-        labels=labels[rows],
-        label_names=[str(label) for label in labels[rows]],
-        image_size=(tile.bottom - tile.top, tile.right - tile.left),
-    )
+def rectangles(height, width, boxes):
+    """Bright rectangles x, y, width, height on black, each in a channel of its own."""
+    image = np.zeros((height, width, 3), np.uint8)
+    for channel, (x, y, w, h) in enumerate(boxes):
+        image[y : y + h, x : x + w, channel] = 255
+    return image
 
 
-@pytest.mark.parametrize(
-    ("size", "tile", "overlap"), [((300, 500), 128, 0.2), ((129, 128), 128, 0.5), ((90, 700), 99, 0)]
-)
-def test_tiles_cover_the_image_and_overlap(size, tile, overlap):
-    covered = np.zeros(size, dtype=int)
-    tiles = tiles_of(size, tile, overlap)
-    for one in tiles:
-        assert one.right - one.left == min(tile, size[1])
-        assert one.bottom - one.top == min(tile, size[0])
-        covered[one.slices] += 1
-    assert covered.min() == 1
-    lefts = sorted({one.left for one in tiles})
-    assert all(b - a <= tile * (1 - overlap) + 0.5 for a, b in itertools.pairwise(lefts))
+class Examples(torch.utils.data.IterableDataset):
+    """A stream of images and their objects, as an evaluation has it."""
+
+    rank, world_size = 0, 1
+
+    def __init__(self, images, objects, transform):
+        self.images, self.objects, self.transform = images, objects, transform
+
+    def __iter__(self):
+        for number, (image, objects) in enumerate(zip(self.images, self.objects, strict=True)):
+            buffer = io.BytesIO()
+            Image.fromarray(image).save(buffer, "PNG")
+            example = {"image": {"bytes": buffer.getvalue()}, "image_id": number, "objects": objects}
+            yield self.transform(example, np.random.default_rng(0))
+
+
+class Finder(torch.nn.Module):
+    """Finds the bright rectangle of each channel, if there is any, exactly."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, pixel_values):
+        batch, channels, height, width = pixel_values.shape
+        logits = torch.full((batch, channels, channels), -9.0)
+        boxes = torch.full((batch, channels, 4), 0.5)
+        for image, channel in np.ndindex(batch, channels):
+            rows, columns = (pixel_values[image, channel] > 0.9).nonzero(as_tuple=True)
+            if len(rows):
+                low = torch.stack([columns.min() / width, rows.min() / height])
+                high = torch.stack([(columns.max() + 1) / width, (rows.max() + 1) / height])
+                logits[image, channel, channel] = 5.0 - channel
+                boxes[image, channel] = torch.cat([(low + high) / 2, high - low])
+        return VLMViTObjectDetectionOutput(logits=logits, pred_boxes=boxes)
+
+
+def boxes_within_the_image(model, inputs, outputs):
+    """Those of random weights are mostly not."""
+    outputs.pred_boxes = outputs.pred_boxes.sigmoid()
+
+
+def evaluation_in(tiling, processor, images, objects):
+    """The task for these tiles, and its stream."""
+    task = DETECTION if tiling is None else DETECTION.tile(tiling)
+    return task, Examples(images, objects, task.transform(processor, train=False, class_names=NAMES))
 
 
 def test_an_image_that_fits_one_tile_is_predicted_as_without_tiles(predictor):
@@ -58,45 +92,66 @@ def test_an_image_that_fits_one_tile_is_predicted_as_without_tiles(predictor):
         np.testing.assert_array_equal(one.labels, other.labels)
 
 
-def test_without_overlap_detections_are_those_of_the_crops(predictor):
-    image = picture(64, 128)
-    tiled = predictor.predict(image, 0.4, tile=64, overlap=0)[0]
-    left, right = (predictor.predict(np.ascontiguousarray(image[:, x : x + 64]), 0.4)[0] for x in (0, 64))
-    boxes = np.concatenate([left.boxes, right.boxes + np.array([64, 0, 64, 0])])
-    scores = np.concatenate([left.scores, right.scores])
+def test_without_overlap_detections_are_those_of_the_parts(predictor):
+    parts = [picture(SIDE, SIDE, seed) for seed in range(4)]
+    image = np.concatenate([np.concatenate(parts[:2], axis=1), np.concatenate(parts[2:], axis=1)])
+    tiled = predictor.predict(image, 0.4, tile=SIDE, overlap=0)[0]
+    alone = predictor.predict(parts, 0.4)
+    offsets = [np.array([x, y, x, y]) for y in (0, SIDE) for x in (0, SIDE)]
+    boxes = np.concatenate([one.boxes + offset for one, offset in zip(alone, offsets)])
+    scores = np.concatenate([one.scores for one in alone])
     order = np.argsort(-scores, kind="stable")
-    assert len(tiled) == len(left) + len(right) > 0
-    assert tiled.image_size == (64, 128)
+    assert len(tiled) == sum(map(len, alone)) > 0
+    assert tiled.image_size == (2 * SIDE, 2 * SIDE)
     np.testing.assert_allclose(tiled.scores, scores[order], atol=1e-5)
     np.testing.assert_allclose(tiled.boxes, boxes[order], atol=1e-3)
 
 
-def test_objects_cut_by_edges_are_found_once_with_their_own_boxes():
-    boxes = np.array(
-        [
-            [10, 10, 40, 40],  # in one tile
-            [90, 20, 125, 60],  # cut by the edge at 100 and whole in the next tile
-            [85, 85, 110, 110],  # at the corner of four tiles
-            [100, 22, 128, 58],  # another class at the position of the second
-            [20, 150, 170, 175],  # longer than a tile
-            [88, 180, 99, 199],  # two neighbours of one class that both are in two tiles
-            [102, 180, 113, 199],
-        ],
-        dtype=np.float32,
+@pytest.mark.parametrize("do_pad", [False, True])
+def test_an_evaluation_finds_what_a_prediction_finds(predictor, do_pad, monkeypatch):
+    processor = VLMViTDetectionImageProcessor(**{**predictor.processor.to_dict(), "do_pad": do_pad})
+    monkeypatch.setattr(predictor, "processor", processor)
+    hook = predictor.model.register_forward_hook(boxes_within_the_image)
+    images = [picture(40, 200), picture(38, 90, 1), picture(130, 100, 2)]
+    _, stream = evaluation_in(Tiling(SIDE, 0.3), processor, images, [{"bbox": [], "category": []}] * 3)
+    found, references = predict_detection(predictor.model, stream, processor, batch_size=3, in_tiles=True)
+    assert [len(reference["boxes"]) for reference in references] == [0, 0, 0]
+    expected = predictor.predict(images, 0.0, tile=SIDE, overlap=0.3)
+    hook.remove()
+    assert all(len(other) > 0 for other in expected)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one["scores"], other.scores, atol=1e-5)
+        np.testing.assert_allclose(one["boxes"], other.boxes, atol=1e-3)
+        np.testing.assert_array_equal(one["labels"], other.labels)
+
+
+@pytest.mark.parametrize("do_pad", [False, True])
+def test_objects_on_seams_are_found_once_where_tiles_overlap(do_pad):
+    boxes = [[50, 20, 24, 30], [2, 40, 20, 40], [100, 55, 16, 18]]  # over the seams of tiles at 64, and beside them
+    image, objects = rectangles(96, 128, boxes), {"bbox": boxes, "category": [0, 1, 2]}
+    processor = VLMViTDetectionImageProcessor(
+        size={"height": SIDE, "width": SIDE}, image_mean=[0.0] * 3, image_std=[1.0] * 3, do_pad=do_pad
     )
-    labels = np.array([0, 1, 0, 2, 1, 3, 3])
-    scores = np.linspace(0.9, 0.6, len(boxes)).astype(np.float32)
-    tiles = tiles_of((200, 200), 100, 0.3)
-    assert len(tiles) == 9
-    merged = merge_tiles([found_in(boxes, labels, tile, scores) for tile in tiles], tiles, image_size=(200, 200))
-    np.testing.assert_allclose(merged.boxes, boxes, atol=1e-4)
-    np.testing.assert_array_equal(merged.labels, labels)
-    np.testing.assert_array_equal(merged.scores, scores)
-    assert merged.label_names == [str(label) for label in labels]
+    found = {}
+    for overlap in (0.0, 0.6):
+        task, stream = evaluation_in(Tiling(SIDE, overlap), processor, [image], [objects])
+        evaluation = task.evaluate(Finder(), stream, processor, class_names=NAMES)
+        found[overlap] = evaluation.metrics["ap"]
+        predictions, _ = predict_detection(Finder(), stream, processor, in_tiles=True)
+        kept = predictions[0]["scores"] > 0.5
+        if overlap:
+            assert predictions[0]["labels"][kept].tolist() == [0, 1, 2]
+            expected = [[x, y, x + w, y + h] for x, y, w, h in boxes]
+            np.testing.assert_allclose(predictions[0]["boxes"][kept], expected, atol=1e-3)
+    assert found[0.6] == pytest.approx(1)
+    assert found[0.0] < 0.8
 
 
-def test_tiles_that_make_no_sense(predictor):
+def test_tiles_that_cannot_be(predictor, saved_encoder, saved_detector, capsys):
     with pytest.raises(ValueError, match="tile is 4; give the side of the tiles in pixels"):
         predictor.predict(picture(30, 30), tile=4)
-    with pytest.raises(ValueError, match="overlap is 20"):
-        check_tiling(64, 20)
+    words = ["--data", "scenes:easy", "--num_examples", "2", "--tile"]
+    assert main(["evaluate", str(saved_encoder), *words, "32"]) == 2
+    assert "tile is 32, but tiles are for detectors, not for image-feature-extraction" in capsys.readouterr().err
+    assert main(["evaluate", str(saved_detector), *words, "4"]) == 2
+    assert "tile is 4; give the side" in capsys.readouterr().err

@@ -85,17 +85,23 @@ def interpolated(feature_map, y, x):
     return total
 
 
-def test_appearance_is_the_mean_of_the_encoders_map_in_the_middle_of_the_box(saved_detector, frames):
+@pytest.mark.parametrize("do_pad", [False, True])
+def test_appearance_is_the_mean_of_the_encoders_map_in_the_middle_of_the_box(saved_detector, frames, do_pad):
     predictor = Predictor.from_pretrained(saved_detector, device="cpu")
+    if do_pad:  # of which random boxes are mostly outside
+        predictor.processor.do_pad = True
+        predictor.model.register_forward_hook(lambda _, __, out: setattr(out, "pred_boxes", out.pred_boxes.sigmoid()))
+    width = 64 * 48 / 43 if do_pad else 64  # of the input of 32 x 48 pixels, in which the image has 32 x 43
     image = next(iter(open_video(frames))).image
     (prediction,) = predictor.predict(image, 0.4, with_appearance=True)
     inputs = predictor.processor(Image.fromarray(image), return_tensors="pt")
     feature_map = predictor.model.backbone(**inputs).feature_maps[-1].detach()
     rows, columns = feature_map.shape[2:]
+    assert len(prediction) > 0
     for (x1, y1, x2, y2), found in zip(prediction.boxes, prediction.appearance, strict=True):
         x = np.linspace(x1, x2, 29)[8:21:2].clip(0, 63.9)  # the middles of seven parts of the inner half
         y = np.linspace(y1, y2, 29)[8:21:2].clip(0, 47.9)
-        sampled = [interpolated(feature_map[0].numpy(), v / 48 * rows, u / 64 * columns) for v in y for u in x]
+        sampled = [interpolated(feature_map[0].numpy(), v / 48 * rows, u / width * columns) for v in y for u in x]
         np.testing.assert_allclose(found, np.mean(sampled, axis=0), atol=1e-4)
     empty = predictor.predict(image, 1.0, with_appearance=True)[0].appearance
     assert empty.shape == (0, feature_map.shape[1])

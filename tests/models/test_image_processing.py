@@ -199,8 +199,7 @@ def test_an_area_is_that_of_the_box_where_none_is_given() -> None:
         ([[]], {}, r"annotations\[0\] must be"),
         (coco_annotation((0, [1, 2, 3])), {}, r"annotations\[0\]\['annotations'\]\[0\] needs .*bbox: \[1, 2, 3\]"),
         ({"image_id": 1, "annotations": [{"bbox": [1, 2, 3, 4]}]}, {}, "needs 'category_id'"),
-        (coco_annotation(), {"do_center_crop": True, "crop_size": 16}, "do_center_crop and do_pad"),
-        (coco_annotation(), {"do_pad": True}, "do_center_crop and do_pad"),
+        (coco_annotation(), {"do_center_crop": True, "crop_size": 16}, "do_center_crop"),
     ],
 )
 def test_annotations_that_cannot_be_used_are_named(annotations: Any, options: Any, message: str) -> None:

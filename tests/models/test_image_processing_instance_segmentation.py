@@ -13,7 +13,6 @@ from transformers import AutoImageProcessor, AutoModelForInstanceSegmentation, p
 
 from hf_vlm.models.image_processing_instance_segmentation import (
     VLMViTInstanceSegmentationImageProcessor,
-    binary_masks,
     run_lengths,
 )
 from hf_vlm.registry import MODELS
@@ -90,7 +89,7 @@ def test_the_map_of_ids_shows_the_best_mask_at_each_pixel(least_visible):
 def test_boxes_come_with_their_masks():
     outputs, sizes = outputs_of(), [(20, 31), (9, 12)]
     for image, found in enumerate(PROCESSOR.find_instances(outputs, threshold=0.3, target_sizes=sizes)):
-        masks = torch.cat(list(binary_masks(found["mask_logits"], found["size"])))
+        masks = torch.cat(list(PROCESSOR.binary_masks(found["mask_logits"], found["size"])))
         expected = slow_instances(outputs, image, 0.3, 0.5, sizes[image])
         assert len(expected) == len(masks)
         for (_, _, box, mask), found_box, found_mask in zip(expected, found["boxes"], masks):
@@ -100,7 +99,7 @@ def test_boxes_come_with_their_masks():
 
 def test_many_masks_are_resized_in_chunks():
     logits = torch.randn(70, 4, 5)
-    chunks = list(binary_masks(logits, (9, 11), 0.3))
+    chunks = list(PROCESSOR.binary_masks(logits, (9, 11), 0.3))
     assert [len(chunk) for chunk in chunks] == [32, 32, 6]
     assert torch.equal(torch.cat(chunks), F.interpolate(logits[None], (9, 11), mode="bilinear")[0].sigmoid() > 0.3)
 

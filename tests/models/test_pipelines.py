@@ -18,12 +18,12 @@ WITH_PIPELINE = (
 )
 
 
-def save(name, folder):
+def save(name, folder, **settings):
     """A tiny model with its image processor and five images of different sizes; the rows of the detector differ."""
     model, entry = build(name).eval(), find_model(name)
     perturb(model)
     model.save_pretrained(folder)
-    entry.processor_class(size={"height": 32, "width": 32}).save_pretrained(folder)
+    entry.processor_class(size={"height": 32, "width": 32}, **settings).save_pretrained(folder)
     return TASKS[entry.task].pipeline
 
 
@@ -108,7 +108,8 @@ def test_pipelines_and_auto_classes_without_the_package(tmp_path, hub, run_proce
     hub.clear()
     models, expected = {}, {}
     for name in reversed(WITH_PIPELINE):  # the encoder last: it is uploaded
-        task = save(name, tmp_path / name)
+        padding = {"do_pad": True} if name in ("detection", "semantic_segmentation") else {}
+        task = save(name, tmp_path / name, **padding)
         models[name] = (task, str(tmp_path / name), options(name))
         expected[name] = numbers(pipeline(task, model=str(tmp_path / name))(images(), batch_size=3, **options(name)))
     code = f"MODELS = {json.dumps(json.dumps(models))}\n{WITHOUT_THE_PACKAGE}"

@@ -52,8 +52,9 @@ def test_finetuning_learns_and_leaves_a_card(run):
         (
             "semantic_segmentation",
             {"size": 64},
-            "'size' is no field .* image_mean, image_std, inference; its size",
+            "'size' is no field .* do_pad, image_mean, image_std, inference; its size",
         ),
+        ("classification", {"do_pad": True}, "'do_pad' is no field of VLMViTClassificationImageProcessor"),
         ("classification", {"inference": "slide"}, "'inference' is no field of VLMViTClassificationImageProcessor"),
     ],
 )

@@ -15,7 +15,14 @@ from hf_vlm.data.segmentations import read_segmentation
 from hf_vlm.data.transforms.image_ops import Normalizer, rotate_quarter_turns
 from hf_vlm.data.transforms.objects import Masks, Objects, Span
 from hf_vlm.data.transforms.options import as_probability, as_size, build_settings
-from hf_vlm.data.transforms.windows import WindowParameters, WindowSettings, render_window, sample_window
+from hf_vlm.data.transforms.windows import (
+    WindowParameters,
+    WindowSettings,
+    pad_to,
+    render_window,
+    sample_window,
+    window_spans,
+)
 
 __all__ = ["DetectionSettings", "DetectionTransform"]
 
@@ -45,7 +52,8 @@ class DetectionSettings(WindowSettings):
 class DetectionTransform:
     """Turns an example with `objects` into a detector's input and labels, for `ExampleStream`.
 
-    Gives `pixel_values` (C, H, W) float32, normalised, the image resized to `size` whatever its shape, and `labels`:
+    Gives `pixel_values` (C, H, W) float32, normalised, the image resized to `size` whatever its shape or, with
+    `letterbox`, to fit into it, with padding of the mean colour at the right or the bottom; and `labels`:
 
     - `class_labels` (n,) int64;
     - `boxes` (n, 4) float32, centre x, centre y, width, height relative to the output;
@@ -66,6 +74,7 @@ class DetectionTransform:
         num_channels: Channels of the images; colour jitter needs 3.
         num_classes: Number of classes, below which class ids are checked to lie; None for no check.
         masks: Whether to give the masks of objects, which need `objects` with the field `segmentation`.
+        letterbox: Whether to keep the aspect ratio.
         settings: Settings of the augmentation; None for the defaults.
 
     Raises:
@@ -83,6 +92,7 @@ class DetectionTransform:
         num_channels: int = 3,
         num_classes: int | None = None,
         masks: bool = False,
+        letterbox: bool = False,
         settings: DetectionSettings | None = None,
     ) -> None:
         self.size = as_size("size", size)
@@ -90,6 +100,7 @@ class DetectionTransform:
         self.num_channels = num_channels
         self.num_classes = num_classes
         self.masks = masks
+        self.letterbox = letterbox
         self.settings = settings or DetectionSettings()
         self.normalize = Normalizer(image_mean, image_std, num_channels=num_channels)
         self.num_dropped_boxes = 0
@@ -114,14 +125,17 @@ class DetectionTransform:
         objects = self._read_objects(example, *original_size)
         if self.train:
             objects = objects.select(objects.iscrowd == 0)
-        image, objects = self.render(image, objects, parameters)
+        image, objects = self.render(image, objects, parameters, original_size)
         mask_labels: dict[str, Any] = {}
+        if objects.masks is not None and not self.train:
+            mask_labels["segmentation"] = objects.masks.encode(original_size)
+        if self.letterbox:
+            objects = objects.shrink((image.shape[0] / self.size[0], image.shape[1] / self.size[1]))
+            image = pad_to(image, self.size, self.normalize.fill)
         if objects.masks is not None and self.train:
             masks = objects.masks.rasterise(self.size)  # (n, H, W)
             are_shown = np.asarray(masks.any(axis=(1, 2)))
             objects, mask_labels["masks"] = objects.select(are_shown), torch.from_numpy(masks[are_shown])
-        elif objects.masks is not None:
-            mask_labels["segmentation"] = objects.masks.encode(original_size)
         pixel_values = np.empty((self.num_channels, *self.size), dtype=np.float32)  # (C, H, W)
         self.normalize(image, pixel_values)
         low, high = objects.boxes[:, :2], objects.boxes[:, 2:]
@@ -138,29 +152,39 @@ class DetectionTransform:
             },
         }
 
-    def render(self, image: Array, objects: Objects, parameters: WindowParameters) -> tuple[Array, Objects]:
-        """Apply a sampled augmentation: the image (height, width, C) uint8 of the output size, and its objects."""
+    def render(
+        self, image: Array, objects: Objects, parameters: WindowParameters, original_size: tuple[int, int]
+    ) -> tuple[Array, Objects]:
+        """Apply a sampled augmentation: the image (height, width, C) uint8 before it is padded, and its objects.
+
+        Args:
+            image: As it was decoded.
+            objects: Those of the image.
+            parameters: The augmentation.
+            original_size: Height and width of the image where it was not decoded smaller.
+        """
         if parameters.quarter_turns:
             image = rotate_quarter_turns(image, parameters.quarter_turns)
             objects = objects.turn(parameters.quarter_turns)
-        (rows, columns), objects = self._choose_window(image, objects, parameters)
+            original_size = parameters.turned_size(original_size)
+        (rows, columns), objects = self._choose_window(image, objects, parameters, original_size)
         shown = render_window(image, rows, columns, parameters, fill=self.normalize.fill)
         return shown, objects.flip(horizontal=parameters.flip, vertical=parameters.vertical_flip)
 
     def _choose_window(
-        self, image: Array, objects: Objects, parameters: WindowParameters
+        self, image: Array, objects: Objects, parameters: WindowParameters, original_size: tuple[int, int]
     ) -> tuple[tuple[Span, Span], Objects]:
-        """The first window that keeps an object; all of the image when none does."""
-        height, width = image.shape[:2]
-        if parameters.window is not None:
-            for y, x in parameters.positions:
-                rows = Span.of_window(height, self.size[0], parameters.window[0], y)
-                columns = Span.of_window(width, self.size[1], parameters.window[1], x)
-                kept = objects.crop(rows, columns, min_visible=self.settings.min_visible)
-                if len(kept) or not len(objects):
-                    return (rows, columns), kept
-        rows, columns = Span.of_window(height, self.size[0], 1.0, 0.0), Span.of_window(width, self.size[1], 1.0, 0.0)
-        return (rows, columns), objects
+        """The first window that keeps an object; when none does all of the image, or a tile without objects."""
+        image_size = (image.shape[0], image.shape[1])
+        window, letterbox = parameters.window_of(original_size), original_size if self.letterbox else None
+        for position in parameters.positions:
+            spans = window_spans(image_size, window, position, size=self.size, letterbox=letterbox)
+            kept = objects.crop(*spans, min_visible=self.settings.min_visible)
+            if len(kept) or not len(objects):
+                return spans, kept
+        if parameters.tile is not None:
+            return spans, kept
+        return window_spans(image_size, (1.0, 1.0), (0.0, 0.0), size=self.size, letterbox=letterbox), objects
 
     def _read_objects(self, example: dict[str, Any], height: int, width: int) -> Objects:
         objects = example.get("objects")

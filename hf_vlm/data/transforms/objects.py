@@ -96,6 +96,10 @@ class Masks:
         masks = [FramedMask(tuple(frame), pixels) for frame, pixels in zip(frames.tolist(), self.pixels)]
         return Masks.of([_cut(mask, clipped) for mask, clipped in zip(masks, _clip(frames, rows, columns))])
 
+    def shrink(self, shown: tuple[float, float]) -> "Masks":
+        """Those of the fraction `shown` (height, width) of a larger image, which begins with this one."""
+        return Masks(_shrink(self.frames, shown), self.pixels)
+
     def rasterise(self, size: tuple[int, int]) -> Array:
         """The masks (n, height, width) bool at a size: what lies at the centres of its pixels."""
         masks = np.zeros((len(self.pixels), *size), dtype=bool)
@@ -143,6 +147,11 @@ class Objects:
         masks = None if self.masks is None else self.masks.flip(horizontal=horizontal, vertical=vertical)
         return dataclasses.replace(self, boxes=boxes, masks=masks)
 
+    def shrink(self, shown: tuple[float, float]) -> "Objects":
+        """Those of the fraction `shown` (height, width) of a larger image, which begins with this one."""
+        masks = None if self.masks is None else self.masks.shrink(shown)
+        return dataclasses.replace(self, boxes=_shrink(self.boxes, shown), masks=masks)
+
     def crop(self, rows: Span, columns: Span, *, min_visible: float) -> "Objects":
         """Clip to a window, now relative to its output, and keep those that show enough of their area.
 
@@ -175,6 +184,11 @@ def _flip(boxes: Array, *, horizontal: bool, vertical: bool) -> Array:
     if vertical:
         top, bottom = 1 - bottom, 1 - top
     return np.stack([left, top, right, bottom], axis=1)
+
+
+def _shrink(boxes: Array, shown: tuple[float, float]) -> Array:
+    shrunk: Array = boxes * [shown[1], shown[0], shown[1], shown[0]]
+    return shrunk
 
 
 def _map(boxes: Array, rows: Span, columns: Span) -> Array:

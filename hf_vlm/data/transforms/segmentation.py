@@ -15,7 +15,14 @@ from hf_vlm.data.transforms.collate import stack
 from hf_vlm.data.transforms.image_ops import Normalizer, rotate_quarter_turns
 from hf_vlm.data.transforms.objects import Span
 from hf_vlm.data.transforms.options import as_probability, as_size, build_settings
-from hf_vlm.data.transforms.windows import WindowParameters, WindowSettings, render_window, sample_window
+from hf_vlm.data.transforms.windows import (
+    WindowParameters,
+    WindowSettings,
+    pad_to,
+    render_window,
+    sample_window,
+    window_spans,
+)
 
 __all__ = ["SegmentationEvalTransform", "SegmentationSettings", "SegmentationTransform", "collate_segmentation"]
 
@@ -44,9 +51,10 @@ class SegmentationSettings(WindowSettings):
 class SegmentationTransform:
     """Turns an example with a `mask` into a segmenter's input and labels, for `ExampleStream`.
 
-    Gives `pixel_values` (C, H, W) float32, normalised, the image resized to `size` whatever its shape, and `labels`
-    (H, W) uint8: the class of each pixel, 255 for those without one and for what is beside the image. Masks are
-    resized to the nearest value.
+    Gives `pixel_values` (C, H, W) float32, normalised, the image resized to `size` whatever its shape or, with
+    `letterbox`, to fit into it, with padding of the mean colour at the right or the bottom; and `labels` (H, W) uint8:
+    the class of each pixel, 255 for those without one and for what is beside the image. Masks are resized to the
+    nearest value.
 
     Args:
         size: Size of the output in pixels, one number or (height, width).
@@ -54,6 +62,7 @@ class SegmentationTransform:
         image_mean: Mean of the values in 0 to 1; one number, or one per channel.
         image_std: Standard deviation of the values in 0 to 1; one number, or one per channel.
         num_channels: Channels of the images; colour jitter needs 3.
+        letterbox: Whether to keep the aspect ratio.
         settings: Settings of the augmentation; None for the defaults.
 
     Raises:
@@ -69,11 +78,13 @@ class SegmentationTransform:
         image_mean: float | Sequence[float],
         image_std: float | Sequence[float],
         num_channels: int = 3,
+        letterbox: bool = False,
         settings: SegmentationSettings | None = None,
     ) -> None:
         self.size = as_size("size", size)
         self.num_classes = num_classes
         self.num_channels = num_channels
+        self.letterbox = letterbox
         self.settings = settings or SegmentationSettings()
         self.normalize = Normalizer(image_mean, image_std, num_channels=num_channels)
         if num_channels != 3 and any(self.settings.jitter):
@@ -96,27 +107,31 @@ class SegmentationTransform:
         )
         mask = read_labels(example, self.num_classes, original_size)
         image, mask = self.render(image, mask, parameters)
+        image, mask = pad_to(image, self.size, self.normalize.fill), pad_to(mask, self.size, IGNORED)[:, :, 0]
         pixel_values = np.empty((self.num_channels, *self.size), dtype=np.float32)  # (C, H, W)
         self.normalize(image, pixel_values)
-        return {"pixel_values": torch.from_numpy(pixel_values), "labels": torch.from_numpy(mask)}
+        return {"pixel_values": torch.from_numpy(pixel_values), "labels": torch.from_numpy(np.ascontiguousarray(mask))}
 
     def render(self, image: Array, mask: Array, parameters: WindowParameters) -> tuple[Array, Array]:
-        """Apply a sampled augmentation: the image (H, W, C) and the mask (H, W) uint8 of the output size."""
+        """Apply a sampled augmentation: the image (h, w, C) and the mask (h, w, 1) uint8 before they are padded."""
+        original_size = mask.shape[:2]
         mask = resize_nearest(mask[:, :, None], image.shape[:2])  # (height, width, 1), of an image decoded smaller
         if parameters.quarter_turns:
             image = rotate_quarter_turns(image, parameters.quarter_turns)
             mask = rotate_quarter_turns(mask, parameters.quarter_turns)
-        rows, columns = self._choose_window(mask, parameters)
+            original_size = parameters.turned_size(original_size)
+        rows, columns = self._choose_window(mask, parameters, original_size)
         image = render_window(image, rows, columns, parameters, fill=self.normalize.fill)
         mask = render_window(mask, rows, columns, replace(parameters, color=()), fill=IGNORED, resize=resize_nearest)
-        return image, np.ascontiguousarray(mask[:, :, 0])
+        return image, mask
 
-    def _choose_window(self, mask: Array, parameters: WindowParameters) -> tuple[Span, Span]:
-        height, width = mask.shape[:2]
-        fractions = parameters.window or (1.0, 1.0)
-        for y, x in parameters.positions or ((0.0, 0.0),):
-            rows = Span.of_window(height, self.size[0], fractions[0], y)
-            columns = Span.of_window(width, self.size[1], fractions[1], x)
+    def _choose_window(
+        self, mask: Array, parameters: WindowParameters, original_size: tuple[int, int]
+    ) -> tuple[Span, Span]:
+        image_size = (mask.shape[0], mask.shape[1])
+        window, letterbox = parameters.window_of(original_size), original_size if self.letterbox else None
+        for position in parameters.positions or ((0.0, 0.0),):
+            rows, columns = window_spans(image_size, window, position, size=self.size, letterbox=letterbox)
             counts = np.bincount(mask[slice(*rows.source), slice(*columns.source)].ravel(), minlength=IGNORED + 1)
             counts = counts[:IGNORED]
             if 0 < counts.max() <= self.settings.max_class_fraction * counts.sum():

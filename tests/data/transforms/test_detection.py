@@ -204,7 +204,7 @@ def test_a_larger_window_is_filled_with_the_mean_colour():
     image = np.full((HEIGHT, WIDTH, 3), 255, np.uint8)
     objects = transform._read_objects(make_example(), HEIGHT, WIDTH)
     parameters = WindowParameters(window=(2.0, 2.0), positions=((0.5, 0.5),))
-    rendered, moved = transform.render(image, objects, parameters)
+    rendered, moved = transform.render(image, objects, parameters, (HEIGHT, WIDTH))
     expected = np.full((60, 80, 3), 64, np.uint8)
     expected[15:45, 20:60] = 255
     np.testing.assert_array_equal(rendered, expected)

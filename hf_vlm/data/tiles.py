@@ -1,19 +1,20 @@
-"""Detection in large images tile by tile, and the detections of all tiles as those of the image."""
+"""Large images tile by tile, and the detections of all tiles as those of the image."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_vlm.deploy.prediction import Prediction
 from hf_vlm.metrics.detection_matches import box_ious
 
-__all__ = ["Tile", "check_tiling", "merge_tiles", "tiles_of"]
+__all__ = ["OVERLAP", "Tile", "Tiling", "merge_tiles"]
 
 Array = NDArray[Any]
 
+OVERLAP = 0.2  # where no other is asked for
 MIN_AGREEMENT = 0.5  # IoU of two boxes within the overlap of their tiles, from which they show one object
 EDGE = 2.0  # pixels from a tile's edge within which a box counts as cut by it
 
@@ -31,22 +32,35 @@ class Tile(NamedTuple):
         return slice(self.top, self.bottom), slice(self.left, self.right)
 
 
-def check_tiling(tile: int | None, overlap: float) -> None:
-    """ValueError where tiles cannot have this side, in pixels, or overlap by this fraction of it."""
-    if tile is not None and tile < 16:
-        raise ValueError(f"tile is {tile}; give the side of the tiles in pixels, 16 or more.")
-    if not 0 <= overlap <= 0.9:
-        raise ValueError(f"overlap is {overlap}; it is the fraction of a tile that the next one repeats, 0 to 0.9.")
+@dataclass(frozen=True)
+class Tiling:
+    """How images are cut into tiles.
 
+    Attributes:
+        side: Side of the tiles in pixels.
+        overlap: Fraction of a tile's side that the next one repeats, at least: objects up to that size are seen whole
+            by one of them.
 
-def tiles_of(size: tuple[int, int], tile: int, overlap: float) -> list[Tile]:
-    """Tiles that cover an image of a height and width, row by row; one where the image fits into it.
-
-    They are evenly spaced and overlap by at least the fraction `overlap` of their side.
+    Raises:
+        ValueError: for a value out of its range.
     """
-    rows, columns = (_starts(length, tile, overlap) for length in size)
-    height, width = size
-    return [Tile(x, y, min(x + tile, width), min(y + tile, height)) for y in rows for x in columns]
+
+    side: int
+    overlap: float = OVERLAP
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.side, int) or self.side < 16:
+            raise ValueError(f"tile is {self.side!r}; give the side of the tiles in pixels, 16 or more.")
+        if not 0 <= self.overlap <= 0.9:
+            raise ValueError(
+                f"overlap is {self.overlap}; it is the fraction of a tile that the next one repeats, 0 to 0.9."
+            )
+
+    def tiles(self, size: tuple[int, int]) -> list[Tile]:
+        """Tiles that cover an image of a height and width, evenly spaced, row by row; one where it fits into it."""
+        rows, columns = (_starts(length, self.side, self.overlap) for length in size)
+        height, width = size
+        return [Tile(x, y, min(x + self.side, width), min(y + self.side, height)) for y in rows for x in columns]
 
 
 def _starts(length: int, tile: int, overlap: float) -> list[int]:
@@ -57,7 +71,9 @@ def _starts(length: int, tile: int, overlap: float) -> list[int]:
     return [round(start) for start in np.linspace(0, free, math.ceil(free / step) + 1)]
 
 
-def merge_tiles(found: Sequence[Prediction], tiles: Sequence[Tile], *, image_size: tuple[int, int]) -> Prediction:
+def merge_tiles(
+    found: Sequence[Mapping[str, Array]], tiles: Sequence[Tile], *, image_size: tuple[int, int]
+) -> dict[str, Array]:
     """The detections of an image from those of its tiles.
 
     Two detections of one class in two tiles are of the same object where their boxes agree within the overlap of the
@@ -65,27 +81,30 @@ def merge_tiles(found: Sequence[Prediction], tiles: Sequence[Tile], *, image_siz
     the boxes that no edge cuts is taken. The score is the best one. Within a tile nothing is suppressed.
 
     Args:
-        found: The detections in each tile, in pixels of it.
+        found: The detections in each tile: `scores` (n,), `labels` (n,) and `boxes` (n, 4) x1, y1, x2, y2 in pixels
+            of the tile.
         tiles: Where the tiles are.
         image_size: Height and width of the image in pixels.
+
+    Returns:
+        `scores`, falling, `labels` and `boxes`, in pixels of the image.
     """
     offsets = [np.tile([tile.left, tile.top], 2) for tile in tiles]
-    boxes = np.concatenate([one.boxes + offset for one, offset in zip(found, offsets, strict=True)]).astype(np.float32)
-    tile_of = np.repeat(np.arange(len(tiles)), [len(one) for one in found])
-    scores, labels = (np.concatenate([getattr(one, name) for one in found]) for name in ("scores", "labels"))
-    names = [name for one in found for name in one.label_names]
+    boxes = np.concatenate([one["boxes"] + offset for one, offset in zip(found, offsets, strict=True)]).astype(
+        np.float32
+    )
+    tile_of = np.repeat(np.arange(len(tiles)), [len(one["boxes"]) for one in found])
+    scores, labels = (np.concatenate([one[name] for one in found]) for name in ("scores", "labels"))
     cut = _is_cut(boxes, np.array(tiles)[tile_of].reshape(-1, 4), image_size)
     groups = _groups(boxes, labels, tile_of, tiles)
     merged = [_merge(boxes[group], scores[group], cut[group]) for group in groups]
     best = np.array([group[scores[group].argmax()] for group in groups], dtype=np.int64)
     order = np.argsort(-scores[best], kind="stable")
-    return Prediction(
-        boxes=np.array(merged, dtype=np.float32).reshape(-1, 4)[order],
-        scores=scores[best][order],
-        labels=labels[best][order],
-        label_names=[names[best[i]] for i in order],
-        image_size=image_size,
-    )
+    return {
+        "scores": scores[best][order],
+        "labels": labels[best][order],
+        "boxes": np.array(merged, dtype=np.float32).reshape(-1, 4)[order],
+    }
 
 
 def _is_cut(boxes: Array, tiles: Array, size: tuple[int, int]) -> Array:
