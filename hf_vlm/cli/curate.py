@@ -61,8 +61,8 @@ def run(argv: Sequence[str]) -> None:
     else:
         run_locally(work, num_workers=arguments.num_workers)
     page = report_path(work, 0)
-    if not page.exists():
-        print(f"Submitted {len(executors)} stages; at the end the report is in {page}")
+    if not page.exists():  # Slurm's jobs wait in its queue
+        print(f"The stages are submitted; at their end the report is in {page}")
         return
     values = json.loads((work.folder / VALUES).read_text())
     print(f"{values['num_kept']:,} of {values['num_images']:,} images are kept; dropped:")

@@ -138,17 +138,16 @@ def assign_shard(work: Work, unit: int) -> None:
     """
     (centroids,) = work.load("cluster", 0, "centroids")
     rows = _candidates(work, unit)
-    columns = ("reason", "height", "width", "num_bytes")
-    table = dict(zip(columns, work.load("measure", unit, *columns)))
+    height, width, num_bytes = work.load("measure", unit, "height", "width", "num_bytes")  # (rows of the shard,)
     features = work.load("measure", unit, "features")[0][rows]  # (n, D)
     clusters = _nearest(features.astype(np.float32), centroids, min(CLUSTERS_PER_IMAGE, len(centroids)))  # (n, 2)
     order = np.argsort(clusters.ravel(), kind="stable")
     images = order // clusters.shape[1]  # of each entry
-    nearest = np.full(len(table["reason"]), -1, np.int32)
+    nearest = np.full(len(height), -1, np.int32)
     nearest[rows] = clusters[:, 0]
     arrays = {
         "row": rows[images].astype(np.int32),
-        "priority": priority(table)[rows[images]],
+        "priority": priority(height, width, num_bytes)[rows[images]],
         "features": features[images],
         "starts": np.searchsorted(clusters.ravel()[order], np.arange(len(centroids) + 1)),
         "nearest": nearest,

@@ -12,7 +12,7 @@ from hf_vlm.curation.work import CurationOptions, Work
 from hf_vlm.data.inspection.duplicates import image_digest
 from hf_vlm.data.io.decode import BadImageError, decode_image
 
-__all__ = ["NUM_BUCKETS", "REASONS", "Reason", "measure_shard", "pixel_features"]
+__all__ = ["NUM_BUCKETS", "REASONS", "Reason", "measure_shard", "pixel_features", "priority"]
 
 Array = np.ndarray[Any, Any]
 
@@ -36,7 +36,7 @@ REASONS = (
 )
 
 NUM_BUCKETS = 256  # of digests, by their first byte
-BATCH_SIZE = 32  # decoded images held at a time
+BATCH_SIZE = 32  # images described at a time
 SHARPNESS_SIDE = 256  # pixels, for the sharpness of a picture to be that of its smaller copies too
 THUMBNAIL_SIDE = 32
 NUM_LUMA, NUM_CHROMA = 8, 4  # frequencies of either axis
@@ -53,11 +53,25 @@ ROW = np.dtype(
 )
 
 
+class Describer(NamedTuple):
+    """How features are made.
+
+    Attributes:
+        prepare: From a decoded image (height, width, 3) uint8 what is held of it until its batch is full.
+        describe: From a batch of these, features (batch, num_features) float32 of length 1.
+        num_features: Number of features.
+    """
+
+    prepare: Callable[[Array], Any]
+    describe: Callable[[Sequence[Any]], Array]
+    num_features: int
+
+
 class Measured(NamedTuple):
-    """A row of `ROW`, and the decoded image (height, width, 3) uint8 where it passes."""
+    """A row of `ROW`, and what a describer has prepared of an image that passes."""
 
     row: tuple[Any, ...]
-    image: Array | None
+    prepared: Any = None
 
 
 def measure_shard(work: Work, unit: int) -> None:
@@ -67,19 +81,20 @@ def measure_shard(work: Work, unit: int) -> None:
     For `exact`, the images that pass are listed again in the order of their digests: `order` (passing,) their rows,
     `sorted_digest` and `sorted_priority`, and `bucket_starts` (NUM_BUCKETS + 1,) where each bucket begins.
     """
-    describe = _encoder_features(work.options.encoder) if work.options.encoder else _features_of_pixels
-    rows, features = list[Array](), list[Array]()
+    describer = _encoder_describer(work.options.encoder) if work.options.encoder else PIXELS
+    rows, features = [np.zeros(0, ROW)], [np.zeros((0, describer.num_features), np.float16)]
     for batch in _batches(read_images(work.shards[unit], work.format)):
-        measured = [_measure(image, work.options) for image in batch]
+        measured = [_measure(image, work.options, describer) for image in batch]
         rows.append(np.array([entry.row for entry in measured], dtype=ROW))
-        passing = [position for position, entry in enumerate(measured) if entry.image is not None]
-        found = describe([entry.image for entry in measured if entry.image is not None])  # (passing, D)
-        features.append(np.zeros((len(batch), found.shape[1]), np.float16))
-        features[-1][passing] = found
-    table = np.concatenate([np.zeros(0, ROW), *rows])
+        passes = rows[-1]["reason"] == 0
+        features.append(np.zeros((len(batch), describer.num_features), np.float16))
+        if passes.any():
+            features[-1][passes] = describer.describe(
+                [entry.prepared for entry, passed in zip(measured, passes) if passed]
+            )
+    table = np.concatenate(rows)
     arrays = {name: table[name] for name in ROW.names or ()}
-    arrays["features"] = np.concatenate(features) if features else np.zeros((0, describe([]).shape[1]), np.float16)
-    work.save("measure", unit, arrays | _by_digest(table))
+    work.save("measure", unit, arrays | {"features": np.concatenate(features)} | _by_digest(table))
 
 
 def _batches(images: Iterator[EncodedImage]) -> Iterator[list[EncodedImage]]:
@@ -93,18 +108,18 @@ def _batches(images: Iterator[EncodedImage]) -> Iterator[list[EncodedImage]]:
         yield batch
 
 
-def _measure(encoded: EncodedImage, options: CurationOptions) -> Measured:
+def _measure(encoded: EncodedImage, options: CurationOptions, describer: Describer) -> Measured:
     num_bytes = len(encoded.data)
     try:
         image, (height, width) = decode_image(encoded.data)
     except BadImageError:
-        return Measured((Reason.UNREADABLE, 0, 0, 0, num_bytes, 0, 0), None)
+        return Measured((Reason.UNREADABLE, 0, 0, 0, num_bytes, 0, 0))
     digest = image_digest(np.array(image.shape, "<i8").tobytes() + image.tobytes())
     gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     entropy, sharpness = _entropy(gray), _sharpness(gray)
     reason = _first_reason(height, width, entropy, sharpness, options)
     row = (reason, digest, height, width, num_bytes, entropy, sharpness)
-    return Measured(row, None if reason else image)
+    return Measured(row) if reason else Measured(row, describer.prepare(image))
 
 
 def _first_reason(height: int, width: int, entropy: float, sharpness: float, options: CurationOptions) -> int:
@@ -140,23 +155,18 @@ def _by_digest(table: Array) -> dict[str, Array]:
     return {
         "order": order.astype(np.int32),
         "sorted_digest": digests,
-        "sorted_priority": priority(table)[order],
+        "sorted_priority": priority(table["height"], table["width"], table["num_bytes"])[order],
         "bucket_starts": np.searchsorted(digests >> np.uint64(56), np.arange(NUM_BUCKETS + 1)),
     }
 
 
-def priority(table: Array) -> Array:
+def priority(height: Array, width: Array, num_bytes: Array) -> Array:
     """Which of several copies is kept (n,) int64: that of most pixels, and then of most bytes."""
-    pixels = np.minimum(table["height"].astype(np.int64) * table["width"], 2**31 - 1)
-    return pixels << 32 | np.minimum(table["num_bytes"], 2**32 - 1)
+    pixels = np.minimum(height.astype(np.int64) * width, 2**31 - 1)
+    return pixels << 32 | np.minimum(num_bytes, 2**32 - 1)
 
 
 # ---- features
-
-
-def _features_of_pixels(images: Sequence[Array]) -> Array:
-    size = NUM_LUMA**2 + 2 * NUM_CHROMA**2
-    return np.array([pixel_features(image) for image in images], np.float32).reshape(len(images), size)
 
 
 def pixel_features(image: Array) -> Array:
@@ -180,19 +190,29 @@ def pixel_features(image: Array) -> Array:
     return features / max(float(np.linalg.norm(features)), 1e-6)  # type: ignore[no-any-return]
 
 
+PIXELS = Describer(pixel_features, np.stack, NUM_LUMA**2 + 2 * NUM_CHROMA**2)
+
+
 @functools.lru_cache(maxsize=1)
-def _encoder_features(source: str) -> Callable[[Sequence[Array]], Array]:
-    """Features of an encoder, which a process loads once."""
+def _encoder_describer(source: str) -> Describer:
+    """The describer of an encoder, which a process loads once."""
+    import torch
     import torch.nn.functional as F
 
     from hf_vlm.features.device import to_best_device
-    from hf_vlm.features.embedding import embed_images
+    from hf_vlm.features.embedding import prepare_images
+    from hf_vlm.features.extraction import encode
     from hf_vlm.features.loading import load_frozen_encoder
 
     encoder, processor = load_frozen_encoder(source)
     to_best_device(encoder)
 
-    def describe(images: Sequence[Array]) -> Array:
-        return F.normalize(embed_images(encoder, images, processor), dim=1).numpy()  # type: ignore[no-any-return]
+    def describe(pixel_values: Sequence[torch.Tensor]) -> Array:
+        features = F.normalize(encode(encoder, torch.cat(list(pixel_values))), dim=1)
+        if not features.isfinite().all():
+            raise ValueError(f"{source}: features of an image are not finite; the encoder is damaged")
+        return features.numpy()  # type: ignore[no-any-return]
 
-    return describe
+    return Describer(
+        lambda image: prepare_images(encoder, [image], processor), describe, int(encoder.config.hidden_size)
+    )

@@ -2,8 +2,10 @@
 
 import multiprocessing
 import os
+import signal
 import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +36,13 @@ def run_locally(work: Work, *, num_workers: int = 1) -> None:
             try:
                 for future in _progress(stage, as_completed(futures), total=len(futures)):
                     future.result()
+            except BrokenProcessPool as error:
+                raise ValueError(
+                    f"a worker was killed in the stage {stage.name!r}, as where memory is short: start the same "
+                    "command again with fewer --num_workers, or give smaller shards"
+                ) from error
             except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
+                pool.shutdown(cancel_futures=True)  # after the units that are being done
                 raise
 
 
@@ -48,7 +55,11 @@ def _run_unit(work: Work, index: int, unit: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """Let a worker end when its parent is killed, so that nothing writes beside the one that continues."""
+    """Let a worker end when its parent is killed, so that nothing writes beside the one that continues.
+
+    Where the parent is interrupted, it waits for the units that are being done.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
