@@ -2,10 +2,11 @@
 
     python benchmarks/curate.py [--num_images 200000] [--quick]
 
-The images are smooth random colours with shapes on them, of 96 x 96 pixels, which are generated fast; JPEGs in Parquet
-shards. A tenth are exact copies of another, and a fifth near copies: compressed again, and by turns resized or cropped by 2 to 5 % on each side. Two workers curate them;
-they and their parent are killed once half of the shards are measured, and the same command is started again. With
-`--quick`, the shards are compared with those of a run that nobody killed. The last line of stdout is JSON.
+The images are random colours with shapes on them, of 96 x 96 pixels, generated fast; JPEGs in Parquet shards. A tenth
+are exact copies of another, and a fifth near copies: compressed again, and by turns resized or cropped by 2 to 5 % on
+each side. Two workers curate them; they and their parent are killed once half of the shards are measured, and the same
+command is started again. With `--quick`, the shards are compared with those of a run that nobody killed. The last line
+of stdout is JSON.
 """
 
 import argparse
