@@ -53,11 +53,10 @@ def run(argv: Sequence[str]) -> None:
     work = open_work(arguments.data, arguments.output_dir, split=arguments.split, options=options)
 
     from hf_vlm.curation.report import VALUES, report_path
-    from hf_vlm.curation.run import datatrove_executors, run_locally
+    from hf_vlm.curation.run import run_locally, run_on_cluster
 
     if arguments.executor is not None:
-        executors = datatrove_executors(work, arguments.executor, num_tasks=arguments.tasks, options=executor_options)
-        executors[-1].run()  # after those it depends on
+        run_on_cluster(work, arguments.executor, num_tasks=arguments.tasks, options=executor_options)
     else:
         run_locally(work, num_workers=arguments.num_workers)
     page = report_path(work, 0)

@@ -37,8 +37,10 @@ DISK_ERRORS = {
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "name a place that you may read and write"),
     **dict.fromkeys((errno.EEXIST, errno.ENOTDIR, errno.EISDIR), "name another place, or move what is there"),
 }
-RESUMABLE = ("pretrain", "finetune")
-RESUME = " What is saved is kept; --resume_from_checkpoint last resumes from the last checkpoint, if there is one."
+RESUME_TRAINING = (
+    " What is saved is kept; --resume_from_checkpoint last resumes from the last checkpoint, if there is one."
+)
+RESUME = {"pretrain": RESUME_TRAINING, "finetune": RESUME_TRAINING, "curate": " The same command continues."}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,7 +99,7 @@ def _run(command: str, words: Sequence[str]) -> int:
         leave_process_group()
         raise
     except KeyboardInterrupt:
-        print(f"\nhf-vlm {command}: stopped.{RESUME if command in RESUMABLE else ''}", file=sys.stderr)
+        print(f"\nhf-vlm {command}: stopped.{RESUME.get(command, '')}", file=sys.stderr)
         return 130
     finally:
         if "hf_vlm.cli.outputs" in sys.modules:  # commands without outputs start without it

@@ -123,9 +123,9 @@ def _save_dropped(work: Work, stage: str, unit: int, dropped: Array, because: Ar
 
 
 def dropped_rows(work: Work, stage: str, num_units: int, shard: int) -> list[Array]:
-    """Rows of a shard that a stage drops (n,), and shard and row of what is kept in place of each (n,), (n,).
+    """Rows of a shard that a stage drops (n,), and shard and row of what each is a copy of (n,), (n,).
 
-    A row occurs once for each cluster in which it has a copy.
+    A row occurs once for each cluster in which it is a copy, and what it is a copy of may be one itself in another.
     """
     parts = []
     for unit in range(num_units):

@@ -70,7 +70,7 @@ def _count(reasons: Array) -> Array:
 
 
 def _spread(work: Work, counts: Array, reason: int) -> list[list[Position]]:
-    """Some of the images that were dropped for a reason, spread over the shards, and of copies what is kept."""
+    """Some of the images that were dropped for a reason, spread over the shards, and what each copy is one of."""
     edges, found = np.concatenate([[0], counts.cumsum()]), []
     for index in range(min(NUM_SHOWN, int(edges[-1]))):
         number = index * int(edges[-1]) // min(NUM_SHOWN, int(edges[-1]))
@@ -156,7 +156,7 @@ def _range(values: Sequence[float]) -> str:
 
 
 def _case(work: Work, positions: Sequence[Position], images: dict[Position, EncodedImage]) -> dict[str, Any]:
-    titles = ("dropped", "kept") if len(positions) > 1 else ("",)
+    titles = ("dropped", "copy of") if len(positions) > 1 else ("",)
     pictures = [(title, _picture(images[position].data)) for title, position in zip(titles, positions)]
     names = [f"{redact_url(work.shards[shard]).rpartition('/')[2]}, row {row}" for shard, row in positions]
     name = images[positions[0]].name

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from hf_vlm.curation.stages import STAGES, Stage, steps_of
 from hf_vlm.curation.work import WORK_FOLDER, Work
 
-__all__ = ["datatrove_executors", "run_locally"]
+__all__ = ["datatrove_executors", "run_locally", "run_on_cluster"]
 
 
 def run_locally(work: Work, *, num_workers: int = 1) -> None:
@@ -107,3 +107,16 @@ def datatrove_executors(work: Work, executor: str, *, num_tasks: int, options: d
         except TypeError as error:
             raise ValueError(f"options of the executor {executor!r}: {error}") from error
     return executors
+
+
+def run_on_cluster(work: Work, executor: str, *, num_tasks: int, options: dict[str, Any]) -> None:
+    """Start what is left of a curation by `datatrove`; Slurm's jobs are then in its queue, and Ray's tasks done.
+
+    Raises:
+        ValueError: As `datatrove_executors`, or there is no such cluster here.
+    """
+    executors = datatrove_executors(work, executor, num_tasks=num_tasks, options=options)
+    try:
+        executors[-1].run()  # after those it depends on
+    except (ImportError, FileNotFoundError) as error:  # without Ray, or the commands of Slurm
+        raise ValueError(f"the executor {executor!r} cannot start from here: {error}") from error

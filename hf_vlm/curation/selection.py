@@ -16,7 +16,7 @@ Array = np.ndarray[Any, Any]
 
 def decide_shard(work: Work, unit: int) -> None:
     """Write for each image of a shard the `reason` why it is dropped, 0 if it is not, and `because_shard` and
-    `because_row` of the copy that is kept in place of it, -1 without one; and `counts` (clusters,) of images left.
+    `because_row` of the image that it is a copy of, -1 without one; and `counts` (clusters,) of images left.
     """
     (reason,) = work.load("measure", unit, "reason")
     because = np.full((2, len(reason)), -1, np.int32)

@@ -17,7 +17,7 @@ from hf_vlm.data.formats.splits import choose_split, common_folder, describe_fol
 from hf_vlm.data.formats.webdataset_samples import ROLES, read_member, split_name
 from hf_vlm.data.io.cells import rows_of_group
 from hf_vlm.data.io.decode import MAX_ENCODED_BYTES
-from hf_vlm.data.io.files import find_paths, is_folder, open_binary
+from hf_vlm.data.io.files import find_paths, is_folder, is_remote, open_binary
 from hf_vlm.data.io.messages import redact_url
 from hf_vlm.data.io.tars import TarMember, walk_tar
 from hf_vlm.data.shards import ROWS_PER_GROUP
@@ -65,7 +65,7 @@ def find_shards(data: str, split: str) -> tuple[str, list[Path]]:
     suffixes = {path.suffix.lower() for path in found}
     if len(suffixes) != 1 or not suffixes <= formats.keys():
         raise ValueError(f"{redact_url(data)}: give Parquet files or WebDataset tars that hold the images")
-    missing = [path for path in found if not path.exists()]
+    missing = [path for path in found if not is_remote(path) and not path.exists()]  # a server is asked later
     if missing:
         raise ValueError(f"{redact_url(missing[0])} does not exist")
     return formats[suffixes.pop()], choose_split(group_by_split(found, root), split, redact_url(data))

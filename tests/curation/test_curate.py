@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import sys
 import tarfile
 
 import numpy as np
@@ -177,6 +178,15 @@ def test_what_cannot_be_curated(tmp_path, capsys):
         assert main(["curate", str(data), str(tmp_path / "out")]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_clusters_that_are_not_there(shards, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datatrove.executor", None)
+    command = ["curate", str(shards), str(tmp_path / "out"), "--executor", "slurm"]
+    assert main(command) == 2
+    assert 'pip install "hf_vlm[curate]"' in capsys.readouterr().err
+    assert main([*command, "--executor_options", "[1]"]) == 2
+    assert "--executor_options [1]: give an object" in capsys.readouterr().err
 
 
 @pytest.mark.slow
