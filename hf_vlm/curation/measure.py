@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
-from hf_vlm.curation.shards import EncodedImage, read_images
+from hf_vlm.curation.shards import EncodedImage, check_columns, read_images
 from hf_vlm.curation.work import CurationOptions, Work
 from hf_vlm.data.inspection.duplicates import image_digest
 from hf_vlm.data.io.decode import BadImageError, decode_image
@@ -80,7 +80,12 @@ def measure_shard(work: Work, unit: int) -> None:
     Its columns are those of `ROW` and, float16, `features` (rows, D) of length 1, zero of images that do not pass.
     For `exact`, the images that pass are listed again in the order of their digests: `order` (passing,) their rows,
     `sorted_digest` and `sorted_priority`, and `bucket_starts` (NUM_BUCKETS + 1,) where each bucket begins.
+
+    Raises:
+        ValueError: The shard cannot be read, or has other columns than the first; or the encoder is damaged.
     """
+    if work.format == "parquet":
+        check_columns(work.shards[unit], work.shards[0])
     describer = _encoder_describer(work.options.encoder) if work.options.encoder else PIXELS
     rows, features = [np.zeros(0, ROW)], [np.zeros((0, describer.num_features), np.float16)]
     for batch in _batches(read_images(work.shards[unit], work.format)):

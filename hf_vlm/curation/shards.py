@@ -22,7 +22,7 @@ from hf_vlm.data.io.messages import redact_url
 from hf_vlm.data.io.tars import TarMember, walk_tar
 from hf_vlm.data.shards import ROWS_PER_GROUP
 
-__all__ = ["SUFFIXES", "EncodedImage", "copy_rows", "find_shards", "read_images"]
+__all__ = ["SUFFIXES", "EncodedImage", "check_columns", "copy_rows", "find_shards", "read_images"]
 
 logger = logging.getLogger(__name__)
 
@@ -90,12 +90,19 @@ def copy_rows(parts: Iterable[tuple[str, Array]], format: str, file: IO[bytes]) 
         file: Open file.
 
     Raises:
-        ValueError: A shard cannot be read, or its columns differ from those of the one before.
+        ValueError: A shard cannot be read.
     """
     (_copy_parquet if format == "parquet" else _copy_tar)(parts, file)
 
 
 # ---- Parquet
+
+
+def check_columns(path: str, like: str) -> None:
+    """ValueError where the columns of a Parquet shard are not those of another, so that no shard could hold both."""
+    with open_parquet_file(path) as file, open_parquet_file(like) as first:
+        if not file.schema_arrow.equals(first.schema_arrow):
+            raise ValueError(f"{redact_url(path)} and {redact_url(like)} differ in their columns: make them equal")
 
 
 def _image_column(file: pq.ParquetFile, path: str) -> str:
@@ -132,8 +139,6 @@ def _copy_parquet(parts: Iterable[tuple[str, Array]], file: IO[bytes]) -> None:
             if schema is None or writer is None:
                 schema = source.schema_arrow
                 writer = pq.ParquetWriter(file, schema)
-            if not source.schema_arrow.equals(schema):
-                raise ValueError(f"{redact_url(path)} has other columns than the shard before: make them equal")
             for table in _tables_of_rows(source, rows):
                 pending = _write_groups(writer, [*pending, table])
     if writer is not None:

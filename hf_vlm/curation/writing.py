@@ -42,8 +42,10 @@ def write_shard(work: Work, unit: int) -> None:
 
     def parts() -> Iterator[tuple[str, Array]]:
         for shard in sources:
-            rows = np.flatnonzero(reasons_of(work, shard) == 0)
-            yield work.shards[shard], rows[max(first - edges[shard], 0) : stop - edges[shard]]
+            kept = np.flatnonzero(reasons_of(work, shard) == 0)
+            rows = kept[max(first - edges[shard], 0) : stop - edges[shard]]
+            if len(rows):
+                yield work.shards[shard], rows
 
     with replaced_file(shard_path(work, unit)) as file:
         copy_rows(parts(), work.format, file)

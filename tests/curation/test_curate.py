@@ -180,6 +180,12 @@ def test_what_cannot_be_curated(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_shards_of_other_columns_are_found_before_the_work(shards, tmp_path):
+    pq.write_table(pq.read_table(shards / "train-1.parquet").drop_columns("label"), shards / "train-1.parquet")
+    with pytest.raises(ValueError, match=r"train-1\.parquet and .*train-0\.parquet differ in their columns"):
+        STAGES[0].run(open_work(str(shards), tmp_path / "out", options=OPTIONS), 1)
+
+
 def test_clusters_that_are_not_there(shards, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "datatrove.executor", None)
     command = ["curate", str(shards), str(tmp_path / "out"), "--executor", "slurm"]
