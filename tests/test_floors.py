@@ -16,6 +16,7 @@ FLOORS = {
     "tasks": 4,
     "training": 5,
     "viz": 6,
+    "curation": 7,
     "deploy": 7,
     "planning": 7,
     "cli": 8,

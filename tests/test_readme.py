@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from transformers import Dinov2Config, Dinov2Model
+from datasets import Dataset
 from hf_vlm.data.video import VideoWriter
 
 rng = np.random.default_rng(0)
@@ -31,6 +32,9 @@ for index in range(8):
         save_image(Path("my-coco-folder", split, f"{index}.png"))
         for name in ("cat", "dog"):
             save_image(Path("my-class-folders", split, name, f"{index}.png"))
+images = [{"bytes": path.read_bytes(), "path": None} for path in Path("my-images").iterdir()]
+Path("my-shards").mkdir()
+Dataset.from_dict({"image": images}).to_parquet("my-shards/train.parquet")
 for split in ("train", "validation", "test"):
     boxes = [
         {"id": i, "image_id": i, "category_id": i % 2, "bbox": [4, 6, 20, 30], "area": 600, "iscrowd": 0,
@@ -116,6 +120,7 @@ def test_the_commands_run_in_their_order(hub, run_process, tmp_path):
     printed = run_process(code, tmp_path, token="owner")
     assert "AP" in printed
     for name in (
+        "curated/report.html",
         "out.png",
         "features.parquet",
         "found.png",

@@ -13,6 +13,7 @@ from hf_vlm.models.nearest_name import did_you_mean
 
 COMMANDS = {
     "data": "inspect images and labels before training: hf-vlm data SOURCE --save contact_sheet.png",
+    "curate": "drop copies and poor images of shards:  hf-vlm curate SHARDS OUTPUT_DIR --num_images 1000000",
     "views": "see the views that a recipe trains on:     hf-vlm views RECIPE --data SOURCE --save views.png",
     "convert": "import an encoder of transformers:         hf-vlm convert facebook/dinov2-small runs/dinov2",
     "pretrain": "pretrain an encoder on unlabelled images:  hf-vlm pretrain RECIPE --data SOURCE",
@@ -36,8 +37,10 @@ DISK_ERRORS = {
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "name a place that you may read and write"),
     **dict.fromkeys((errno.EEXIST, errno.ENOTDIR, errno.EISDIR), "name another place, or move what is there"),
 }
-RESUMABLE = ("pretrain", "finetune")
-RESUME = " What is saved is kept; --resume_from_checkpoint last resumes from the last checkpoint, if there is one."
+RESUME_TRAINING = (
+    " What is saved is kept; --resume_from_checkpoint last resumes from the last checkpoint, if there is one."
+)
+RESUME = {"pretrain": RESUME_TRAINING, "finetune": RESUME_TRAINING, "curate": " The same command continues."}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -96,7 +99,7 @@ def _run(command: str, words: Sequence[str]) -> int:
         leave_process_group()
         raise
     except KeyboardInterrupt:
-        print(f"\nhf-vlm {command}: stopped.{RESUME if command in RESUMABLE else ''}", file=sys.stderr)
+        print(f"\nhf-vlm {command}: stopped.{RESUME.get(command, '')}", file=sys.stderr)
         return 130
     finally:
         if "hf_vlm.cli.outputs" in sys.modules:  # commands without outputs start without it

@@ -22,7 +22,7 @@ from hf_vlm.viz.report_cases import CaseImages
 from hf_vlm.viz.report_plots import plot_svg
 from hf_vlm.viz.sheets import class_color
 
-__all__ = ["write_report"]
+__all__ = ["render_page", "write_report"]
 
 PAGE, VALUES = "report.html", "report.json"
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -46,13 +46,13 @@ def write_report(folder: Path, run: str, split: EvaluatedSplit) -> Path:
     facts = _facts(run, split)
     positions = {split.images[case.image].position for part in parts for case in getattr(part, "cases", ())}
     images = CaseImages(split.source, sorted(positions))
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     bar = tqdm(parts, desc="Report", leave=False, disable=None)
-    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    page = render_page(
         title=one_line(f"Evaluation of {Path(run).name}"),
         facts=facts,
         headline=[(label, _text(split.evaluation.metrics.get(name))) for name, label in _headline(split).items()],
-        metrics=[(_metric_name(split, name), _text(value)) for name, value in _overall(split).items()],
+        overview="Metrics",
+        values=[(_metric_name(split, name), _text(value)) for name, value in _overall(split).items()],
         parts=[_rendered(part, number, images, split.images) for number, part in enumerate(bar)],
     )
     values = {
@@ -67,6 +67,28 @@ def write_report(folder: Path, run: str, split: EvaluatedSplit) -> Path:
     except OSError as error:
         raise ValueError(f"The report cannot be written into {folder}: {error.strerror}.") from error
     return path
+
+
+def render_page(
+    *,
+    title: str,
+    facts: Mapping[str, str],
+    headline: Sequence[tuple[str, str]],
+    overview: str,
+    values: Sequence[tuple[str, str]],
+    parts: Sequence[Mapping[str, Any]],
+) -> str:
+    """A page of a report; all text is escaped.
+
+    Args:
+        facts: What it is about, by name.
+        headline: Labels and values shown large.
+        overview: Title of the first part, which lists `values`.
+        parts: What the template shows of each part.
+    """
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(title=title, facts=facts, headline=headline, overview=overview, values=values, parts=parts)
 
 
 def _facts(run: str, split: EvaluatedSplit) -> dict[str, str]:

@@ -17,7 +17,7 @@ from hf_vlm.viz.detections import render_detections
 from hf_vlm.viz.masks import render_mask
 from hf_vlm.viz.sheets import in_colors
 
-__all__ = ["CaseImages"]
+__all__ = ["CaseImages", "as_url", "view_of"]
 
 SIDE = 320  # pixels of the longer side of a picture
 QUALITY = 82
@@ -45,14 +45,15 @@ class CaseImages:
         Args:
             position: The image's position in the source.
         """
-        view = _view(self.examples[position]["image"], case.focus)
+        view = view_of(self.examples[position]["image"], case.focus)
         if case.predicted.boxes is None and case.predicted.segmentation is None:
-            return [("", _as_url(view.picture))]
+            return [("", as_url(view.picture))]
         marks = {"predicted": case.predicted, "ground truth": case.truth}
-        return [(title, _as_url(_marked(view, marked))) for title, marked in marks.items()]
+        return [(title, as_url(_marked(view, marked))) for title, marked in marks.items()]
 
 
-def _view(image: Any, focus: Sequence[float] | None) -> View:
+def view_of(image: Any, focus: Sequence[float] | None) -> View:
+    """An encoded image as a picture of a report, or the part around `focus` (left, top, right, bottom), in pixels."""
     array, (height, width) = decode_image(image, at_least=None if focus is not None else (SIDE, SIDE))
     picture = Image.fromarray(in_colors(array))
     side = float(max(height, width))
@@ -86,7 +87,8 @@ def _marked(view: View, marks: Marks) -> Image.Image:
     )
 
 
-def _as_url(picture: Image.Image) -> str:
+def as_url(picture: Image.Image) -> str:
+    """A picture as a URL that holds its data."""
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=QUALITY)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"

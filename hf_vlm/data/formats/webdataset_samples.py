@@ -14,7 +14,17 @@ from hf_vlm.data.io.decode import MAX_ENCODED_BYTES
 from hf_vlm.data.io.parsing import MAX_TEXT_BYTES, parse_json
 from hf_vlm.data.io.tars import TarMember, walk_tar
 
-__all__ = ["ROLES", "LabelError", "Sample", "check_images", "labels_of", "read_fields", "read_member", "walk_samples"]
+__all__ = [
+    "ROLES",
+    "LabelError",
+    "Sample",
+    "check_images",
+    "labels_of",
+    "read_fields",
+    "read_member",
+    "split_name",
+    "walk_samples",
+]
 
 Row = dict[str, Any]
 
@@ -43,7 +53,7 @@ def walk_samples(file: IO[bytes], roles: Collection[str], *, reads_images: bool)
 
     Images of more than `MAX_ENCODED_BYTES` are not read.
     """
-    members = ((*_split_name(member.name), member) for member in walk_tar(file))
+    members = ((*split_name(member.name), member) for member in walk_tar(file))
     # Files as `._0.jpg`, which macOS puts between those of a sample, are no part of it.
     named = (entry for entry in members if not entry[0].endswith("/") and entry[0])
     for key, files in groupby(named, key=lambda entry: entry[0]):
@@ -67,7 +77,7 @@ def check_images(sample: Sample) -> None:
             raise LabelError(f"{member.name} has {member.size} bytes, more than the {MAX_ENCODED_BYTES} that are read")
 
 
-def _split_name(name: str) -> tuple[str, str]:
+def split_name(name: str) -> tuple[str, str]:
     """Key and extension: a name up to the first dot of its last part, and the rest in small letters."""
     folder, slash, file = name.rpartition("/")
     stem, dot, extension = file.partition(".")
