@@ -1,20 +1,19 @@
 """`hf-vlm curate SHARDS OUTPUT_DIR [--num_images 1000000]`"""
 
-import argparse
 import dataclasses
 import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_vlm.cli.options import check_positive
+from hf_vlm.cli.options import Parser, check_positive
 
 EXECUTORS = ("slurm", "ray")
 
 
 def run(argv: Sequence[str]) -> None:
     """Writes shards of the images worth training on, with a report of what was dropped; continues what was stopped."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hf-vlm curate",
         description="Reads shards of images, Parquet files or WebDataset tars, drops what is unreadable, small, blank "
         "or there more than once, chooses the rest evenly over clusters of what they show, and writes shards of the "
