@@ -15,7 +15,7 @@ from hf_vlm.planning.step import ExpertCost, StepCost
 __all__ = ["LAYOUTS", "Cluster", "Plan", "largest_batch", "layouts_for", "make_plan"]
 
 LAYOUTS = ("ddp", "hsdp", "fsdp2", "ep")
-FP32, ADAMW = 4, 8  # bytes per weight: weights, gradients and their sums are float32; AdamW keeps two averages
+FP32 = 4  # bytes per weight: weights, gradients and their sums are float32
 GATHERED_LAYERS = 2  # of FSDP: the layer that is computed, and the next one, which is being fetched
 RESERVED = 2e9  # bytes of a GPU that are not the model's: its context, libraries, fragments
 RECOMPUTED = 4 / 3  # FLOPs with activation checkpointing: forward is a third of them, and runs twice
@@ -140,7 +140,7 @@ def make_plan(
     flops = batch_size * cost.flops_per_image * (RECOMPUTED if checkpointing else 1.0)
     fixed = {
         "weights": FP32 * weights,
-        "optimiser": ADAMW * trained,
+        "optimiser": cost.optimizer_width * trained,
         **_working(cost, cluster, layout),
         "reserved": RESERVED,
     }

@@ -1,7 +1,7 @@
 """The plans of a recipe: what its step costs, and how long the run takes on a cluster under each layout."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hf_vlm.models.ssl_model import SSLPreTrainedModel
 from hf_vlm.planning.layouts import Cluster, Plan, largest_batch, layouts_for, make_plan
@@ -13,6 +13,9 @@ from hf_vlm.training.data import view_transform
 from hf_vlm.training.meters import DTYPES
 
 __all__ = ["RecipePlan", "input_shapes", "plan_recipe", "recipe_cost"]
+
+EIGHT_BITS = ("adamw_torch_8bit", "adamw_bnb_8bit", "adamw_8bit")
+ADAMW_8BIT = 2 * (1 + 4 / 256)  # bytes per weight: two averages, with a float32 scale for 256 values of each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +86,8 @@ def plan_recipe(
 def recipe_cost(args: VisionTrainingArguments, precision: str) -> StepCost:
     """Cost of a step of a recipe with products in a precision (bf16, fp16, tf32 or fp32), on any cluster."""
     entry = find_model(args.method)
-    return step_cost(entry.model_class, build_config(args, entry), input_shapes(args), DTYPES[precision])
+    cost = step_cost(entry.model_class, build_config(args, entry), input_shapes(args), DTYPES[precision])
+    return replace(cost, optimizer_width=ADAMW_8BIT) if args.optim in EIGHT_BITS else cost
 
 
 def input_shapes(args: VisionTrainingArguments) -> Mapping[str, tuple[int, ...]]:

@@ -62,6 +62,7 @@ class StepCost:
         moments: The moments of a step that may be its fullest: bytes of the gradients of weights, which grow in the
             backward pass, and all bytes of an image, which shrink.
         experts: What of it is that of experts; None for a dense encoder.
+        optimizer_width: Bytes of the optimiser's state per trained weight: of AdamW two averages in float32.
     """
 
     num_parameters: int
@@ -74,6 +75,7 @@ class StepCost:
     copies: float
     moments: tuple[tuple[float, float], ...]
     experts: ExpertCost | None = None
+    optimizer_width: float = 8.0
 
 
 @dataclass

@@ -267,7 +267,7 @@ class VisionTrainer(AveragingTrainer):
     # ---- optimiser
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The optimiser of the arguments over layer-wise parameter groups."""
+        """The optimiser of the arguments over layer-wise parameter groups; ValueError where its package is missing."""
         if self.optimizer is None:
             model = self.model if model is None else model
             config = self.model.config
@@ -283,7 +283,10 @@ class VisionTrainer(AveragingTrainer):
                 encoder_lr_multiplier=self.args.encoder_lr_multiplier,
                 patch_projection_lr_multiplier=self.args.patch_projection_lr_multiplier,
             )
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            try:
+                optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            except ImportError as error:
+                raise ValueError(f"optim {self.args.optim.value}: {error}") from error
             self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
 

@@ -141,6 +141,9 @@ def test_a_recipe_is_planned_by_one_command(tmp_path, capsys):
     for one in plan["plans"]:
         assert one["fits"]
         assert one["batch_size"] <= one["largest_batch_size"] < 2 * one["batch_size"]
+    assert main(["plan", *NANO, "--gpus", "1", "--json", "--optim", "adamw_torch_8bit"]) == 0
+    eight_bits = json.loads(capsys.readouterr().out)["plans"][0]["memory"]["optimiser"]
+    assert eight_bits / plan["plans"][0]["memory"]["optimiser"] == pytest.approx((2 + 8 / 256) / 8, rel=0.01)
 
 
 def test_what_cannot_be_planned_is_said_before_anything_is_built(capsys):
