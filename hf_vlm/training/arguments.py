@@ -6,15 +6,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
 
 from hf_vlm.training import scaling
+from hf_vlm.training.layout_arguments import LayoutArguments
 
 __all__ = ["VisionTrainingArguments"]
 
 
 @dataclass
-class VisionTrainingArguments(TrainingArguments):
+class VisionTrainingArguments(LayoutArguments):
     """TrainingArguments and what a vision run needs in addition: the model, the data and the optimiser's groups.
 
     Raises:
@@ -328,8 +328,8 @@ class VisionTrainingArguments(TrainingArguments):
 
     @property
     def total_batch_size(self) -> int:
-        """Images per optimiser step, over all processes."""
-        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+        """Images per optimiser step, over all ranks."""
+        return self.train_batch_size * self.gradient_accumulation_steps * self.num_data_ranks
 
     @property
     def scaled_learning_rate(self) -> float:

@@ -26,15 +26,22 @@ from hf_vlm.training.average import LAST_WEIGHTS_FILE, AveragingTrainer
 from hf_vlm.training.callbacks import AfterStep, EarlyStopping, LogFile, RunFolder, WeightDecaySchedule
 from hf_vlm.training.checkpoints import check_run_folder, last_checkpoint, verify_checkpoint
 from hf_vlm.training.console import ConsoleLog
-from hf_vlm.training.data_state import load_data_state, save_data_state
+from hf_vlm.training.data_state import has_same_ranks, load_data_state, save_data_state
 from hf_vlm.training.finite import check_before_saving, check_metrics
 from hf_vlm.training.layout import check_layout
 from hf_vlm.training.lock import LOCK_FILE
 from hf_vlm.training.lora import LORA_FILE
 from hf_vlm.training.meters import ThroughputMeter
-from hf_vlm.training.optim import group_settings, late_schedule, parameter_groups, restore_group_settings
+from hf_vlm.training.optim import (
+    group_settings,
+    late_schedule,
+    parameter_groups,
+    restore_group_settings,
+    split_by_mesh,
+)
 from hf_vlm.training.signals import outlive_signals
 
+SEEDS_PER_STEP = 100_003  # more than there are ranks
 TRAINING_STATE = [
     "*checkpoint-*",  # abandoned ones too
     "round-*",
@@ -160,8 +167,8 @@ class VisionTrainer(AveragingTrainer):
             self._verify(Path(resume_from_checkpoint))
             if isinstance(self.train_dataset, ExampleStream):
                 self._data_state = load_data_state(Path(resume_from_checkpoint), self.train_dataset, self.args)
-        if self.args.world_size > 1:  # ranks see different images, and so should sample different masks
-            set_seed(self.args.seed + self.args.process_index)
+        if self.args.world_size > 1:  # ranks with other images should sample other masks
+            set_seed(self.args.seed + self.args.data_rank)
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
     def _verify(self, checkpoint: Path) -> None:
@@ -177,6 +184,14 @@ class VisionTrainer(AveragingTrainer):
         if self._stream_loader is not None:
             save_data_state(Path(output_dir), self._stream_loader, self.args)
         self.accelerator.wait_for_everyone()
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """The stock method; in another layout ranks are seeded by the step, those with the same images alike."""
+        if checkpoint is None or has_same_ranks(Path(checkpoint), self.args):
+            super()._load_rng_state(checkpoint)
+        else:
+            seed = self.args.seed + self.args.data_rank + SEEDS_PER_STEP * self.state.global_step
+            set_seed(seed % 2**32)
 
     def _init_training_state(self, max_steps: int, *args: Any) -> Any:
         """The stock method, whose state keeps a checkpoint's intervals of logs, evaluations and saves."""
@@ -267,22 +282,27 @@ class VisionTrainer(AveragingTrainer):
         """The optimiser of the arguments over layer-wise parameter groups."""
         if self.optimizer is None:
             model = self.model if model is None else model
-            config = self.model.config
-            encoder = getattr(config, "backbone_config", config)
-            groups = parameter_groups(
-                model,
-                num_layers=encoder.num_hidden_layers,
-                learning_rate=self.args.scaled_learning_rate,
-                weight_decay=self.args.weight_decay,
-                no_decay=self.model.no_weight_decay(),
-                late_parameters=self.model.late_parameters(),
-                layer_decay=self.args.layer_decay,
-                encoder_lr_multiplier=self.args.encoder_lr_multiplier,
-                patch_projection_lr_multiplier=self.args.patch_projection_lr_multiplier,
-            )
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
-            self.optimizer = optimizer_class(groups, **options)
+            self.optimizer = optimizer_class(split_by_mesh(self._parameter_groups(model)), **options)
         return self.optimizer
+
+    def optimizer_names(self) -> list[str]:
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        return [names[id(each)] for group in self._parameter_groups(self.model) for each in group["params"]]
+
+    def _parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        config = self.model.config
+        return parameter_groups(
+            model,
+            num_layers=getattr(config, "backbone_config", config).num_hidden_layers,
+            learning_rate=self.args.scaled_learning_rate,
+            weight_decay=self.args.weight_decay,
+            no_decay=self.model.no_weight_decay(),
+            late_parameters=self.model.late_parameters(),
+            layer_decay=self.args.layer_decay,
+            encoder_lr_multiplier=self.args.encoder_lr_multiplier,
+            patch_projection_lr_multiplier=self.args.patch_projection_lr_multiplier,
+        )
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """The stock schedule, with a later start of the encoder (`frozen_encoder_steps`) and of `late_parameters`."""
