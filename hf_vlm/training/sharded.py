@@ -117,7 +117,7 @@ class ShardedTrainer(CommittingTrainer):
         if not self.is_sharded or not files:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        weights = {name: weight for file in files for name, weight in load_file(file).items()}
+        weights: dict[str, Any] = {name: weight for file in files for name, weight in load_file(file).items()}
         options = StateDictOptions(full_state_dict=True, strict=False)
         self._issue_warnings_after_load(set_model_state_dict(self.model, weights, options=options))
 
