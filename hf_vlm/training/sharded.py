@@ -104,9 +104,13 @@ class ShardedTrainer(CommittingTrainer):
     def _divide_optimizer_state(self, state: dict[str, Any]) -> None:
         """Gives each rank its part of the state of a model that was whole, whose parameters are numbered."""
         names = self.optimizer_names()
-        state["state"] = {names[index]: value for index, value in state["state"].items()}
-        for group in state["param_groups"]:
-            group["params"] = [names[index] for index in group["params"]]
+        settings = {names[index]: group for group in state["param_groups"] for index in group["params"]}
+        own = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        groups = [[own[id(each)] for each in group["params"]] for group in self._plain_optimizer.param_groups]
+        state = {
+            "state": {names[index]: value for index, value in state["state"].items()},
+            "param_groups": [settings[group[0]] | {"params": group} for group in groups],
+        }
         set_optimizer_state_dict(
             self.model, self._plain_optimizer, state, options=StateDictOptions(full_state_dict=True)
         )
