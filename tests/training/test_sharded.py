@@ -72,6 +72,7 @@ def test_the_optimiser_state_of_a_whole_model_is_given_to_groups_that_are_divide
     whole = torch.optim.AdamW([{"params": weights[:3], "lr": 0.1}, {"params": weights[3:], "lr": 0.2}])
     model(torch.randn(3, 4)).square().sum().backward()
     whole.step()
+    whole.zero_grad()
     saved = copy.deepcopy(whole.state_dict())
     divided = torch.optim.AdamW([{"params": [weight], "lr": 0.0, "weight_decay": 7.0} for weight in weights])
     trainer = SimpleNamespace(model=model, _plain_optimizer=divided, optimizer_names=lambda: names)
