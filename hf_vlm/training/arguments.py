@@ -137,7 +137,11 @@ class VisionTrainingArguments(LayoutArguments):
         default=1024, metadata={"help": "Number of encoded examples that are shuffled together."}
     )
     approximate_resume: bool = field(
-        default=False, metadata={"help": "Resume on another number of processes or workers, from the next epoch on."}
+        default=False,
+        metadata={
+            "help": "Resume on another number of ranks or workers from the next epoch on, where there is no exact "
+            "position for these."
+        },
     )
     max_bad_fraction: float = field(
         default=0.01, metadata={"help": "Fraction of unreadable images above which the run stops."}
