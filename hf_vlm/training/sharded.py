@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import patch_environment
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -45,15 +46,18 @@ class ShardedTrainer(CommittingTrainer):
         self.args.save_only_model = only_model
 
     def create_accelerator_and_postprocess(self) -> None:
-        """The stock method, in which accelerate, which takes no part in it, hears nothing of tensor parallelism.
+        """The stock method, in which accelerate hears nothing of tensor parallelism.
 
-        It would refuse CPUs.
+        It has no part in that of transformers, and would refuse CPUs.
         """
-        size, self.model._tp_size = getattr(self.model, "_tp_size", None), None
-        try:
+        size = getattr(self.model, "_tp_size", None) or 1
+        if size == 1:
             super().create_accelerator_and_postprocess()
-        finally:
-            self.model._tp_size = size
+            return
+        self.model._tp_size = None
+        with patch_environment(ACCELERATE_USE_PARALLELISM_CONFIG="false"):
+            super().create_accelerator_and_postprocess()
+        self.model._tp_size = size
 
     @property
     def is_sharded(self) -> bool:

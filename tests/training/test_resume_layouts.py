@@ -91,3 +91,13 @@ def test_a_checkpoint_resumes_in_other_layouts(make_recipe, tmp_path, first):
     checkpoint = tmp_path / "started" / "run" / f"checkpoint-{CHECKPOINT}"
     for layout in ("one", "ddp", "fsdp", "fsdp x tp"):
         check_same(launch(tmp_path / layout, recipe, layout, checkpoint), whole, CHECKPOINT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["tp", "launched fsdp x tp", "ep"])
+def test_pretraining_divided_by_a_recipe_or_a_launcher_is_that_of_one_process(make_recipe, tmp_path, layout):
+    recipe = recipe_of(make_recipe, tmp_path, max_steps=6)
+    if layout == "ep":
+        recipe["encoder_config"] |= {"num_experts": 4, "num_experts_per_tok": 2}
+    whole, divided = (launch(tmp_path / name, recipe, name) for name in ("one", layout))
+    check_same(divided, whole, 0)
