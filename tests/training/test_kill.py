@@ -56,19 +56,10 @@ class Run:
         self.recipe = folder / "recipe.json"
         self.recipe.write_text(json.dumps(recipe | {"output_dir": str(folder / "run")}))
 
-    def start(self, *options, **environment):
-        """Starts the run, with options of the launcher of several ranks."""
+    def start(self, **environment):
         words = [str(PROGRAM), str(self.recipe), str(self.folder)]
         if self.num_ranks > 1:
-            words = [
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                "--nproc_per_node",
-                str(self.num_ranks),
-                *options,
-                *words,
-            ]
+            words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(self.num_ranks), *words]
         with (self.folder / "output.txt").open("a") as output:
             return self.popen(
                 [sys.executable, *words],
@@ -82,10 +73,10 @@ class Run:
     def finish(self):
         assert self.start().wait(timeout=300) == 0, (self.folder / "output.txt").read_text()[-4000:]
 
-    def start_for(self, num_lines, delay, *options):
+    def start_for(self, num_lines, delay):
         """Starts, and waits until `delay` seconds after so many new lines in the trace; the process, or None."""
         wanted = len(self.trace(0)) + num_lines
-        process = self.start(*options)
+        process = self.start()
         deadline = time.monotonic() + 300
         while len(self.trace(0)) < wanted and process.poll() is None:
             assert time.monotonic() < deadline, (self.folder / "output.txt").read_text()[-4000:]
@@ -188,14 +179,12 @@ def test_ranks_that_divide_the_model_are_killed_at_random_moments(make_recipe, t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tp_size", [1, 2])
-def test_where_one_rank_is_killed_the_launcher_starts_all_again(make_recipe, tmp_path, tp_size):
+def test_where_one_rank_is_killed_all_end_and_nothing_is_lost(make_recipe, tmp_path, tp_size):
     recipe = traced_recipe(make_recipe, tmp_path, "parquet", 0, tp_size=tp_size)
     whole, broken = (Run(tmp_path / name, recipe, 2, subprocess.Popen) for name in ("whole", "broken"))
     whole.finish()
-    launcher = broken.start_for(11, 0.01, "--max_restarts", "1")
-    assert launcher is not None, "it ended before"
-    os.kill(one_rank(psutil.Process(launcher.pid))[0], signal.SIGKILL)
-    assert launcher.wait(timeout=300) == 0, (broken.folder / "output.txt").read_text()[-4000:]
+    assert broken.stop_after(11, 0.01, signal.SIGKILL, one_rank) == 1
+    broken.finish()
     check_same(whole, broken, 2)
 
 
