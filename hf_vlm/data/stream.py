@@ -12,12 +12,13 @@ One epoch of one consumer (a data worker of a rank; with no workers, the rank it
             yield transform(examples[index], generator seeded by (seed, epoch, position))
 
 So what an example becomes depends on its position alone: where shards are not divided, ranks 0 and 1 with batch B see
-together exactly what one rank with batch 2B sees. Resuming reads one block again, whatever the position.
+together exactly what one rank with batch 2B sees, and any number of ranks can continue where others stopped. Resuming
+reads one block again, whatever the position.
 """
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +40,9 @@ Transform = Callable[[dict[str, Any], np.random.Generator], dict[str, Any]]
 
 # The first entry of a generator's seed names what is sampled; seeds that only differ in trailing zeros would be equal.
 SHARD_ORDER, BLOCK_ORDER, EXAMPLE = 1, 2, 3
+
+# What a position depends on wherever it is resumed.
+SHARED_LAYOUT = ("seed", "shuffle", "block_size", "num_shards")
 
 MIN_SEEN = 100  # examples before the fraction of bad images is checked within an epoch
 NUM_LOGGED = 10  # bad images that are named
@@ -139,13 +143,35 @@ class ExampleStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         self.rank = rank
         self.world_size = world_size
         self.max_bad_fraction = max_bad_fraction
-        self._first_epoch = 0
+        self._start = Progress()
         self._progress = Progress()
         self._loaded_layout: dict[str, Any] | None = None
 
     def start_at_epoch(self, epoch: int) -> None:
         """Make iterations that resume no state begin with a later epoch: other orders and views than before."""
-        self._first_epoch = epoch
+        self._start = Progress(epoch=epoch)
+
+    def start_after(self, states: Sequence[dict[str, Any]], *, num_workers: int) -> bool:
+        """Make iterations that resume no state begin where all consumers of another number had come to, together.
+
+        Args:
+            states: What `state_dict` gave for each of them, at the end of the same step.
+            num_workers: Data workers of each rank here.
+
+        Returns:
+            False, and nothing is changed, where they had not come to one position: where shards are divided among
+            them, or would be here, some have skipped bad images, or data workers are not equally far.
+        """
+        own, count = self._layout(self._consumer()), len(states)
+        is_same = all(state["layout"][key] == own[key] for state in states for key in SHARED_LAYOUT)
+        is_complete = all(state["layout"]["num_consumers"] == count for state in states)
+        divides = self._divides_shards(count) or self._divides_shards(self.world_size * max(num_workers, 1))
+        ends = {state["progress"]["first"] + state["progress"]["position"]: state["progress"] for state in states}
+        last = max(ends)
+        if not is_same or not is_complete or divides or set(ends) != set(range(last - count + 1, last + 1)):
+            return False
+        self._start = Progress(**ends[last])
+        return True
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the example yielded last, as JSON values."""
@@ -164,7 +190,7 @@ class ExampleStream(torch.utils.data.IterableDataset[dict[str, Any]]):
             fsspec.asyn.reset_lock()  # a lock inherited from the parent process hangs remote reads
         consumer = self._consumer()
         if self._loaded_layout is None:
-            self._progress = Progress(epoch=self._first_epoch)
+            self._progress = dataclasses.replace(self._start, bad_names=list(self._start.bad_names))
         else:
             self._check_layout(self._loaded_layout, consumer)
             self._loaded_layout = None
@@ -261,8 +287,11 @@ class ExampleStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         worker = torch.utils.data.get_worker_info()
         worker_index, num_workers = (worker.id, worker.num_workers) if worker is not None else (0, 1)
         count = self.world_size * num_workers
-        divides_shards = count > 1 and self.source.num_shards % count == 0 and not _has_fixed_order(self.source)
-        return Consumer(worker_index * self.world_size + self.rank, count, divides_shards)
+        return Consumer(worker_index * self.world_size + self.rank, count, self._divides_shards(count))
+
+    def _divides_shards(self, num_consumers: int) -> bool:
+        divides = num_consumers > 1 and self.source.num_shards % num_consumers == 0
+        return divides and not _has_fixed_order(self.source)
 
     def _layout(self, consumer: Consumer) -> dict[str, Any]:
         """What a state depends on and a stream that resumes it must share."""

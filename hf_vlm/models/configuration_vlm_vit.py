@@ -133,6 +133,7 @@ class VLMViTConfig(BackboneConfigMixin, PreTrainedConfig):
         "layers.*.mlp.up_projection": "colwise",
         "layers.*.mlp.down_projection": "rowwise",
     }
+    base_model_fsdp_plan = {"layers.*": "free_full_weight"}
     base_model_ep_plan = {
         **{f"layers.*.mlp.experts.{name}": "grouped_gemm" for name in EXPERT_WEIGHTS},
         "layers.*.mlp.experts": "ep_dispatch_experts",

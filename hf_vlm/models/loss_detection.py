@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .configuration_detection import VLMViTDetectionConfig
+from .ranks import sum_over_ranks, world_size
 
 FOCAL_ALPHA = 0.25
 FOCAL_GAMMA = 2.0
@@ -267,11 +268,9 @@ def mean_over_ranks(counts: Tensor) -> Tensor:
     DDP averages gradients, so sums divided by (count over all ranks / ranks) add up to the gradient of one process
     with the joined batch. Without gradients (evaluation, which may run on one rank alone) nothing is exchanged.
     """
-    if not (torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not torch.is_grad_enabled():
         return counts.clamp(min=1)
-    counts = counts.clone()
-    torch.distributed.all_reduce(counts)
-    return counts.clamp(min=1) / torch.distributed.get_world_size()
+    return sum_over_ranks(counts).clamp(min=1) / world_size()
 
 
 class MatchedLoss(Protocol):

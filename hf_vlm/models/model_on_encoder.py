@@ -10,6 +10,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from .configuration_vlm_vit import VLMViTConfig
 from .modeling_vlm_vit import VLMViTModel, VLMViTPreTrainedModel
+from .ranks import among_data_ranks
 from .router_loss import adds_router_loss
 from .saved_config import read_saved_config, trained_encoder_of
 
@@ -31,10 +32,13 @@ class ModelOnEncoder(VLMViTPreTrainedModel):
     router_metrics: Mapping[str, Tensor] = MappingProxyType({})
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Whatever a model's `forward` computes, the loss of a sparse encoder's routers is added to it."""
+        """Whatever a model's `forward` computes, the loss of a sparse encoder's routers is added to it.
+
+        Losses and statistics over ranks are those over the ranks with images of their own.
+        """
         super().__init_subclass__(**kwargs)
         if "forward" in cls.__dict__:
-            cls.forward = adds_router_loss(cls.forward)  # type: ignore[method-assign]
+            cls.forward = among_data_ranks(adds_router_loss(cls.forward))  # type: ignore[method-assign]
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
         self._check_type(config.model_type, "The configuration", "the encoder's folder")

@@ -11,14 +11,8 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput, auto_docstring
 
 from .modeling_vlm_vit import VLMViTModel
-from .ssl_layers import (
-    check_local_views,
-    check_views,
-    feature_std,
-    flatten_views_view_major,
-    gather_with_gradient,
-    rank,
-)
+from .ranks import gather_with_gradient, rank
+from .ssl_layers import check_local_views, check_views, feature_std, flatten_views_view_major
 from .ssl_masks import block_masking
 from .ssl_model import SSLConfig, SSLPreTrainedModel, returns_loss
 from .ssl_prototypes import Centering, PrototypeHead, cross_entropy, entropy, koleo_loss, sinkhorn

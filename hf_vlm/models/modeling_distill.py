@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput, auto_docstring
 
 from .configuration_vlm_vit import VLMViTConfig
 from .modeling_vlm_vit import VLMViTModel
+from .ranks import gather_with_gradient, sum_over_ranks, world_size
 from .self_initialised import SelfInitialised
 from .ssl_frozen import (
     FrozenEncoderMixin,
@@ -25,7 +26,7 @@ from .ssl_frozen import (
     renormalise,
     resize_map,
 )
-from .ssl_layers import flatten_views, gather_with_gradient, sum_over_ranks, world_size
+from .ssl_layers import flatten_views
 from .ssl_model import SSLConfig, SSLPreTrainedModel, as_vit_config, returns_loss
 from .ssl_prototypes import cross_entropy
 from .ssl_state import Float32State

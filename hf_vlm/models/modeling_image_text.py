@@ -14,8 +14,9 @@ from transformers.utils import ModelOutput, auto_docstring
 
 from .configuration_vlm_vit import VLMViTConfig
 from .modeling_vlm_vit import VLMViTModel
+from .ranks import gather_with_gradient, rank
 from .self_initialised import SelfInitialised
-from .ssl_layers import check_views, feature_std, gather_with_gradient, rank
+from .ssl_layers import check_views, feature_std
 from .ssl_model import SSLConfig, SSLPreTrainedModel, returns_loss
 from .vit_layers import VLMViTLayer, build_norm
 

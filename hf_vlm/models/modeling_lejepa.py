@@ -13,15 +13,8 @@ from torch.autograd.function import once_differentiable
 from transformers.utils import ModelOutput, auto_docstring
 
 from .modeling_vlm_vit import VLMViTModel
-from .ssl_layers import (
-    ProjectionHead,
-    check_local_views,
-    check_views,
-    flatten_views_view_major,
-    rank,
-    sum_over_ranks,
-    world_size,
-)
+from .ranks import rank, sum_over_ranks, world_size
+from .ssl_layers import ProjectionHead, check_local_views, check_views, flatten_views_view_major
 from .ssl_model import SSLConfig, SSLPreTrainedModel, returns_loss
 
 

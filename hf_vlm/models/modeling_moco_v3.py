@@ -11,14 +11,8 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput, auto_docstring
 
 from .modeling_vlm_vit import VLMViTModel
-from .ssl_layers import (
-    ProjectionHead,
-    check_views,
-    feature_std,
-    flatten_views_view_major,
-    gather_with_gradient,
-    rank,
-)
+from .ranks import gather_with_gradient, rank
+from .ssl_layers import ProjectionHead, check_views, feature_std, flatten_views_view_major
 from .ssl_model import SSLConfig, SSLPreTrainedModel, as_vit_config, returns_loss
 from .ssl_teacher import TeacherMixin
 

@@ -10,15 +10,9 @@ from torch import Tensor
 from transformers.utils import ModelOutput, auto_docstring
 
 from .modeling_vlm_vit import VLMViTModel
+from .ranks import gather_with_gradient, rank
 from .ssl_contrastive import fast_contrastive_cross_entropy
-from .ssl_layers import (
-    ProjectionHead,
-    check_views,
-    feature_std,
-    flatten_views_view_major,
-    gather_with_gradient,
-    rank,
-)
+from .ssl_layers import ProjectionHead, check_views, feature_std, flatten_views_view_major
 from .ssl_model import SSLConfig, SSLPreTrainedModel, returns_loss
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .expert_layers import Routing, collect_routings, relative_entropy
-from .ssl_layers import sum_over_ranks, world_size
+from .ranks import sum_over_ranks, world_size
 
 
 def router_loss(routings: Sequence[Routing]) -> tuple[Tensor, dict[str, Tensor]]:

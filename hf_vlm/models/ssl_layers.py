@@ -1,67 +1,13 @@
-"""What self-supervised methods share: collectives with gradients, batch norm over all ranks, the projection head."""
+"""What self-supervised methods share: batch norm over all ranks, the projection head, views."""
 
 from itertools import pairwise
-from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .ranks import sum_with_gradient, world_size
 from .self_initialised import SelfInitialised
-
-
-def world_size() -> int:
-    """Number of ranks; 1 where no process group runs."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def rank() -> int:
-    """Index of this rank; 0 where no process group runs."""
-    return dist.get_rank() if world_size() > 1 else 0
-
-
-def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """The sum over all ranks, without a gradient."""
-    if world_size() > 1:
-        tensor = tensor.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(tensor)
-    return tensor
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """Sum of a tensor over all ranks; every rank's result depends on every rank's input, so gradients sum as well."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        return sum_over_ranks(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return sum_over_ranks(gradient)
-
-
-class _GatherFromRanks(torch.autograd.Function):
-    """Tensors (n, ...) of all ranks, joined (world x n, ...); torch's own gather with a gradient is deprecated."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        joined = tensor.new_empty(world_size(), *tensor.shape)
-        dist.all_gather(list(joined), tensor.contiguous())
-        return joined.flatten(0, 1)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return sum_over_ranks(gradient).chunk(world_size())[rank()]
-
-
-def gather_with_gradient(tensor: Tensor) -> Tensor:
-    """Joins tensors (n, ...) of all ranks in rank order: (world x n, ...).
-
-    The backward pass sums the gradients of all ranks. DDP averages them, so a loss that is a mean over the local rows
-    gives the gradient of the joined batch without further scaling.
-    """
-    return tensor if world_size() == 1 else _GatherFromRanks.apply(tensor)
 
 
 class SyncedBatchNorm1d(nn.BatchNorm1d):
@@ -73,15 +19,17 @@ class SyncedBatchNorm1d(nn.BatchNorm1d):
     momentum: float
     running_mean: Tensor
     running_var: Tensor
+    num_batches_tracked: Tensor
 
     def forward(self, inputs: Tensor) -> Tensor:
         if not self.training or world_size() == 1:
             return super().forward(inputs)
         count = inputs.shape[0] * world_size()
-        mean = _SumOverRanks.apply(inputs.float().sum(0)) / count  # (features,)
+        mean = sum_with_gradient(inputs.float().sum(0)) / count  # (features,)
         centred = inputs - mean  # before squaring: features of a fresh encoder hardly differ, and their squares cancel
-        variance = _SumOverRanks.apply(centred.square().sum(0)) / count  # (features,)
+        variance = sum_with_gradient(centred.square().sum(0)) / count  # (features,)
         with torch.no_grad():
+            self.num_batches_tracked.add_(1)
             for running, value in (self.running_mean, mean), (self.running_var, variance * count / (count - 1)):
                 running.lerp_(value.to(running.dtype), self.momentum)
         normalised = centred * torch.rsqrt(variance + self.eps)
@@ -170,8 +118,4 @@ __all__ = [
     "feature_std",
     "flatten_views",
     "flatten_views_view_major",
-    "gather_with_gradient",
-    "rank",
-    "sum_over_ranks",
-    "world_size",
 ]

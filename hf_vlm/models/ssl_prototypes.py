@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from .ranks import sum_over_ranks
 from .self_initialised import SelfInitialised
-from .ssl_layers import HeadLinear, sum_over_ranks
+from .ssl_layers import HeadLinear
 from .ssl_state import Float32State
 
 

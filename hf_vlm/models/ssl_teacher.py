@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import initialization as init
 
@@ -31,7 +32,23 @@ def warm_up(start: float, end: float, progress: Tensor, fraction: float) -> Tens
 
 
 class Teacher(Float32State, nn.ModuleDict):
-    """Copies of modules by name, in float32."""
+    """Copies of modules by name, in float32, divided among processes by the plans of what they are copies of."""
+
+    @property
+    def _tp_plan(self) -> dict[str, str]:
+        return self._plan("_tp_plan")
+
+    @property
+    def _ep_plan(self) -> dict[str, str]:
+        return self._plan("_ep_plan")
+
+    @property
+    def _fsdp_plan(self) -> dict[str, str]:
+        return self._plan("_fsdp_plan")
+
+    def _plan(self, kind: str) -> dict[str, str]:
+        plans = {name: getattr(module, kind, None) or {} for name, module in self.items()}
+        return {f"{name}.{key}": style for name, plan in plans.items() for key, style in plan.items()}
 
 
 class TeacherMixin:
@@ -127,8 +144,9 @@ class TeacherMixin:
                     f"{name}.{different}. Of adapters it follows those of LoRA, without DoRA and biases, where they "
                     r"are the student's alone: LoraConfig(..., exclude_modules=r'teacher\..*')."
                 )
-            values = [theirs[key].to(parameter.dtype) for key, parameter in mine.items()]
-            torch._foreach_lerp_(list(mine.values()), values, 1 - momentum)
+            for keys in _by_mesh(mine):
+                values = [theirs[key].to(mine[key].dtype) for key in keys]
+                torch._foreach_lerp_([mine[key] for key in keys], values, 1 - momentum)
             buffers = dict(student.named_buffers())
             for key, buffer in teacher.named_buffers():
                 buffer.copy_(buffers[key])
@@ -155,6 +173,14 @@ class TeacherMixin:
                 "model.after_step(progress) after each step of the optimiser in a loop of your own, progress being "
                 "the fraction of the training that is done."
             )
+
+
+def _by_mesh(parameters: dict[str, Tensor]) -> list[list[str]]:
+    """Names of parameters, those apart that other ranks divide: one operation on several tensors takes no mixture."""
+    groups: dict[Any, list[str]] = {}
+    for name, parameter in parameters.items():
+        groups.setdefault(parameter.device_mesh if isinstance(parameter, DTensor) else None, []).append(name)
+    return list(groups.values())
 
 
 def adapted_parameters(module: nn.Module) -> dict[str, Tensor]:

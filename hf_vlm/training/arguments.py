@@ -6,15 +6,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
 
 from hf_vlm.training import scaling
+from hf_vlm.training.layout_arguments import LayoutArguments
 
 __all__ = ["VisionTrainingArguments"]
 
 
 @dataclass
-class VisionTrainingArguments(TrainingArguments):
+class VisionTrainingArguments(LayoutArguments):
     """TrainingArguments and what a vision run needs in addition: the model, the data and the optimiser's groups.
 
     Raises:
@@ -137,7 +137,11 @@ class VisionTrainingArguments(TrainingArguments):
         default=1024, metadata={"help": "Number of encoded examples that are shuffled together."}
     )
     approximate_resume: bool = field(
-        default=False, metadata={"help": "Resume on another number of processes or workers, from the next epoch on."}
+        default=False,
+        metadata={
+            "help": "Resume on another number of ranks or workers from the next epoch on, where there is no exact "
+            "position for these."
+        },
     )
     max_bad_fraction: float = field(
         default=0.01, metadata={"help": "Fraction of unreadable images above which the run stops."}
@@ -328,8 +332,8 @@ class VisionTrainingArguments(TrainingArguments):
 
     @property
     def total_batch_size(self) -> int:
-        """Images per optimiser step, over all processes."""
-        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+        """Images per optimiser step, over all ranks."""
+        return self.train_batch_size * self.gradient_accumulation_steps * self.num_data_ranks
 
     @property
     def scaled_learning_rate(self) -> float:

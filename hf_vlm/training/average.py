@@ -96,9 +96,10 @@ class AveragingTrainer(LoRATrainer):
         super().__init__(*args, **kwargs)
         self._average: WeightAverage | None = None
         if self.args.ema_decay is not None:
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            if self.is_sharded or self.is_deepspeed_enabled:
                 raise ValueError(
-                    "ema_decay needs whole weights on each process: leave it out with FSDP and DeepSpeed."
+                    "ema_decay needs whole weights on each process: leave it out with FSDP, tp_size, ep_size and "
+                    "DeepSpeed."
                 )
             self._average = WeightAverage(self.model, self.args.ema_decay)
             self.add_callback(self._average)

@@ -58,8 +58,8 @@ def train_stream(
         transform,
         seed=args.data_seed if args.data_seed is not None else args.seed,
         block_size=args.shuffle_block,
-        rank=args.process_index,
-        world_size=args.world_size,
+        rank=args.data_rank,
+        world_size=args.num_data_ranks,
         max_bad_fraction=args.max_bad_fraction,
     )
 

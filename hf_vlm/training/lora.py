@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
-from hf_vlm.training.saving import CommittingTrainer
+from hf_vlm.training.sharded import ShardedTrainer
 
 __all__ = ["LORA_FILE", "LoRALinear", "LoRATrainer", "add_lora"]
 
@@ -71,7 +71,7 @@ def add_lora(model: PreTrainedModel, rank: int) -> None:
                 setattr(block, name, LoRALinear(linear, rank))
 
 
-class LoRATrainer(CommittingTrainer):
+class LoRATrainer(ShardedTrainer):
     """A Trainer that adapts the encoder by low rank where its arguments have a `lora_rank`.
 
     Raises:
@@ -81,7 +81,7 @@ class LoRATrainer(CommittingTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.args.lora_rank:
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            if self.is_sharded or self.is_deepspeed_enabled:
                 raise ValueError(
                     "lora_rank needs whole weights on each process: leave it out with FSDP and DeepSpeed."
                 )

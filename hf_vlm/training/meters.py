@@ -121,7 +121,7 @@ class ThroughputMeter:
             return metrics
         seconds = now - since
         num_batches = (step - last_step) * self.args.gradient_accumulation_steps  # of this rank
-        num_images = num_batches * self.args.train_batch_size * self.args.world_size
+        num_images = num_batches * self.args.train_batch_size * self.args.num_data_ranks
         metrics |= {
             "images_per_second": round(num_images / seconds, 2),
             "data_wait": round(waited / seconds, 4),

@@ -3,10 +3,11 @@
 import functools
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from hf_vlm.models.ssl_teacher import cosine
@@ -66,6 +67,20 @@ def parameter_groups(
         }
         for (late, depth, on_top, multiplier, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
+
+
+def split_by_mesh(groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Groups of which each has parameters that the same ranks divide: optimisers update many at once, but no mixture.
+
+    Groups of a model that is whole, or that FSDP alone has sharded, stay as they are.
+    """
+    split = []
+    for group in groups:
+        of_mesh: dict[Any, list[Tensor]] = defaultdict(list)
+        for parameter in group["params"]:
+            of_mesh[parameter.device_mesh if isinstance(parameter, DTensor) else None].append(parameter)
+        split += [group | {"params": parameters} for parameters in of_mesh.values()]
+    return split
 
 
 def late_schedule(scheduler: Any, num_steps: int, *, num_frozen_steps: int = 0, num_warmup_steps: int = 0) -> LambdaLR:

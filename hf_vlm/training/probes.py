@@ -15,7 +15,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
@@ -91,7 +92,7 @@ class Probe(TrainerCallback):
     def _probe(self, args: Any, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:
         metrics: dict[str, float] = {}
         with self.trainer.excluded_from_timing(), preserved_randomness(args.device):
-            if state.is_world_process_zero or isinstance(model, FSDPModule):
+            if state.is_world_process_zero or any(isinstance(each, DTensor) for each in model.parameters()):
                 metrics = self._measure(args, state, model)
             if args.world_size > 1:  # all ranks must log the same, for they decide by it
                 shared = [metrics]

@@ -50,7 +50,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("approximate_resume", "save_strategy"),
         *("save_steps", "save_total_limit", "seed", "data_seed"),
     ),
-    "Machine": ("use_cpu", "bf16", "fp16", "tf32", "torch_compile", "activation_checkpointing"),
+    "Machine": ("use_cpu", "bf16", "fp16", "tf32", "torch_compile", "activation_checkpointing", "tp_size", "ep_size"),
     "Hub": ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy"),
 }
 FIXED = ("remove_unused_columns", "ignore_data_skip", "ddp_find_unused_parameters", "logging_nan_inf_filter")

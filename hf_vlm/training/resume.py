@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Collection
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from enum import Enum
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
@@ -79,9 +79,10 @@ FREE = _names(
     dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order remove_unused_columns
     label_names label_smoothing_factor train_sampling_strategy length_column_name average_tokens_across_devices
     ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout
-    fsdp fsdp_config deepspeed parallelism_config do_train do_eval do_predict local_rank
+    fsdp fsdp_config deepspeed parallelism_config tp_size ep_size do_train do_eval do_predict local_rank
     """
 )
+BATCH_DIVISION = ("per_device_train_batch_size", "gradient_accumulation_steps")
 # Values of `run.json` that are compared too, and their groups. The number of processes changes batch and scaled rate.
 RECORDED = {
     "data.fingerprint": FIXED,
@@ -224,6 +225,8 @@ def _changes(checkpoint: Path, record: RunRecord, args: VisionTrainingArguments)
     changes = [change for change in changes if not _is_equal(change.before, change.now)]
     if not any(change.name.startswith("data.") for change in changes):  # the same images, found elsewhere
         changes = [_freed(change) if change.name == "data" else change for change in changes]
+    if old_run.get("batch_size") == run["batch_size"]:  # the same images in each step, divided otherwise
+        changes = [replace(change, group=FREE) if change.name in BATCH_DIVISION else change for change in changes]
     return changes
 
 

@@ -37,6 +37,7 @@ from hf_vlm.training.labels import (
     labelling_models,
     warn_of_unseen_images,
 )
+from hf_vlm.training.layout import check_divisible, divide
 from hf_vlm.training.lock import run_lock
 from hf_vlm.training.probes import build_probe, last_probe
 from hf_vlm.training.recipe import parse_arguments
@@ -86,6 +87,7 @@ def pretrain(
     args = parse_arguments(recipe)
     entry = find_model(args.method, ["pretraining", *PRETRAINABLE_TASKS])
     check_label_keys(args, TASKS.get(entry.task), pretrains=True)
+    check_divisible(args, entry)
     check_publishing(args, *labelling_models(args))  # now, and not when labels are found or earlier rounds are done
     if args.budget is not None:
         recipe = with_steps_for_budget(recipe, args, pretrain)
@@ -163,6 +165,8 @@ def _pretrain_encoder(
     entry = find_model(args.method)
     inputs = inputs_for(args, entry, source)
     model = inputs.build_model(args, entry)
+    if args.layout is not None:
+        divide(model, args.layout)
     processor = build_processor(args, entry.processor_class, model.config.backbone_config.num_channels)
     views = view_transform(args, model.default_views, processor)
     on_device = DeviceViews(views) if args.makes_views_on_device else None
@@ -209,7 +213,7 @@ def _save_pretrained(
     with trainer.saving_model(output_dir) as folder:
         record.summary["finished"] = is_used_whole
         trainer.save_model(str(folder if is_used_whole else folder / PRETRAINING_MODEL_FOLDER), _internal_call=True)
-        weights = trainer.accelerator.get_state_dict(model.trained_encoder)  # all ranks gather what is sharded
+        weights = trainer.whole_weights(model.trained_encoder)
         if trainer.args.should_save and not is_used_whole:
             encoder = VLMViTModel(model.config.backbone_config)
             encoder.load_state_dict(weights)
@@ -240,6 +244,7 @@ def finetune(
     set_seed(args.seed)
     task = TASKS[find_model(args.method, TRAINABLE_TASKS).task]
     check_label_keys(args, task, pretrains=False)
+    check_divisible(args, find_model(args.method))
     check_publishing(args, *labelling_models(args))
     if args.budget is not None:
         recipe = with_steps_for_budget(recipe, args, finetune)

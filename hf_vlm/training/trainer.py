@@ -21,19 +21,20 @@ from hf_vlm.data.stream import ExampleStream
 from hf_vlm.features.device import use_fast_cpu_matmul
 from hf_vlm.tasks.task import Evaluation
 from hf_vlm.training.arguments import VisionTrainingArguments
-from hf_vlm.training.average import LAST_WEIGHTS_FILE, AveragingTrainer
+from hf_vlm.training.average import LAST_WEIGHTS_FILE
 from hf_vlm.training.callbacks import AfterStep, EarlyStopping, LogFile, RunFolder, WeightDecaySchedule
 from hf_vlm.training.checkpoints import check_run_folder, last_checkpoint, verify_checkpoint
 from hf_vlm.training.console import ConsoleLog
-from hf_vlm.training.data_state import load_data_state, save_data_state
+from hf_vlm.training.data_state import has_same_ranks, load_data_state, save_data_state
 from hf_vlm.training.finite import check_before_saving, check_metrics
+from hf_vlm.training.grouped import GroupedTrainer
 from hf_vlm.training.layout import check_layout
 from hf_vlm.training.lock import LOCK_FILE
 from hf_vlm.training.lora import LORA_FILE
 from hf_vlm.training.meters import ThroughputMeter
-from hf_vlm.training.optim import group_settings, late_schedule, parameter_groups, restore_group_settings
 from hf_vlm.training.signals import outlive_signals
 
+SEEDS_PER_STEP = 100_003  # more than there are ranks
 TRAINING_STATE = [
     "*checkpoint-*",  # abandoned ones too
     "round-*",
@@ -56,7 +57,7 @@ TRAINING_STATE = [
 Evaluator = Callable[[nn.Module, Any], Evaluation]
 
 
-class VisionTrainer(AveragingTrainer):
+class VisionTrainer(GroupedTrainer):
     """Trains on an [`ExampleStream`] and resumes it exactly; evaluates by the function of a task.
 
     Args:
@@ -68,8 +69,6 @@ class VisionTrainer(AveragingTrainer):
     """
 
     args: VisionTrainingArguments
-    optimizer: Any
-    lr_scheduler: Any
 
     def __init__(
         self,
@@ -159,8 +158,8 @@ class VisionTrainer(AveragingTrainer):
             self._verify(Path(resume_from_checkpoint))
             if isinstance(self.train_dataset, ExampleStream):
                 self._data_state = load_data_state(Path(resume_from_checkpoint), self.train_dataset, self.args)
-        if self.args.world_size > 1:  # ranks see different images, and so should sample different masks
-            set_seed(self.args.seed + self.args.process_index)
+        if self.args.world_size > 1:  # ranks with other images should sample other masks
+            set_seed(self.args.seed + self.args.data_rank)
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         finally:
@@ -180,6 +179,14 @@ class VisionTrainer(AveragingTrainer):
         if self._stream_loader is not None:
             save_data_state(Path(output_dir), self._stream_loader, self.args)
         self.accelerator.wait_for_everyone()
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """The stock method; in another layout ranks are seeded by the step, those with the same images alike."""
+        if checkpoint is None or has_same_ranks(Path(checkpoint), self.args):
+            super()._load_rng_state(checkpoint)
+        else:
+            seed = self.args.seed + self.args.data_rank + SEEDS_PER_STEP * self.state.global_step
+            set_seed(seed % 2**32)
 
     def _init_training_state(self, max_steps: int, *args: Any) -> Any:
         """The stock method, whose state keeps a checkpoint's intervals of logs, evaluations and saves."""
@@ -263,57 +270,6 @@ class VisionTrainer(AveragingTrainer):
         message = f"Training in progress, step {self.state.global_step}"
         self.published = checkpoint
         self.push_in_progress = PushInProgress([self.upload(checkpoint, message, blocking=False)])
-
-    # ---- optimiser
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The optimiser of the arguments over layer-wise parameter groups; ValueError where its package is missing."""
-        if self.optimizer is None:
-            model = self.model if model is None else model
-            config = self.model.config
-            encoder = getattr(config, "backbone_config", config)
-            groups = parameter_groups(
-                model,
-                num_layers=encoder.num_hidden_layers,
-                learning_rate=self.args.scaled_learning_rate,
-                weight_decay=self.args.weight_decay,
-                no_decay=self.model.no_weight_decay(),
-                late_parameters=self.model.late_parameters(),
-                layer_decay=self.args.layer_decay,
-                encoder_lr_multiplier=self.args.encoder_lr_multiplier,
-                patch_projection_lr_multiplier=self.args.patch_projection_lr_multiplier,
-            )
-            try:
-                optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
-            except ImportError as error:
-                raise ValueError(f"optim {self.args.optim.value}: {error}") from error
-            self.optimizer = optimizer_class(groups, **options)
-        return self.optimizer
-
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """The stock schedule, with a later start of the encoder (`frozen_encoder_steps`) and of `late_parameters`."""
-        is_new = self.lr_scheduler is None
-        super().create_scheduler(num_training_steps, optimizer)
-        if is_new and (self.args.num_frozen_encoder_steps or any(self.model.late_parameters().values())):
-            self.lr_scheduler = late_schedule(
-                self.lr_scheduler,
-                num_training_steps,
-                num_frozen_steps=self.args.num_frozen_encoder_steps,
-                num_warmup_steps=self.args.get_warmup_steps(num_training_steps),
-            )
-        return self.lr_scheduler
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """The stock method; with `restart_schedule` the settings of the groups stay those of the arguments."""
-        restores = checkpoint is not None and self.args.restart_schedule
-        settings = group_settings(self.optimizer) if restores else None
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if settings is not None:
-            restore_group_settings(self.optimizer, self.lr_scheduler, settings)
-
-    def _get_learning_rate(self) -> float:
-        """The logged learning rate: that of the head; the encoder's layers may have lower ones."""
-        return float(self.optimizer.param_groups[-1]["lr"])
 
     # ---- logs and evaluation
 

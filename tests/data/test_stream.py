@@ -129,6 +129,43 @@ def test_two_ranks_see_together_what_one_rank_sees_in_double_batches():
         assert sorted(together) == sorted(alone[batch * 2 * batch_size : (batch + 1) * 2 * batch_size])
 
 
+@pytest.mark.parametrize(("before", "after"), [(4, 1), (4, 2), (2, 4), (1, 3), (3, 4)])
+@pytest.mark.parametrize("steps", [1, 2, 3])  # within the first epoch of 19 examples, and beyond it
+def test_other_ranks_continue_where_ranks_stopped(before, after, steps):
+    source, batch = make_source(SHARDS[:5]), 12
+    alone = pairs(itertools.islice(make_stream(source), (steps + 3) * batch))
+    states = []
+    for rank in range(before):
+        stream = make_stream(source, rank=rank, world_size=before)
+        list(itertools.islice(stream, steps * batch // before))
+        states.append(json.loads(json.dumps(stream.state_dict())))
+    ranks = [make_stream(source, rank=rank, world_size=after) for rank in range(after)]
+    assert all(stream.start_after(states, num_workers=0) for stream in ranks)
+    iterators = [iter(stream) for stream in ranks]
+    for step in range(steps, steps + 3):
+        together = [pair for each in iterators for pair in pairs(itertools.islice(each, batch // after))]
+        assert sorted(together) == sorted(alone[step * batch : (step + 1) * batch])
+
+
+def test_ranks_that_came_to_no_one_position_cannot_be_followed():
+    def states(count, source, num_read):
+        streams = [make_stream(source, rank=rank, world_size=count) for rank in range(count)]
+        for stream, number in zip(streams, num_read):
+            list(itertools.islice(stream, number))
+        return [stream.state_dict() for stream in streams]
+
+    source = make_source(SHARDS[:5])
+    even = states(2, source, [3, 3])
+    alone = make_stream(source)
+    assert alone.start_after(even, num_workers=0)
+    assert not alone.start_after(states(2, source, [4, 2]), num_workers=0)  # two bad images more on one of them
+    assert not alone.start_after(even[:1], num_workers=0)
+    assert not make_stream(source, seed=4).start_after(even, num_workers=0)
+    assert not alone.start_after(even, num_workers=5)  # which would divide the shards
+    divided = make_source(SHARDS[:4])
+    assert not make_stream(divided).start_after(states(2, divided, [3, 3]), num_workers=0)
+
+
 @pytest.mark.parametrize(("world_size", "num_shards"), [(1, 6), (2, 6), (2, 5)])
 def test_streams_over_one_source_do_not_disturb_each_other(world_size, num_shards):
     source = make_source(SHARDS[:num_shards])

@@ -75,10 +75,10 @@ def test_only_the_run_is_pushed(detector_run):
         "loss_detection.py",
         "model_on_encoder.py",
         "packing.py",
+        "ranks.py",
         "router_loss.py",
         "saved_config.py",
         "self_initialised.py",
-        "ssl_layers.py",
         "stochastic_depth.py",
         "vit_layers.py",
     }

@@ -390,12 +390,12 @@ def test_two_ranks_have_the_gradient_of_one_process(halves: list[list[int]], mon
     expected = toy_gradient(weight, halves[0] + halves[1], labels)
     sent: list[Tensor] = []
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda counts: sent.append(counts.clone()))
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda counts, group=None: sent.append(counts.clone()))
     for half in halves:
         toy_gradient(weight, half, labels)
     assert len(sent) == 2  # one exchange a step
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda counts: counts.copy_(sent[0] + sent[1]))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda counts, group=None: counts.copy_(sent[0] + sent[1]))
     averaged = sum(toy_gradient(weight, half, labels) for half in halves) / 2
     torch.testing.assert_close(averaged, expected, rtol=1e-4, atol=1e-6)
     with torch.no_grad():  # one rank may evaluate alone: nothing is exchanged

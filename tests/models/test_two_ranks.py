@@ -11,7 +11,8 @@ from tiny import PRETRAINING, batch, build
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_vlm.models.modeling_lejepa import sample_slices
-from hf_vlm.models.ssl_layers import SyncedBatchNorm1d, gather_with_gradient
+from hf_vlm.models.ranks import gather_with_gradient
+from hf_vlm.models.ssl_layers import SyncedBatchNorm1d
 
 BATCH = 6
 NAMES = [

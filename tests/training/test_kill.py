@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from hf_vlm.data.scenes.stream import scenes_source
 from hf_vlm.training.callbacks import read_log
+from hf_vlm.training.checkpoints import verify_checkpoint
 
 PROGRAM = Path(__file__).with_name("traced_run.py")
 NUM_IMAGES, NUM_STEPS, SAVE_STEPS = 52, 30, 4  # an epoch is 13 steps of one rank
@@ -55,13 +56,18 @@ class Run:
         self.recipe = folder / "recipe.json"
         self.recipe.write_text(json.dumps(recipe | {"output_dir": str(folder / "run")}))
 
-    def start(self):
+    def start(self, **environment):
         words = [str(PROGRAM), str(self.recipe), str(self.folder)]
         if self.num_ranks > 1:
             words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(self.num_ranks), *words]
         with (self.folder / "output.txt").open("a") as output:
             return self.popen(
-                [sys.executable, *words], cwd=self.folder, stdout=output, stderr=output, start_new_session=True
+                [sys.executable, *words],
+                cwd=self.folder,
+                env=os.environ | environment,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
             )
 
     def finish(self):
@@ -106,7 +112,7 @@ class Run:
         return load_file(self.folder / "run" / "pretraining_model" / "model.safetensors")
 
 
-def traced_recipe(make_recipe, tmp_path, kind, num_workers):
+def traced_recipe(make_recipe, tmp_path, kind, num_workers, **changes):
     data = tmp_path / "data"
     data.mkdir()
     WRITERS[kind](data)
@@ -115,23 +121,27 @@ def traced_recipe(make_recipe, tmp_path, kind, num_workers):
         data=str(data),
         num_train_examples=None,
         shuffle_block=8,
-        max_steps=NUM_STEPS,
         save_strategy="steps",
         save_steps=SAVE_STEPS,
         save_total_limit=1,
         dataloader_num_workers=num_workers,
+        **{"max_steps": NUM_STEPS, **changes},
     )
 
 
-def check_kills(make_recipe, tmp_path, popen, *, kind, num_ranks, num_workers, num_kills, seed):
-    recipe = traced_recipe(make_recipe, tmp_path, kind, num_workers)
+def check_kills(make_recipe, tmp_path, popen, *, kind, num_ranks, num_workers, num_kills, seed, **changes):
+    recipe = traced_recipe(make_recipe, tmp_path, kind, num_workers, **changes)
     whole, broken = (Run(tmp_path / name, recipe, num_ranks, popen) for name in ("whole", "broken"))
     whole.finish()
     generator = random.Random(seed)
     was_killed = [broken.kill_after(generator.randint(1, 10), generator.uniform(0, 0.05)) for _ in range(num_kills)]
     assert sum(was_killed) >= min(num_kills, 2)
     broken.finish()
+    check_same(whole, broken, num_ranks)
 
+
+def check_same(whole, broken, num_ranks):
+    """Whatever was trained again was trained as the first time, and as in the run that nobody disturbed."""
     for rank in range(num_ranks):
         expected = {entry["step"]: entry for entry in whole.trace(rank)}
         assert sorted(expected) == list(range(NUM_STEPS))
@@ -159,6 +169,38 @@ def test_killed_twice_at_random_moments(make_recipe, tmp_path, fork_server):
 def test_killed_many_times_at_random_moments(make_recipe, tmp_path, kind, num_ranks, num_workers):
     changes = {"kind": kind, "num_ranks": num_ranks, "num_workers": num_workers}
     check_kills(make_recipe, tmp_path, subprocess.Popen, **changes, num_kills=4, seed=1)
+
+
+@pytest.mark.slow
+def test_ranks_that_divide_the_model_are_killed_at_random_moments(make_recipe, tmp_path):
+    changes = {"kind": "parquet", "num_ranks": 2, "num_workers": 0, "tp_size": 2}
+    check_kills(make_recipe, tmp_path, subprocess.Popen, **changes, num_kills=4, seed=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_where_one_rank_is_killed_all_end_and_nothing_is_lost(make_recipe, tmp_path, tp_size):
+    recipe = traced_recipe(make_recipe, tmp_path, "parquet", 0, tp_size=tp_size)
+    whole, broken = (Run(tmp_path / name, recipe, 2, subprocess.Popen) for name in ("whole", "broken"))
+    whole.finish()
+    assert broken.stop_after(11, 0.01, signal.SIGKILL, one_rank) == 1
+    broken.finish()
+    check_same(whole, broken, 2)
+
+
+@pytest.mark.slow
+def test_a_full_disk_of_one_rank_ends_all_with_the_last_checkpoint(make_recipe, tmp_path):
+    """Of a model that ranks divide, each writes a part of the optimiser's state."""
+    recipe = traced_recipe(make_recipe, tmp_path, "parquet", 0, tp_size=2, max_steps=2 * SAVE_STEPS)
+    whole, broken = (Run(tmp_path / name, recipe, 2, subprocess.Popen) for name in ("whole", "broken"))
+    whole.finish()
+    assert broken.start(FULL_DISK="1").wait(timeout=300) == 1
+    printed = (broken.folder / "output.txt").read_text()
+    assert f"The checkpoint of step {2 * SAVE_STEPS} could not be written to" in printed, printed[-4000:]
+    assert [path.name for path in (broken.folder / "run").glob("checkpoint-*")] == [f"checkpoint-{SAVE_STEPS}"]
+    verify_checkpoint(broken.folder / "run" / f"checkpoint-{SAVE_STEPS}")
+    broken.finish()
+    assert all(torch.equal(value, whole.weights()[name]) for name, value in broken.weights().items())
 
 
 def main_process(parent):

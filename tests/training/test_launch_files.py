@@ -1,5 +1,6 @@
 """The files of launchers: each key is one that its engine reads, and means what the header promises."""
 
+import functools
 import os
 import re
 import signal
@@ -17,9 +18,12 @@ from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataP
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 from tiny import build
 from torch.distributed.fsdp import CPUOffloadPolicy
+from transformers.distributed import DistributedConfig
 
 from hf_vlm.models.modeling_vlm_vit import VLMViTModel
-from hf_vlm.training.layout import check_layout
+from hf_vlm.registry import find_model
+from hf_vlm.training.layout import check_divisible, check_layout, divide
+from hf_vlm.training.layout_arguments import LayoutArguments
 from hf_vlm.training.recipe import shipped_folder
 
 FILES = sorted((shipped_folder("recipes") / "accelerate").glob("*.yaml"))
@@ -83,6 +87,47 @@ def test_sharding_reaches_the_plugin_of_fsdp(name, sizes, offloads):
         assert layout.dp_dim_names == ["dp_replicate", "dp_shard"]
 
 
+def test_tensor_parallelism_reaches_the_arguments(monkeypatch):
+    monkeypatch.setattr(LayoutArguments, "world_size", 8)
+    monkeypatch.setattr(LayoutArguments, "process_index", 5)
+    arguments = functools.partial(LayoutArguments, use_cpu=True)
+    launch, environment = engine("tensor_parallel")
+    with patch_environment(**environment):
+        assert ParallelismConfig().total_size == launch.num_processes == 8
+        found = arguments()
+        assert (found.layout.tp_size, found.layout.fsdp_size) == (2, 4)
+        assert (found.data_rank, found.num_data_ranks) == (2, 4)
+        with pytest.raises(ValueError, match=r"tp_size is 4, but the launcher's is 2"):
+            arguments(tp_size=4)
+    assert "PARALLELISM_CONFIG_TP_SIZE" not in engine("expert_parallel")[1]
+    found = arguments(ep_size=8)
+    assert (found.layout.ep_size, found.layout.fsdp_size, found.num_data_ranks) == (8, 8, 8)
+    for message, sizes in {
+        "ep_size is 3, but must be a multiple of tp_size": {"ep_size": 3},
+        "tp_size is 3, but there are 8 ranks": {"tp_size": 3},
+        "tp_size and ep_size must be 1 or more": {"tp_size": 0},
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            arguments(**sizes)
+    with (
+        patch_environment(ACCELERATE_USE_FSDP="true"),
+        pytest.raises(ValueError, match="start the ranks without FSDP"),
+    ):
+        arguments(tp_size=2)
+
+
+def test_what_cannot_be_divided_is_refused():
+    with pytest.raises(ValueError, match=r"tp_size is 4, but backbone.layers.0.attention has 2 heads"):
+        divide(build("mae"), DistributedConfig(tp_size=4))
+    with pytest.raises(ValueError, match=r"ep_size is 2, but the encoder is dense"):
+        divide(build("mae"), DistributedConfig(fsdp_size=2, ep_size=2))
+    with pytest.raises(ValueError, match=r"ep_size is 3, but the encoder has 4 experts per layer"):
+        divide(build("mae_sparse"), DistributedConfig(fsdp_size=3, ep_size=3))
+    args = SimpleNamespace(layout=DistributedConfig(tp_size=2), method="detection")
+    with pytest.raises(ValueError, match=r"divide encoders while they are pretrained, but detection trains a head"):
+        check_divisible(args, find_model("detection"))
+
+
 def test_deepspeed_reads_its_stage():
     _, environment = engine("deepspeed_zero3")
     with patch_environment(**environment):
@@ -105,8 +150,11 @@ def test_what_training_would_do_wrong_is_refused():
         check_layout(model, accelerator())
         check_layout(model, accelerator(dp_replicate_size=2, dp_shard_size=8))
         check_layout(model, accelerator(stage=2))
-        with pytest.raises(ValueError, match="asks for tp parallelism"):
-            check_layout(model, accelerator(tp_size=2, dp_shard_size=2))
+        for asked in ("tp", "cp"):
+            with pytest.raises(ValueError, match=f"asks for {asked} parallelism"):
+                check_layout(model, accelerator(**{f"{asked}_size": 2, "dp_shard_size": 2}))
+    student._tp_size = 2
+    check_layout(student, accelerator(tp_size=2, dp_shard_size=2))
     check_layout(student, accelerator(stage=3))
     with pytest.raises(ValueError, match=r"has a teacher .* ZeRO 3 leaves empty"):
         check_layout(with_teacher, accelerator(stage=3))

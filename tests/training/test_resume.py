@@ -25,7 +25,7 @@ from hf_vlm.training.data import open_recipe_source
 from hf_vlm.training.optim import group_settings, restore_group_settings
 from hf_vlm.training.recipe import parse_arguments
 from hf_vlm.training.record import RunRecord
-from hf_vlm.training.resume import FIXED, FREE, SCHEDULE, compare_settings
+from hf_vlm.training.resume import BATCH_DIVISION, FIXED, FREE, SCHEDULE, compare_settings
 from hf_vlm.training.run import finetune, pretrain
 from hf_vlm.training.trainer import VisionTrainer
 
@@ -98,7 +98,7 @@ def test_each_change_is_refused_applied_by_request_or_listed(make_recipe, tmp_pa
     written = (saved.folder / "recipe.yaml").read_text()
     record, args = make_record(recipe | {"resume_from_checkpoint": "last"})
     restarted = dataclasses.replace(args, restart_schedule=True)
-    for key in (FIXED | SCHEDULE) - {"images_to_see", "max_steps", "data"}:
+    for key in (FIXED | SCHEDULE) - {"images_to_see", "max_steps", "data", *BATCH_DIVISION}:
         saved.edit("recipe.yaml", lambda content, key=key: content.update({key: "another"}))
         with pytest.raises(ValueError, match=rf"\n  {key}: another -> ") as refused:
             saved.compare(record, args)
@@ -120,6 +120,15 @@ def test_each_change_is_refused_applied_by_request_or_listed(make_recipe, tmp_pa
     (saved.folder / "recipe.yaml").write_text(written)
     same = {key: value for key, value in recipe.items() if key != "max_steps"} | {"images_to_see": 32}
     assert saved.changes(same) == []  # as many steps, given in another way
+
+
+def test_a_batch_may_be_divided_otherwise(make_recipe, tmp_path):
+    recipe = make_recipe("mae")
+    saved = Saved(tmp_path / "checkpoint-4", recipe)
+    divided = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    assert saved.changes(recipe | divided) == list(divided)
+    with pytest.raises(ValueError, match=r"cannot change within a run:\n  per_device_train_batch_size: 4 -> 2"):
+        saved.changes(recipe | {"per_device_train_batch_size": 2})
 
 
 def test_rate_by_the_number_of_processes(make_recipe, tmp_path):

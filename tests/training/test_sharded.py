@@ -1,10 +1,12 @@
 """What a pretraining leaves is whole where its model was sharded."""
 
+import copy
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from safetensors.torch import load_file
 from hf_vlm.data.io.durable import PARTIAL_FOLDER
 from hf_vlm.training.callbacks import read_log
 from hf_vlm.training.checkpoints import verify_checkpoint
+from hf_vlm.training.sharded import ShardedTrainer
 
 PROGRAM = Path(__file__).with_name("sharded_run.py")
 RECIPES = Path(__file__).parents[2] / "recipes" / "accelerate"
@@ -61,3 +64,21 @@ def test_the_checkpoints_of_two_ranks_are_committed_as_one_and_resumed_exactly(m
     again, _, _ = launch(recipe | {"output_dir": str(tmp_path / "again"), "resume_from_checkpoint": "last"}, config)
     assert all(torch.equal(again[name], weights) for name, weights in whole.items())
     assert not (tmp_path / "again" / PARTIAL_FOLDER).exists()
+
+
+def test_the_optimiser_state_of_a_whole_model_is_given_to_groups_that_are_divided_further():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+    names, weights = (list(part) for part in zip(*model.named_parameters()))
+    whole = torch.optim.AdamW([{"params": weights[:3], "lr": 0.1}, {"params": weights[3:], "lr": 0.2}])
+    model(torch.randn(3, 4)).square().sum().backward()
+    whole.step()
+    whole.zero_grad()
+    saved = copy.deepcopy(whole.state_dict())
+    divided = torch.optim.AdamW([{"params": [weight], "lr": 0.0, "weight_decay": 7.0} for weight in weights])
+    trainer = SimpleNamespace(model=model, _plain_optimizer=divided, optimizer_names=lambda: names)
+    ShardedTrainer._divide_optimizer_state(trainer, saved)
+    assert [group["lr"] for group in divided.param_groups] == [0.1, 0.1, 0.1, 0.2]
+    assert {group["weight_decay"] for group in divided.param_groups} == {whole.defaults["weight_decay"]}
+    for weight in weights:
+        assert divided.state[weight].keys() == whole.state[weight].keys()
+        assert all(torch.equal(value, divided.state[weight][key]) for key, value in whole.state[weight].items())
