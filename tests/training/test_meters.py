@@ -29,6 +29,7 @@ def arguments(**changes):
         "train_batch_size": 8,
         "gradient_accumulation_steps": 1,
         "world_size": 1,
+        "num_data_ranks": 1,
         "dataloader_num_workers": 0,
     }
     return SimpleNamespace(**{**values, **changes})
@@ -83,7 +84,7 @@ def test_flops_of_an_encoder_are_those_counted_by_hand(attention, checkpointing)
 
 def test_figures_of_steps_with_gradient_accumulation(monkeypatch, clock):
     monkeypatch.setattr(meters, "peak_flops", lambda device, precision: 1e6)
-    speedometer = ThroughputMeter(arguments(gradient_accumulation_steps=3, world_size=2))
+    speedometer = ThroughputMeter(arguments(gradient_accumulation_steps=3, world_size=2, num_data_ranks=2))
     model = WithLoss(nn.Linear(50, 20, bias=False))
     num_counted = []
     count = FlopCounter._count_flops
