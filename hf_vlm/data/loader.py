@@ -36,13 +36,19 @@ class StreamLoader(StatefulDataLoader[Any]):
     def stop_workers(self) -> None:
         """Ends the data workers, which would live as long as the loader does, and make the end of a program wait."""
         iterator, self._iterator = self._iterator, None
-        if self.num_workers and iterator is not None:
-            iterator._shutdown_workers()
+        if not self.num_workers or iterator is None:
+            return
+        iterator._workers_done_event.set()
+        for queue, is_available in zip(iterator._index_queues, iterator._workers_status):
+            if not is_available:  # one that raised waits for this, which the stock loader does not send it
+                queue.put(None)
+        iterator._shutdown_workers()
 
     def _batches(self, iterator: Any) -> Iterator[Any]:
         try:
             yield from iterator
         except ValueError as error:
+            self.stop_workers()
             raise ValueError(_worker_message(error)) from error
         except RuntimeError as error:
             if "timed out after" not in str(error):

@@ -1,5 +1,6 @@
 """Workers that stop or refuse: training ends, with a message of one sentence."""
 
+import multiprocessing
 import os
 import signal
 import time
@@ -57,8 +58,12 @@ def test_a_stopped_worker_ends_the_run_and_itself(monkeypatch):
 def test_the_message_of_a_worker_has_no_traceback(num_workers):
     error = OutsideError("a.parquet, row 3: there is no label: ValueError: x.\nGive one.")
     batches = StreamLoader(Numbers(raises_at=4, error=error), batch_size=2, num_workers=num_workers)
+    start = time.monotonic()
     with pytest.raises(ValueError, match=r"^a\.parquet, row 3: there is no label: ValueError: x\.\nGive one\.$"):
         list(batches)
+    assert multiprocessing.active_children() == []
+    assert time.monotonic() - start < 4.5  # which the stock loader waits for a worker that raised
     batches = StreamLoader(Numbers(raises_at=0, error=KeyError("x")), batch_size=2, num_workers=num_workers)
     with pytest.raises(KeyError):
         list(batches)
+    batches.stop_workers()
