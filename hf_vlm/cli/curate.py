@@ -66,7 +66,7 @@ def run(argv: Sequence[str]) -> None:
     print(f"{values['num_kept']:,} of {values['num_images']:,} images are kept; dropped:")
     print("\n".join(f"  {count:>12,}  {name}" for name, count in values["dropped"].items() if count))
     print(f"What was dropped, with pictures: {page}")
-    print(f"Next: {shlex.join(['hf-vlm', 'pretrain', 'mae/vit_small.yaml', '--data', str(arguments.output_dir)])}")
+    print(f"Next: {shlex.join(['hf-vlm', 'pretrain', '--data', str(arguments.output_dir)])}")
 
 
 def _as_object(text: str) -> dict[str, object]:

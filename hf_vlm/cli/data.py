@@ -42,6 +42,7 @@ def run(argv: Sequence[str]) -> None:
     from tqdm.auto import tqdm
 
     from hf_vlm.data.inspection.inspect import format_report, inspect_source
+    from hf_vlm.data.inspection.report import MAX_BAD_FRACTION
     from hf_vlm.data.io.durable import replace_text
     from hf_vlm.data.io.messages import one_line
     from hf_vlm.data.sources import open_source
@@ -77,7 +78,8 @@ def run(argv: Sequence[str]) -> None:
         print(f"Examples to look at:   {arguments.save}")
         print("\nTo train on it:")
         is_alone = num_examples is None and Path(arguments.data).exists() and not _has_validation(others)
-        for command in _training_commands(arguments, source, holdout=is_alone):
+        bad = report.bad_fraction if report.bad_fraction > MAX_BAD_FRACTION else None
+        for command in _training_commands(arguments, source, holdout=is_alone, bad_fraction=bad):
             print(f"  {one_line(command)}")
 
 
@@ -105,10 +107,13 @@ def _has_validation(splits: "list[Source]") -> bool:
     return any(canonical_split(split.split) == "validation" for split in splits)
 
 
-def _training_commands(arguments: argparse.Namespace, source: "Source", *, holdout: bool) -> list[str]:
+def _training_commands(
+    arguments: argparse.Namespace, source: "Source", *, holdout: bool, bad_fraction: float | None
+) -> list[str]:
     """Commands for this machine that pretrain on the source, and fine-tune on it for each task of its labels.
 
-    With `holdout` they evaluate on a tenth of the images, where there is no split for it.
+    With `holdout` they evaluate on a tenth of the images, where there is no split for it. Of images that cannot be
+    read they accept twice the fraction: they may come early.
     """
     from hf_vlm.deploy.next_steps import fitting_preset, fitting_tasks, pretraining_recipe
 
@@ -119,6 +124,8 @@ def _training_commands(arguments: argparse.Namespace, source: "Source", *, holdo
         options += ["--allow_outside", "true"]
     if arguments.split != "train":
         options += ["--train_split", arguments.split]
+    if bad_fraction is not None:
+        options += ["--max_bad_fraction", f"{min(2 * bad_fraction, 1):.2g}"]
     data = shlex.join(options)
     commands = [f"hf-vlm pretrain {pretraining_recipe(source)[0]} {data}"]
     for task in fitting_tasks(source):

@@ -1,6 +1,7 @@
 """`hf-vlm evaluate RUN --data SOURCE --split test [--report report] [--plot confusion.png] [--calibrate]`"""
 
 import argparse
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from hf_vlm.cli.outputs import prepare_file, prepare_folder, prepare_picture
 if TYPE_CHECKING:
     from hf_vlm.tasks.calibration import Calibration
     from hf_vlm.tasks.evaluation import EvaluatedSplit
+
+logger = logging.getLogger(__name__)
 
 
 def run(argv: Sequence[str]) -> None:
@@ -49,6 +52,13 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> "EvaluatedSplit":
+    held_out = None if arguments.holdout is None else _trained_holdout(arguments.run)
+    if held_out not in (None, arguments.holdout):
+        logger.warning(
+            "The run has held out %g of its images, not %g: of the same data it has trained on some of these.",
+            held_out,
+            arguments.holdout,
+        )
     from hf_vlm.data.formats.splits import NoSplitError
     from hf_vlm.tasks.evaluation import evaluate_split
 
@@ -66,10 +76,20 @@ def _evaluate(arguments: argparse.Namespace) -> "EvaluatedSplit":
             tiling=tiling_of(arguments),
         )
     except NoSplitError as error:
+        held_out = _trained_holdout(arguments.run)
+        option = "the --holdout that it had" if held_out is None else f"--holdout {held_out:g}"
         raise ValueError(
-            f"{error}. Name one with --split, or evaluate on the images that fine-tuning held out with the --holdout "
-            "that it had."
+            f"{error}. Name one with --split, or evaluate on the images that fine-tuning held out with {option}."
         ) from error
+
+
+def _trained_holdout(run: str) -> float | None:
+    """The fraction of its images that a run has held out; None where it has held out none, or is not known."""
+    from hf_vlm.training.recipe import load_recipe
+    from hf_vlm.training.record import RECIPE_FILE
+
+    path = Path(run, RECIPE_FILE)
+    return load_recipe(path).get("holdout") if path.is_file() else None
 
 
 def _print_metrics(split: "EvaluatedSplit") -> None:

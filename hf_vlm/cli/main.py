@@ -2,6 +2,7 @@
 
 import errno
 import importlib
+import importlib.metadata
 import io
 import logging
 import os
@@ -50,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command in ("-h", "--help"):
         print("Usage: hf-vlm COMMAND ... ; hf-vlm COMMAND --help explains one.\n")
         print("\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items()))
+        return 0
+    if command == "--version":
+        print(f"hf_vlm {importlib.metadata.version('hf_vlm')}")
         return 0
     if command not in COMMANDS:
         near = did_you_mean(command, COMMANDS) or "."

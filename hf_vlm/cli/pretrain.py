@@ -48,5 +48,8 @@ def run(argv: Sequence[str]) -> None:
     task = TASKS.get(entry.task)  # None of an encoder
     what = "encoder" if entry.task_in_use == "pretraining" else "model"
     print(f"\nThe {what} is in {folder}: {summary['num_images_seen']:,} images in {summary['seconds']:,.0f} s.")
+    if entry.task_in_use == "zero-shot-image-classification":
+        print(f"Next: hf-vlm embed {folder} --data YOUR_IMAGES --save index.parquet, then hf-vlm search")
+        return
     encoder = VLMViTConfig.from_pretrained(folder)
     print(f"Next: {finetune_command(task or DETECTION, encoder, folder, 'YOUR_LABELLED_IMAGES')}")

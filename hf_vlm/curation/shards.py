@@ -58,7 +58,10 @@ def find_shards(data: str, split: str) -> tuple[str, list[Path]]:
         tars = sorted(path for path in root.rglob("*.tar") if not path.name.startswith("."))
         found = find_parquet_files(root) or tars
         if not found:
-            raise ValueError(f"{root} holds neither Parquet files nor tars; {describe_folder(root)}")
+            raise ValueError(
+                f"{root} holds neither Parquet files nor tars; {describe_folder(root)}. A folder of images is one "
+                "after datasets.load_dataset('imagefolder', data_dir=..., split='train').to_parquet('images.parquet')."
+            )
     else:
         root = common_folder(found)
     formats = {suffix: format for format, suffix in SUFFIXES.items()}

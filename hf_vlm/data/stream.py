@@ -265,7 +265,7 @@ class ExampleStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         if progress.num_bad > self.max_bad_fraction * progress.num_seen:
             raise ValueError(
                 f"{progress.num_bad} of {progress.num_seen} images could not be decoded, among them "
-                f"{', '.join(progress.bad_names)}. Fix or remove them, or raise max_bad_fraction "
+                f"{', '.join(progress.bad_names)}. Fix or remove them, or raise --max_bad_fraction "
                 f"(now {self.max_bad_fraction})."
             )
 

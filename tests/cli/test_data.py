@@ -52,6 +52,7 @@ def test_what_is_there_is_printed_saved_and_drawn(folder, tmp_path, capsys, monk
     ((program, command, recipe, *words),) = commands_in(printed)  # without labels there is one
     assert (program, command) == ("hf-vlm", "pretrain")
     assert load_recipe(recipe, words)["data"] == str(folder)
+    assert load_recipe(recipe, words)["max_bad_fraction"] == 0.4  # one of five cannot be read
 
 
 @pytest.mark.usefixtures("no_encoder_yet")

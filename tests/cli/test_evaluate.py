@@ -50,7 +50,7 @@ def test_a_report_and_a_temperature(classifier, tmp_path, capsys):
     assert after["top1"] == before["top1"]
 
 
-def test_images_that_were_held_out(classifier, tmp_path, capsys):
+def test_images_that_were_held_out(classifier, tmp_path, capsys, caplog):
     (tmp_path / "images" / "test").rename(tmp_path / "images" / "train")
     words = ["evaluate", str(classifier), "--data", str(tmp_path / "images")]
     assert main(words) == 2
@@ -61,6 +61,12 @@ def test_images_that_were_held_out(classifier, tmp_path, capsys):
     assert title == f"{tmp_path / 'images'}, split train, the held-out 0.4 of it: {num_images} images"
     facts = json.loads((tmp_path / "report" / "report.json").read_text())
     assert (facts["split"], facts["images"]) == ("train, the held-out 0.4 of it", str(num_images))
+    assert "The run has held out" not in caplog.text
+    (classifier / "recipe.yaml").write_text("holdout: 0.1\n")
+    assert main(words) == 2
+    assert "held out with --holdout 0.1." in capsys.readouterr().err
+    assert main([*words, "--holdout", "0.4"]) == 0
+    assert "The run has held out 0.1 of its images, not 0.4" in caplog.text
     assert main([*words, "--holdout", "4"]) == 2
     assert "holdout=4.0 must be between 0 and 1" in capsys.readouterr().err
 

@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from sample_data import write_images
 
+import hf_vlm
 from hf_vlm.cli.main import COMMANDS, main
 from hf_vlm.training.callbacks import read_log
 
@@ -202,6 +203,11 @@ def test_what_is_found_in_data_is_shown_once_by_commands_that_open_two_splits(tm
         log_as_commands()
         assert main(command) == 0
         assert capsys.readouterr().err.count("images in cover.png are ignored") == 1
+
+
+def test_the_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"hf_vlm {hf_vlm.__version__}\n"
 
 
 def test_a_mistyped_command_names_the_nearest(capsys):

@@ -10,7 +10,18 @@ import numpy as np
 
 from hf_vlm.data.io.messages import one_line
 
-__all__ = ["BoxReport", "ExampleSummary", "Issue", "MinMedianMax", "Report", "Unreadable", "format_report"]
+__all__ = [
+    "MAX_BAD_FRACTION",
+    "BoxReport",
+    "ExampleSummary",
+    "Issue",
+    "MinMedianMax",
+    "Report",
+    "Unreadable",
+    "format_report",
+]
+
+MAX_BAD_FRACTION = 0.01  # of the images that training skips, unless it is told another
 
 PATCH_SIZES = (16, 8)
 MIN_PATCHES = 2  # that an object should span, along its side
@@ -120,6 +131,11 @@ class Report:
     class_names: list[str] | None  # of boxes
     examples: list[ExampleSummary]  # the first that can be read
 
+    @property
+    def bad_fraction(self) -> float:
+        """Fraction of the images that cannot be read."""
+        return len(self.unreadable) / max(self.num_images + len(self.unreadable), 1)
+
     def as_json(self) -> dict[str, Any]:
         """As values that `json` can write."""
         return dataclasses.asdict(self)
@@ -220,7 +236,11 @@ def _class_lines(counts: Mapping[str, int], unit: str, *, show: Callable[[int], 
 def _issue_lines(report: Report) -> Lines:
     lines = [("warning", finding) for finding in report.findings]
     if report.unreadable:
-        lines.append((f"{len(report.unreadable):,}", "images that cannot be read; training skips them"))
+        what = "training skips them"
+        if report.bad_fraction > MAX_BAD_FRACTION:
+            skipped = f"more than the {MAX_BAD_FRACTION:.0%} that training skips"
+            what = f"{skipped}: fix or remove them, or accept them by --max_bad_fraction"
+        lines.append((f"{len(report.unreadable):,}", f"images that cannot be read; {what}"))
         lines += _where(f"{image.name}: {image.reason}" for image in report.unreadable)
     groups = {
         "images too many, equal byte for byte to others": report.exact_duplicates,
