@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from hf_vlm.models.nearest_name import did_you_mean
 
 COMMANDS = {
-    "data": "inspect images and labels before training: hf-vlm data SOURCE --save contact_sheet.png",
-    "curate": "drop copies and poor images of shards:  hf-vlm curate SHARDS OUTPUT_DIR --num_images 1000000",
+    "data": "inspect images and labels:                 hf-vlm data SOURCE --save contact_sheet.png",
+    "curate": "drop copies and poor images of shards:     hf-vlm curate SHARDS OUTPUT_DIR --num_images 1000000",
     "views": "see the views that a recipe trains on:     hf-vlm views RECIPE --data SOURCE --save views.png",
     "convert": "import an encoder of transformers:         hf-vlm convert facebook/dinov2-small runs/dinov2",
     "pretrain": "pretrain an encoder on unlabelled images:  hf-vlm pretrain RECIPE --data SOURCE",

@@ -140,12 +140,12 @@ def _page(work: Work, values: dict[str, Any], dropped: dict[int, list[list[Posit
     ]
     ranges = ("images_per_cluster", "kept_per_cluster", "entropy", "sharpness")
     rows = [(name, f"{count:,}") for name, count in values["dropped"].items()]
-    rows += [(f"{name.replace('_', ' ')}, from least to most", _range(values[name])) for name in ranges]
+    rows += [(f"{name.replace('_', ' ')}: least, 5 %, median, 95 %, most", _range(values[name])) for name in ranges]
     return render_page(
         title=one_line(f"Curation of {work.data}"),
         facts={"data": one_line(work.data), "split": work.split, "shards": f"{work.num_shards:,}"},
         headline=[("images read", f"{values['num_images']:,}"), ("kept", f"{values['num_kept']:,}")],
-        overview="Dropped",
+        overview="Dropped, and what is left",
         values=rows,
         parts=parts,
     )
