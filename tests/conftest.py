@@ -3,6 +3,7 @@
 import functools
 import gc
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -37,6 +38,12 @@ sys.meta_path.insert(0, NoPackage())
 """
 
 RunProcess = Callable[..., str]
+
+
+def pytest_configure() -> None:
+    """Ctrl-C is heard by tests and their programs: a shell has what it starts in the background ignore it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish() -> None:
