@@ -1,4 +1,4 @@
-"""Ways of dividing a model among processes that training here would do wrong without a word."""
+"""How ranks divide a model by the engine of transformers, and ways that training here would get wrong in silence."""
 
 from typing import Any
 
