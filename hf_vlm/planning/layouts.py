@@ -7,7 +7,7 @@ Memory is that of a step's fullest moment. The backward pass frees activations w
 larger of the two counts; gradients that are summed over several batches are there from the first one on: both count.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from hf_vlm.planning.hardware import Gpu
 from hf_vlm.planning.step import ExpertCost, StepCost
@@ -160,11 +160,8 @@ def _held(cost: StepCost, cluster: Cluster, layout: str) -> tuple[float, float]:
     """Numbers of weights, and of those that are trained, that a GPU holds while no layer is at work."""
     if layout == "ep" and cost.experts is not None:
         experts, size = cost.experts, _expert_gpus(cost.experts, cluster)
-        of_all, of_trained = cost.num_parameters - experts.num_parameters, cost.num_trained - experts.num_trained
-        return (
-            of_all / cluster.num_gpus + experts.num_parameters / size,
-            of_trained / cluster.num_gpus + experts.num_trained / size,
-        )
+        of_all, of_trained = _held(cost.without(experts), cluster, "fsdp2")
+        return of_all + experts.num_parameters / size, of_trained + experts.num_trained / size
     shards = {"ddp": 1, "hsdp": cluster.node_size}.get(layout, cluster.num_gpus)
     return cost.num_parameters / shards, cost.num_trained / shards
 
@@ -178,12 +175,11 @@ def _working(cost: StepCost, cluster: Cluster, layout: str) -> dict[str, float]:
     """Bytes on each GPU of what a layout needs beside what it holds."""
     if layout == "ddp":
         return {"copies": cost.copies, "buckets": FP32 * cost.num_trained if cluster.num_gpus > 1 else 0.0}
-    num_gathered, copies = cost.num_layer_parameters, {}
     if layout == "ep" and cost.experts is not None:  # experts stay where they are, and have copies for the products
-        num_gathered -= cost.experts.num_layer_parameters
         width = cluster.product_width if cluster.product_width < FP32 else 0.0
-        copies = {"copies": width * cost.experts.num_trained / _expert_gpus(cost.experts, cluster)}
-    return {"gathered": GATHERED_LAYERS * (cluster.product_width + FP32) * num_gathered, **copies}
+        copies = width * cost.experts.num_trained / _expert_gpus(cost.experts, cluster)
+        return {**_working(cost.without(cost.experts), cluster, "fsdp2"), "copies": copies}
+    return {"gathered": GATHERED_LAYERS * (cluster.product_width + FP32) * cost.num_layer_parameters}
 
 
 def _communication(cost: StepCost, cluster: Cluster, layout: str, batch_size: int, *, checkpointing: bool) -> float:
@@ -194,16 +190,10 @@ def _communication(cost: StepCost, cluster: Cluster, layout: str, batch_size: in
 
     if layout == "ep" and cost.experts is not None:
         experts, size = cost.experts, _expert_gpus(cost.experts, cluster)
-        dense = replace(
-            cost,
-            num_parameters=cost.num_parameters - experts.num_parameters,
-            num_trained=cost.num_trained - experts.num_trained,
-            experts=None,
-        )
         routed = batch_size * cluster.product_width * experts.routed_per_image * (1.5 if checkpointing else 1.0)
         link = cluster.gpu.link if size <= cluster.node_size else cluster.network
         return (
-            _communication(dense, cluster, "fsdp2", batch_size, checkpointing=checkpointing)
+            _communication(cost.without(experts), cluster, "fsdp2", batch_size, checkpointing=checkpointing)
             + around(size, routed, link)  # from each GPU to all others
             + around(cluster.num_gpus // size, 2 * FP32 * experts.num_trained / size, cluster.network)
         )

@@ -7,7 +7,7 @@ forward and backward run under torch's `FakeTensorMode`, which knows shapes alon
 import contextlib
 import weakref
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -76,6 +76,16 @@ class StepCost:
     moments: tuple[tuple[float, float], ...]
     experts: ExpertCost | None = None
     optimizer_width: float = 8.0
+
+    def without(self, experts: ExpertCost) -> "StepCost":
+        """The same step but for the weights of its experts."""
+        return replace(
+            self,
+            num_parameters=self.num_parameters - experts.num_parameters,
+            num_trained=self.num_trained - experts.num_trained,
+            num_layer_parameters=self.num_layer_parameters - experts.num_layer_parameters,
+            experts=None,
+        )
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
     accelerate launch --config_file recipes/accelerate/fsdp2.yaml --num_processes 2 sharded_run.py RECIPE.json
 
-Without accelerators accelerate takes FSDP for DDP, silently: here it is told what it is.
+Without accelerators accelerate takes FSDP for DDP, silently: here it is set.
 """
 
 import json

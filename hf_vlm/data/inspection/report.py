@@ -21,7 +21,7 @@ __all__ = [
     "format_report",
 ]
 
-MAX_BAD_FRACTION = 0.01  # of the images that training skips, unless it is told another
+MAX_BAD_FRACTION = 0.01  # of the images: the default of training, which skips as many
 
 PATCH_SIZES = (16, 8)
 MIN_PATCHES = 2  # that an object should span, along its side
